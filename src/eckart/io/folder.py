@@ -1,0 +1,261 @@
+"""Files and folders that are either whole or not there.
+
+Everything is written beside its target, forced to disk and renamed, so that a kill at any
+moment leaves the old content or the new one, never half of either. What a killed process
+leaves behind is hidden (`.NAME.writing-*`, `.NAME.aside-*`) and is cleared, or put back, the
+next time the same target is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from eckart.errors import EckartError, FileError, OutOfRoom, UsageError
+
+MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# --overwrite replaces what eckart, PEFT or transformers wrote, and nothing else: a mistyped
+# -o must not delete a folder of photographs.
+MARKS = (MANIFEST, "run.json", "eckart.json", "config.json", "adapter_config.json")
+
+
+@contextmanager
+def speaking(path: str | Path) -> Iterator[None]:
+    """Turn the faults of a disk into words: OutOfRoom when it is full, else FileError."""
+    try:
+        yield
+    except EckartError:
+        raise
+    except OSError as fault:
+        raise spoken(fault, path) from fault
+    except Exception as fault:
+        # safetensors reports a full disk as its own exception, with the number in the text
+        for number in FULL:
+            if f"os error {number}" in str(fault):
+                raise spoken(OSError(number, ""), path) from fault
+        raise
+
+
+def spoken(fault: OSError, path: str | Path) -> EckartError:
+    """The EckartError that says what a failed write to `path` means."""
+    where = str(fault.filename or path)
+    if fault.errno in FULL:  # disk, quota or the process' own limit
+        free = f"{free_bytes(Path(path)) / 2**20:,.0f} MiB free"
+        return OutOfRoom(
+            "the disk is full",
+            [(where, free)],
+            "Free some space, or type -o FOLDER on another disk.",
+        )
+    reason = os.strerror(fault.errno).lower() if fault.errno else str(fault)
+    return FileError(
+        "cannot write here", [(where, reason)], "Type -o FOLDER with a folder you own."
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds a path, which need not exist yet."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file whole: beside, forced to disk, then renamed over the old one."""
+    path = Path(path)
+    beside = path.with_name(hidden(path.name, "writing"))
+    with speaking(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(beside, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file whole."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file whole; keys keep their order."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def write_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends without an exception.
+
+    A target with something in it is refused (UsageError), or moved aside and removed once
+    the new one is in place. Any exception removes what was written and leaves the target
+    as it was.
+    """
+    target = Path(path).absolute()
+    recover(target)
+    refuse_occupied(target, overwrite)
+    beside = target.with_name(hidden(target.name, "writing"))
+    aside = None
+    with speaking(path):
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+            for name in files_in(beside):
+                sync(beside / name)
+            sync(beside)
+            aside = move_aside(target)
+            os.rename(beside, target)
+            sync(target.parent)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            if aside and not target.exists():
+                os.rename(aside, target)
+            raise
+    if aside:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_occupied(target: Path, overwrite: bool) -> None:
+    """Raise UsageError where writing would destroy something the user has not given up."""
+    if target.is_file():
+        raise UsageError("there is a file of this name", [(str(target), "")], "Choose another -o.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(
+            "the folder is not empty",
+            [(str(target), f"{sum(1 for _ in target.iterdir())} entries")],
+            "Type --overwrite to replace it, or choose another -o.",
+        )
+    here = Path.cwd()
+    if target == here or target in here.parents or not any((target / m).exists() for m in MARKS):
+        raise UsageError(
+            "--overwrite replaces only runs, models and adapters",
+            [(str(target), "is none of them")],
+            "Remove the folder yourself, or choose another -o.",
+        )
+
+
+def move_aside(target: Path) -> Path | None:
+    """Rename an existing folder to a hidden sibling; None where there was none."""
+    if not target.exists():
+        return None
+    aside = target.with_name(hidden(target.name, "aside"))
+    os.rename(target, aside)
+    return aside
+
+
+def recover(target: Path) -> None:
+    """Undo what a killed writer left: put an orphaned old folder back, drop half-written ones."""
+    if not target.parent.is_dir():
+        return
+    for left in sorted(target.parent.glob(f".{target.name}.aside-*")):
+        if not abandoned(left):
+            continue
+        if target.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            os.rename(left, target)
+    for left in target.parent.glob(f".{target.name}.writing-*"):
+        if abandoned(left):
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, whatever of it is still there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def hidden(name: str, state: str) -> str:
+    """A sibling's name that tells which process on which machine is at work on it."""
+    return f".{name}.{state}-{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def abandoned(path: Path) -> bool:
+    """Is the process that made this hidden sibling gone?
+
+    Only names made on this machine are judged: on a shared disk another machine's process
+    number says nothing here.
+    """
+    where, pid, _ = path.name.rsplit("-", 3)[1:]
+    if where != machine():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def machine() -> str:
+    """A short name of this machine without hyphens."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's entries to disk; file systems that cannot are let be."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of all files below a folder, relative, sorted, with forward slashes."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def close_with_manifest(folder: str | Path, **facts: Any) -> None:
+    """List every file with its size and SHA-256 in manifest.json: the folder is whole.
+
+    `facts` (plain JSON) are kept beside the list.
+    """
+    folder = Path(folder)
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in files_in(folder)
+        if name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"format": 1, **facts, "files": files})
+
+
+def manifest_holds(folder: str | Path) -> bool:
+    """Are all files listed in the folder's manifest there, with their sizes and hashes?"""
+    folder = Path(folder)
+    try:
+        files: Mapping[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
+        return all(
+            (folder / name).stat().st_size == file["size"]
+            and sha256_of(folder / name) == file["sha256"]
+            for name, file in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

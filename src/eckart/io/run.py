@@ -1,0 +1,286 @@
+"""The folder of a run: what was asked, what was decided, what happened, what came out.
+
+    config.yaml    as given              metrics.jsonl   one line per log step
+    resolved.yaml  every `auto` decided  checkpoints/    step-N, each closed by a manifest
+    run.json       versions, seeds,      final/          the model or adapter
+                   data hashes, exit     report.html
+
+One process owns the folder at a time; the kernel releases a killed one's lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from eckart.errors import FileError, UsageError, did_you_mean
+from eckart.io.folder import (
+    close_with_manifest,
+    manifest_holds,
+    move_aside,
+    recover,
+    refuse_occupied,
+    speaking,
+    write_folder,
+    write_json,
+    write_text,
+)
+
+PACKAGES = (
+    "eckart",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+)
+
+
+class Run:
+    """One run's folder, locked while this object is open.
+
+    Made by `Run.create` or `Run.resume`; closed by `finish` (or by leaving a `with` block,
+    which records an exception's exit code).
+    """
+
+    def __init__(self, folder: Path, handle: int, replaced: Path | None = None):
+        self.folder = folder
+        self._handle = handle  # the lock's file descriptor
+        self._replaced = replaced  # what --overwrite moved aside, until this run has succeeded
+
+    @classmethod
+    def create(cls, out: str | Path, overwrite: bool = False, **facts: Any) -> Run:
+        """Open a new run folder; `facts` (plain JSON) go into run.json beside the versions.
+
+        A name that ends in `{name}` is numbered: runs/{name} -> runs/0001. A folder with
+        something in it is a UsageError; with `overwrite` it is moved aside, and comes back if
+        this run fails before its first checkpoint.
+        """
+        replaced = None
+        if str(out).endswith("{name}"):
+            folder = claim_number(Path(str(out)[: -len("{name}")] or ".").absolute())
+        else:
+            folder = Path(out).absolute()
+            recover(folder)
+            if (folder / ".lock").exists():
+                os.close(lock(folder))
+            refuse_occupied(folder, overwrite)
+            with speaking(folder):
+                replaced = move_aside(folder) if folder.is_dir() and any(folder.iterdir()) else None
+                folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder, lock(folder), replaced)
+        try:
+            run.record(versions=versions(), command=sys.argv[1:], exit=None, **facts)
+        except BaseException:
+            os.close(run._handle)
+            raise
+        return run
+
+    @classmethod
+    def resume(cls, folder: str | Path) -> Run:
+        """Open an existing run to go on with it. Raises FileError where it is no run."""
+        path = Path(folder).absolute()
+        if not (path / "run.json").is_file():
+            choices = (
+                [p.name for p in path.parent.iterdir() if (p / "run.json").is_file()]
+                if path.parent.is_dir()
+                else []
+            )
+            raise FileError(
+                "no run in this folder",
+                [(str(folder), "has no run.json")],
+                did_you_mean(path.name, choices, "Type --resume FOLDER with a run's folder.")
+                if choices
+                else "Type --resume FOLDER with a run's folder.",
+            )
+        run = cls(path, lock(path))
+        run._drop_torn_line()
+        run.record(exit=None)
+        return run
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
+        if self._handle >= 0:
+            self.finish(0 if fault is None else exit_code(fault), error=fault and str(fault))
+
+    # What was asked and decided
+
+    def write_config(self, text: str) -> None:
+        """config.yaml, as given."""
+        write_text(self.folder / "config.yaml", text)
+
+    def write_resolved(self, text: str) -> None:
+        """resolved.yaml: every key with its value, and the reason where it was `auto`."""
+        write_text(self.folder / "resolved.yaml", text)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """run.json's content; {} before the first record."""
+        path = self.folder / "run.json"
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as fault:
+            raise FileError("run.json is not JSON", [(str(path), str(fault))]) from fault
+
+    def record(self, **facts: Any) -> None:
+        """Add or replace facts in run.json."""
+        write_json(self.folder / "run.json", {**self.facts, **facts})
+
+    # What happened
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl, in one write, so that a kill tears no other line."""
+        line = (json.dumps(values) + "\n").encode()
+        path = self.folder / "metrics.jsonl"
+        with speaking(path), open(path, "ab", buffering=0) as file:
+            file.write(line)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics.jsonl."""
+        return read_metrics(self.folder)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after a step, which a resumed run will write again."""
+        kept = [m for m in self.metrics() if m.get("step", 0) <= step]
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+
+    def _drop_torn_line(self) -> None:
+        path = self.folder / "metrics.jsonl"
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            whole = path.read_bytes().rpartition(b"\n")
+            write_text(path, (whole[0] + whole[1]).decode())
+
+    # What came out
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.folder / "final"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @contextmanager
+    def checkpoint(self, step: int, **facts: Any) -> Iterator[Path]:
+        """A folder to fill, which becomes checkpoints/step-N, closed with its manifest."""
+        with write_folder(self.checkpoints / f"step-{step}", overwrite=True) as beside:
+            yield beside
+            close_with_manifest(beside, step=step, **facts)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint whose manifest holds; None where there is none."""
+        return latest_checkpoint(self.folder)
+
+    def prune(self, keep: int, always: Path | None = None) -> None:
+        """Remove all but the newest `keep` checkpoints, and `always` (the best one)."""
+        for path in checkpoint_folders(self.folder)[keep:]:
+            if path != always:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def finish(self, exit: int = 0, error: str | None = None, **facts: Any) -> None:
+        """Record how the run ended and release the folder.
+
+        Where it replaced an older folder: that one is removed now, or, if this run failed
+        and saved no checkpoint, put back in its place.
+        """
+        try:
+            self.record(exit=exit, error=error, **facts)
+        finally:
+            os.close(self._handle)
+            self._handle = -1
+        if not self._replaced:
+            return
+        if exit and not self.latest():
+            shutil.rmtree(self.folder)
+            os.rename(self._replaced, self.folder)
+        else:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+
+
+def lock(folder: Path) -> int:
+    """Hold a folder for this process alone; a file descriptor, whose closing frees it.
+
+    Raises UsageError where another open run, of this process or another, holds it.
+    """
+    with speaking(folder):
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        os.close(handle)
+        raise UsageError(
+            "another process is writing to this run",
+            [(str(folder), "locked")],
+            "Wait for it to end, or choose another -o.",
+        ) from fault
+    return handle
+
+
+def claim_number(parent: Path) -> Path:
+    """Make the next numbered folder: 0001, 0002, ... Two processes never get the same one."""
+    with speaking(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        taken = [int(p.name) for p in parent.iterdir() if re.fullmatch(r"\d{4,}", p.name)]
+        number = max(taken, default=0)
+        while True:
+            number += 1
+            folder = parent / f"{number:04d}"
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                continue
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest first, whole or not."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def latest_checkpoint(run: str | Path) -> Path | None:
+    """The newest checkpoint of a run folder whose manifest holds."""
+    return next((p for p in checkpoint_folders(Path(run)) if manifest_holds(p)), None)
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's metrics.jsonl; a torn last line is left out."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    whole = path.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def versions() -> Mapping[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def exit_code(fault: BaseException) -> int:
+    """The exit code an exception ends the command line with."""
+    return 130 if isinstance(fault, KeyboardInterrupt) else getattr(fault, "exit_code", 1)
