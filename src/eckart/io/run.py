@@ -115,7 +115,10 @@ class Run:
 
     def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
         if self._handle >= 0:
-            self.finish(0 if fault is None else exit_code(fault), error=fault and str(fault))
+            if fault is None:
+                self.finish()
+            else:
+                self.finish(exit_code(fault), error=str(fault))
 
     # What was asked and decided
 

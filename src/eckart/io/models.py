@@ -1,0 +1,395 @@
+"""What a user names as MODEL: recognised, checked, loaded.
+
+A path never touches the network. Weights are safetensors only: pickles are refused by name.
+A file is looked through before transformers reads it, because transformers fills what is
+missing or cut off with random numbers and says so in a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from eckart.errors import FileError, UsageError, did_you_mean
+from eckart.io.presets import PRESETS, build_model, config_of, fill, quiet, task_class
+
+__all__ = [
+    "PRESETS",
+    "Source",
+    "build_model",
+    "config_of",
+    "fingerprint",
+    "load_model",
+    "load_tokenizer",
+    "recognise",
+]
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+NEW_HEAD = ("classification", "image")  # tasks whose head may be missing from a checkpoint
+Kind = Literal["model", "peft", "native", "run", "config", "preset", "factored", "hub"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What stands behind a name: `path` as it is to be opened, `base` what an adapter is for."""
+
+    kind: Kind
+    path: str
+    base: str | None = None
+
+
+def recognise(source: str | Path) -> Source:
+    """Say what a path, hub id or preset's name is, reading no weights and no network.
+
+    A run stands for its `final/` folder, whose own kind `recognise` tells when asked again.
+    Raises FileError where a path does not exist or is nothing that can be opened.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if not path.exists():
+        if text in PRESETS:
+            return Source("preset", text)
+        if looks_like_hub_id(text):
+            return Source("hub", text)
+        raise missing(path)
+    if path.is_file():
+        if path.suffix == ".json":
+            return Source("config", str(path))
+        if path.suffix in PICKLES:
+            raise refused(path)
+        if path.suffix == ".safetensors":
+            raise FileError(
+                "a model is a folder, not one file",
+                [(text, "weights without their config.json")],
+                f"Type {path.parent} if its config.json lies beside it.",
+            )
+        raise FileError("this is no model", [(text, "a file")], "Type a model's folder or hub id.")
+    if (path / "run.json").is_file():
+        return Source("run", str(path))
+    if (path / "eckart.json").is_file():
+        base = read_json(path / "eckart.json").get("base")
+        return Source("native", str(path), base if isinstance(base, str) else None)
+    if (path / "adapter_config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        return Source("peft", str(path), base)
+    if (path / "config.json").is_file():
+        if read_json(path / "config.json").get("model_type") == "eckart":
+            return Source("factored", str(path))
+        return Source("model" if weight_files(path) or pickles_in(path) else "config", str(path))
+    raise FileError(
+        "this folder holds no model",
+        [(text, "no config.json, adapter_config.json, eckart.json or run.json")],
+        "Type the folder that has one of them.",
+    )
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """NAME or OWNER/NAME, with an optional @REVISION, and not below a folder that is here."""
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?", text):
+        return False
+    owner, slash, _ = text.partition("/")
+    return not (slash and Path(owner).is_dir())
+
+
+def missing(path: Path) -> FileError:
+    """The error for a path that is not there, with the nearest entries that are."""
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    gone = path.relative_to(folder).parts[0] if path != folder else path.name
+    entries = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+    listed = ", ".join(sorted(entries)[:8]) + (", ..." if len(entries) > 8 else "")
+    here = str(folder) if str(folder) != "." else "this folder"
+    otherwise = f"In {here}: {listed}." if entries else f"{here} is empty."
+    return FileError(
+        "no such file or folder", [(str(path), "")], did_you_mean(gone, entries, otherwise)
+    )
+
+
+def refused(path: Path) -> FileError:
+    """The error for weights in a format that can run code when it is read."""
+    return FileError(
+        "weights in this format can run code and are not read",
+        [(str(path), "pickle" if path.suffix not in (".msgpack", ".h5") else path.suffix[1:])],
+        "Save the model as safetensors: model.save_pretrained(folder).",
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises FileError with the line where it is malformed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        where = f"line {fault.lineno}" if isinstance(fault, json.JSONDecodeError) else "not UTF-8"
+        raise FileError("this is not JSON", [(str(path), f"{where}: {fault}")]) from fault
+    if not isinstance(content, dict):
+        raise FileError("this JSON is not an object", [(str(path), type(content).__name__)])
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder, the shards of an index included."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        return [folder / shard for shard in shards]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
+def pickles_in(folder: Path) -> list[Path]:
+    """Weight files of a folder that will not be read."""
+    known = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+    return sorted(p for p in folder.iterdir() if p.suffix in PICKLES and p.name not in known)
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file: {name: {dtype, shape, data_offsets}}.
+
+    Raises FileError where the file is missing, is not safetensors, or ends before the
+    tensors it lists; those are named.
+    """
+    if not path.is_file():
+        raise FileError("a file of the model is missing", [(str(path), "named in its index")])
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            reason = "empty file" if size == 0 else "header damaged or cut off"
+            raise FileError("this is not a safetensors file", [(str(path), reason)])
+        try:
+            tensors = json.loads(file.read(length))
+            tensors.pop("__metadata__", None)
+            ends = {name: 8 + length + t["data_offsets"][1] for name, t in tensors.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+            raise FileError(
+                "this is not a safetensors file", [(str(path), "header damaged")]
+            ) from fault
+    lost = sorted(name for name, end in ends.items() if end > size)
+    if lost:
+        raise FileError(
+            "the file ends before its tensors do",
+            [(str(path), f"{size:,} of {max(ends.values()):,} bytes"), *listed(lost, "cut off")],
+            "Download or copy it again.",
+        )
+    return tensors
+
+
+def listed(names: list[str], what: str, most: int = 5) -> list[tuple[str, str]]:
+    """Facts for an error: the first names, and how many more there are."""
+    facts = [(name, what) for name in names[:most]]
+    more = len(names) - most
+    return facts + ([(f"and {more} more", what)] if more > 0 else [])
+
+
+def check_folder(folder: Path) -> None:
+    """Raise FileError unless the folder has a config and whole safetensors weights."""
+    if not (folder / "config.json").is_file():
+        raise FileError("this folder holds no model", [(str(folder), "no config.json")])
+    read_json(folder / "config.json")
+    files = weight_files(folder)
+    if not files:
+        for pickle in pickles_in(folder):
+            raise refused(pickle)
+        raise FileError(
+            "the model has no weights",
+            [(str(folder), "config.json, but no model.safetensors")],
+            f"To start from random weights: eckart pretrain {folder} DATA.",
+        )
+    held = {name for file in files for name in header(file)}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        lost = sorted(set(read_json(index)["weight_map"]) - held)
+        if lost:
+            raise FileError(
+                "tensors of the model's index are in no file",
+                [(str(index), ""), *listed(lost, "missing")],
+            )
+
+
+def download(name: str) -> Path:
+    """The folder of a hub model in the local cache, fetched if need be; safetensors only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+        )
+    except GatedRepoError as fault:
+        raise FileError(
+            "this hub model asks for a login", [(name, "gated")], "Type: hf auth login"
+        ) from fault
+    except RepositoryNotFoundError as fault:
+        raise FileError(
+            "no such model on the hub, and no such path here",
+            [(name, "")],
+            did_you_mean(name, list(PRESETS), "Check the name, or type a path such as ./model."),
+        ) from fault
+    except (OSError, HfHubHTTPError, ValueError) as fault:
+        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        reason = "HF_HUB_OFFLINE is set" if offline else str(fault).splitlines()[0]
+        raise FileError(
+            "this is no path here, and the hub cannot be reached",
+            [(name, reason)],
+            did_you_mean(name, list(PRESETS), "Type a path such as ./model."),
+        ) from fault
+    return Path(folder)
+
+
+def folder_of(source: str | Path) -> Path:
+    """The local folder of a model: the path itself, or a hub model's files in the cache.
+
+    An adapter or a run is refused here with what it is, its base being loaded first.
+    """
+    found = recognise(source)
+    if found.kind == "hub":
+        return download(found.path)
+    if found.kind in ("peft", "native"):
+        raise UsageError(
+            "this is an adapter, not a model",
+            [(found.path, f"for {found.base or 'a base it does not name'}")],
+        )
+    if found.kind == "run":
+        return folder_of(Path(found.path) / "final")
+    return Path(found.path)
+
+
+def load_model(
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    task: str = "causal",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    **config: Any,
+) -> PreTrainedModel:
+    """Load a model from a folder, a run's `final/`, a factored folder or a hub id.
+
+    dtype None keeps the one it was saved in. `config` overrides fields of its configuration
+    (`num_labels=3`). A tensor that is missing, left over or misshapen is a FileError with its
+    name; only the head of a classification task may be missing, and is then drawn from
+    `seed`. In evaluation mode, as transformers returns it.
+    """
+    folder = folder_of(source)
+    check_folder(folder)
+    if read_json(folder / "config.json").get("model_type") == "eckart":
+        import_module("eckart.hf")  # registers the config type and its loader
+    with quiet():
+        try:
+            model, report = task_class(task).from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, all at once
+                **({"device_map": device} if device is not None else {}),
+                **config,
+            )
+        except (OSError, ValueError, KeyError) as fault:
+            reason = str(fault).strip().splitlines()[0] if str(fault).strip() else repr(fault)
+            raise FileError("the model cannot be loaded", [(str(folder), reason)]) from fault
+    problems(model, report, folder, task)
+    if report["missing_keys"]:
+        fill(model, set(report["missing_keys"]), seed)
+    return model
+
+
+def problems(model: PreTrainedModel, report: dict[str, Any], folder: Path, task: str) -> None:
+    """Raise FileError where weights and architecture do not fit; a task's head is let be."""
+
+    def is_head(name: str) -> bool:
+        if "pooler." in name:  # BERT's pooler serves the head, and masked models save none
+            return True
+        prefix = model.base_model_prefix
+        return bool(prefix) and hasattr(model, prefix) and not name.startswith(prefix + ".")
+
+    facts = [
+        (name, f"{list(stored)} in the file, {list(wanted)} in the model")
+        for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    lost = sorted(report["missing_keys"])
+    extra = sorted(report["unexpected_keys"])
+    if task in (*NEW_HEAD, "encoder"):
+        lost = [name for name in lost if not is_head(name)]
+    if task in (*NEW_HEAD, "encoder"):
+        inside = {name.split(".")[0] for name, _ in model.named_parameters()}
+        extra = [name for name in extra if name.split(".")[0] in inside and not is_head(name)]
+    facts += listed(lost, "missing") + listed(extra, "not part of this architecture")
+    facts += [(message.splitlines()[0], "") for message in report.get("error_msgs", [])]
+    if facts:
+        kind = type(model).__name__
+        raise FileError(f"the weights do not fit {kind}", [(str(folder), ""), *facts])
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, or of an adapter's own folder where it has one.
+
+    Raises FileError where there is none.
+    """
+    found = recognise(source)
+    if found.kind == "run":
+        return load_tokenizer(Path(found.path) / "final")
+    folder = download(found.path) if found.kind == "hub" else Path(found.path)
+    own = any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.txt"))
+    own = own or (folder / "vocab.json").is_file()
+    if not own and found.base:
+        return load_tokenizer(found.base)
+    if not own:
+        raise FileError("the model has no tokenizer", [(str(folder), "no tokenizer.json")])
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as fault:  # tokenizers raises a bare Exception for a damaged file
+            reason = str(fault).strip().splitlines()[0]
+            raise FileError("the tokenizer cannot be read", [(str(folder), reason)]) from fault
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A name for a base: which architecture, which tensors, which values.
+
+    SHA-256 over what of the config changes the function, then each distinct parameter and
+    saved buffer (names sorted; of a tied pair the first) with its shape and 64 evenly spaced
+    values, rounded to bf16. The dtype a model is loaded in therefore makes no difference,
+    nor does a file that spells a tied head twice. Taken before any term is attached.
+    """
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    for key in ESSENTIALS:
+        digest.update(f"{key}={getattr(config, key, None)}\n".encode())
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=True))
+    saved = model.state_dict(keep_vars=True)
+    tensors |= {name: t for name, t in model.named_buffers() if name in saved}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        flat = tensor.reshape(-1)
+        at = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64)
+        sample = flat[at.long().to(flat.device)]
+        sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+ESSENTIALS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "tie_word_embeddings",
+)

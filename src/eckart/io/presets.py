@@ -1,0 +1,189 @@
+"""Models from random weights: named shapes, and initial values that depend on names alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from eckart.errors import FileError, UsageError, did_you_mean
+
+TASKS = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "encoder": "AutoModel",
+    "image": "AutoModelForImageClassification",
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A shape of a transformers architecture. `vocab` is what it has where none is given."""
+
+    kind: str  # transformers' model_type
+    shape: dict[str, Any]
+    vocab: int
+    about: str
+
+
+def llama(d: int, mlp: int, layers: int, heads: int, size: str) -> Preset:
+    """A Llama of the sizes that GaLore (Zhao et al. 2024, Table 5) pretrains on C4."""
+    shape = {
+        "hidden_size": d,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 1024,
+    }
+    return Preset("llama", shape, 32000, f"the {size} Llama of the GaLore paper")
+
+
+PRESETS: dict[str, Preset] = {
+    "llama-tiny": Preset(
+        "llama",
+        {
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+        },
+        2048,
+        "trains on a laptop in minutes",
+    ),
+    "llama-60m": llama(512, 1376, 8, 8, "60M"),
+    "llama-130m": llama(768, 2048, 12, 12, "130M"),
+    "llama-350m": llama(1024, 2736, 24, 16, "350M"),
+    "llama-1b": llama(2048, 5461, 24, 32, "1B"),
+    "gpt2": Preset("gpt2", {}, 50257, "GPT-2 small"),
+    "bert-tiny": Preset(
+        "bert",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
+        2048,
+        "an encoder for tests",
+    ),
+}
+
+
+def config_of(source: str | Path | PretrainedConfig, vocab: int | None = None) -> PretrainedConfig:
+    """The configuration that a preset's name, a config.json or its folder stands for.
+
+    `vocab` replaces its vocabulary size. Special token ids that lie outside the vocabulary
+    are dropped, the tokenizer's being the ones that count.
+    """
+    if isinstance(source, PretrainedConfig):
+        config = source
+    elif str(source) in PRESETS and not Path(source).exists():
+        preset = PRESETS[str(source)]
+        config = AutoConfig.for_model(preset.kind, vocab_size=vocab or preset.vocab, **preset.shape)
+    elif Path(source).exists():
+        path = Path(source)
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as fault:
+            reason = str(fault).splitlines()[0]
+            raise FileError("the model's config cannot be read", [(str(path), reason)]) from fault
+    else:
+        raise UsageError(
+            "no such preset or config",
+            [(str(source), "")],
+            did_you_mean(str(source), list(PRESETS)),
+        )
+    if vocab is not None:
+        config.vocab_size = vocab
+    size = getattr(config, "vocab_size", None)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(config, key, None)
+        if size is not None and isinstance(token, int) and token >= size:
+            setattr(config, key, None)
+    return config
+
+
+def build_model(
+    source: str | Path | PretrainedConfig,
+    vocab: int | None = None,
+    seed: int = 0,
+    task: str = "causal",
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """A model with random weights, the same on every machine that draws the same numbers.
+
+    Every module draws from its own seed, hash(seed, its name): a deeper model has the same
+    values in the layers that both have. The global generator is left as it was.
+    """
+    config = config_of(source, vocab)
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)  # for what a module draws in its constructor
+        model = task_class(task).from_config(config, dtype=dtype)
+        initialise(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: PreTrainedModel, seed: int) -> None:
+    """Draw every module's initial values by its architecture's own rule, from its own seed.
+
+    Children come before their parents, whose rule may rescale them (GPT-2's projections).
+    """
+    owners: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        above = owners.get(name.rpartition(".")[0], model)
+        owners[name] = module if isinstance(module, PreTrainedModel) else above
+    for name, module in reversed(list(model.named_modules())):
+        torch.manual_seed(seed_of(seed, name))
+        owners[name]._init_weights(module)
+    model.tie_weights()
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A 63-bit seed from a run's seed and a module's name."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def fill(model: PreTrainedModel, names: set[str], seed: int) -> None:
+    """Redraw the modules that hold these tensors: a head that a checkpoint does not have."""
+    modules = {name.rpartition(".")[0] for name in names}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name in sorted(modules):
+            torch.manual_seed(seed_of(seed, name))
+            model._init_weights(model.get_submodule(name))
+
+
+def task_class(task: str) -> Any:
+    """The Auto class of a task."""
+    if task not in TASKS:
+        raise UsageError("no such task", [(task, "")], did_you_mean(task, list(TASKS)))
+    return getattr(transformers, TASKS[task])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' reports and progress bars off the screen: errors are ours to word."""
+    logging = transformers.utils.logging
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
