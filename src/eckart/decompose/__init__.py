@@ -1,0 +1,19 @@
+"""Matrices into factors: truncated, whitened, by budget."""
+
+from eckart.decompose.svd import (
+    balanced,
+    fix_signs,
+    rank_for_energy,
+    recompress,
+    truncated_svd,
+    working,
+)
+
+__all__ = [
+    "balanced",
+    "fix_signs",
+    "rank_for_energy",
+    "recompress",
+    "truncated_svd",
+    "working",
+]

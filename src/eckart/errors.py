@@ -1,0 +1,85 @@
+"""What a user did that cannot work: said in words, with the place and the way out.
+
+Every error a user can cause is an EckartError. Its text has up to three parts: what is
+wrong, the facts (one line each, aligned), and what to type. Its class fixes the exit code
+of the command line.
+"""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class EckartError(Exception):
+    """Base of all errors a user can cause; also an internal fault (exit code 1).
+
+    `what` is one line without a full stop. `facts` are (thing, place or value) pairs.
+    `fix` is the last line: what to type or change.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, facts: Iterable[tuple[str, str]] = (), fix: str = ""):
+        self.what = what
+        self.facts = tuple(facts)
+        self.fix = fix
+        super().__init__(self.text())
+
+    def text(self) -> str:
+        """The message as it is printed, without a trailing newline."""
+        width = max((len(thing) for thing, _ in self.facts), default=0)
+        facts = [f"  {thing:<{width}}  {place}".rstrip() for thing, place in self.facts]
+        return "\n".join([self.what, *facts, *([self.fix] if self.fix else [])])
+
+    def __reduce__(self):
+        return type(self), (self.what, self.facts, self.fix)
+
+
+class UsageError(EckartError):
+    """Wrong command, key, value, target or combination."""
+
+    exit_code = 2
+
+
+class FileError(EckartError):
+    """Data, model, adapter or run files that are missing, malformed or do not fit."""
+
+    exit_code = 3
+
+
+class OutOfRoom(EckartError):
+    """Memory or disk space ran out."""
+
+    exit_code = 4
+
+
+class Diverged(EckartError):
+    """A loss, gradient or weight is no longer finite."""
+
+    exit_code = 5
+
+
+class MissingExtra(EckartError):
+    """An optional dependency is needed and not installed."""
+
+    exit_code = 6
+
+
+class Interrupted(EckartError):
+    """Ctrl-C, after a checkpoint was saved."""
+
+    exit_code = 130
+
+
+def nearest(word: str, choices: Iterable[str], n: int = 1) -> list[str]:
+    """The n valid words closest to a mistyped one, best first; empty where none is close."""
+    spellings = {choice.lower().replace("_", "-"): choice for choice in choices}
+    close = get_close_matches(word.lower().replace("_", "-"), spellings, n=n, cutoff=0.55)
+    return [spellings[c] for c in close]
+
+
+def did_you_mean(word: str, choices: Sequence[str], otherwise: str = "") -> str:
+    """`Did you mean X?`, or the list of choices where nothing is close."""
+    close = nearest(word, choices)
+    if close:
+        return f"Did you mean {close[0]}?"
+    return otherwise or f"Choices: {', '.join(sorted(choices))}."

@@ -1,0 +1,26 @@
+"""What is a map made of? Terms, sums of terms, and the sites where they live."""
+
+from eckart.linear.lowrank import LowRank, linear_plus_low_rank, low_rank
+from eckart.linear.sites import Site, find_sites, seeded_generator
+from eckart.linear.structured import Structured, fold, install, kernels, uninstall
+from eckart.linear.term import Dense, Gain, Product, Term, describe, plain_mm
+
+__all__ = [
+    "Dense",
+    "Gain",
+    "LowRank",
+    "Product",
+    "Site",
+    "Structured",
+    "Term",
+    "describe",
+    "find_sites",
+    "fold",
+    "install",
+    "kernels",
+    "linear_plus_low_rank",
+    "low_rank",
+    "plain_mm",
+    "seeded_generator",
+    "uninstall",
+]

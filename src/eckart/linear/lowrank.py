@@ -1,0 +1,193 @@
+"""Low-rank terms: y = scale * B phi(R A x).
+
+B [*, m, r], A [*, r, n]; optional core R [*, r, r]; optional function phi between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eckart.linear.term import Product, Term, plain_mm
+
+RowFactor = Callable[[Tensor, Tensor, float], Tensor]
+
+
+class LowRank(Term):
+    """scale * B (R) A, with each tensor trained or frozen by choice.
+
+    `start`, where given, is a frozen pair (B0, A0) whose product is subtracted, so that a
+    term that does not start at zero starts at the base all the same. `phi` names a
+    function of torch.nn.functional between the factors and makes the term nonlinear. `dropout` acts on the input of A only.
+    """
+
+    rank_axes: ClassVar[dict[str, int]] = {"B": -1, "A": -2}
+    branch_gradient: RowFactor | None = None
+    """Set by an update rule: a row factor on the gradients of A and B (not of x)."""
+    B: Tensor
+    A: Tensor
+    R: Tensor | None
+    B0: Tensor | None
+    A0: Tensor | None
+
+    def __init__(
+        self,
+        B: Tensor,
+        A: Tensor,
+        scale: float = 1.0,
+        *,
+        R: Tensor | None = None,
+        start: tuple[Tensor, Tensor] | None = None,
+        phi: str = "",
+        dropout: float = 0.0,
+        trained: tuple[str, ...] = ("B", "A", "R"),
+    ):
+        super().__init__()
+        self.scale, self.dropout, self.phi = scale, dropout, phi
+        self.hold("B", B, "B" in trained)  # [*, m, r]
+        self.hold("A", A, "A" in trained)  # [*, r, n]
+        self.hold("R", R, "R" in trained)  # [*, r, r]
+        self.hold("B0", start[0] if start else None, False)
+        self.hold("A0", start[1] if start else None, False)
+
+    @classmethod
+    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
+        term = super().empty(tensors, scalars)
+        for name in ("R", "B0", "A0"):
+            if name not in tensors:
+                term.register_buffer(name, None)
+        return term
+
+    @property
+    def linear(self) -> bool:  # type: ignore[override]
+        """Is there no function between the factors?"""
+        return not self.phi
+
+    @property
+    def function(self) -> Callable[[Tensor], Tensor] | None:
+        """The function between the factors."""
+        return getattr(F, self.phi) if self.phi else None
+
+    def hold(self, name: str, tensor: Tensor | None, trained: bool) -> None:
+        """A parameter where it is trained, a saved buffer where it is frozen."""
+        if tensor is not None and trained:
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.A.dtype)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        if self.branch_gradient is not None:
+            factor = self.branch_gradient(self.B.detach(), self.A.detach(), self.scale)
+            return RowScaledGradient.apply(x, self.A, self.B, factor, self.scale)
+        y = low_rank(x, self.A, self.B, self.scale, self.R, self.function, self.mm)
+        return y if self.B0 is None else y - low_rank(x, self.A0, self.B0, self.scale, mm=self.mm)
+
+    def back(self, x: Tensor) -> Tensor:  # [*, t, m] -> [*, t, n]
+        x = x.to(self.A.dtype)
+        R = None if self.R is None else self.R.mT
+        y = low_rank(x, self.B.mT, self.A.mT, self.scale, R, mm=self.mm)
+        if self.B0 is None:
+            return y
+        return y - low_rank(x, self.B0.mT, self.A0.mT, self.scale, mm=self.mm)
+
+    def columns(self, ids: Tensor) -> Tensor:  # [..] -> [.., m]
+        h = F.embedding(ids, self.A.mT)  # [.., r]
+        h = h if self.R is None else self.mm(h, self.R.mT)
+        y = self.mm(h * self.scale, self.B.mT)
+        if self.B0 is None:
+            return y
+        return y - self.mm(F.embedding(ids, self.A0.mT) * self.scale, self.B0.mT)
+
+    def dense(self) -> Tensor:  # [*, m, n]
+        if self.phi:
+            return super().dense()
+        B, A = self.exact_factors()
+        return B @ A
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.phi else self.exact_factors()
+
+    def exact_factors(self) -> tuple[Tensor, Tensor]:
+        """B [*, m, r'], A [*, r', n] with the scale in B; a start doubles the rank."""
+        B = self.scale * (self.B if self.R is None else self.B @ self.R)
+        if self.B0 is None:
+            return B, self.A
+        B = torch.cat([B, -self.scale * self.B0], dim=-1)
+        return B, torch.cat([self.A, self.A0], dim=-2)
+
+    def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
+        if self.R is not None or self.B0 is not None or self.branch_gradient is not None:
+            return super().grouped(x, offsets)
+        x = x.to(self.A.dtype)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        parts = [
+            low_rank(x[a:b], self.A[e], self.B[e], self.scale, None, self.function, self.mm)
+            for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
+            if b > a
+        ]
+        return torch.cat(parts) if parts else x.new_zeros(0, self.rows())
+
+    def rows(self) -> int:
+        return self.B.shape[-2]
+
+    def extra_repr(self) -> str:
+        m, n, r = self.B.shape[-2], self.A.shape[-1], self.A.shape[-2]
+        return f"{m} x {n}, rank {r}, scale {self.scale:g}"
+
+
+def low_rank(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    R: Tensor | None = None,
+    phi: Callable[[Tensor], Tensor] | None = None,
+    mm: Product = plain_mm,
+) -> Tensor:
+    """scale * B phi(R A x): x [*, t, n] -> [*, t, m]. The scale is folded into the thin side."""
+    h = mm(x, A.mT)  # [*, t, r]
+    h = h if R is None else mm(h, R.mT)
+    h = h if phi is None else phi(h)
+    return mm(h if scale == 1.0 else h * scale, B.mT)
+
+
+def linear_plus_low_rank(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """x W^T + bias + scale * (x A^T) B^T in W's dtype: the reference a kernel may take over.
+
+    x [*, t, n], W [m, n], A [r, n], B [m, r]. The thin products are computed in the
+    factors' dtype, their sum with the base in the base's.
+    """
+    y = F.linear(x, W, bias)
+    return y + low_rank(x.to(A.dtype), A, B, scale).to(y.dtype)
+
+
+class RowScaledGradient(torch.autograd.Function):
+    """scale * (x A^T) B^T whose parameter gradients see each output row times `factor`.
+
+    factor [m] multiplies rows of dL/dy on their way to A and B; dL/dx is left as it is.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, factor, scale):
+        h = x @ A.mT  # [*, t, r]
+        ctx.save_for_backward(x, h, A, B, factor)
+        ctx.scale = scale
+        return (h * scale) @ B.mT
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, h, A, B, factor = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])  # [t, m]
+        dB = factor[:, None] * (flat.mT @ h.reshape(-1, h.shape[-1])) * ctx.scale  # [m, r]
+        # c stands inside the sum over rows: scale B, not dy, and no [t, m] copy is made
+        dA = ((flat @ (factor[:, None] * B)) * ctx.scale).mT @ x.reshape(-1, x.shape[-1])
+        dx = ((dy @ B) * ctx.scale) @ A if ctx.needs_input_grad[0] else None
+        return dx, dA, dB, None, None

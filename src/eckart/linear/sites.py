@@ -1,0 +1,191 @@
+"""Places where a linear map lives: every layer type is seen as a matrix [*, m, n].
+
+The one file that knows layer types, ours and others'. Foreign classes are known by their
+qualified names, so that nothing is imported for their sake.
+
+    Linear      weight [m, n]                     as it is
+    Conv1D      weight [n, m] (GPT-2)             transposed
+    Embedding   weight [n, m], n = vocabulary     transposed: a map from one-hot tokens
+    Conv2d      weight [m, c, kh, kw]             n = c * kh * kw, by unfolding
+    experts     a 3-D parameter [e, m, n]         one matrix per expert
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclass(eq=False)
+class Site:
+    """One place where a map lives, before or after terms are attached to it.
+
+    `path` names the module (and the parameter, for fused experts), `shape` is (m, n),
+    `leading` what stands before it. `ties` are the paths of modules that use the same
+    matrix. `gradient` [*, m, n] and `activations` [t, n] are there for methods that need them.
+    """
+
+    path: str
+    module: nn.Module
+    kind: str
+    param: str = "weight"
+    role: str = "other"
+    ties: tuple[str, ...] = ()
+    tied_modules: tuple[nn.Module, ...] = field(default=(), repr=False)
+    seed: int = 0
+    overrides: dict[str, Any] = field(default_factory=dict)
+    gradient: Tensor | None = field(default=None, repr=False)
+    activations: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def raw(self) -> nn.Parameter:
+        """The parameter in the module's own layout."""
+        return getattr(self.module, self.param)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before a term's name among the module's children."""
+        return f"{self.param}_" if self.kind == "experts" else ""
+
+    @property
+    def module_path(self) -> str:
+        """The path of the module itself."""
+        return self.path.rsplit(".", 1)[0] if self.kind == "experts" else self.path
+
+    @property
+    def transposed(self) -> bool:
+        """Is the stored matrix [*, n, m]?"""
+        return transposed(self.module, self.kind)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(*, m, n)."""
+        shape = tuple(self.raw.shape)
+        if self.kind == "conv2d":
+            return shape[0], shape[1] * shape[2] * shape[3]
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): outputs, inputs."""
+        m, n = self.matrix_shape[-2:]
+        return m, n
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Leading dimensions: (experts,) or ()."""
+        return self.matrix_shape[:-2]
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense matrix [*, m, n], detached; a view where no dtype is asked for."""
+        matrix = as_matrix(self.raw.detach(), self.module, self.kind)
+        return matrix if dtype is None else matrix.to(dtype)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A fresh CPU generator seeded by (seed, path): independent of order and of targets."""
+        return seeded_generator(self.seed, self.path)
+
+
+def seeded_generator(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator whose seed is the hash of (seed, names): the same in every process."""
+    text = "/".join(str(name) for name in (seed, *names))
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def qualified_name(cls: type) -> str:
+    """module.Class of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """linear, conv1d, embedding, conv2d, experts; None for all others."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Conv2d):
+        return "conv2d"
+    if any(qualified_name(c) == CONV1D for c in type(module).__mro__):
+        return "conv1d"
+    if expert_parameters(module):
+        return "experts"
+    return None
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Names of the 3-D parameters of a fused expert module (Mixtral, Qwen-MoE, ...)."""
+    own = dict(module.named_parameters(recurse=False))
+    return [name for name in EXPERT_PARAMETERS if name in own and own[name].ndim == 3]
+
+
+def transposed(module: nn.Module, kind: str) -> bool:
+    """Does this kind of layer store [*, n, m]?"""
+    if kind == "experts":
+        return bool(getattr(module, "is_transposed", False))
+    return kind in ("conv1d", "embedding")
+
+
+def as_matrix(tensor: Tensor, module: nn.Module, kind: str) -> Tensor:
+    """A stored tensor as [*, m, n]."""
+    if kind == "conv2d":
+        return tensor.flatten(1)
+    return tensor.mT if transposed(module, kind) else tensor
+
+
+def as_stored(matrix: Tensor, module: nn.Module, kind: str, shape: torch.Size) -> Tensor:
+    """A matrix [*, m, n] in the module's own layout."""
+    if kind == "conv2d":
+        return matrix.reshape(shape)
+    return matrix.mT if transposed(module, kind) else matrix
+
+
+def reads_past_module(parent: nn.Module, name: str) -> bool:
+    """Is this child's weight read without calling the child? Terms on it would be skipped."""
+    return isinstance(parent, nn.MultiheadAttention) and name == "out_proj"
+
+
+def find_sites(model: nn.Module, seed: int = 0) -> list[Site]:
+    """All sites in the order of named_modules; a tied group is one site, the embedding's."""
+    sites: dict[int, Site] = {}
+    for path, module in model.named_modules():
+        for site in module_sites(path, module, seed):
+            first = sites.setdefault(id(site.raw), site)
+            if first is not site:
+                sites[id(site.raw)] = join(first, site)
+    return list(sites.values())
+
+
+def module_sites(path: str, module: nn.Module, seed: int) -> Iterator[Site]:
+    """The sites of one module: one, one per fused parameter, or none."""
+    kind = kind_of(module)
+    if kind is None:
+        return
+    for param in expert_parameters(module) if kind == "experts" else ["weight"]:
+        if isinstance(module._parameters.get(param), nn.Parameter):
+            name = f"{path}.{param}" if kind == "experts" else path
+            yield Site(name, module, kind, param, seed=seed)
+
+
+def join(first: Site, other: Site) -> Site:
+    """Two uses of one parameter: the embedding keeps the terms, the other refers to it."""
+    if other.kind == "embedding" and first.kind != "embedding":
+        first, other = other, first
+    return Site(
+        first.path,
+        first.module,
+        first.kind,
+        first.param,
+        seed=first.seed,
+        ties=(*first.ties, other.path, *other.ties),
+        tied_modules=(*first.tied_modules, other.module, *other.tied_modules),
+    )

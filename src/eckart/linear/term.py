@@ -1,0 +1,145 @@
+"""The contract of a term: one summand of a linear map.
+
+    y = gain * sum_i term_i(x) + bias
+
+m out, n in, t tokens, * any leading dimensions (fused experts have one per expert).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def plain_mm(x: Tensor, w: Tensor) -> Tensor:
+    """x [*, t, n] times w [*, n, m]: the product that a precision may replace."""
+    return x @ w
+
+
+class Term(nn.Module):
+    """One summand. A subclass defines `forward` and, where it is linear, `dense`."""
+
+    linear: ClassVar[bool] = True
+    """False where a nonlinearity stands between the factors: then there is no dense()."""
+    rank_axes: ClassVar[dict[str, int]] = {}
+    """The axis along which rank components lie, for each tensor that has them."""
+    mm: Product = staticmethod(plain_mm)
+    """How products are computed; an instance attribute where a precision sets it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*, t, n] -> [*, t, m]."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The matrix it stands for, [*, m, n], in the dtype of its tensors."""
+        raise NotImplementedError(f"{type(self).__name__} is not linear: it has no dense form")
+
+    def back(self, x: Tensor) -> Tensor:
+        """x [*, t, m] -> [*, t, n], for the other end of a tied pair."""
+        return self.mm(x, self.dense().to(x.dtype))
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Columns of the map for token ids [..]: [.., m]."""
+        return self.dense().mT[ids]
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Exact B [*, m, r], A [*, r, n] with dense() = B A, the scale inside B; else None."""
+        return None
+
+    def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
+        """Ragged tokens sorted by expert: x [t, n], expert e owns rows offsets[e]:offsets[e+1].
+
+        Runs the term once per expert on that expert's slice of its tensors.
+        """
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        parts = [
+            functional_call(self, {name: tensor[e] for name, tensor in tensors.items()}, x[a:b])
+            for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
+            if b > a
+        ]
+        return torch.cat(parts) if parts else x.new_zeros(0, self.rows())
+
+    def rows(self) -> int:
+        """m, the number of outputs."""
+        return self.dense().shape[-2]
+
+    @classmethod
+    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
+        """A term of stored shapes without values, to load into: what `describe` wrote.
+
+        `tensors` maps names to {shape, dtype, trained}; `scalars` are plain attributes. A
+        term with derived tensors that are not saved overrides this to draw them again.
+        """
+        term = cls.__new__(cls)
+        nn.Module.__init__(term)
+        vars(term).update(scalars)
+        for name, spec in tensors.items():
+            tensor = torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]))
+            if spec["trained"]:
+                term.register_parameter(name, nn.Parameter(tensor))
+            else:
+                term.register_buffer(name, tensor)
+        return term
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which `empty` rebuilds the term: type, tensors, scalars."""
+        return describe(self)
+
+    def select(self, kept: Tensor) -> None:
+        """Keep only these rank components (int64 indices), in place of the tensors."""
+        for name, axis in self.rank_axes.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            smaller = tensor.detach().index_select(axis, kept.to(tensor.device)).contiguous()
+            if isinstance(tensor, nn.Parameter):
+                smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+            setattr(self, name, smaller)
+
+
+class Gain(nn.Module):
+    """A factor for each output row, which sees the site's matrix and its terms."""
+
+    empty = classmethod(Term.empty.__func__)  # type: ignore[attr-defined]
+
+    def factor(self, weight: Tensor, terms: list[Term]) -> Tensor:
+        """weight [*, m, n] -> [*, m]."""
+        raise NotImplementedError
+
+
+def describe(part: nn.Module) -> dict[str, Any]:
+    """Plain data about a term or gain: its class, saved tensors and scalar attributes."""
+    tensors = {
+        name: {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "trained": isinstance(tensor, nn.Parameter),
+        }
+        for name, tensor in part.state_dict(keep_vars=True).items()
+    }
+    scalars = {
+        name: value
+        for name, value in vars(part).items()
+        if isinstance(value, int | float | str) and name not in ("training", "linear")
+    }
+    return {"type": type(part).__name__, "tensors": tensors, "scalars": scalars}
+
+
+class Dense(Term):
+    """A whole matrix as a term: `weight` [*, m, n]."""
+
+    def __init__(self, weight: Tensor, trained: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mm(x, self.weight.mT.to(x.dtype))
+
+    def dense(self) -> Tensor:
+        return self.weight

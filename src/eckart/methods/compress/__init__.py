@@ -1,0 +1,1 @@
+"""Weights of a trained model -> fewer, in one shot. One file per method."""

@@ -1,0 +1,1 @@
+"""What is added to the loss, or replaces it? One file per method."""

@@ -1,0 +1,1 @@
+"""In which number format is the map evaluated? One file per method."""

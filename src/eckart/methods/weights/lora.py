@@ -1,0 +1,137 @@
+"""LoRA: a frozen matrix plus a trained product of two thin ones.
+
+    y = W x + s B A x        B [m, r] zero at first, A [r, n] random, s = alpha / r
+
+The baseline of the field and its exchange format. Take it first, with its learning rate
+tuned: most variants gain less than that does. With rank-stabilised scaling,
+s = alpha / sqrt(r), a learning rate found at one rank holds at others.
+
+Source: E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, eq. 3;
+D. Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
+A is drawn as the code of both official repositories draws it (Kaiming uniform with
+a = sqrt 5, that is U(-1/sqrt n, 1/sqrt n)), where the paper says Gaussian.
+
+m out, n in, r rank, * any leading dimensions (fused experts).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+
+from eckart.decompose import truncated_svd
+from eckart.linear import Dense, LowRank, Site
+from eckart.recipe import Cost, Paper, Weights
+
+
+def scale_of(alpha: float, rank: int, scaling: str) -> float:
+    """s: alpha / r, or alpha / sqrt(r) where the scaling is rank-stabilised."""
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
+
+
+def kaiming(site: Site, rank: int) -> tuple[Tensor, Tensor]:
+    """B [*, m, r] = 0, A [*, r, n] ~ U(-1/sqrt n, 1/sqrt n). For embeddings A = 0, B ~ N(0, 1)."""
+    m, n = site.shape
+    B, A = torch.zeros(*site.leading, m, rank), torch.zeros(*site.leading, rank, n)
+    if site.kind == "embedding":  # a lookup sees one column of A: a random A would be sparse noise
+        return B.normal_(generator=site.generator), A
+    return B, A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=site.generator)
+
+
+def gaussian(site: Site, rank: int) -> tuple[Tensor, Tensor]:
+    """B = 0, A ~ N(0, 1/r^2)."""
+    B, A = kaiming(site, rank)
+    if site.kind == "embedding":
+        return B, A
+    return B, A.normal_(0.0, 1 / rank, generator=site.generator)
+
+
+def orthogonal(site: Site, rank: int) -> tuple[Tensor, Tensor]:
+    """B A = 0 with neither factor zero: even and odd rows of a random rotation of r."""
+    (m, n), g, half = site.shape, site.generator, rank // 2
+    Q = torch.linalg.qr(torch.randn(*site.leading, rank, rank, generator=g))[0]
+    A = torch.randn(*site.leading, n, half, generator=g) @ Q[..., 1::2, :][..., :half, :]
+    B = torch.randn(*site.leading, m, half, generator=g) @ Q[..., 0::2, :][..., :half, :]
+    return B / 10, A.mT / 10
+
+
+def pissa(site: Site, rank: int) -> tuple[Tensor, Tensor]:
+    """The principal part of W: B = U sqrt(S), A = sqrt(S) V^T (the base keeps the rest)."""
+    U, s, Vt = truncated_svd(site.weight(torch.float32), rank)
+    root = s.sqrt()
+    return U * root.unsqueeze(-2), root.unsqueeze(-1) * Vt
+
+
+def olora(site: Site, rank: int) -> tuple[Tensor, Tensor]:
+    """Thin QR of W: B = Q_r, A = R_r."""
+    Q, R = torch.linalg.qr(site.weight(torch.float32))
+    return Q[..., :rank].contiguous(), R[..., :rank, :].contiguous()
+
+
+STARTS = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "pissa": pissa,
+    "olora": olora,
+}
+
+
+@dataclass(frozen=True)
+class LoRA(Weights):
+    """Trains two thin factors beside each matrix; the base stays as it is."""
+
+    rank: Annotated[int, Ge(1)] = 16
+    """r, the rank of the update. Paper: 1 to 64; cut to min(m, n) where a map is narrower."""
+
+    alpha: Annotated[float, Gt(0)] = 32.0
+    """Numerator of the scale s. Twice the rank is customary."""
+
+    scaling: Literal["lora", "rslora"] = "lora"
+    """s = alpha / r (lora) or alpha / sqrt(r) (rslora)."""
+
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"
+    """Initial factors. pissa and olora take them from W and leave the rest in the base."""
+
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of inputs of A dropped in training. Paper: 0 to 0.1."""
+
+    lr_ratio: Annotated[float, Gt(0)] = 1.0
+    """LoRA+: learning rate of B over that of A. Its paper: 16."""
+
+    base: ClassVar = "frozen"
+    mission: ClassVar = False
+    peft_type: ClassVar = "LORA"
+    default_lr: ClassVar = 1e-3
+    paper: ClassVar = Paper(
+        "LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685"
+    )
+    promises: ClassVar = {
+        "starts_at_base": {"init": ("kaiming", "gaussian", "orthogonal")},
+        "restores_base": None,
+        "merges": None,
+        "exports_low_rank": None,
+    }
+
+    def build_one(self, site: Site) -> Mapping[str, nn.Module]:
+        rank = min(self.rank, *site.shape)
+        scale = scale_of(self.alpha, self.rank, self.scaling)
+        B, A = STARTS[self.init](site, rank)
+        if self.init == "pissa":  # the scale must not change the product
+            B, A = B / math.sqrt(scale), A / math.sqrt(scale)
+        term = LowRank(B.contiguous(), A.contiguous(), scale, dropout=self.dropout)
+        if self.init not in ("pissa", "olora"):
+            return {"lora": term}
+        rest = site.weight(torch.float32) - term.dense().detach()
+        return {"lora": term, "dense": Dense(rest, trained=False)}
+
+    def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
+        return {"lr": self.lr_ratio} if name.endswith(".B") else {}
+
+    def cost(self, m: int, n: int) -> Cost:
+        r = min(self.rank, m, n)
+        return Cost(parameters=r * (m + n), flops_per_token=2 * r * (m + n))

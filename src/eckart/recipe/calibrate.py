@@ -1,0 +1,115 @@
+"""Gradients and activations of sites, gathered from calibration batches before attaching.
+
+Gradients are means over the examples of all batches, in fp32, for a few matrices at a time,
+so that no gradient of the whole model is ever held. Activations are input tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart.errors import Diverged
+from eckart.linear import Site
+from eckart.linear.sites import as_matrix
+
+Batch = Mapping[str, Any]
+AT_A_TIME = 8  # matrices whose gradients are held at once: passes against memory
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The task's own loss of one batch."""
+    outputs = model(**batch)
+    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def gather_gradients(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor] = loss_of,
+    at_a_time: int = AT_A_TIME,
+) -> None:
+    """Write the mean gradient [*, m, n] (fp32, the matrix's device) into each site."""
+    batches = list(batches)
+    wanted = {id(p): p.requires_grad for p in model.parameters()}
+    with deterministic_mode(model):
+        for start in range(0, len(sites), at_a_time):
+            group = sites[start : start + at_a_time]
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            for site in group:
+                site.raw.requires_grad_(True)
+                site.gradient = torch.zeros(site.matrix_shape, device=site.raw.device)
+            for batch in batches:
+                value = loss(model, batch)
+                grads = torch.autograd.grad(value, [s.raw for s in group], allow_unused=True)
+                for site, grad in zip(group, grads, strict=True):
+                    if grad is not None and site.gradient is not None:
+                        site.gradient += as_matrix(grad, site.module, site.kind).float()
+            for site in group:
+                if site.gradient is not None:
+                    site.gradient /= max(1, len(batches))
+                    check_finite(site.gradient, site.path, "gradient")
+    for parameter in model.parameters():
+        parameter.requires_grad_(wanted[id(parameter)])
+
+
+def gather_activations(
+    model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], limit: int = 8192
+) -> None:
+    """Write up to `limit` input tokens [t, n] (fp32, CPU) into each site; padding left out."""
+    kept: dict[str, list[Tensor]] = {site.path: [] for site in sites}
+    counts = dict.fromkeys(kept, 0)
+    mask: Tensor | None = None
+
+    def watch(site: Site) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach()
+            if not x.is_floating_point() or counts[site.path] >= limit:
+                return
+            tokens = x.reshape(-1, x.shape[-1])
+            if mask is not None and mask.numel() == tokens.shape[0]:
+                tokens = tokens[mask.reshape(-1)]
+            tokens = tokens[: limit - counts[site.path]]
+            counts[site.path] += tokens.shape[0]
+            kept[site.path].append(tokens.float().cpu())
+
+        return hook
+
+    handles = [site.module.register_forward_pre_hook(watch(site)) for site in sites]
+    try:
+        with deterministic_mode(model), torch.no_grad():
+            for batch in batches:
+                attention = batch.get("attention_mask")
+                mask = None if attention is None or attention.ndim != 2 else attention.bool()
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site in sites:
+        if kept[site.path]:
+            site.activations = torch.cat(kept[site.path])
+            check_finite(site.activations, site.path, "activation")
+
+
+@contextmanager
+def deterministic_mode(model: nn.Module):
+    """Evaluation mode while calibrating: dropout would make initial values differ by run."""
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+
+
+def check_finite(tensor: Tensor, path: str, what: str) -> None:
+    """Diverged, naming the module, where calibration met a NaN or an infinity."""
+    if not torch.isfinite(tensor).all():
+        raise Diverged(f"a calibration {what} is not finite", [(path, what)])

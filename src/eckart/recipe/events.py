@@ -1,0 +1,87 @@
+"""The one hook that runs what methods schedule, at the optimizer's real steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from eckart.linear import Term, seeded_generator
+from eckart.recipe.method import Cut, Event, Method, Now
+
+Terms = Mapping[str, Mapping[str, Term]]
+
+
+class EventHook:
+    """Runs events before and after optimizer steps and remembers the count.
+
+    State is one number, so a checkpoint resumes it exactly. Draws come from a generator
+    seeded by (seed, event, step): the same on every process and after every resume.
+    """
+
+    def __init__(self, methods: tuple[Method, ...], terms: Callable[[], Terms], seed: int):
+        scheduled = [event for method in methods for event in method.events()]
+        self.events = [event for event in scheduled if isinstance(event, Event)]
+        self.cuts = [event for event in scheduled if isinstance(event, Cut)]
+        self.terms, self.seed = terms, seed
+        self.step = 0  # completed optimizer steps
+        self.steps: int | None = None
+        self.handles: list[Any] = []
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Tick with this optimizer's steps; binding another one lets go of the last."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = [
+            optimizer.register_step_pre_hook(self.before),
+            optimizer.register_step_post_hook(self.after),
+        ]
+
+    def before(self, optimizer: Optimizer, *_: Any) -> None:
+        """Run what is due before this step."""
+        self.run("before", optimizer)
+
+    def after(self, optimizer: Optimizer, *_: Any) -> None:
+        """Count the step, then run what is due after it."""
+        self.step += 1
+        self.run("after", optimizer)
+
+    def run(self, when: str, optimizer: Optimizer) -> None:
+        """Run the events of one moment and reset moments where they say so."""
+        for event in self.events:
+            if event.when == when and event.at(self.step):
+                event.run(self.now(event.name))
+                if event.moments == "reset":
+                    reset_moments(optimizer, self.terms())
+
+    def now(self, name: str) -> Now:
+        """What an event of this name sees at the current step."""
+        generator = seeded_generator(self.seed, "event", name, self.step)
+        return Now(self.step, self.steps, self.terms(), generator)
+
+    def due_cut(self) -> dict[str, dict[str, Tensor]] | None:
+        """The rank components that live on, where a change of shape is due at this step."""
+        kept: dict[str, dict[str, Tensor]] = {}
+        for cut in self.cuts:
+            if cut.at(self.step):
+                for path, by_term in cut.kept(self.now(cut.name)).items():
+                    kept.setdefault(path, {}).update(by_term)
+        return kept or None
+
+    def state_dict(self) -> dict[str, int]:
+        """Plain scalars only."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a saved count."""
+        self.step = int(state["step"])
+
+
+def reset_moments(optimizer: Optimizer, terms: Terms) -> None:
+    """Drop the optimizer's state of all terms' parameters, in any torch optimizer."""
+    for by_name in terms.values():
+        for term in by_name.values():
+            for parameter in term.parameters():
+                optimizer.state.pop(parameter, None)

@@ -1,0 +1,377 @@
+"""A method's contract: what a file in `methods/` may declare, one class per axis.
+
+A method is a frozen dataclass of its hyper-parameters with the maths beside it. It declares
+what it promises and what it needs; the house does the rest (seeds, dtypes, hooks, saving,
+merging, resuming). Nothing here knows a method by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eckart.errors import UsageError
+
+if TYPE_CHECKING:
+    from eckart.linear import Site, Term
+    from eckart.optim import Rule
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    url: str
+    venue: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method adds to ONE [m, n] matrix, in elements and FLOPs.
+
+    `parameters` trained elements, `frozen` further stored elements, `shared` elements held
+    once per model, `state` elements of optimizer state, `flops_per_token` forward FLOPs.
+    """
+
+    parameters: int = 0
+    frozen: int = 0
+    shared: int = 0
+    state: int = 0
+    flops_per_token: int = 0
+
+
+@dataclass(frozen=True)
+class Now:
+    """What an event sees: the step just completed (or about to start) and the live terms."""
+
+    step: int
+    steps: int | None
+    terms: Mapping[str, Mapping[str, Term]]  # site path -> term name -> term
+    generator: torch.Generator  # seeded by (seed, event, step): the same on every process
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens at certain optimizer steps, changing tensors in place.
+
+    `at` is asked with the number of completed steps. `moments` says what becomes of the
+    optimizer state of the parameters named in `run`'s answer (None: all of its terms').
+    """
+
+    name: str
+    at: Callable[[int], bool]
+    run: Callable[[Now], None]
+    when: Literal["before", "after"] = "after"
+    moments: Literal["keep", "reset"] = "keep"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A change of shape inside one training: which rank components live on.
+
+    `kept` answers {site path: {term name: int64 indices along the rank axis}}. The house
+    checkpoints, rebuilds from the saved structure, migrates the optimizer's state along the
+    same axis and resumes: step count, schedule and data position go on.
+    """
+
+    name: str
+    at: Callable[[int], bool]
+    kept: Callable[[Now], dict[str, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a job that has several: a one-shot operation or a training.
+
+    `base` names the stage (or "original") whose model this one starts from, `reads` the
+    earlier stages whose output it needs, `repeat` what it is repeated over ("tasks" or
+    nothing), `optimizer` whether the optimizer starts fresh or goes on.
+    """
+
+    name: str
+    kind: Literal["train", "operate"]
+    base: str = ""
+    reads: tuple[str, ...] = ()
+    train: str = "terms"
+    repeat: Literal["", "tasks"] = ""
+    optimizer: Literal["fresh", "migrate"] = "fresh"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method: plain, frozen, checked when it is built."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "extra": "forbid",
+        "use_attribute_docstrings": True,
+    }
+    axis: ClassVar[str] = ""
+    paper: ClassVar[Paper | None] = None
+    mission: ClassVar[bool] = False  # one of the 36 papers, or beside them
+    promises: ClassVar[Any] = ()  # names, or {name: {field: value(s) for which it holds}}
+    needs: ClassVar[tuple[str, ...]] = ()  # "gradients", "activations", "moments", "horizon"
+    stages: ClassVar[tuple[Stage, ...]] = ()
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for f in fields(self):
+            check_field(self.slug, f.name, hints[f.name], getattr(self, f.name))
+
+    @property
+    def slug(self) -> str:
+        """The name users type: the file's name, with hyphens."""
+        return type(self).__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+    def promised(self, promise: str) -> bool:
+        """Does this configuration promise it? Conditional promises are read field by field."""
+        if promise not in self.promises:
+            return False
+        if not isinstance(self.promises, Mapping):
+            return True
+        conditions = self.promises[promise] or {}
+        return all(
+            getattr(self, name) in (value if isinstance(value, tuple | list) else (value,))
+            for name, value in conditions.items()
+        )
+
+    def events(self) -> Iterable[Event | Cut]:
+        """What happens at certain steps; none by default."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Weights(Method):
+    """What is the map made of, and which part of it is trained?"""
+
+    targets: tuple[str, ...] = field(default=("linear",), kw_only=True)
+    """Which maps: roles (attn, attn.q, mlp, linear, embedding, head, experts, conv, all),
+    module names, globs, `re:` patterns, layer ranges such as layers.0-3."""
+
+    overrides: tuple[dict[str, Any], ...] = field(default=(), kw_only=True)
+    """Other values of this method's fields at some maps: {match: "layers.0-3", rank: 8}."""
+
+    axis: ClassVar[str] = "weights"
+    base: ClassVar[Literal["frozen", "trained", "dropped"]] = "frozen"
+    rest: ClassVar[Literal["frozen", "trained"]] = "frozen"  # what has no terms
+    offers: ClassVar[tuple[str, ...]] = ("pairs",)  # to update rules: "pairs", "matrices"
+    peft_type: ClassVar[str | None] = None
+    default_lr: ClassVar[float] = 1e-3
+
+    def build(self, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
+        """The terms of all sites at once: {site.path: {name: term}}; {} leaves a site alone.
+
+        A term called "dense" replaces the base matrix (the original is kept); one called
+        "gain" multiplies the output rows.
+        """
+        return {site.path: dict(self.at(site).build_one(site)) for site in sites}
+
+    def build_one(self, site: Site) -> Mapping[str, nn.Module]:
+        """The terms of one site."""
+        raise NotImplementedError
+
+    def at(self, site: Site) -> typing.Self:
+        """This method with the overrides that match the site."""
+        return dataclasses.replace(self, **site.overrides) if site.overrides else self
+
+    def cost(self, m: int, n: int) -> Cost:
+        """What one [m, n] matrix costs."""
+        return Cost()
+
+    def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
+        """Ratios for a trained tensor's group: lr, weight_decay; 1 where absent."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Update(Method):
+    """How does a gradient become a change of the weights?"""
+
+    targets: tuple[str, ...] = field(default=("linear",), kw_only=True)
+    """Which trained matrices the rule acts on; all others follow `plain`."""
+
+    axis: ClassVar[str] = "update"
+    wants: ClassVar[Literal["any", "matrices", "pairs"]] = "any"
+    default_lr: ClassVar[float | None] = None  # None: the weights method's
+
+    def rule(self) -> Rule:
+        """The parts for the parameters that the method is about."""
+        raise NotImplementedError
+
+    def plain(self) -> Rule:
+        """The parts for all others; the same rule by default."""
+        return self.rule()
+
+    def branch_gradient(self) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+        """A row factor (B, A, scale) -> [m] that factor pairs apply in their backward."""
+        return None
+
+    def cost(self, m: int, n: int) -> Cost:
+        """Elements of optimizer state for one trained [m, n] parameter."""
+        return Cost()
+
+
+@dataclass(frozen=True)
+class Precision(Method):
+    """In which number format is the map evaluated?"""
+
+    axis: ClassVar[str] = "precision"
+    dtype: ClassVar[str] = "float32"  # of the frozen base; what is trained stays fp32
+
+    def mm(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The product x [*, t, n] by w [n, m]; None where the plain one is meant."""
+        return None
+
+
+@dataclass(frozen=True)
+class Attention(Method):
+    """What replaces softmax(Q K^T) V?"""
+
+    axis: ClassVar[str] = "attention"
+
+
+@dataclass(frozen=True)
+class Objective(Method):
+    """What is added to the loss, or replaces it? One of the two methods below is defined.
+
+    A penalty is a function of parameters alone: its gradient is added once per optimizer
+    step, after clipping. A data objective sees the batch and the outputs.
+    """
+
+    axis: ClassVar[str] = "objective"
+    kind: ClassVar[Literal["penalty", "data"]] = "data"
+    couples_batch: ClassVar[bool] = False  # contrastive: refuses accumulation
+    needs_reference: ClassVar[bool] = False  # wants the outputs of the base (or a teacher)
+
+    def penalty(self, terms: Mapping[str, Mapping[str, Term]]) -> Tensor:
+        """A scalar of the full trained tensors."""
+        raise NotImplementedError
+
+    def loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        outputs: Any,
+        loss: Tensor,
+        reference: Any = None,
+    ) -> Tensor:
+        """The loss to train on, given the task's own; `reference` where it is needed."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Compress(Method):
+    """Weights of a trained model -> fewer, in one shot."""
+
+    targets: tuple[str, ...] = field(default=("linear",), kw_only=True)
+    """Which maps; as for weights."""
+
+    overrides: tuple[dict[str, Any], ...] = field(default=(), kw_only=True)
+    """Other values of this method's fields at some maps."""
+
+    axis: ClassVar[str] = "compress"
+    base: ClassVar[str] = "dropped"
+    sequential: ClassVar[bool] = False
+
+    def build(self, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
+        """The terms that stand in for each dense matrix; {} keeps a site dense."""
+        return {site.path: dict(self.at(site).build_one(site)) for site in sites}
+
+    def build_one(self, site: Site) -> Mapping[str, nn.Module]:
+        """The terms of one site."""
+        raise NotImplementedError
+
+    def at(self, site: Site) -> typing.Self:
+        """This method with the overrides that match the site."""
+        return dataclasses.replace(self, **site.overrides) if site.overrides else self
+
+
+@dataclass(frozen=True)
+class Compose(Method):
+    """Several adapters -> one behaviour."""
+
+    axis: ClassVar[str] = "compose"
+
+
+AXES: dict[str, type[Method]] = {
+    "weights": Weights,
+    "update": Update,
+    "precision": Precision,
+    "attention": Attention,
+    "objective": Objective,
+    "compress": Compress,
+    "compose": Compose,
+}
+
+
+def check_field(slug: str, name: str, hint: Any, value: Any) -> None:
+    """Raise UsageError where a value has the wrong type or lies outside its range."""
+    bounds: tuple[Any, ...] = ()
+    if typing.get_origin(hint) is Annotated:
+        hint, *rest = typing.get_args(hint)
+        bounds = tuple(rest)
+    if not fits(value, hint):
+        raise UsageError(
+            f"{slug}: {name} has the wrong type",
+            [(f"{name} = {value!r}", f"expected {spell(hint)}")],
+        )
+    for bound in bounds:
+        limit, holds = next(
+            (
+                (f"{sign} {getattr(bound, attr)}", compare(value, getattr(bound, attr)))
+                for attr, sign, compare in COMPARISONS
+                if value is not None and hasattr(bound, attr)
+            ),
+            ("", True),
+        )
+        if not holds:
+            raise UsageError(f"{slug}: {name} is out of range", [(f"{name} = {value}", f"needs {limit}")])
+
+
+COMPARISONS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
+    ("ge", ">=", lambda a, b: a >= b),
+    ("gt", ">", lambda a, b: a > b),
+    ("le", "<=", lambda a, b: a <= b),
+    ("lt", "<", lambda a, b: a < b),
+)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Is the value of this type? A bool is no number; an int is a float."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, a) for a in args)
+    if origin is Annotated:
+        return fits(value, args[0])
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if origin is tuple:
+        inner = args[0] if args else Any
+        return isinstance(value, tuple) and (
+            all(fits(v, inner) for v in value)
+            if len(args) != len(value) or args[-1:] == (Ellipsis,)
+            else all(fits(v, a) for v, a in zip(value, args, strict=True))
+        )
+    return isinstance(value, origin or (type(None) if hint is None else hint))
+
+
+def spell(hint: Any) -> str:
+    """A type in the words of an error message."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(spell(a) for a in args)
+    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,195 @@
+"""Which maps does a method act on: roles, names, globs, layer ranges -> sites.
+
+    attn attn.q attn.k attn.v attn.o attn.qkv   roles, by the names models give their layers
+    mlp mlp.gate mlp.up mlp.down experts conv embedding head router
+    linear        attention, mlp and experts of the blocks (the default); `all` is the same
+    everything    every parameter of the model, norms and biases too (full training)
+    q_proj        a module's own name; layers.0.self_attn.q_proj a path or the end of one
+    layers.*.mlp.*   a glob on paths; re:PATTERN a regular expression; layers.0-3 a range
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from eckart.errors import UsageError, nearest
+from eckart.linear import Site, find_sites
+from eckart.linear.sites import reads_past_module
+
+EVERYTHING = "everything"
+
+# The first pattern that matches the path (without a fused parameter's name) gives the role.
+ROLES: tuple[tuple[str, str], ...] = (
+    (r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)$", "head"),
+    (r"predictions\.decoder$", "head"),
+    (r"\.(gate|router)$", "router"),
+    (r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$", "experts.up"),
+    (r"\.experts\.\d+\.(w2|down_proj)$", "experts.down"),
+    (r"(q_proj|query|\.q|q_lin|wq)$", "attn.q"),
+    (r"(k_proj|key|\.k|k_lin|wk)$", "attn.k"),
+    (r"(v_proj|value|\.v|v_lin|wv)$", "attn.v"),
+    (r"(c_attn|qkv_proj|query_key_value|in_proj)$", "attn.qkv"),
+    (r"(attn|attention|SelfAttention|EncDecAttention)[\w.]*\.(o_proj|out_proj|c_proj|o|wo)$", "attn.o"),
+    (r"(attention\.output\.dense|attention\.dense|out_lin|o_proj)$", "attn.o"),
+    (r"(gate_proj|wi_0|\.w1)$", "mlp.gate"),
+    (r"(up_proj|wi_1|\.wi|\.w3|c_fc|fc1|intermediate\.dense|lin1|gate_up_proj)$", "mlp.up"),
+    (r"(down_proj|\.wo|\.w2|mlp\.c_proj|fc2|output\.dense|lin2)$", "mlp.down"),
+)
+TOKENS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings)$")
+IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+RANGE = re.compile(r"^(?P<name>[\w.]+?)\.(?P<first>\d+)-(?P<last>\d+)$")
+
+
+def role_of(site: Site) -> str:
+    """The role of a site, from its kind and its path."""
+    if site.kind == "experts":
+        return "experts.down" if site.param == "down_proj" else "experts.up"
+    if site.kind == "conv2d":
+        return "conv"
+    if site.kind == "embedding":
+        return "embedding" if TOKENS.search(site.path) or site.ties else "embedding.other"
+    for pattern, role in ROLES:
+        if re.search(pattern, site.path):
+            inside = IN_BLOCK.search(site.path) or role in ("head", "router")
+            return role if inside else "other"
+    return "other"
+
+
+def sites_of(model: nn.Module, seed: int = 0) -> list[Site]:
+    """All sites of a model with their roles."""
+    sites = find_sites(model, seed)
+    for site in sites:
+        site.role = role_of(site)
+    return sites
+
+
+def matches(target: str, site: Site) -> bool:
+    """Does one target word mean this site?"""
+    if target in ("linear", "all"):
+        return site.role.split(".")[0] in ("attn", "mlp", "experts")
+    if target == site.role or site.role.startswith(target + "."):
+        return target != "embedding" or site.role == "embedding"
+    if target.startswith("re:"):
+        return re.search(target[3:], site.path) is not None
+    if span := RANGE.match(target):
+        found = re.search(rf"(^|\.){re.escape(span['name'])}\.(\d+)(\.|$)", site.path)
+        inside = found is not None and int(span["first"]) <= int(found[2]) <= int(span["last"])
+        return inside and matches("linear", site)
+    names = (site.path, *site.ties)
+    return any(
+        fnmatch.fnmatchcase(name, pattern)
+        for name in names
+        for pattern in (target, f"*.{target}")
+    )
+
+
+def select(sites: Sequence[Site], targets: Iterable[str], axis: str = "weights") -> list[Site]:
+    """The sites that the targets mean. UsageError for a word that means none."""
+    chosen: dict[str, Site] = {}
+    for target in targets:
+        found = [site for site in sites if matches(target, site)]
+        if not found:
+            raise no_match(f"{axis}.targets", target, sites)
+        chosen.update({site.path: site for site in found})
+    return [site for site in sites if site.path in chosen]
+
+
+def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
+    """The error for a target that means nothing, with what would match."""
+    roles = Counter(site.role for site in sites)
+    names = Counter(site.path.rsplit(".", 1)[-1] for site in sites)
+    close = nearest(target, [*roles, *names])
+    facts = [(f"{key} = {target}", "matches no map of this model")]
+    facts += [(role, f"{count} maps") for role, count in sorted(roles.items())]
+    facts += [("names", ", ".join(sorted(names)))]
+    example = close[0] if close else "linear"
+    return UsageError("no map matches a target", facts, f"Type {key}=[{example}].")
+
+
+def apply_overrides(sites: Sequence[Site], overrides: Sequence[Mapping[str, Any]], fields) -> None:
+    """Write the overrides that match into each site; later ones win."""
+    for number, override in enumerate(overrides):
+        key = f"weights.overrides[{number}]"
+        if "match" not in override:
+            raise UsageError("an override needs `match`", [(key, str(dict(override)))])
+        values = {k: v for k, v in override.items() if k != "match"}
+        for name in values:
+            if name not in fields:
+                close = nearest(name, fields)
+                hint = f"Did you mean {close[0]}?" if close else f"Fields: {', '.join(fields)}."
+                raise UsageError(f"unknown field in an override: {name}", [(key, name)], hint)
+        found = [site for site in sites if matches(override["match"], site)]
+        if not found:
+            raise no_match(f"{key}.match", override["match"], sites)
+        for site in found:
+            site.overrides.update(values)
+
+
+def refuse_unreachable(model: nn.Module, sites: Sequence[Site]) -> None:
+    """UsageError for a site whose weight is read past its module, or a grouped convolution."""
+    for site in sites:
+        parent_path, _, name = site.module_path.rpartition(".")
+        if reads_past_module(model.get_submodule(parent_path), name):
+            raise UsageError(
+                "terms on this map would never run",
+                [(site.path, f"{parent_path} reads its weight without calling it")],
+                f"Leave it out of weights.targets, for example weights.targets=['re:^(?!.*{name})'].",
+            )
+        if getattr(site.module, "groups", 1) != 1:
+            raise UsageError(
+                "a grouped convolution has no single matrix",
+                [(site.path, f"groups = {site.module.groups}")],
+                "Leave it out of weights.targets.",
+            )
+
+
+@dataclass
+class Coverage:
+    """Elements by role: trained, projected, frozen, unreachable."""
+
+    by_role: dict[str, dict[str, int]] = field(default_factory=dict)
+    matrices: int = 0
+    cut: int = 0  # sites where the rank was cut to min(m, n)
+
+    def add(self, role: str, state: str, count: int) -> None:
+        """Count elements of a role as trained, projected, frozen or unreachable."""
+        row = self.by_role.setdefault(role, {})
+        row[state] = row.get(state, 0) + count
+
+    def total(self, state: str) -> int:
+        """Elements in one state over all roles."""
+        return sum(row.get(state, 0) for row in self.by_role.values())
+
+    @property
+    def parameters(self) -> int:
+        """All elements, attachments included."""
+        return sum(sum(row.values()) for row in self.by_role.values())
+
+    def __str__(self) -> str:
+        """`210 matrices: attn, mlp; trained 13,440 (0.01 %), frozen 134.5 M, unreachable 0`."""
+        roles = sorted(r for r, row in self.by_role.items() if row.get("trained"))
+        everything = max(1, self.parameters)
+        trained = self.total("trained")
+        words = [f"trained {amount(trained)} ({percent(trained / everything)})"]
+        for state in ("projected", "frozen", "unreachable"):
+            if self.total(state) or state != "projected":
+                words.append(f"{state} {amount(self.total(state))}")
+        ranks = f"; rank cut at {self.cut} narrower maps" if self.cut else ""
+        return f"{self.matrices} matrices: {', '.join(roles) or 'none'}; {', '.join(words)}{ranks}"
+
+
+def amount(count: int) -> str:
+    """1,234 or 134.5 M."""
+    return f"{count:,}" if count < 1_000_000 else f"{count / 1e6:,.1f} M"
+
+
+def percent(share: float) -> str:
+    """A share with two significant digits."""
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.1f} %"
