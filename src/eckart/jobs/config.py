@@ -1,0 +1,505 @@
+"""Words and files -> a validated job, before anything is loaded.
+
+    resolve("finetune", "m", "d.jsonl", ["method=lora", "train.lr=1e-3"], files=["job.yaml"])
+
+Precedence, lowest first: the methods' and sections' defaults, each -c file in order, the
+command line. Every key knows where it was written, so that an error can name the place. What
+is `auto` stays so until the job settles it, with a reason (`Job.settle`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import yaml
+
+from eckart.errors import UsageError
+from eckart.jobs.check import checked, expected, unknown_key
+from eckart.jobs.merge import AXES, BUDGET, EXCLUSIVE, Given, merge
+from eckart.jobs.tree import SECTIONS, Budget, Data, Eval, Heal, Source, Train
+from eckart.jobs.words import COMMAND_LINE, HABITS, Setting, read_file, read_words
+from eckart.recipe import registry
+from eckart.recipe.registry import DEFAULTS, FULL, REQUIRED, Entry
+
+if TYPE_CHECKING:
+    from eckart.recipe import Recipe
+    from eckart.recipe.method import Method
+
+TRAINS = ("finetune", "pretrain", "linearize", "bench")  # commands with a recipe in any case
+PLAIN = ("model", "out", "track")  # keys without a section
+OUT = "runs/{name}"
+SCHEMA = "All keys: eckart config schema"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is asked of the command line itself, not of the job."""
+
+    out: str | None = None
+    seed: int | None = None
+    dry_run: bool = False
+    json: bool = False
+    resume: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen on one axis: a slug with its method, or `auto` or `none` without."""
+
+    name: str
+    method: Method | None = None
+
+
+NONE = Choice("none")
+AUTO = Choice("auto")
+
+
+@dataclass(frozen=True)
+class Healing:
+    """The training after a compression; `train` has the job's own values below heal.train's."""
+
+    steps: int
+    weights: Choice
+    update: Choice
+    train: Train
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a command needs to know, validated."""
+
+    command: str
+    model: str | None
+    out: str
+    track: tuple[str, ...]
+    data: Data
+    choices: Mapping[str, Choice]  # weights, update, precision, attention, compress, compose
+    objectives: tuple[Choice, ...]
+    train: Train
+    eval: Eval
+    compress: Budget
+    heal: Healing
+    options: Mapping[str, Any] = field(default_factory=dict)  # a command's own flags
+    flags: Flags = field(default=Flags(), compare=False)
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # key -> value
+    settled: Mapping[str, str] = field(default_factory=dict, compare=False)  # key -> reason
+
+    def recipe(self) -> Recipe:
+        """The choices as a Recipe; raises UsageError where they cannot combine."""
+        from eckart.recipe import Recipe
+
+        chosen: dict[str, Any] = {
+            axis: self.choices[axis].method
+            for axis in ("weights", "update", "precision", "attention")
+        }
+        objectives: Any = tuple(c.method for c in self.objectives)
+        return Recipe(objective=objectives, **chosen)
+
+    def settle(self, key: str, value: Any, reason: str) -> Job:
+        """This job with one key of a section decided, and why."""
+        section, name = key.split(".")
+        part = dataclasses.replace(getattr(self, section), **{name: value})
+        changed: dict[str, Any] = {section: part, "settled": {**self.settled, key: reason}}
+        return dataclasses.replace(self, **changed)
+
+    def choose(self, axis: str, choice: Choice, reason: str) -> Job:
+        """This job with the choice on one axis decided, and why."""
+        choices = {**self.choices, axis: choice}
+        settled = {**self.settled, f"{axis}.name": reason}
+        return dataclasses.replace(self, choices=choices, settled=settled)
+
+    def dump(self) -> str:
+        """config.yaml: what was given, merged. Resolving it again gives an equal job."""
+        return emit(nested(self.given))
+
+    def dump_resolved(self) -> str:
+        """resolved.yaml: every key, with the reason behind it where something was decided."""
+        return emit(nested(self.everything()), self.settled)
+
+    def everything(self) -> dict[str, Any]:
+        """All keys with their values now."""
+        keys = [*PLAIN]
+        for section in ("data", "train", "eval"):
+            keys += [f"{section}.{f.name}" for f in dataclasses.fields(SECTIONS[section])]
+        for axis, choice in self.choices.items():
+            if choice != NONE:
+                keys += [f"{axis}.{n}" for n in fields_in(choice)]
+        keys += [f"objective.{c.name}.{n}" for c in self.objectives for n in fields_in(c)]
+        if self.command == "compress":
+            keys += [f"compress.{n}" for n in BUDGET] + ["heal.steps"]
+        if "train.steps" in self.settled:
+            keys.remove("train.epochs")  # the steps stand for them now
+        return {key: value_at(self, tuple(key.split("."))) for key in dict.fromkeys(keys)}
+
+
+def resolve(
+    command: str,
+    model: str | None = None,
+    data: str | Sequence[str] | None = None,
+    words: Sequence[str] = (),
+    files: Sequence[str | Path] = (),
+    flags: Flags = Flags(),
+    options: Mapping[str, Any] | None = None,
+) -> Job:
+    """The job that words and files describe.
+
+    `words` are key=value, `files` YAML in the order of -c; --resume RUN reads RUN's own
+    config.yaml below all of them. Raises UsageError (a key, value, method or combination that
+    cannot be, with place and nearest valid one) or FileError (a file that cannot be read).
+    """
+    resumed = [Path(flags.resume) / "config.yaml"] if flags.resume else []
+    layers = [read_file(file) for file in (*resumed, *files)]
+    layers.append([*positional(model, data, flags), *read_words(words)])
+    given = merge(layers, command)
+    settled: dict[str, str] = {}
+    entries = chosen_entries(given, command, settled)
+    refuse_unknown(given, entries)
+    refuse_alternatives(given)
+    train = section(Train, given, ("train",))
+    job = Job(
+        command=command,
+        model=plain_value(given, "model", str | None, None),
+        out=plain_value(given, "out", str, OUT),
+        track=plain_value(given, "track", tuple[str, ...], ()),
+        data=section(Data, given, ("data",)),
+        choices={axis: choice(given, axis, entries) for axis in AXES if axis != "objective"},
+        objectives=tuple(
+            Choice(e.name, build(e, given, key))
+            for key, e in entries.items()
+            if e is not None and key[0] == "objective"
+        ),
+        train=train,
+        eval=section(Eval, given, ("eval",)),
+        compress=budget(given),
+        heal=healing(given, entries, train),
+        options=dict(options or {}),
+        flags=flags,
+        settled=settled,
+    )
+    job = dataclasses.replace(job, given={".".join(k): value_at(job, k) for k in given})
+    job.recipe()
+    return job
+
+
+def positional(model: str | None, data: Any, flags: Flags) -> list[Setting]:
+    """MODEL, DATA and the flags that stand for keys."""
+    said = [
+        (("model",), model, COMMAND_LINE),
+        (("data", "train"), list(data) if isinstance(data, tuple) else data, COMMAND_LINE),
+        (("out",), flags.out, "-o"),
+        (("train", "seed"), flags.seed, "--seed"),
+    ]
+    return [
+        Setting(key, value, place, str(value)) for key, value, place in said if value is not None
+    ]
+
+
+# Which method answers each axis
+
+Entries = Mapping[tuple[str, ...], Entry | None]  # ("weights",), ("heal", "weights"), ...
+
+
+def chosen_entries(given: Given, command: str, settled: dict[str, str]) -> Entries:
+    """The registry's entry for each axis that has a choice; None for `auto` and `none`.
+
+    The names that `auto` stands for are decided here and written with the reason to `settled`.
+    """
+    found: dict[tuple[str, ...], Entry | None] = {}
+
+    def take(key: tuple[str, ...], name: str) -> Entry | None:
+        found[key] = None if name in ("auto", "none") else registry.find(name)
+        return found[key]
+
+    def name_of(*key: str) -> str:
+        setting = given.get((*key, "name"))
+        return setting.value if setting else "auto"
+
+    def spoken(axis: str) -> bool:
+        return any(k[0] == axis and k[1:] not in ((b,) for b in BUDGET) for k in given)
+
+    for axis in ("update", "weights", "precision", "attention"):
+        name = name_of(axis)
+        if name == "auto" and (command in TRAINS or spoken(axis)):
+            name, reason = automatic(axis, command, found)
+            if reason:
+                settled[f"{axis}.name"] = reason
+        take((axis,), name)
+    for axis in ("compress", "compose"):
+        name = name_of(axis)
+        if name == "auto" and (command == axis or spoken(axis)):
+            name, settled[f"{axis}.name"] = DEFAULTS[axis], f"the default for {axis}"
+        take((axis,), name)
+    for key in dict.fromkeys(k[:2] for k in given if k[0] == "objective"):
+        take(key, key[1])
+    for axis in ("weights", "update"):
+        if any(k[:2] == ("heal", axis) for k in given):
+            name = name_of("heal", axis)
+            take(("heal", axis), DEFAULTS[axis] if name == "auto" else name)
+    return found
+
+
+def automatic(axis: str, command: str, found: Entries) -> tuple[str, str]:
+    """What `auto` means on an axis, and why; precision stays `auto` until the model is known."""
+    if axis == "attention":
+        return "none", ""
+    if axis == "update":
+        return DEFAULTS[axis], "the default"
+    if axis == "weights":
+        update = found.get(("update",))
+        if command == "pretrain":
+            return FULL, "pretraining trains the matrices themselves"
+        if update is not None and update.wants == "matrices":
+            return FULL, f"{update.name} acts on whole matrices"
+        return DEFAULTS[axis], "the default"
+    return "auto", ""
+
+
+def choice(given: Given, axis: str, entries: Entries) -> Choice:
+    """The validated choice on one axis."""
+    entry = entries[(axis,)]
+    if entry is not None:
+        return Choice(entry.name, build(entry, given, (axis,)))
+    setting = given.get((axis, "name"))
+    undecided = axis == "precision" and (setting is None or setting.value == "auto")
+    return AUTO if undecided else NONE
+
+
+def build(entry: Entry, given: Given, prefix: tuple[str, ...]) -> Method:
+    """The method with the given fields."""
+    cls = registry.load(entry.name)
+    hints = get_type_hints(cls, include_extras=True)
+    more = f"All keys: eckart methods {entry.name}"
+    values: dict[str, Any] = {}
+    for name, described in entry.fields.items():
+        setting = given.get((*prefix, name))
+        if setting is not None:
+            values[name] = checked(setting, hints[name], described.default, more)
+        elif described.default is REQUIRED:
+            key = ".".join((*prefix, name))
+            raise UsageError(
+                f"{entry.name} needs {key}",
+                [(key, expected(hints[name]))],
+                f"Type {key}=... {more}",
+            )
+    for override in values.get("overrides", ()):
+        check_override(override, entry, given[(*prefix, "overrides")], hints, more)
+    try:
+        return cls(**values)
+    except UsageError as e:  # what several fields together break: say where each was written
+        places = [(f"{s.name} = {s.text}", s.place) for k, s in given.items() if k[:-1] == prefix]
+        raise UsageError(e.what, [*e.facts, *places], e.fix) from None
+
+
+def check_override(
+    override: Mapping[str, Any], entry: Entry, setting: Setting, hints: Mapping[str, Any], more: str
+) -> None:
+    """An override names where it holds and only fields of its method."""
+    if "match" not in override:
+        raise UsageError(
+            f"an override without match     {setting.place}",
+            fix=f"Write {setting.name}=[{{match: layers.0-3, ...}}]",
+        )
+    for name, value in override.items():
+        if name == "match":
+            continue
+        key = (*setting.key, str(name))
+        own = [n for n in entry.fields if n not in ("targets", "overrides")]
+        if name not in own:
+            raise unknown_key(
+                ".".join(key), setting.place, [".".join((*key[:-1], n)) for n in own], more
+            )
+        part = Setting(key, value, setting.place, str(value))
+        checked(part, hints[name], entry.fields[name].default, more)
+
+
+# Sections
+
+
+def section(cls: type, given: Given, prefix: tuple[str, ...], base: Any = None) -> Any:
+    """A section's dataclass from the given keys, on top of `base` or of its defaults."""
+    hints = get_type_hints(cls, include_extras=True)
+    values: dict[str, Any] = {}
+    base = cls() if base is None else base
+    for f in dataclasses.fields(base):
+        setting = given.get((*prefix, f.name))
+        if setting is not None:
+            if (*prefix, f.name) == ("data", "train"):
+                setting = dataclasses.replace(setting, value=sources(setting))
+            values[f.name] = checked(setting, hints[f.name], getattr(base, f.name), SCHEMA)
+    return dataclasses.replace(base, **values)
+
+
+def sources(setting: Setting) -> tuple[Source, ...]:
+    """What data.train says: a path, or a list of paths and {path: ..., weight: ...}."""
+    items = setting.value if isinstance(setting.value, list) else [setting.value]
+    found = []
+    for item in items:
+        fields = item if isinstance(item, Mapping) else {"path": item}
+        text = setting.text if len(items) == 1 and item is not None else None
+        parts = {
+            (str(k),): Setting((*setting.key, str(k)), v, setting.place, text or str(v))
+            for k, v in fields.items()
+        }
+        for key, part in parts.items():
+            if key[0] not in ("path", "weight"):
+                known = [f"{setting.name}.path", f"{setting.name}.weight"]
+                raise unknown_key(part.name, part.place, known, SCHEMA)
+        if ("path",) not in parts:
+            raise UsageError(
+                f"a source without a path     {setting.place}",
+                fix="Write data.train=[{path: a.jsonl, weight: 2}, b.jsonl]",
+            )
+        found.append(section(Source, parts, (), Source(path="")))
+    return tuple(found)
+
+
+def budget(given: Given) -> Budget:
+    """The compression's size; a rank or an error replaces the default share."""
+    said: Budget = section(Budget, given, ("compress",))
+    if ("compress", "keep") not in given and (said.rank is not None or said.error is not None):
+        return dataclasses.replace(said, keep=None)
+    return said
+
+
+def healing(given: Given, entries: Entries, train: Train) -> Healing:
+    """The training after a compression."""
+    parts: dict[str, Choice] = {}
+    for axis in ("weights", "update"):
+        entry = entries.get(("heal", axis))
+        parts[axis] = Choice(entry.name, build(entry, given, ("heal", axis))) if entry else AUTO
+    heal: Heal = section(Heal, given, ("heal",))
+    return Healing(steps=heal.steps, train=section(Train, given, ("heal", "train"), train), **parts)
+
+
+def plain_value(given: Given, name: str, hint: Any, default: Any) -> Any:
+    """A key without a section."""
+    setting = given.get((name,))
+    return default if setting is None else checked(setting, hint, default, SCHEMA)
+
+
+# What cannot be
+
+
+def refuse_unknown(given: Given, entries: Entries) -> None:
+    """Raise UsageError for the first key that no section and no chosen method has."""
+    known = {(name,) for name in PLAIN}
+    known |= {(s, f.name) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    known |= {("heal", "train", f.name) for f in dataclasses.fields(Train)}
+    for prefix, entry in entries.items():
+        known |= {(*prefix, name) for name in ("name", *(entry.fields if entry else ()))}
+    for key, setting in given.items():
+        if key not in known:
+            names = sorted(".".join(k) for k in known)
+            entry = next((e for p, e in entries.items() if e and key[:-1] == p), None)
+            more = f"All keys: eckart methods {entry.name}" if entry else SCHEMA
+            raise from_habit(setting, names, more) or unknown_key(
+                setting.name, setting.place, names, more
+            )
+
+
+def from_habit(setting: Setting, known: Sequence[str], more: str) -> UsageError | None:
+    """The error for a key of other tools: what it is called here."""
+    word = setting.key[-1]
+    what = f"unknown key {setting.name}     {setting.place}"
+    slug = registry.methods().get(word.removeprefix("use_").replace("_", "-"))
+    if slug is not None:
+        return UsageError(what, fix=f"A method is named: type {slug.axis}={slug.name}")
+    key = HABITS.get(word)
+    if key is None:
+        return None
+    axis, _, name = key.partition(".")
+    if axis in AXES and name and key not in known:
+        have = [e.name for e in registry.methods().values() if e.axis == axis and name in e.fields]
+        if not have:
+            return None
+        return UsageError(
+            what, fix=f"Here it is {key}, which these have: {', '.join(have)}. {more}"
+        )
+    return UsageError(what, fix=f"Here it is {key}: type {key}={setting.text}")
+
+
+def refuse_alternatives(given: Given) -> None:
+    """Raise UsageError where one layer says the same thing in two ways."""
+    for group in EXCLUSIVE:
+        said = [given[key] for key in group if key in given and given[key].value is not None]
+        if len(said) > 1:
+            raise UsageError(
+                f"{' and '.join(s.name for s in said)} exclude each other",
+                [(f"{s.name} = {s.text}", s.place) for s in said],
+                "Leave one of them.",
+            )
+
+
+# Writing it down
+
+
+def value_at(job: Job, key: tuple[str, ...]) -> Any:
+    """A key's value in a job, as plain data."""
+    head, *rest = key
+    if not rest:
+        return plain(getattr(job, head))
+    if head == "objective":
+        chosen = next(c for c in job.objectives if c.name == rest[0])
+        return plain(chosen.name if rest[1] == "name" else getattr(chosen.method, rest[1]))
+    if head == "heal":
+        if rest[0] == "train":
+            return plain(getattr(job.heal.train, rest[1]))
+        part = getattr(job.heal, rest[0])
+        if not isinstance(part, Choice):
+            return plain(part)
+        return plain(part.name if rest[1] == "name" else getattr(part.method, rest[1]))
+    if head in AXES and (head != "compress" or rest[0] not in BUDGET):
+        part = job.choices[head]
+        return plain(part.name if rest[0] == "name" else getattr(part.method, rest[0]))
+    return plain(getattr(getattr(job, head), rest[0]))
+
+
+def plain(value: Any) -> Any:
+    """Lists, dicts and scalars, as YAML has them."""
+    if isinstance(value, Source):
+        return value.path if value.weight == 1 else {"path": value.path, "weight": value.weight}
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return value
+
+
+def fields_in(choice: Choice) -> list[str]:
+    """`name` and the method's fields."""
+    return ["name", *(registry.find(choice.name).fields if choice.method else ())]
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} -> {"a": {"b": 1}}; objectives as a list of mappings."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *above, last = key.split(".")
+        node = tree
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = value
+    if "objective" in tree:
+        tree["objective"] = list(tree["objective"].values())
+    return tree
+
+
+def emit(tree: Mapping[str, Any], reasons: Mapping[str, str] | None = None, above: str = "") -> str:
+    """A nested dict as YAML, with reasons as comments."""
+    lines = []
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        indent = "  " * name.count(".")
+        if isinstance(value, Mapping):
+            lines.append(f"{indent}{key}:\n{emit(value, reasons, name + '.')}")
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+            text = text.removesuffix("\n").removesuffix("\n...")
+            reason = (reasons or {}).get(name)
+            lines.append(f"{indent}{key}: {text}{f'  # {reason}' if reason else ''}\n")
+    return "".join(lines)

@@ -1,0 +1,1 @@
+"""What replaces softmax(Q K^T) V? One file per method."""

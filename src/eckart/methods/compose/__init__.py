@@ -1,0 +1,1 @@
+"""Several adapters -> one behaviour. One file per method."""

@@ -1,0 +1,416 @@
+"""Slug <-> file: which methods there are, read from the folder without importing them.
+
+A method is one file, `methods/<axis>/<slug>.py`, with one dataclass that derives from the
+axis' class in `recipe/method.py`. What a person may choose (fields, types, ranges, defaults,
+help) and what the method declares (paper, promises, needs, ...) stand there as literals, so
+`ast` reads them: listing all methods costs milliseconds and imports neither torch nor the
+methods. Loading one imports its file alone.
+
+Further folders of the same form come from `add_folder` and from the environment variable
+ECKART_METHODS (separated like PATH).
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eckart.errors import FileError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from eckart.recipe.method import Method
+
+BUILTIN = Path(__file__).parent.parent / "methods"
+CONTRACT = Path(__file__).with_name("method.py")
+
+# What `auto` and an unnamed axis stand for, where no other rule decides. The one place
+# outside a method's file that knows a slug.
+DEFAULTS = {"weights": "lora", "update": "adamw", "compress": "svd", "compose": "cmlora"}
+FULL = "dense"  # the weights choice that trains the matrices themselves
+
+folders: list[Path] = []  # besides the built-in one and ECKART_METHODS
+
+
+@dataclass(frozen=True)
+class Field:
+    """One hyper-parameter as the file has it."""
+
+    name: str
+    type: str  # without Annotated
+    default: Any  # a literal; the source text where it is none; REQUIRED
+    doc: str
+    range: Mapping[str, Any] = field(default_factory=dict)  # {"ge": 1, "le": 64}
+
+    @property
+    def bounds(self) -> str:
+        """The range in words: `>= 1, <= 64`."""
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        return ", ".join(f"{signs.get(k, k)} {v}" for k, v in self.range.items())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one method's file says about it."""
+
+    name: str  # with hyphens
+    axis: str
+    class_name: str
+    path: Path
+    module: str
+    summary: str  # the first line of the file's docstring, without the name
+    doc: str  # the file's docstring
+    fields: Mapping[str, Field]  # the method's own, then the axis'
+    declares: Mapping[str, Any]  # class variables: base, wants, needs, promises, peft_type, ...
+
+    @property
+    def paper(self) -> Mapping[str, str]:
+        """Title, url and venue; empty where the method has no paper."""
+        return self.declares.get("paper") or {}
+
+    @property
+    def mission(self) -> bool:
+        return bool(self.declares.get("mission"))
+
+    @property
+    def promises(self) -> Any:
+        """Names, or {name: {field: values for which it holds}}."""
+        return self.declares.get("promises") or ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(self.declares.get("needs") or ())
+
+    @property
+    def base(self) -> str | None:
+        return self.declares.get("base")
+
+    @property
+    def wants(self) -> str | None:
+        return self.declares.get("wants")
+
+
+class Required:
+    """The default of a field that has none."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = Required()
+
+
+def add_folder(path: str | os.PathLike[str]) -> Path:
+    """List a further folder (`<path>/<axis>/<slug>.py`) from now on; returns it resolved."""
+    folder = Path(path).resolve()
+    if not folder.is_dir():
+        raise FileError(f"no folder of methods at {path}")
+    if folder not in folders:
+        folders.append(folder)
+    return folder
+
+
+def methods(folder: str | os.PathLike[str] | None = None) -> dict[str, Entry]:
+    """All methods by slug, sorted; of one folder alone where it is given."""
+    environment = [Path(p) for p in os.environ.get("ECKART_METHODS", "").split(os.pathsep) if p]
+    places = [Path(folder)] if folder is not None else [BUILTIN, *environment, *folders]
+    found: dict[str, Entry] = {}
+    for path in dict.fromkeys(p.resolve() for place in places for p in method_files(place)):
+        stamp = path.stat()
+        entry = read(path, stamp.st_mtime_ns, stamp.st_size)
+        if entry.name in found:
+            raise FileError(
+                f"two methods are called {entry.name}",
+                [("one", str(found[entry.name].path)), ("other", str(path))],
+                "Rename one of the files.",
+            )
+        found[entry.name] = entry
+    return dict(sorted(found.items()))
+
+
+def method_files(folder: Path) -> list[Path]:
+    """`<axis>/<slug>.py` in a folder; names with a leading underscore are not methods."""
+    axes = axis_classes()
+    return sorted(p for p in folder.glob("*/*.py") if p.parent.name in axes and p.name[0] != "_")
+
+
+def find(name: str, axis: str | None = None, place: str = "") -> Entry:
+    """The entry of a slug, hyphens or underscores; UsageError names the nearest one.
+
+    `axis` is the one it must answer; `place` is where the name was typed, for the message.
+    """
+    entries = methods()
+    entry = entries.get(name.replace("_", "-").lower())
+    at = f"     {place}" if place else ""
+    if entry is None:
+        close = nearest(name, [e.name for e in entries.values() if axis in (None, e.axis)])
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise UsageError(f"unknown method {name}{at}", fix=f"{hint}All methods: eckart methods")
+    if axis not in (None, entry.axis):
+        raise UsageError(
+            f"{entry.name} is not a choice for {axis}{at}",
+            fix=f"It is one for {entry.axis}: type {entry.axis}={entry.name}",
+        )
+    return entry
+
+
+def load(name: str) -> type[Method]:
+    """Import a method's file and return its class."""
+    entry = find(name)
+    if entry.path.is_relative_to(BUILTIN.resolve()):
+        module = importlib.import_module(entry.module)
+    else:
+        module = sys.modules.get(entry.module) or import_file(entry.module, entry.path)
+    cls: type[Method] = getattr(module, entry.class_name)
+    return cls
+
+
+def import_file(module_name: str, path: Path) -> Any:
+    """Run a file outside the package as the module of that name."""
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses looks its own module up while it runs
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def class_names() -> dict[str, str]:
+    """{class name: slug} of all methods: the public names of `eckart.methods`."""
+    return {entry.class_name: entry.name for entry in methods().values()}
+
+
+def stub() -> str:
+    """The text of `methods/__init__.pyi`: the built-in classes, for type checkers."""
+    entries = sorted(methods(BUILTIN).values(), key=lambda e: e.module)
+    lines = [f"from {e.module} import {e.class_name} as {e.class_name}" for e in entries]
+    return "\n".join(["# Made by `make stubs`.", *lines, ""])
+
+
+# Reading one file
+
+
+@cache
+def read(path: Path, mtime: int, size: int) -> Entry:
+    """The entry of one file. `mtime` and `size` are in the key, so an edited file is reread."""
+    tree = parse(path)
+    axis = path.parent.name
+    base = axis_classes()[axis]
+    node = method_class(tree, path, base)
+    names = module_literals(tree)
+    own = dict(read_fields(node, names))
+    inherited = {n: f for n, f in contract_fields(base).items() if n not in own}
+    doc = ast.get_docstring(tree) or ""
+    slug = path.stem.replace("_", "-")
+    return Entry(
+        name=slug,
+        axis=axis,
+        class_name=node.name,
+        path=path,
+        module=module_name(path, axis),
+        summary=first_sentence(doc) or first_sentence(ast.get_docstring(node) or ""),
+        doc=doc,
+        fields={**own, **inherited},
+        declares={**contract_declares(base), **dict(read_declares(node, names))},
+    )
+
+
+def parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except SyntaxError as e:
+        place = f"{path}, line {e.lineno}"
+        raise FileError("a method's file is not valid Python", [(place, e.msg)]) from None
+
+
+def module_name(path: Path, axis: str) -> str:
+    """Where the file is imported; its last part is the file's name, which gives the slug."""
+    if path.is_relative_to(BUILTIN.resolve()):
+        return f"eckart.methods.{axis}.{path.stem}"
+    digest = sha256(str(path.parent.parent).encode()).hexdigest()[:8]
+    return f"eckart_methods_{digest}.{axis}.{path.stem}"
+
+
+def method_class(tree: ast.Module, path: Path, base: str) -> ast.ClassDef:
+    """The one class in a file that derives from the axis' class."""
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+    found = [n for n in classes if base in {ast.unparse(b).rsplit(".", 1)[-1] for b in n.bases}]
+    if len(found) != 1:
+        raise FileError(
+            f"a method's file holds one class that derives from {base}",
+            [(str(path), f"has {len(found)}")],
+        )
+    return found[0]
+
+
+def first_sentence(doc: str) -> str:
+    """The first paragraph on one line, without a leading `Name: `."""
+    line = " ".join(doc.strip().split("\n\n")[0].split())
+    head, colon, rest = line.partition(": ")
+    return rest if colon and len(head.split()) <= 3 else line
+
+
+def read_fields(node: ast.ClassDef, names: Mapping[str, ast.expr]) -> Iterator[tuple[str, Field]]:
+    """The dataclass fields of one class body, in order."""
+    for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or is_classvar(statement.annotation):
+            continue
+        assert isinstance(statement.target, ast.Name)  # dataclass bodies annotate plain names
+        hint = Unannotated(names)
+        kind = ast.unparse(hint.visit(copy.deepcopy(resolve(statement.annotation, names))))
+        name = statement.target.id
+        value, doc = default(statement, names), docstring(following)
+        yield name, Field(name, kind, value, doc, hint.bounds)
+
+
+class Unannotated(ast.NodeTransformer):
+    """Replaces `Annotated[T, Ge(1)]` by T anywhere in a type and collects the bounds."""
+
+    def __init__(self, names: Mapping[str, ast.expr]):
+        self.names = names
+        self.bounds: dict[str, Any] = {}
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        if ends(node.value, "Annotated") and isinstance(node.slice, ast.Tuple):
+            kind, *marks = node.slice.elts
+            for mark in marks:
+                self.bounds.update(read_bounds(mark, self.names))
+            return self.visit(resolve(kind, self.names))
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        bound = resolve(node, self.names)
+        return node if bound is node else self.visit(copy.deepcopy(bound))
+
+
+def read_declares(node: ast.ClassDef, names: Mapping[str, ast.expr]) -> Iterator[tuple[str, Any]]:
+    """Class variables with a value: `x: ClassVar = ...` and plain `x = ...`."""
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and is_classvar(statement.annotation):
+            target, value = statement.target, statement.value
+        elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            target, value = statement.targets[0], statement.value
+        else:
+            continue
+        if isinstance(target, ast.Name) and value is not None:
+            yield target.id, literal(value, names)
+
+
+def is_classvar(annotation: ast.expr) -> bool:
+    head = annotation.value if isinstance(annotation, ast.Subscript) else annotation
+    return ends(head, "ClassVar")
+
+
+def ends(node: ast.expr, name: str) -> bool:
+    return ast.unparse(node).rsplit(".", 1)[-1] == name
+
+
+def docstring(node: ast.stmt | None) -> str:
+    """The string that stands under a field, on one line."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return " ".join(str(node.value.value).split())
+    return ""
+
+
+def default(statement: ast.AnnAssign, names: Mapping[str, ast.expr]) -> Any:
+    """A field's default; `field(default=...)` and `field(default_factory=dict)` included."""
+    value = statement.value
+    if value is None:
+        return REQUIRED
+    if isinstance(value, ast.Call) and ends(value.func, "field"):
+        options = {k.arg: k.value for k in value.keywords}
+        if "default" in options:
+            return literal(options["default"], names)
+        if "default_factory" in options:
+            made = {"dict": {}, "list": [], "tuple": ()}
+            text = ast.unparse(options["default_factory"])
+            return made.get(text, text)
+        return REQUIRED
+    return literal(value, names)
+
+
+def read_bounds(mark: ast.expr, names: Mapping[str, ast.expr]) -> Iterator[tuple[str, Any]]:
+    """`Ge(1)` -> ge 1; `Interval(gt=0, le=1)` -> gt 0, le 1; `MinLen(1)` -> minlen 1."""
+    mark = resolve(mark, names)
+    if not isinstance(mark, ast.Call):
+        return
+    kind = ast.unparse(mark.func).rsplit(".", 1)[-1].lower()
+    yield from ((kind, literal(argument, names)) for argument in mark.args)
+    yield from ((str(k.arg), literal(k.value, names)) for k in mark.keywords)
+
+
+def literal(node: ast.expr, names: Mapping[str, ast.expr]) -> Any:
+    """The value of a literal; `Paper(...)` as a dict; any other expression as its source text."""
+    node = resolve(node, names)
+    if isinstance(node, ast.Call) and ends(node.func, "Paper"):
+        given = dict(zip(("title", "url", "venue"), node.args, strict=False))
+        given |= {str(k.arg): k.value for k in node.keywords}
+        return {name: literal(value, names) for name, value in given.items()}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+
+
+def resolve(node: ast.expr, names: Mapping[str, ast.expr]) -> ast.expr:
+    """A name that the module binds at its top level, replaced by what it is bound to."""
+    return names.get(node.id, node) if isinstance(node, ast.Name) else node
+
+
+def module_literals(tree: ast.Module) -> dict[str, ast.expr]:
+    """Top-level `NAME = ...` of a module."""
+    return {
+        statement.targets[0].id: statement.value
+        for statement in tree.body
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+    }
+
+
+# The axes' classes in recipe/method.py
+
+
+@cache
+def contract() -> dict[str, ast.ClassDef]:
+    """The classes of recipe/method.py by name."""
+    return {n.name: n for n in parse(CONTRACT).body if isinstance(n, ast.ClassDef)}
+
+
+@cache
+def axis_classes() -> dict[str, str]:
+    """{axis: class name}, in the order of recipe/method.py."""
+    found = {n: dict(read_declares(c, {})).get("axis") for n, c in contract().items()}
+    return {axis: name for name, axis in found.items() if axis}
+
+
+def lineage(name: str) -> list[ast.ClassDef]:
+    """A contract class after its bases."""
+    node = contract()[name]
+    above = [lineage(ast.unparse(b)) for b in node.bases if ast.unparse(b) in contract()]
+    return [c for chain in above for c in chain] + [node]
+
+
+@cache
+def contract_fields(name: str) -> dict[str, Field]:
+    return {k: v for node in lineage(name) for k, v in read_fields(node, {})}
+
+
+@cache
+def contract_declares(name: str) -> dict[str, Any]:
+    return {k: v for node in lineage(name) for k, v in read_declares(node, {})}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(stub())
