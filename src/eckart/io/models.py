@@ -7,7 +7,6 @@ missing or cut off with random numbers and says so in a warning.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.presets import PRESETS, build_model, config_of, fill, quiet, task_class
+from eckart.recipe.fingerprint import fingerprint
 
 __all__ = [
     "PRESETS",
@@ -358,38 +357,3 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         except Exception as fault:  # tokenizers raises a bare Exception for a damaged file
             reason = str(fault).strip().splitlines()[0]
             raise FileError("the tokenizer cannot be read", [(str(folder), reason)]) from fault
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A name for a base: which architecture, which tensors, which values.
-
-    SHA-256 over what of the config changes the function, then each distinct parameter and
-    saved buffer (names sorted; of a tied pair the first) with its shape and 64 evenly spaced
-    values, rounded to bf16. The dtype a model is loaded in therefore makes no difference,
-    nor does a file that spells a tied head twice. Taken before any term is attached.
-    """
-    digest = hashlib.sha256()
-    config = getattr(model, "config", None)
-    for key in ESSENTIALS:
-        digest.update(f"{key}={getattr(config, key, None)}\n".encode())
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=True))
-    saved = model.state_dict(keep_vars=True)
-    tensors |= {name: t for name, t in model.named_buffers() if name in saved}
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        flat = tensor.reshape(-1)
-        at = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64)
-        sample = flat[at.long().to(flat.device)]
-        sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-ESSENTIALS = (
-    "model_type",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "tie_word_embeddings",
-)

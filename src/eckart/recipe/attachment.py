@@ -19,6 +19,7 @@ from eckart.optim import LowRankOptimizer
 from eckart.recipe import registry
 from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
 from eckart.recipe.events import EventHook
+from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.lock import lock, unlock
 from eckart.recipe.method import Objective, Update, Weights
 from eckart.recipe.recipe import Recipe
@@ -67,8 +68,10 @@ def attach(
     recipe.check()
     sites = choose(model, recipe.weights, seed)
     calibrate(model, recipe, sites, calibration, steps)
+    base = fingerprint(model)
     parts = recipe.weights.build(sites) if sites else {}
     handle = Handle(model, recipe, {s.path: s for s in sites}, seed, tuple(also_train), teacher)
+    handle.fingerprint = base
     handle.steps, handle.lr, handle.warmup = steps, lr, warmup
     handle.install(parts)
     for site in sites:
@@ -103,6 +106,7 @@ def attach_from(
     handle = Handle(
         model, recipe, sites, structure["seed"], tuple(structure["also_train"]), teacher
     )
+    handle.fingerprint = structure["fingerprint"]
     for path in structure["changed"]:
         handle.originals[path] = sites[path].raw.detach().clone()
     handle.install(
@@ -212,6 +216,7 @@ class Handle:
         self.steps: int | None = None
         self.lr: float | None = None
         self.warmup: int | None = None
+        self.fingerprint = ""  # of the base, before anything was attached
         self.originals: dict[str, Tensor] = {}  # stored layout, for bases that were changed
         self.required = {name: p.requires_grad for name, p in model.named_parameters()}
         self.attached: dict[str, list[str]] = {}
@@ -334,6 +339,7 @@ class Handle:
             "method": self.weights.slug,
             "fields": plain(fields),
             "base": self.weights.base,
+            "fingerprint": self.fingerprint,
             "seed": self.seed,
             "also_train": list(self.also_train),
             "sites": {

@@ -1,0 +1,44 @@
+"""A name for a base model, by which an adapter knows the model it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+SAMPLES = 64  # values read of each tensor: enough to tell two trainings apart, cheap at any size
+ESSENTIALS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "tie_word_embeddings",
+)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A name for a base: which architecture, which tensors, which values.
+
+    SHA-256 over what of the config changes the function, then each distinct parameter and
+    saved buffer (names sorted; of a tied pair the first) with its shape and 64 evenly spaced
+    values, rounded to bf16. The dtype a model is loaded in therefore makes no difference,
+    nor does a file that spells a tied head twice. Taken before any term is attached.
+    """
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    for key in ESSENTIALS:
+        digest.update(f"{key}={getattr(config, key, None)}\n".encode())
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=True))
+    saved = model.state_dict(keep_vars=True)
+    tensors |= {name: t for name, t in model.named_buffers() if name in saved}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        flat = tensor.reshape(-1)
+        count = min(SAMPLES, flat.numel())
+        at = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64)
+        sample = flat[at.long().to(flat.device)]
+        sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
