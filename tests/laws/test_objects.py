@@ -1,0 +1,55 @@
+"""Copies, pickles, seeds and combinations."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from eckart.errors import UsageError
+from eckart.recipe import Recipe, attach
+from tests.conftest import batch_for, randomise, tiny
+from tests.laws.matrix import attached, logits, slugs, small, steps, weights_methods
+
+
+@pytest.mark.parametrize("slug", weights_methods())
+def test_deepcopy_and_pickle_keep_the_terms(slug, architecture):
+    model, handle, batch = attached(slug, architecture)
+    randomise(handle)
+    expected = logits(model, batch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other, batch), expected)
+        assert list(other.state_dict()) == list(model.state_dict())
+        with torch.no_grad():  # a copy shares nothing with the original
+            for parameter in other.parameters():
+                parameter.add_(1.0)
+    assert torch.equal(logits(model, batch), expected)
+
+
+BESIDE = [slug for slug in weights_methods() if small(slug).base != "trained"]
+
+
+@pytest.mark.parametrize("slug", BESIDE)
+def test_initial_values_do_not_depend_on_other_targets(slug):
+    needs = [batch_for("llama")] if small(slug).needs else None
+    values = []
+    for targets in (("attn.q",), ("attn", "mlp")):
+        handle = attach(tiny("llama"), Recipe(weights=small(slug, targets=targets)), calibration=needs)
+        path = "model.layers.0.self_attn.q_proj"
+        values.append({f"{n}.{k}": v for n, p in handle.parts()[path].items() for k, v in p.state_dict().items()})
+    assert values[0].keys() == values[1].keys() and values[0]
+    assert all(torch.equal(values[0][k], values[1][k]) for k in values[0])
+
+
+@pytest.mark.parametrize("update", slugs("update"))
+@pytest.mark.parametrize("slug", weights_methods())
+def test_every_pair_runs_or_says_why(slug, update):
+    try:
+        recipe = Recipe(weights=small(slug), update=small(update))
+    except UsageError as refusal:
+        assert len(refusal.facts) == 2 and refusal.fix  # both sides and a way out
+        return
+    batch = batch_for("llama")
+    handle = attach(tiny("llama"), recipe, calibration=[batch] if recipe.needs else None, steps=20)
+    losses = steps(handle, handle.optimizer(lr=1e-3, clip=1.0), [batch] * 4)
+    assert losses[-1] < losses[0]
