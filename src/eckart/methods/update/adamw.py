@@ -1,0 +1,43 @@
+"""AdamW: Adam with decoupled weight decay, as torch.optim.AdamW does it, bit for bit.
+
+    M = b1 M + (1 - b1) G        V = b2 V + (1 - b2) G^2
+    W = (1 - lr wd) W - lr  M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)
+
+The default for adapters and for everything that a projected rule leaves aside. Take
+GaLore or Fira where the two moments of full matrices do not fit.
+
+Source: I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", 2019, Alg. 2.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Gt
+
+from eckart.optim import Adam, Rule
+from eckart.recipe.method import Cost, Paper, Update
+
+
+@dataclass(frozen=True)
+class AdamW(Update):
+    """The moments are kept for every trained element."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment. Paper: (0.9, 0.999)."""
+
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment. Paper: 1e-8."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a weight lost per step, times the learning rate. Usual: 0 for adapters,
+    0.1 for pretraining."""
+
+    paper: ClassVar = Paper(
+        "Decoupled Weight Decay Regularization", "https://arxiv.org/abs/1711.05101", "ICLR 2019"
+    )
+
+    def rule(self) -> Rule:
+        return Rule(Adam(self.betas, self.eps), weight_decay=self.weight_decay)
+
+    def cost(self, m: int, n: int) -> Cost:
+        return Cost(state=2 * m * n)

@@ -1,0 +1,104 @@
+"""GaLore: train all weights, but let Adam see only a rank-r shadow of each gradient.
+
+    every T steps   U, s, Vt = svd(G);  P = the first r rows of Vt  (of U^T where m < n)
+    R = G P^T                           [m, r]: the long side and r directions of the short
+    N = M / (sqrt(V) + eps)             Adam's moments M, V of R, not of G
+    W = (1 - lr wd) (W - lr sqrt(1 - b2^t) / (1 - b1^t) alpha N P)
+
+The weights stay dense and full of rank: each period of T steps moves them in another
+subspace. Take it to pretrain or to fine-tune everything when Adam's two moments do not fit;
+take LoRA when a few numbers per matrix will do.
+
+Source: J. Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
+Projection", ICML 2024, Alg. 2, and its code, which we follow where they disagree (a square
+matrix is projected on the right; epsilon is not bias-corrected). We differ in four points:
+signs of singular vectors are fixed, so that runs repeat on other hardware; refreshes are
+spread over the steps; a gradient that is zero or not finite changes no basis; and the state
+is tensors and numbers alone, so that a run resumes in the middle of a period.
+
+m out, n in, r rank; the learning rate is about ten times Adam's, alpha takes it back.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from eckart.optim import SVD, Adam, Refresh, Rule
+from eckart.recipe.method import Cost, Paper, Update
+
+
+@dataclass(frozen=True)
+class GaLore(Update):
+    """Adam on gradients projected to a subspace that is renewed every few hundred steps."""
+
+    rank: Annotated[int, Ge(1)] = 128
+    """Directions of the short side that are kept. Paper: 128 (60M parameters), 256, 512,
+    1024 (7B) to pretrain; 4 to 8 to fine-tune. Cut to min(m, n)."""
+
+    every: Annotated[int, Ge(1)] = 200
+    """Steps between two decompositions of one matrix. Paper: 200; 500 for 7B and GLUE."""
+
+    scale: Annotated[float, Gt(0)] = 0.25
+    """alpha, on the update of projected matrices. Paper: 0.25 to pretrain, 2 to 4 to
+    fine-tune."""
+
+    side: Literal["auto", "reverse", "left", "right", "both"] = "auto"
+    """Which side is projected: auto the short one, reverse the long one."""
+
+    on_refresh: Literal["keep", "rotate", "reset"] = "keep"
+    """The moments at a new basis: kept as they are (paper), rotated into it, or forgotten."""
+
+    stagger: bool = True
+    """Spread the refreshes of the matrices over the steps by a hash of their names. Paper:
+    all at once."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment. Paper: Adam's."""
+
+    eps: Annotated[float, Gt(0)] = 1e-6
+    """Added to the root of the second moment. Code: 1e-6."""
+
+    eps_mode: Literal["hf", "torch"] = "hf"
+    """Where epsilon and the weight decay stand: hf as published (epsilon outside the bias
+    correction, decay after the update), torch as in torch.optim.AdamW."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a weight lost per step, times the learning rate. Paper: 0."""
+
+    skip_if_no_saving: bool = False
+    """Use Adam itself on matrices where the projected state would not be smaller."""
+
+    basis_dtype: Literal["param", "float32"] = "param"
+    """The dtype the basis is stored in. Code: the parameter's."""
+
+    state_dtype: Literal["param", "float32"] = "param"
+    """The dtype of the moments. Code: the parameter's."""
+
+    wants: ClassVar = "matrices"
+    default_lr: ClassVar = 0.01
+    mission: ClassVar = True
+    paper: ClassVar = Paper(
+        "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+        "https://arxiv.org/abs/2403.03507",
+        "ICML 2024",
+    )
+
+    def rule(self) -> Rule:
+        return Rule(
+            inner=self.adam(),
+            projector=SVD(self.rank, self.side, self.basis_dtype, self.skip_if_no_saving),
+            refresh=Refresh(self.every, self.on_refresh, self.stagger),
+            scale=self.scale,
+            weight_decay=self.weight_decay,
+            decay="after" if self.eps_mode == "hf" else "before",
+        )
+
+    def plain(self) -> Rule:
+        return self.rule().plain
+
+    def adam(self) -> Adam:
+        return Adam(self.betas, self.eps, self.eps_mode, self.state_dtype)
+
+    def cost(self, m: int, n: int) -> Cost:
+        return Cost(state=self.rule().state_elements(m, n))

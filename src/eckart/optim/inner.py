@@ -1,0 +1,144 @@
+"""Inner rules: from a gradient, whatever its shape, to a direction.
+
+They do not know whether they are projected. Each runs over a list of tensors, one per
+parameter, with torch's foreach operations: on a GPU a few launches for a whole model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from eckart.optim.part import Part, State, Tensors, add_squares_, multiply_
+from eckart.optim.project import Basis, up
+
+
+@dataclass(frozen=True)
+class Direction:
+    """W moves by -lr / correction * numerator / denominator.
+
+    Kept apart so that the last product can be one fused operation, rounded as torch rounds
+    it, and so that residuals can see the direction without its bias correction.
+    """
+
+    numerator: Tensors
+    denominator: Tensors | None
+    correction: list[float]
+
+    def tensors(self) -> Tensors:
+        """N = numerator / denominator. May be the state itself: do not write into it."""
+        if self.denominator is None:
+            return self.numerator
+        return list(torch._foreach_div(self.numerator, self.denominator))
+
+
+@dataclass(frozen=True)
+class Inner(Part):
+    """The contract of an inner rule."""
+
+    elementwise: ClassVar[bool] = True  # may run on any shard of a tensor
+
+    def init(self, R: Tensor) -> dict[str, Tensor]:
+        """The state tensors for a gradient like R."""
+        raise NotImplementedError
+
+    def step(self, R: Tensors, states: list[State], counts: list[int]) -> Direction:
+        """The direction, after moving the moments. `counts` are 1 in a first step."""
+        raise NotImplementedError
+
+    def rotate(self, state: State, turn: Basis, count: int) -> None:
+        """Carry the moments, which have seen `count` steps, into a new basis, in place.
+
+        `turn` is the overlap of the two bases: M becomes turn.left M turn.right.
+        """
+        raise NotImplementedError
+
+    def reset(self, state: State) -> None:
+        """Forget the moments, in place."""
+        for name in self.init(torch.empty(0, device="meta")):
+            state[name].zero_()
+
+
+@dataclass(frozen=True)
+class Adam(Inner):
+    """Adam's moments (Kingma and Ba 2015), with either of the two places of epsilon.
+
+    torch: M / (sqrt(V / (1 - b2^t)) + eps), times 1 / (1 - b1^t): the bits of torch.optim.
+    hf:    M / (sqrt(V) + eps), times sqrt(1 - b2^t) / (1 - b1^t): transformers' old AdamW,
+           in which epsilon is larger in early steps; GaLore and Fira were published with it.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_mode: Literal["torch", "hf"] = "torch"
+    state_dtype: Literal["param", "float32"] = "param"
+
+    def init(self, R: Tensor) -> dict[str, Tensor]:
+        dtype = state_dtype(R, self.state_dtype)
+        return {
+            "exp_avg": torch.zeros_like(R, dtype=dtype),
+            "exp_avg_sq": torch.zeros_like(R, dtype=dtype),
+        }
+
+    def step(self, R: Tensors, states: list[State], counts: list[int]) -> Direction:
+        b1, b2 = self.betas
+        M = [s["exp_avg"] for s in states]
+        V = [s["exp_avg_sq"] for s in states]
+        R = [r.to(m.dtype) for r, m in zip(R, M, strict=True)]
+        torch._foreach_lerp_(M, R, 1 - b1)
+        multiply_(V, b2)
+        add_squares_(V, R, 1 - b2)
+        c1 = [1 - b1**t for t in counts]
+        root_c2 = [(1 - b2**t) ** 0.5 for t in counts]
+        denominator = list(torch._foreach_sqrt(V))
+        if self.eps_mode == "torch":
+            torch._foreach_div_(denominator, root_c2)
+            correction = c1
+        else:
+            correction = [c / c2 for c, c2 in zip(c1, root_c2, strict=True)]
+        torch._foreach_add_(denominator, self.eps)
+        return Direction(M, denominator, correction)
+
+    def rotate(self, state: State, turn: Basis, count: int) -> None:
+        M, V = state["exp_avg"], state["exp_avg_sq"]
+        c1, c2 = (1 - b**count for b in self.betas)
+        square = Basis(*(None if t is None else t * t for t in turn))
+        M_turned = up(M, turn)
+        # LDAdam (Robert et al. 2025): the variance turns with squared cosines, the squared
+        # mean as the mean does; their sum may fall below 0 by an estimate's error
+        V_turned = up(V / c2 - (M / c1) ** 2, square) + (M_turned / c1) ** 2
+        V.copy_((c2 * V_turned).abs())
+        M.copy_(M_turned)
+
+
+@dataclass(frozen=True)
+class SGD(Inner):
+    """R itself, or with momentum M = mu M + R (no dampening, no bias correction)."""
+
+    momentum: float = 0.0
+    state_dtype: Literal["param", "float32"] = "param"
+
+    def init(self, R: Tensor) -> dict[str, Tensor]:
+        if not self.momentum:
+            return {}
+        return {"momentum": torch.zeros_like(R, dtype=state_dtype(R, self.state_dtype))}
+
+    def step(self, R: Tensors, states: list[State], counts: list[int]) -> Direction:
+        if not self.momentum:
+            return Direction(R, None, [1.0] * len(R))
+        M = [s["momentum"] for s in states]
+        multiply_(M, self.momentum)
+        torch._foreach_add_(M, [r.to(m.dtype) for r, m in zip(R, M, strict=True)])
+        return Direction(M, None, [1.0] * len(R))
+
+    def rotate(self, state: State, turn: Basis, count: int) -> None:
+        if self.momentum:
+            state["momentum"].copy_(up(state["momentum"], turn))
+
+
+def state_dtype(R: Tensor, choice: str) -> torch.dtype:
+    """The dtype of moments: the gradient's own, or fp32 where that is wider."""
+    return torch.promote_types(R.dtype, torch.float32) if choice == "float32" else R.dtype

@@ -1,0 +1,54 @@
+"""What all parts of a rule share: they describe themselves as plain data, and the two
+foreach operations that torch rounds differently on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor]  # one tensor per parameter; the maths runs over all of them at once
+State = dict[str, Any]  # one parameter's state: tensors, and plain scalars such as "step"
+CHUNK = 2**24  # elements whose temporaries may live at once: 64 MB in fp32
+
+
+@dataclass(frozen=True)
+class Part:
+    """A frozen dataclass of plain values and other parts."""
+
+    def describe(self) -> dict[str, Any]:
+        """This part as JSON-ready data: its name, then its fields."""
+        return {"part": type(self).__name__} | {
+            f.name: plain(getattr(self, f.name)) for f in fields(self)
+        }
+
+
+def plain(value: Any) -> Any:
+    """A field's value as JSON-ready data."""
+    if isinstance(value, Part):
+        return value.describe()
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+# In bf16 on the CPU torch's foreach forms of these two round otherwise than its plain ones,
+# which torch.optim takes there; on a GPU it takes foreach.
+
+
+def multiply_(tensors: Tensors, factor: float) -> None:
+    """Multiply each tensor, in place."""
+    if tensors[0].is_cpu:
+        for t in tensors:
+            t.mul_(factor)
+    else:
+        torch._foreach_mul_(tensors, factor)
+
+
+def add_squares_(sums: Tensors, tensors: Tensors, weight: float) -> None:
+    """sum += weight * tensor^2, in place."""
+    if sums[0].is_cpu:
+        for v, t in zip(sums, tensors, strict=True):
+            v.addcmul_(t, t, value=weight)
+    else:
+        torch._foreach_addcmul_(sums, tensors, tensors, weight)

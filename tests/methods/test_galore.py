@@ -1,0 +1,301 @@
+"""What GaLore alone promises: galore.md's list, against formulas written here afresh."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from eckart.methods.update.galore import GaLore
+from eckart.optim import SGD, SVD, Adam, LowRankOptimizer, Refresh, Rule
+
+F64 = torch.float64
+
+
+def spectrum(shape, steps, seed=0):
+    """Gradients with singular values from 1 to 0.01, so that subspaces are well defined."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(steps):
+        U, s, Vh = torch.linalg.svd(torch.randn(shape, generator=g, dtype=F64), full_matrices=False)
+        out.append(U * torch.logspace(0, -2, len(s), dtype=F64) @ Vh)
+    return out
+
+
+def train(rule, W, grads, lr=0.05, name="w", **kwargs):
+    p = nn.Parameter(W.clone())
+    optimizer = LowRankOptimizer([(name, p)], lr=lr, rule=rule, **kwargs)
+    path = []
+    for G in grads:
+        p.grad = G.clone()
+        optimizer.step()
+        path.append(p.detach().clone())
+    return path, optimizer.state[p]
+
+
+def start(shape, seed=5):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def by_the_paper(W, grads, rank, every, lr, alpha, betas, eps, wd):
+    """GaLore on the right side, line by line, with its code's epsilon and decay."""
+    W, M, V = W.clone(), 0.0, 0.0
+    for t, G in enumerate(grads):
+        if t % every == 0:
+            Vh = torch.linalg.svd(G, full_matrices=False)[2][:rank]
+            top = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
+            P = Vh * top.sign()
+        R = G @ P.T
+        M = betas[0] * M + (1 - betas[0]) * R
+        V = betas[1] * V + (1 - betas[1]) * R**2
+        size = lr * (1 - betas[1] ** (t + 1)) ** 0.5 / (1 - betas[0] ** (t + 1))
+        W = W - size * alpha * (M / (V.sqrt() + eps)) @ P
+        W = W - lr * wd * W
+    return W
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 6)])
+def test_follows_the_papers_algorithm(shape):
+    grads = spectrum(shape, 23)
+    method = GaLore(rank=3, every=7, stagger=False, weight_decay=0.1, scale=0.3)
+    path, _ = train(method.rule(), start(shape), grads)
+    wanted = by_the_paper(start(shape), grads, 3, 7, 0.05, 0.3, (0.9, 0.999), 1e-6, 0.1)
+    torch.testing.assert_close(path[-1], wanted, rtol=0, atol=1e-12)  # fp64, 23 steps
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8)])
+def test_full_rank_sgd_is_sgd(shape, momentum):
+    grads = spectrum(shape, 20)
+    # momentum lives in the basis: it is SGD's while the basis stays
+    every = 1000 if momentum else 3
+    rule = Rule(SGD(momentum), SVD(99), Refresh(every, stagger=False))
+    path, _ = train(rule, start(shape), grads)
+    p = nn.Parameter(start(shape))
+    reference = torch.optim.SGD([p], lr=0.05, momentum=momentum)
+    for G in grads:
+        p.grad = G
+        reference.step()
+    torch.testing.assert_close(path[-1], p.detach(), rtol=0, atol=1e-10)
+
+
+def test_full_rank_adam_is_adam_in_rotated_coordinates():
+    shape, grads = (8, 5), spectrum((8, 5), 20)
+    rule = Rule(Adam(eps=1e-300), SVD(5), Refresh(1000, stagger=False))
+    path, state = train(rule, start(shape), grads)
+    P = state["right"]
+    p = nn.Parameter(start(shape) @ P.T)
+    reference = torch.optim.AdamW([p], lr=0.05, eps=1e-300, weight_decay=0)
+    for G in grads:
+        p.grad = G @ P.T
+        reference.step()
+    torch.testing.assert_close(path[-1] @ P.T, p.detach(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_each_period_moves_the_weights_in_r_more_directions(shape):
+    rank, every = 2, 5
+    path, _ = train(
+        GaLore(rank=rank, every=every, stagger=False).rule(), start(shape), spectrum(shape, 15)
+    )
+    for steps in range(1, 16):
+        s = torch.linalg.svdvals(path[steps - 1] - start(shape))
+        periods = (steps + every - 1) // every
+        assert (s > 1e-9 * s[0]).sum() == min(rank * periods, 8)
+
+
+@pytest.mark.parametrize("side", ["auto", "reverse", "both"])
+@pytest.mark.parametrize("on_refresh", ["keep", "rotate", "reset"])
+def test_a_transposed_run_is_the_run_transposed(side, on_refresh):
+    shape, grads = (9, 6), spectrum((9, 6), 20)
+    rule = GaLore(rank=3, every=6, side=side, on_refresh=on_refresh, weight_decay=0.1).rule()
+    path, _ = train(rule, start(shape), grads)
+    turned, _ = train(rule, start(shape).T, [G.T for G in grads])
+    torch.testing.assert_close(path[-1], turned[-1].T, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_bases_are_orthonormal(shape, dtype, tolerance):
+    """1e-6: the SVD's own error in fp32. 1e-2: entries are rounded to 8 bits."""
+    p = nn.Parameter(start(shape).to(dtype))
+    optimizer = LowRankOptimizer([p], rule=GaLore(rank=6).rule())
+    p.grad = spectrum(shape, 1)[0].to(dtype)
+    optimizer.step()
+    basis = next(optimizer.state[p][k] for k in ("left", "right") if k in optimizer.state[p])
+    assert basis.dtype == dtype
+    wide = basis.double() if basis.shape[0] == 6 else basis.double().T
+    torch.testing.assert_close(wide @ wide.T, torch.eye(6, dtype=F64), rtol=0, atol=tolerance)
+
+
+def test_signs_of_singular_vectors_do_not_matter(monkeypatch):
+    shape, grads = (9, 6), spectrum((9, 6), 20)
+    rule = GaLore(rank=3, every=6).rule()
+    path, _ = train(rule, start(shape), grads)
+    svd, calls = torch.linalg.svd, []
+
+    def flipped(G, full_matrices=True):
+        calls.append(G.shape)
+        U, s, Vh = svd(G, full_matrices=full_matrices)
+        signs = torch.tensor([(-1.0) ** (i + len(calls)) for i in range(len(s[0]))], dtype=F64)
+        return U * signs, s, Vh * signs[:, None]
+
+    monkeypatch.setattr(torch.linalg, "svd", flipped)
+    again, _ = train(rule, start(shape), grads)
+    assert len(calls) >= 4 and torch.equal(path[-1], again[-1])
+
+
+@pytest.mark.parametrize(
+    "shape, side, left, right, moment",
+    [
+        ((12, 8), "auto", None, (3, 8), (12, 3)),
+        ((8, 12), "auto", (8, 3), None, (3, 12)),
+        ((8, 8), "auto", None, (3, 8), (8, 3)),
+        ((12, 8), "reverse", (12, 3), None, (3, 8)),
+        ((8, 12), "reverse", None, (3, 12), (8, 3)),
+        ((12, 8), "left", (12, 3), None, (3, 8)),
+        ((8, 12), "right", None, (3, 12), (8, 3)),
+        ((12, 8), "both", (12, 3), (3, 8), (3, 3)),
+    ],
+)
+def test_state_has_these_shapes_and_no_others(shape, side, left, right, moment):
+    method = GaLore(rank=3, side=side)
+    _, state = train(method.rule(), start(shape), spectrum(shape, 2))
+    shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)}
+    wanted = {"left": left, "right": right, "exp_avg": moment, "exp_avg_sq": moment}
+    assert shapes == {k: v for k, v in wanted.items() if v}
+    measured = sum(v.numel() for v in state.values() if isinstance(v, torch.Tensor))
+    assert method.cost(*shape).state == measured
+
+
+def test_a_rank_above_the_short_side_is_cut_there():
+    _, state = train(GaLore(rank=99).rule(), start((7, 5)), spectrum((7, 5), 1))
+    assert state["right"].shape == (5, 5)
+
+
+def test_skip_if_no_saving_is_adam_itself():
+    """Full rank on a square matrix needs 3 n^2 elements of state, Adam 2 n^2."""
+    method = GaLore(rank=6, skip_if_no_saving=True)
+    path, state = train(method.rule(), start((6, 6)), spectrum((6, 6), 10))
+    plain, _ = train(method.plain(), start((6, 6)), spectrum((6, 6), 10))
+    assert "right" not in state and torch.equal(path[-1], plain[-1])
+    assert method.cost(6, 6).state == 72
+    assert method.cost(600, 6).state == 600 * 6 * 2  # cut to full rank: nothing is saved
+    assert method.cost(600, 60).state == 600 * 6 * 2 + 6 * 60
+
+
+def test_vectors_and_plain_parameters_are_adamw_bit_for_bit():
+    method = GaLore(eps_mode="torch", weight_decay=0.1)
+    for rule, shape in ((method.rule(), (7,)), (method.plain(), (7, 5))):
+        grads = [torch.randn(shape, dtype=F64) for _ in range(20)]
+        path, _ = train(rule, start(shape), grads)
+        p = nn.Parameter(start(shape))
+        reference = torch.optim.AdamW([p], lr=0.05, eps=1e-6, weight_decay=0.1)
+        for G in grads:
+            p.grad = G
+            reference.step()
+        assert torch.equal(path[-1], p.detach())
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_useless_gradient_keeps_the_basis_and_is_tried_again(bad):
+    grads = spectrum((8, 5), 8)
+    grads[4] = torch.full((8, 5), bad, dtype=F64)
+    _, before = train(GaLore(rank=2, every=4, stagger=False).rule(), start((8, 5)), grads[:4])
+    _, at = train(GaLore(rank=2, every=4, stagger=False).rule(), start((8, 5)), grads[:5])
+    _, after = train(GaLore(rank=2, every=4, stagger=False).rule(), start((8, 5)), grads[:6])
+    assert torch.equal(before["right"], at["right"]) and at["due"] == 5
+    assert not torch.equal(at["right"], after["right"]) and after["due"] == 8
+
+
+def test_a_zero_gradient_at_the_first_step_leaves_an_orthonormal_basis():
+    path, state = train(GaLore(rank=2).rule(), start((8, 5)), [torch.zeros(8, 5, dtype=F64)])
+    assert torch.equal(path[-1], start((8, 5)))
+    assert torch.equal(state["right"], torch.eye(2, 5, dtype=F64)) and state["due"] == 1
+
+
+def test_refreshes_are_spread_by_name_and_the_first_is_at_step_zero(monkeypatch):
+    every, names = 10, [f"layers.{i}.q_proj.weight" for i in range(20)]
+    found = {}
+    for order in (names, names[::-1]):
+        params = [(name, nn.Parameter(start((6, 4)))) for name in order]
+        optimizer = LowRankOptimizer(params, rule=GaLore(rank=2, every=every).rule())
+        steps = {name: [] for name in names}
+        for step, G in enumerate(spectrum((6, 4), 35)):
+            last = {n: optimizer.state[p].get("due", 0) for n, p in params}
+            for _, p in params:
+                p.grad = G.clone()
+            optimizer.step()
+            for n, p in params:
+                if optimizer.state[p]["due"] != last[n]:
+                    steps[n].append(step)
+        assert found in ({}, steps)  # whatever the order
+        found = steps
+    assert all(s[0] == 0 for s in found.values())
+    assert all(b - a == every for s in found.values() for a, b in pairwise(s[1:]))
+    busiest = max(sum(step in s for s in found.values()) for step in range(1, 35))
+    assert busiest <= 8  # not all 20 at once
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
+def test_rotated_moments_follow_ldadams_formula(shape):
+    """Written for the right side; the left is its transpose."""
+    grads = spectrum(shape, 5)
+    rule = GaLore(rank=3, every=4, stagger=False, on_refresh="rotate").rule()
+    _, before = train(rule, start(shape), grads[:4])
+    _, after = train(rule, start(shape), grads)
+    side = "right" if shape[0] >= shape[1] else "left"
+    turn = (lambda t: t) if side == "right" else (lambda t: t.T)
+    old, new = turn(before[side]), turn(after[side])
+    M, V, R = turn(before["exp_avg"]), turn(before["exp_avg_sq"]), turn(grads[4]) @ new.T
+    X, c1, c2 = old @ new.T, 1 - 0.9**4, 1 - 0.999**4
+    V = (c2 * ((V / c2 - (M / c1) ** 2) @ (X * X) + (M @ X / c1) ** 2)).abs()
+    M = 0.9 * (M @ X) + 0.1 * R
+    V = 0.999 * V + 0.001 * R**2
+    torch.testing.assert_close(turn(after["exp_avg"]), M, rtol=0, atol=1e-13)
+    torch.testing.assert_close(turn(after["exp_avg_sq"]), V, rtol=0, atol=1e-13)
+
+
+def test_reset_makes_the_next_step_a_first_step():
+    grads = spectrum((9, 6), 5)
+    rule = GaLore(rank=3, every=4, stagger=False, on_refresh="reset").rule()
+    path, _ = train(rule, start((9, 6)), grads)
+    fresh, _ = train(rule, path[3], grads[4:])
+    torch.testing.assert_close(path[4], fresh[0], rtol=0, atol=1e-14)
+
+
+def test_convolutions_are_matrices_of_their_outputs():
+    shape = (8, 3, 2, 2)
+    grads = [torch.randn(shape, dtype=F64) for _ in range(8)]
+    flat = [G.flatten(1) for G in grads]
+    rule = GaLore(rank=3, every=3).rule()
+    path, state = train(rule, start(shape), grads)
+    wanted, _ = train(rule, start(shape).flatten(1), flat)
+    assert state["left"].shape == (8, 3)
+    assert torch.equal(path[-1].flatten(1), wanted[-1])
+
+
+def test_channels_last_convolutions_are_updated_too():
+    shape = (8, 3, 2, 2)
+    grads = [torch.randn(shape, dtype=F64) for _ in range(8)]
+    rule = GaLore(rank=3, every=3, weight_decay=0.1).rule()
+    path, _ = train(rule, start(shape), grads)
+    last = start(shape).to(memory_format=torch.channels_last)
+    wanted, _ = train(rule, last, [G.to(memory_format=torch.channels_last) for G in grads])
+    torch.testing.assert_close(path[-1], wanted[-1], rtol=0, atol=1e-13)
+
+
+def test_experts_are_projected_one_by_one():
+    e, shape = 3, (8, 5)
+    each = [spectrum(shape, 8, seed=i) for i in range(e)]
+    grads = [torch.stack(row) for row in zip(*each, strict=True)]
+    W = start((e, *shape))
+    rule = GaLore(rank=2, every=3, weight_decay=0.1).rule()
+    p = nn.Parameter(W.clone())
+    optimizer = LowRankOptimizer([{"params": [("w", p)], "leading": 1}], lr=0.05, rule=rule)
+    for G in grads:
+        p.grad = G.clone()
+        optimizer.step()
+    for i in range(e):
+        path, _ = train(rule, W[i], each[i])
+        torch.testing.assert_close(p[i].detach(), path[-1], rtol=0, atol=1e-13)
