@@ -1,0 +1,126 @@
+"""An adapter in eckart's own form: everything that differs from its base, for every method.
+
+eckart.json         what it is: format, base and its fingerprint, method, fields, structure
+model.safetensors   the tensors, under their raw names in the model
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from torch import nn
+
+import eckart
+from eckart.errors import FileError
+from eckart.io.folder import write_folder, write_json
+from eckart.io.models import read_json
+from eckart.io.tensors import read_tensors, write_tensors
+from eckart.recipe import Handle, attach_from
+from eckart.recipe.fingerprint import fingerprint
+
+FORMAT = 1
+DESCRIPTION, TENSORS = "eckart.json", "model.safetensors"
+
+
+def save(handle: Handle, folder: str | Path, overwrite: bool = False) -> None:
+    """Write what differs from the base; the same bytes for the same state.
+
+    Raises UsageError where the folder holds something and `overwrite` is False.
+    """
+    with write_folder(folder, overwrite) as beside:
+        write_json(beside / DESCRIPTION, describe(handle))
+        write_tensors(beside / TENSORS, handle.named_state())
+
+
+def describe(handle: Handle) -> dict[str, Any]:
+    """The content of eckart.json."""
+    structure = handle.structure()
+    return {
+        "format": FORMAT,
+        "base": getattr(getattr(handle.model, "config", None), "_name_or_path", "") or None,
+        "fingerprint": structure.pop("fingerprint"),
+        "method": structure.pop("method"),
+        "fields": structure.pop("fields"),
+        "structure": structure,
+        "versions": {
+            "eckart": eckart.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def load(model: nn.Module, folder: str | Path) -> Handle:
+    """Attach a saved adapter to its base, in place.
+
+    Raises FileError where the base is another one, where a tensor is missing, left over or
+    misshapen, and where a file is damaged; the model is then as it was before.
+    """
+    folder = Path(folder)
+    content = read_description(folder)
+    check_base(model, content, folder)
+    tensors = read_tensors(folder / TENSORS)
+    before = dict(model.named_parameters())
+    handle = attach_from(model, structure_of(content))
+    try:
+        handle.load_named_state(tensors)
+    except BaseException:
+        handle.detach()
+        put_back(model, before)
+        raise
+    return handle
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """eckart.json, checked. Raises FileError where it is missing, malformed or too new."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise FileError("this folder holds no eckart adapter", [(str(path), "is missing")])
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise FileError(
+            "unknown format version",
+            [(str(path), f"format {content.get('format')}; this eckart reads {FORMAT}")],
+            "Update eckart: pip install -U eckart.",
+        )
+    lost = [key for key in ("fingerprint", "method", "fields", "structure") if key not in content]
+    if lost:
+        raise FileError("the adapter's description is incomplete", [(str(path), ", ".join(lost))])
+    return content
+
+
+def structure_of(content: dict[str, Any]) -> dict[str, Any]:
+    """What `attach_from` takes, from the content of eckart.json."""
+    keys = ("fingerprint", "method", "fields")
+    return {**content["structure"], **{key: content[key] for key in keys}}
+
+
+def check_base(model: nn.Module, content: dict[str, Any], folder: Path) -> None:
+    """Raise FileError unless the model is the base that the adapter was made for."""
+    found = fingerprint(model)
+    if found != content["fingerprint"]:
+        name = content.get("base") or "a base without a name"
+        raise FileError(
+            "this adapter was made for another base",
+            [
+                (str(folder), f"for {name}, fingerprint {content['fingerprint'][:12]}"),
+                (type(model).__name__, f"fingerprint {found[:12]}"),
+            ],
+            "Load the base that it names, unchanged and without other terms.",
+        )
+
+
+def put_back(model: nn.Module, before: dict[str, nn.Parameter]) -> None:
+    """Register again the dense parameters that a failed attachment dropped."""
+    for name, parameter in before.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if module._parameters.get(leaf) is not parameter:
+            setattr(module, leaf, parameter)

@@ -1,0 +1,62 @@
+"""Named tensors in safetensors files: written the same way twice, read with every fault named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eckart.errors import FileError
+from eckart.io.folder import speaking
+from eckart.io.models import header, pickles_in, refused
+
+# One key only: safetensors writes its metadata in the order of a hash map.
+METADATA = {"format": "pt"}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors under sorted names, whole and contiguous, on the CPU.
+
+    A sharded tensor (DTensor) is gathered; tensors that share memory are copied apart.
+    """
+    ready = {name: standalone(tensors[name]) for name in sorted(tensors)}
+    with speaking(path):
+        save_file(ready, path, metadata=METADATA)
+
+
+def standalone(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor that shares memory with nothing else."""
+    whole = tensor.detach()
+    if hasattr(whole, "full_tensor"):
+        whole = whole.full_tensor()
+    return whole.cpu().contiguous().clone()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU.
+
+    Raises FileError where it is missing (naming a pickle that stands in its place), cut off
+    or damaged.
+    """
+    if not path.is_file():
+        for pickle in pickles_in(path.parent):
+            raise refused(pickle)
+        raise FileError("a file of the adapter is missing", [(str(path), "")])
+    header(path)
+    try:
+        return load_file(path, device="cpu")
+    except SafetensorError as fault:
+        raise FileError("this is not a safetensors file", [(str(path), str(fault))]) from fault
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of floating tensors that hold NaN or infinity."""
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
