@@ -35,7 +35,9 @@ def gemma() -> nn.Module:
     """Tied embedding and head, embeddings scaled by sqrt(d)."""
     from transformers import GemmaConfig, GemmaForCausalLM
 
-    config = GemmaConfig(**{**decoder(), "tie_word_embeddings": True}, num_key_value_heads=2, head_dim=8)
+    config = GemmaConfig(
+        **{**decoder(), "tie_word_embeddings": True}, num_key_value_heads=2, head_dim=8
+    )
     return GemmaForCausalLM(config)
 
 

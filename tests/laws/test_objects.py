@@ -34,9 +34,17 @@ def test_initial_values_do_not_depend_on_other_targets(slug):
     needs = [batch_for("llama")] if small(slug).needs else None
     values = []
     for targets in (("attn.q",), ("attn", "mlp")):
-        handle = attach(tiny("llama"), Recipe(weights=small(slug, targets=targets)), calibration=needs)
+        handle = attach(
+            tiny("llama"), Recipe(weights=small(slug, targets=targets)), calibration=needs
+        )
         path = "model.layers.0.self_attn.q_proj"
-        values.append({f"{n}.{k}": v for n, p in handle.parts()[path].items() for k, v in p.state_dict().items()})
+        values.append(
+            {
+                f"{n}.{k}": v
+                for n, p in handle.parts()[path].items()
+                for k, v in p.state_dict().items()
+            }
+        )
     assert values[0].keys() == values[1].keys() and values[0]
     assert all(torch.equal(values[0][k], values[1][k]) for k in values[0])
 

@@ -3,13 +3,14 @@
 from eckart.linear.lowrank import LowRank, linear_plus_low_rank, low_rank
 from eckart.linear.sites import Site, find_sites, seeded_generator
 from eckart.linear.structured import Structured, fold, install, kernels, uninstall
-from eckart.linear.term import Dense, Gain, Product, Term, describe, plain_mm
+from eckart.linear.term import Dense, Gain, Product, Shared, Term, describe, plain_mm
 
 __all__ = [
     "Dense",
     "Gain",
     "LowRank",
     "Product",
+    "Shared",
     "Site",
     "Structured",
     "Term",

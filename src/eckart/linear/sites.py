@@ -12,6 +12,7 @@ qualified names, so that nothing is imported for their sake.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,14 +29,15 @@ EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 class Site:
     """One place where a map lives, before or after terms are attached to it.
 
-    `path` names the module (and the parameter, for fused experts), `shape` is (m, n),
-    `leading` what stands before it. `ties` are the paths of modules that use the same
+    `path` names the module (and the parameter, for fused experts), `matrix_shape` is
+    (*, m, n) and stays known when the matrix is dropped. `ties` are the paths of modules that use the same
     matrix. `gradient` [*, m, n] and `activations` [t, n] are there for methods that need them.
     """
 
     path: str
     module: nn.Module
     kind: str
+    matrix_shape: tuple[int, ...]
     param: str = "weight"
     role: str = "other"
     ties: tuple[str, ...] = ()
@@ -64,14 +66,6 @@ class Site:
     def transposed(self) -> bool:
         """Is the stored matrix [*, n, m]?"""
         return transposed(self.module, self.kind)
-
-    @property
-    def matrix_shape(self) -> tuple[int, ...]:
-        """(*, m, n)."""
-        shape = tuple(self.raw.shape)
-        if self.kind == "conv2d":
-            return shape[0], shape[1] * shape[2] * shape[3]
-        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -171,21 +165,19 @@ def module_sites(path: str, module: nn.Module, seed: int) -> Iterator[Site]:
     if kind is None:
         return
     for param in expert_parameters(module) if kind == "experts" else ["weight"]:
-        if isinstance(module._parameters.get(param), nn.Parameter):
+        parameter = module._parameters.get(param)
+        if parameter is not None:
             name = f"{path}.{param}" if kind == "experts" else path
-            yield Site(name, module, kind, param, seed=seed)
+            shape = tuple(as_matrix(parameter.detach(), module, kind).shape)
+            yield Site(name, module, kind, shape, param, seed=seed)
 
 
 def join(first: Site, other: Site) -> Site:
     """Two uses of one parameter: the embedding keeps the terms, the other refers to it."""
     if other.kind == "embedding" and first.kind != "embedding":
         first, other = other, first
-    return Site(
-        first.path,
-        first.module,
-        first.kind,
-        first.param,
-        seed=first.seed,
+    return dataclasses.replace(
+        first,
         ties=(*first.ties, other.path, *other.ties),
         tied_modules=(*first.tied_modules, other.module, *other.tied_modules),
     )

@@ -87,6 +87,13 @@ class Term(nn.Module):
                 term.register_buffer(name, tensor)
         return term
 
+    def bind(self, shared: Mapping[str, nn.Module]) -> None:
+        """Take references to modules that live once at the model's root (shared bases).
+
+        Called after building and after loading. Keep them out of the registry, with
+        `self.__dict__[...] = module`: a module registered twice would be saved twice.
+        """
+
     def describe(self) -> dict[str, Any]:
         """Plain data from which `empty` rebuilds the term: type, tensors, scalars."""
         return describe(self)
@@ -111,6 +118,12 @@ class Gain(nn.Module):
     def factor(self, weight: Tensor, terms: list[Term]) -> Tensor:
         """weight [*, m, n] -> [*, m]."""
         raise NotImplementedError
+
+
+class Shared(nn.Module):
+    """Tensors that live once at the model's root and that terms of many sites refer to."""
+
+    empty = classmethod(Term.empty.__func__)  # type: ignore[attr-defined]
 
 
 def describe(part: nn.Module) -> dict[str, Any]:

@@ -13,13 +13,25 @@ from torch import Tensor, nn
 
 from eckart.errors import FileError, UsageError
 from eckart import linear
-from eckart.linear import Gain, LowRank, Site, Structured, Term, describe, fold, install, uninstall
+from eckart.linear import (
+    Gain,
+    LowRank,
+    Shared,
+    Site,
+    Structured,
+    Term,
+    describe,
+    fold,
+    install,
+    uninstall,
+)
 from eckart.linear.sites import as_stored
 from eckart.optim import LowRankOptimizer
 from eckart.recipe import registry
 from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
 from eckart.recipe.events import EventHook
 from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.guard import guard_steps, guarded
 from eckart.recipe.lock import lock, unlock
 from eckart.recipe.method import Objective, Update, Weights
 from eckart.recipe.recipe import Recipe
@@ -38,6 +50,7 @@ try:
 except ModuleNotFoundError:
     pass
 
+ROOT = ""  # the path under which build() returns modules shared by all sites
 FORMAT = 1  # version of the structure that is written to disk
 
 
@@ -102,17 +115,20 @@ def attach_from(
     if missing:
         raise FileError("the model has no such map", [(path, "") for path in missing[:8]])
     wanted = {**structure["sites"], **dict.fromkeys(structure["changed"], None)}
-    sites = {p: here[p] for p in wanted} if wanted else {s.path: s for s in choose_all(recipe, here)}
+    sites = (
+        {p: here[p] for p in wanted} if wanted else {s.path: s for s in choose_all(recipe, here)}
+    )
     handle = Handle(
         model, recipe, sites, structure["seed"], tuple(structure["also_train"]), teacher
     )
     handle.fingerprint = structure["fingerprint"]
     for path in structure["changed"]:
         handle.originals[path] = sites[path].raw.detach().clone()
+    stored = {**structure["sites"], ROOT: structure["shared"]}
     handle.install(
         {
             path: {name: revive(cls, spec) for name, spec in parts.items()}
-            for path, parts in structure["sites"].items()
+            for path, parts in stored.items()
         }
     )
     return handle
@@ -129,7 +145,7 @@ def revive(method: type, spec: Mapping[str, Any]) -> nn.Module:
     """A term of a stored description: a class of the maths room or of the method's own file."""
     own = sys.modules[method.__module__]
     cls = getattr(linear, spec["type"], None) or getattr(own, spec["type"], None)
-    if not (isinstance(cls, type) and issubclass(cls, Term | Gain)):
+    if not (isinstance(cls, type) and issubclass(cls, Term | Gain | Shared)):
         raise FileError("unknown kind of term", [(spec["type"], f"method {method.__name__}")])
     return cls.empty(spec["tensors"], spec["scalars"])
 
@@ -143,7 +159,9 @@ def choose(model: nn.Module, weights: Weights, seed: int) -> list[Site]:
         refuse_unreachable(model, sites)
     taken = [s.path for s in sites if isinstance(s.module, Structured) and weights.base != "frozen"]
     if taken:
-        raise UsageError("terms are attached here already", [(taken[0], "")], "Call remove() first.")
+        raise UsageError(
+            "terms are attached here already", [(taken[0], "")], "Call remove() first."
+        )
     names = [f.name for f in dataclasses.fields(weights) if f.name not in ("targets", "overrides")]
     apply_overrides(sites, weights.overrides, names)
     check_ranks(sites, weights)
@@ -220,7 +238,12 @@ class Handle:
         self.originals: dict[str, Tensor] = {}  # stored layout, for bases that were changed
         self.required = {name: p.requires_grad for name, p in model.named_parameters()}
         self.attached: dict[str, list[str]] = {}
+        self.shared: dict[str, nn.Module] = {}  # children of the root that terms refer to
         self.events = EventHook(recipe.choices, self.terms, seed)
+        self.penalty = torch.zeros(())  # of the last step
+        self.loss_was_asked = False  # since the last step; see guard.py
+        if self.data_objectives:
+            guard_steps(self)
 
     # --- attaching -------------------------------------------------------------------------
 
@@ -230,7 +253,12 @@ class Handle:
         if weights.rest == "frozen" and EVERYTHING not in weights.targets:
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
+        for name, module in parts.get(ROOT, {}).items():
+            self.model.add_module(name, module)
+            self.shared[name] = module
         for path, by_name in parts.items():
+            if path == ROOT:
+                continue
             site = self.sites[path]
             if drop and site.ties:
                 raise UsageError(
@@ -244,6 +272,9 @@ class Handle:
                 site.raw.requires_grad_(True)
         for name in self.also_train:
             self.model.get_submodule(name).requires_grad_(True)
+        for by_term in self.terms().values():
+            for term in by_term.values():
+                term.bind(self.shared)
         self.set_products()
         self.coverage = cover(self)
         if self.attached:
@@ -312,6 +343,8 @@ class Handle:
                 names.update(f"{stem}.{key}" for key in part.state_dict())
             if path in self.originals:
                 names.add(f"{site.module_path}.{site.param}")
+        for child, module in self.shared.items():
+            names.update(f"{child}.{key}" for key in module.state_dict())
         state = self.model.state_dict(keep_vars=True)
         return {name: state[name] for name in sorted(names)}
 
@@ -346,6 +379,7 @@ class Handle:
                 path: {name: describe(part) for name, part in by_name.items()}
                 for path, by_name in self.parts().items()
             },
+            "shared": {name: describe(module) for name, module in self.shared.items()},
             "changed": sorted(self.originals),
         }
 
@@ -449,6 +483,7 @@ class Handle:
         """The loss to train on: the task's own, or what the data objectives make of it."""
         if loss is None:
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        self.loss_was_asked = True
         for objective in self.data_objectives:
             reference = self.reference(inputs) if objective.needs_reference else None
             loss = objective.loss(self.model, inputs, outputs, loss, reference)
@@ -504,6 +539,7 @@ class Handle:
             for other in site.tied_modules:
                 uninstall(other)
         self.attached.clear()
+        guarded.discard(self)
         unlock(self.model)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.required.get(name, True))

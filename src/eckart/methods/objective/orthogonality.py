@@ -37,6 +37,8 @@ class Orthogonality(Objective):
     paper: ClassVar = Paper("AdaLoRA", "https://arxiv.org/abs/2303.10512")
 
     def penalty(self, terms: Mapping[str, Mapping[str, Term]]) -> Tensor:
-        pairs = [t for by_name in terms.values() for t in by_name.values() if isinstance(t, LowRank)]
+        pairs = [
+            t for by_name in terms.values() for t in by_name.values() if isinstance(t, LowRank)
+        ]
         parts = [off_diagonal(t.B.mT @ t.B) + off_diagonal(t.A @ t.A.mT) for t in pairs]
         return self.weight * (torch.stack(parts).sum() if parts else torch.zeros(()))
