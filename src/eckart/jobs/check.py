@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -37,12 +36,22 @@ def checked(setting: Setting, hint: Any, default: Any, more: str) -> Any:
         out = any(kind.startswith(("greater_than", "less_than")) for kind in kinds)
         wrong = "out of range" if out else "of the wrong type"
     if wrong:
+        words = nearest(setting.text, choices(hint)) if isinstance(value, str) else []
+        advice = f"Did you mean {words[0]}?" if words else f"Leave it out for {written(default)}."
         raise UsageError(
-            f"{setting.name} is {wrong}",
+            f"{setting.name} is {wrong}" if not choices(hint) else f"no such {setting.name}",
             [(f"{setting.name} = {setting.text}", setting.place), ("allowed", expected(hint))],
-            f"Leave it out for {written(default)}. {more}",
+            f"{advice} {more}",
         )
     return value
+
+
+def choices(hint: Any) -> list[str]:
+    """The words of a type that is words alone; empty for any other."""
+    options = [o for o in alternatives(hint) if o is not type(None)]
+    if any(typing.get_origin(o) is not Literal for o in options):
+        return []
+    return [w for o in options for w in typing.get_args(o)]
 
 
 @cache
@@ -105,7 +114,8 @@ def expected(hint: Any) -> str:
         return ", ".join(str(a) for a in args)
     if origin is tuple:
         inner = [a for a in args if a is not Ellipsis]
-        return f"a list, each {expected(inner[0])}" if inner else "a list"
+        length = f" of {len(inner)}" if len(inner) == len(args) else ""
+        return f"a list{length}, each {expected(inner[0])}" if inner else "a list"
     if origin is dict or hint is dict:
         return "keys with values"
     return "null" if hint is type(None) else KINDS.get(hint, getattr(hint, "__name__", str(hint)))
@@ -117,28 +127,4 @@ def written(value: Any) -> str:
         return f"[{', '.join(written(v) for v in value)}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
-def unknown_key(name: str, place: str, keys: Sequence[str], more: str) -> UsageError:
-    """The error for a key that is not there: the nearest one, and where all are listed."""
-    close = nearest_key(name, keys)
-    hint = f"Did you mean {close}? " if close else ""
-    return UsageError(f"unknown key {name}     {place}", fix=f"{hint}{more}")
-
-
-def nearest_key(name: str, keys: Iterable[str]) -> str | None:
-    """The key that was meant: of the same section, of the same last word, or spelled alike."""
-    keys = list(keys)
-    head, _, tail = name.rpartition(".")
-    tails = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == head}
-    for choices in (siblings, tails):
-        if tail in choices:
-            return choices[tail]
-        if choices is siblings and (close := nearest(tail, choices)):
-            return choices[close[0]]
-    if close := nearest(name, keys):
-        return close[0]
-    close = nearest(tail, tails)
-    return tails[close[0]] if close else None
+    return str(value) or '""'

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-import yaml
-
 from eckart.errors import UsageError
-from eckart.jobs.check import checked, expected, unknown_key
-from eckart.jobs.merge import AXES, BUDGET, EXCLUSIVE, Given, merge
+from eckart.jobs.check import checked, expected
+from eckart.jobs.emit import emit, nested, plain
+from eckart.jobs.merge import AXES, BUDGET, Given, fields_of, merge
+from eckart.jobs.refuse import refuse_alternatives, unknown_key
 from eckart.jobs.tree import SECTIONS, Budget, Data, Eval, Heal, Source, Train
-from eckart.jobs.words import COMMAND_LINE, HABITS, Setting, read_file, read_words
+from eckart.jobs.words import COMMAND_LINE, Key, Setting, read_file, read_words
 from eckart.recipe import registry
 from eckart.recipe.registry import DEFAULTS, FULL, REQUIRED, Entry
 
@@ -101,11 +101,13 @@ class Job:
         return Recipe(objective=objectives, **chosen)
 
     def settle(self, key: str, value: Any, reason: str) -> Job:
-        """This job with one key of a section decided, and why."""
-        section, name = key.split(".")
-        part = dataclasses.replace(getattr(self, section), **{name: value})
-        changed: dict[str, Any] = {section: part, "settled": {**self.settled, key: reason}}
-        return dataclasses.replace(self, **changed)
+        """This job with one key of a section decided (train.lr, heal.train.steps), and why."""
+        *sections, field_name = key.split(".")
+        parts = [self, *(getattr(self, s) for s in sections[:1])]
+        parts += [getattr(parts[-1], s) for s in sections[1:]]
+        for part, name in zip(reversed(parts), (field_name, *reversed(sections)), strict=True):
+            value = dataclasses.replace(part, **{name: value})
+        return dataclasses.replace(value, settled={**self.settled, key: reason})
 
     def choose(self, axis: str, choice: Choice, reason: str) -> Job:
         """This job with the choice on one axis decided, and why."""
@@ -132,6 +134,7 @@ class Job:
         keys += [f"objective.{c.name}.{n}" for c in self.objectives for n in fields_in(c)]
         if self.command == "compress":
             keys += [f"compress.{n}" for n in BUDGET] + ["heal.steps"]
+        keys += [key for key in (*self.given, *self.settled) if key.startswith("heal.")]
         if "train.steps" in self.settled:
             keys.remove("train.epochs")  # the steps stand for them now
         return {key: value_at(self, tuple(key.split("."))) for key in dict.fromkeys(keys)}
@@ -161,13 +164,14 @@ def resolve(
     refuse_unknown(given, entries)
     refuse_alternatives(given)
     train = section(Train, given, ("train",))
+    choices = {axis: choice(given, axis, entries) for axis in AXES if axis != "objective"}
     job = Job(
         command=command,
         model=plain_value(given, "model", str | None, None),
         out=plain_value(given, "out", str, OUT),
         track=plain_value(given, "track", tuple[str, ...], ()),
         data=section(Data, given, ("data",)),
-        choices={axis: choice(given, axis, entries) for axis in AXES if axis != "objective"},
+        choices=choices,
         objectives=tuple(
             Choice(e.name, build(e, given, key))
             for key, e in entries.items()
@@ -175,7 +179,7 @@ def resolve(
         ),
         train=train,
         eval=section(Eval, given, ("eval",)),
-        compress=budget(given),
+        compress=budget(given, choices["compress"].method),
         heal=healing(given, entries, train),
         options=dict(options or {}),
         flags=flags,
@@ -201,7 +205,7 @@ def positional(model: str | None, data: Any, flags: Flags) -> list[Setting]:
 
 # Which method answers each axis
 
-Entries = Mapping[tuple[str, ...], Entry | None]  # ("weights",), ("heal", "weights"), ...
+Entries = Mapping[Key, Entry | None]  # ("weights",), ("heal", "weights"), ...
 
 
 def chosen_entries(given: Given, command: str, settled: dict[str, str]) -> Entries:
@@ -209,9 +213,9 @@ def chosen_entries(given: Given, command: str, settled: dict[str, str]) -> Entri
 
     The names that `auto` stands for are decided here and written with the reason to `settled`.
     """
-    found: dict[tuple[str, ...], Entry | None] = {}
+    found: dict[Key, Entry | None] = {}
 
-    def take(key: tuple[str, ...], name: str) -> Entry | None:
+    def take(key: Key, name: str) -> Entry | None:
         found[key] = None if name in ("auto", "none") else registry.find(name)
         return found[key]
 
@@ -220,7 +224,7 @@ def chosen_entries(given: Given, command: str, settled: dict[str, str]) -> Entri
         return setting.value if setting else "auto"
 
     def spoken(axis: str) -> bool:
-        return any(k[0] == axis and k[1:] not in ((b,) for b in BUDGET) for k in given)
+        return bool(fields_of(given, (axis,)))
 
     for axis in ("update", "weights", "precision", "attention"):
         name = name_of(axis)
@@ -269,7 +273,7 @@ def choice(given: Given, axis: str, entries: Entries) -> Choice:
     return AUTO if undecided else NONE
 
 
-def build(entry: Entry, given: Given, prefix: tuple[str, ...]) -> Method:
+def build(entry: Entry, given: Given, prefix: Key) -> Method:
     """The method with the given fields."""
     cls = registry.load(entry.name)
     hints = get_type_hints(cls, include_extras=True)
@@ -277,8 +281,9 @@ def build(entry: Entry, given: Given, prefix: tuple[str, ...]) -> Method:
     values: dict[str, Any] = {}
     for name, described in entry.fields.items():
         setting = given.get((*prefix, name))
-        if setting is not None:
-            values[name] = checked(setting, hints[name], described.default, more)
+        unsaid = setting is None or (prefix == ("compress",) and is_unset(setting))
+        if not unsaid:
+            values[name] = checked(given[(*prefix, name)], hints[name], described.default, more)
         elif described.default is REQUIRED:
             key = ".".join((*prefix, name))
             raise UsageError(
@@ -286,8 +291,11 @@ def build(entry: Entry, given: Given, prefix: tuple[str, ...]) -> Method:
                 [(key, expected(hints[name]))],
                 f"Type {key}=... {more}",
             )
-    for override in values.get("overrides", ()):
-        check_override(override, entry, given[(*prefix, "overrides")], hints, more)
+    if "overrides" in values:
+        values["overrides"] = tuple(
+            checked_override(o, entry, given[(*prefix, "overrides")], hints, more)
+            for o in values["overrides"]
+        )
     try:
         return cls(**values)
     except UsageError as e:  # what several fields together break: say where each was written
@@ -295,32 +303,36 @@ def build(entry: Entry, given: Given, prefix: tuple[str, ...]) -> Method:
         raise UsageError(e.what, [*e.facts, *places], e.fix) from None
 
 
-def check_override(
+def is_unset(setting: Setting) -> bool:
+    """Is this one of the compression's sizes, left open for another one?"""
+    return setting.key[-1] in BUDGET and setting.value is None
+
+
+def checked_override(
     override: Mapping[str, Any], entry: Entry, setting: Setting, hints: Mapping[str, Any], more: str
-) -> None:
-    """An override names where it holds and only fields of its method."""
+) -> dict[str, Any]:
+    """An override names where it holds (`match`) and only fields of its method."""
     if "match" not in override:
         raise UsageError(
             f"an override without match     {setting.place}",
             fix=f"Write {setting.name}=[{{match: layers.0-3, ...}}]",
         )
+    own = [name for name in entry.fields if name not in ("targets", "overrides")]
+    values: dict[str, Any] = {"match": override["match"]}
     for name, value in override.items():
         if name == "match":
             continue
-        key = (*setting.key, str(name))
-        own = [n for n in entry.fields if n not in ("targets", "overrides")]
+        part = Setting((*setting.key, str(name)), value, setting.place, str(value))
         if name not in own:
-            raise unknown_key(
-                ".".join(key), setting.place, [".".join((*key[:-1], n)) for n in own], more
-            )
-        part = Setting(key, value, setting.place, str(value))
-        checked(part, hints[name], entry.fields[name].default, more)
+            raise unknown_key(part, [f"{setting.name}.{n}" for n in ("match", *own)], more)
+        values[name] = checked(part, hints[name], entry.fields[name].default, more)
+    return values
 
 
 # Sections
 
 
-def section(cls: type, given: Given, prefix: tuple[str, ...], base: Any = None) -> Any:
+def section(cls: type, given: Given, prefix: Key, base: Any = None) -> Any:
     """A section's dataclass from the given keys, on top of `base` or of its defaults."""
     hints = get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
@@ -329,7 +341,8 @@ def section(cls: type, given: Given, prefix: tuple[str, ...], base: Any = None) 
         setting = given.get((*prefix, f.name))
         if setting is not None:
             if (*prefix, f.name) == ("data", "train"):
-                setting = dataclasses.replace(setting, value=sources(setting))
+                said = () if setting.value is None else sources(setting)
+                setting = dataclasses.replace(setting, value=said)
             values[f.name] = checked(setting, hints[f.name], getattr(base, f.name), SCHEMA)
     return dataclasses.replace(base, **values)
 
@@ -337,18 +350,17 @@ def section(cls: type, given: Given, prefix: tuple[str, ...], base: Any = None) 
 def sources(setting: Setting) -> tuple[Source, ...]:
     """What data.train says: a path, or a list of paths and {path: ..., weight: ...}."""
     items = setting.value if isinstance(setting.value, list) else [setting.value]
-    found = []
+    found: list[Source] = []
     for item in items:
         fields = item if isinstance(item, Mapping) else {"path": item}
         text = setting.text if len(items) == 1 and item is not None else None
-        parts = {
+        parts: Given = {
             (str(k),): Setting((*setting.key, str(k)), v, setting.place, text or str(v))
             for k, v in fields.items()
         }
         for key, part in parts.items():
             if key[0] not in ("path", "weight"):
-                known = [f"{setting.name}.path", f"{setting.name}.weight"]
-                raise unknown_key(part.name, part.place, known, SCHEMA)
+                raise unknown_key(part, ["data.train.path", "data.train.weight"], SCHEMA)
         if ("path",) not in parts:
             raise UsageError(
                 f"a source without a path     {setting.place}",
@@ -358,9 +370,10 @@ def sources(setting: Setting) -> tuple[Source, ...]:
     return tuple(found)
 
 
-def budget(given: Given) -> Budget:
-    """The compression's size; a rank or an error replaces the default share."""
-    said: Budget = section(Budget, given, ("compress",))
+def budget(given: Given, method: Method | None) -> Budget:
+    """The compression's size, with the method's own defaults; rank or error replace a share."""
+    own = {name: getattr(method, name) for name in BUDGET if hasattr(method, name)}
+    said: Budget = section(Budget, given, ("compress",), Budget(**own))
     if ("compress", "keep") not in given and (said.rank is not None or said.error is not None):
         return dataclasses.replace(said, keep=None)
     return said
@@ -387,58 +400,22 @@ def plain_value(given: Given, name: str, hint: Any, default: Any) -> Any:
 
 def refuse_unknown(given: Given, entries: Entries) -> None:
     """Raise UsageError for the first key that no section and no chosen method has."""
-    known = {(name,) for name in PLAIN}
-    known |= {(s, f.name) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-    known |= {("heal", "train", f.name) for f in dataclasses.fields(Train)}
+    known: list[Key] = [(name,) for name in PLAIN]
     for prefix, entry in entries.items():
-        known |= {(*prefix, name) for name in ("name", *(entry.fields if entry else ()))}
+        known += [(*prefix, name) for name in ("name", *(entry.fields if entry else ()))]
+    known += [(s, f.name) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+    known += [("heal", "train", f.name) for f in dataclasses.fields(Train)]
     for key, setting in given.items():
         if key not in known:
-            names = sorted(".".join(k) for k in known)
             entry = next((e for p, e in entries.items() if e and key[:-1] == p), None)
             more = f"All keys: eckart methods {entry.name}" if entry else SCHEMA
-            raise from_habit(setting, names, more) or unknown_key(
-                setting.name, setting.place, names, more
-            )
-
-
-def from_habit(setting: Setting, known: Sequence[str], more: str) -> UsageError | None:
-    """The error for a key of other tools: what it is called here."""
-    word = setting.key[-1]
-    what = f"unknown key {setting.name}     {setting.place}"
-    slug = registry.methods().get(word.removeprefix("use_").replace("_", "-"))
-    if slug is not None:
-        return UsageError(what, fix=f"A method is named: type {slug.axis}={slug.name}")
-    key = HABITS.get(word)
-    if key is None:
-        return None
-    axis, _, name = key.partition(".")
-    if axis in AXES and name and key not in known:
-        have = [e.name for e in registry.methods().values() if e.axis == axis and name in e.fields]
-        if not have:
-            return None
-        return UsageError(
-            what, fix=f"Here it is {key}, which these have: {', '.join(have)}. {more}"
-        )
-    return UsageError(what, fix=f"Here it is {key}: type {key}={setting.text}")
-
-
-def refuse_alternatives(given: Given) -> None:
-    """Raise UsageError where one layer says the same thing in two ways."""
-    for group in EXCLUSIVE:
-        said = [given[key] for key in group if key in given and given[key].value is not None]
-        if len(said) > 1:
-            raise UsageError(
-                f"{' and '.join(s.name for s in said)} exclude each other",
-                [(f"{s.name} = {s.text}", s.place) for s in said],
-                "Leave one of them.",
-            )
+            raise unknown_key(setting, [".".join(k) for k in known], more)
 
 
 # Writing it down
 
 
-def value_at(job: Job, key: tuple[str, ...]) -> Any:
+def value_at(job: Job, key: Key) -> Any:
     """A key's value in a job, as plain data."""
     head, *rest = key
     if not rest:
@@ -459,47 +436,6 @@ def value_at(job: Job, key: tuple[str, ...]) -> Any:
     return plain(getattr(getattr(job, head), rest[0]))
 
 
-def plain(value: Any) -> Any:
-    """Lists, dicts and scalars, as YAML has them."""
-    if isinstance(value, Source):
-        return value.path if value.weight == 1 else {"path": value.path, "weight": value.weight}
-    if isinstance(value, tuple | list):
-        return [plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    return value
-
-
 def fields_in(choice: Choice) -> list[str]:
     """`name` and the method's fields."""
     return ["name", *(registry.find(choice.name).fields if choice.method else ())]
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} -> {"a": {"b": 1}}; objectives as a list of mappings."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *above, last = key.split(".")
-        node = tree
-        for part in above:
-            node = node.setdefault(part, {})
-        node[last] = value
-    if "objective" in tree:
-        tree["objective"] = list(tree["objective"].values())
-    return tree
-
-
-def emit(tree: Mapping[str, Any], reasons: Mapping[str, str] | None = None, above: str = "") -> str:
-    """A nested dict as YAML, with reasons as comments."""
-    lines = []
-    for key, value in tree.items():
-        name = f"{above}{key}"
-        indent = "  " * name.count(".")
-        if isinstance(value, Mapping):
-            lines.append(f"{indent}{key}:\n{emit(value, reasons, name + '.')}")
-        else:
-            text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
-            text = text.removesuffix("\n").removesuffix("\n...")
-            reason = (reasons or {}).get(name)
-            lines.append(f"{indent}{key}: {text}{f'  # {reason}' if reason else ''}\n")
-    return "".join(lines)

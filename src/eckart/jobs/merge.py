@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from eckart.errors import UsageError
-from eckart.jobs.words import Setting, settings_of
+from eckart.jobs.words import Key, Setting, settings_of
 from eckart.recipe import registry
 from eckart.recipe.registry import Entry
 
 AXES = ("weights", "update", "precision", "attention", "objective", "compress", "compose")
 BUDGET = ("keep", "rank", "error", "samples")  # compress.X that hold whatever the method
-METHOD = (("method",), ("method", "name"))
-EXCLUSIVE = (
+OPTIONAL = ("attention", "objective")  # axes where `none` is a choice
+METHOD: tuple[Key, ...] = (("method",), ("method", "name"))
+EXCLUSIVE: tuple[tuple[Key, ...], ...] = (
     (("compress", "keep"), ("compress", "rank"), ("compress", "error")),
     (("train", "steps"), ("train", "epochs")),
 )
 
-Given = dict[tuple[str, ...], Setting]
+Given = dict[Key, Setting]
 
 
 def merge(layers: Sequence[Sequence[Setting]], command: str) -> Given:
@@ -39,7 +40,7 @@ def merge(layers: Sequence[Sequence[Setting]], command: str) -> Given:
             if s.key[-1] == "name" and before is not None and before.value != s.value:
                 drop(given, fields_of(given, s.key[:-1]))
             rivals = [k for group in EXCLUSIVE if s.key in group for k in group]
-            if s.value is not None:  # of several ways to say how much, the last layer's holds
+            if says_something(s):  # of several ways to say how much, the last layer's holds
                 drop(given, set(rivals) - {other.key for other in settings})
         given.update({s.key: s for s in settings if s.key != ("objective",)})
     return given
@@ -81,22 +82,23 @@ def write_out(
     return found, current
 
 
-def home(entry: Entry) -> tuple[str, ...]:
+def home(entry: Entry) -> Key:
     """Where the keys of a method live."""
     return (entry.axis, entry.name) if entry.axis == "objective" else (entry.axis,)
 
 
-def axis_prefix(key: tuple[str, ...]) -> tuple[str, ...] | None:
+def axis_prefix(key: Key) -> Key | None:
     """("weights",) or ("heal", "weights") for a key on an axis."""
     if key[0] in AXES:
         return key[:1]
     return key[:2] if key[0] == "heal" and key[1:2] in (("weights",), ("update",)) else None
 
 
-def named_setting(s: Setting, prefix: tuple[str, ...]) -> Setting:
+def named_setting(s: Setting, prefix: Key) -> Setting:
     """`weights=lora` or `weights.name=lora` as the one setting that names the method."""
     word = word_of(s)
-    name = word if word in ("auto", "none") else registry.find(word, prefix[-1], s.place).name
+    undecided = word == "auto" or (word == "none" and prefix[-1] in OPTIONAL)
+    name = word if undecided else registry.find(word, prefix[-1], s.place).name
     return s.moved(*prefix, "name", value=name)
 
 
@@ -131,16 +133,20 @@ def objectives(s: Setting, layer: Sequence[Setting], given: Given) -> Iterator[S
         yield s.moved("objective", slug, *s.key[2:])
 
 
+def says_something(s: Setting) -> bool:
+    return s.value is not None and s.value != "auto"
+
+
 def renames_objectives(s: Setting) -> bool:
     return s.key[0] == "objective" and (len(s.key) == 1 or s.key[-1] == "name")
 
 
-def fields_of(given: Given, prefix: tuple[str, ...]) -> list[tuple[str, ...]]:
+def fields_of(given: Given, prefix: Key) -> list[Key]:
     """The keys of one axis' method, its name included; the compression's size is not one."""
     keys = [k for k in given if k[:-1] == prefix]
     return [k for k in keys if not (prefix == ("compress",) and k[-1] in BUDGET)]
 
 
-def drop(given: Given, keys: Sequence[tuple[str, ...]] | set[tuple[str, ...]]) -> None:
+def drop(given: Given, keys: Iterable[Key]) -> None:
     for key in keys:
         given.pop(key, None)

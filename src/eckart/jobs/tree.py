@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Interval
 Auto = Literal["auto"]
 
 
+@dataclass(frozen=True)
 class Section:
     """What pydantic is told about all sections."""
 

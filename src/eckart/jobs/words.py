@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from eckart.errors import FileError, UsageError
 
+Key = tuple[str, ...]
 COMMAND_LINE = "command line"
 WORD = re.compile(r"[A-Za-z_][\w.\-]*=")  # how a key=value word starts; a path has no such start
 # A glob such as *.q_proj, which YAML would take for an alias.
@@ -94,7 +95,7 @@ HABITS = {
 class Setting:
     """One key's value and where it was written."""
 
-    key: tuple[str, ...]
+    key: Key
     value: Any
     place: str
     text: str  # the value as it was typed, for words that YAML takes for numbers or booleans
@@ -136,7 +137,7 @@ def read_word(word: str) -> list[Setting]:
             [(word, str(e).splitlines()[0])],
             f"Quote text that YAML does not take: {key}='\"...\"'",
         ) from None
-    path = tuple(key.split("."))
+    path: Key = tuple(key.split("."))
     if isinstance(value, Mapping):
         below = settings_of(value, COMMAND_LINE)
         return [Setting((*path, *s.key), s.value, s.place, s.text) for s in below]
@@ -178,7 +179,7 @@ def plain(config: Any) -> Any:
 
 
 def flatten(
-    node: yaml.MappingNode, values: Mapping[Any, Any], above: tuple[str, ...], path: str
+    node: yaml.MappingNode, values: Mapping[Any, Any], above: Key, path: str
 ) -> Iterator[Setting]:
     """The leaves of a mapping with their lines. A list is a leaf."""
     for key_node, value_node in node.value:

@@ -298,6 +298,7 @@ class Unannotated(ast.NodeTransformer):
 
 def read_declares(node: ast.ClassDef, names: Mapping[str, ast.expr]) -> Iterator[tuple[str, Any]]:
     """Class variables with a value: `x: ClassVar = ...` and plain `x = ...`."""
+    target: ast.expr
     for statement in node.body:
         if isinstance(statement, ast.AnnAssign) and is_classvar(statement.annotation):
             target, value = statement.target, statement.value
@@ -310,8 +311,9 @@ def read_declares(node: ast.ClassDef, names: Mapping[str, ast.expr]) -> Iterator
 
 
 def is_classvar(annotation: ast.expr) -> bool:
-    head = annotation.value if isinstance(annotation, ast.Subscript) else annotation
-    return ends(head, "ClassVar")
+    return ends(
+        annotation.value if isinstance(annotation, ast.Subscript) else annotation, "ClassVar"
+    )
 
 
 def ends(node: ast.expr, name: str) -> bool:
@@ -335,7 +337,7 @@ def default(statement: ast.AnnAssign, names: Mapping[str, ast.expr]) -> Any:
         if "default" in options:
             return literal(options["default"], names)
         if "default_factory" in options:
-            made = {"dict": {}, "list": [], "tuple": ()}
+            made: dict[str, Any] = {"dict": {}, "list": [], "tuple": ()}
             text = ast.unparse(options["default_factory"])
             return made.get(text, text)
         return REQUIRED

@@ -1,0 +1,64 @@
+"""What is said to a key that is not there, and to keys that exclude each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eckart.errors import UsageError, nearest
+from eckart.jobs.merge import AXES, EXCLUSIVE, Given, says_something
+from eckart.jobs.words import HABITS, Setting
+from eckart.recipe import registry
+
+
+def unknown_key(setting: Setting, known: Sequence[str], more: str) -> UsageError:
+    """The error for a key that is not there: what it is called here, or the nearest key.
+
+    `known` are all keys, the likeliest first; `more` says where they are listed.
+    """
+    what = f"unknown key {setting.name}     {setting.place}"
+    hint = from_habit(setting, known)
+    if not hint and (close := nearest_key(".".join(setting.key), known)):
+        hint = f"Did you mean {close}?"
+    return UsageError(what, fix=f"{hint} {more}".strip())
+
+
+def nearest_key(name: str, keys: Sequence[str]) -> str | None:
+    """The key that was meant: the same last word, spelled alike in its section, or anywhere."""
+    head, _, tail = name.rpartition(".")
+    tails = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == head}
+    if exact := siblings.get(tail) or tails.get(tail):
+        return exact
+    for words, where in ((tail, siblings), (name, {key: key for key in keys}), (tail, tails)):
+        if close := nearest(words, where):
+            return where[close[0]]
+    return None
+
+
+def from_habit(setting: Setting, known: Sequence[str]) -> str:
+    """What a key of other tools is called here; empty where it is none."""
+    word = setting.key[-1]
+    entries = registry.methods()
+    slug = entries.get(word.removeprefix("use_").replace("_", "-"))
+    if slug is not None:
+        return f"A method is named: type {slug.axis}={slug.name}."
+    key = HABITS.get(word)
+    if key is None:
+        return ""
+    axis, _, name = key.partition(".")
+    if axis not in AXES or not name or key in known:
+        return f"Here it is {key}: type {key}={setting.text}."
+    have = [e.name for e in entries.values() if e.axis == axis and name in e.fields]
+    return f"Here it is {key}, with {axis}={' or '.join(have)}." if have else ""
+
+
+def refuse_alternatives(given: Given) -> None:
+    """Raise UsageError where one layer says the same thing in two ways."""
+    for group in EXCLUSIVE:
+        said = [given[key] for key in group if key in given and says_something(given[key])]
+        if len(said) > 1:
+            raise UsageError(
+                f"{' and '.join(s.name for s in said)} exclude each other",
+                [(f"{s.name} = {s.text}", s.place) for s in said],
+                "Leave one of them.",
+            )
