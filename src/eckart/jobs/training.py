@@ -1,0 +1,162 @@
+"""Trainer and SFTTrainer, taught what a handle needs: one mixin for both.
+
+    trainer = eckart.trainer(SFTTrainer)(handle, args=SFTConfig(...), train_dataset=rows)
+    trainer.train()
+
+The handle stands where the model stood. The loop, the logging, DDP and FSDP stay theirs;
+ours are the optimizer, the norm that is clipped and logged, the objectives, the data order
+and the checkpoints (`checkpoints.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sized
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainingArguments
+
+from eckart.errors import Diverged
+from eckart.linear import Structured, seeded_generator
+from eckart.recipe import Handle
+
+
+def trainer(cls: type[Trainer] = Trainer) -> type[Training]:
+    """A Trainer, SFTTrainer or subclass that trains a handle: call it with one."""
+    return _mixed(cls)
+
+
+@cache
+def _mixed(cls: type[Trainer]) -> type[Training]:
+    return type(f"Eckart{cls.__name__}", (Training, cls), {"__module__": __name__})
+
+
+class Training(Trainer):
+    """What is ours in the loop. Mixed in before Trainer or a subclass of it."""
+
+    def __init__(self, handle: Handle, args: TrainingArguments | None = None, **kwargs: Any):
+        args = copy.copy(args) if args is not None else TrainingArguments("output")
+        handle.recipe.require_no_accumulation(args.gradient_accumulation_steps)
+        # Clipping is the optimizer's: Trainer would clip full gradients, not those applied.
+        self.clip, args.max_grad_norm = args.max_grad_norm or float("inf"), 0.0
+        args.logging_nan_inf_filter = False  # a loss that is not finite is an error here
+        self.handle = handle
+        self.applied_rates: list[float] = []
+        super().__init__(handle.model, args, **kwargs)
+
+    # --- the optimizer ---------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer; made here, because Trainer takes none from outside under FSDP."""
+        if self.optimizer is None:
+            self.optimizer = self.handle.optimizer(self.args.learning_rate, self.clip)
+            self.optimizer.register_step_pre_hook(self._note_rates)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As Trainer's; events learn the horizon where attach() was not told."""
+        if self.handle.events.steps is None:
+            self.handle.events.steps = num_training_steps
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _note_rates(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.applied_rates = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """No norm before the step: the optimizer measures what it applies."""
+
+    # --- the loss --------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss, or what the data objectives make of it; in evaluation the task's.
+
+        SFTTrainer computes the loss from a fused head: an objective on `outputs.logits` would
+        get no gradient and terms on the head would not run. Then Trainer's own way is taken.
+        """
+        objectives = bool(self.handle.data_objectives) and model.training
+        if objectives or self.head_carries_terms:
+            loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        elif return_outputs:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, False, num_items_in_batch), None
+        if objectives:
+            # Where the items of all micro-batches divide the loss, it is 1/k of a mean.
+            k = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = self.handle.loss(inputs, outputs, loss * k) / k
+        if model.training and not torch.isfinite(loss):
+            raise Diverged(f"loss is {loss.item()} at step {self.state.global_step + 1}")
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def head_carries_terms(self) -> bool:
+        """Does the head, or the embedding it is tied to, run terms of ours?"""
+        find = getattr(self.handle.model, "get_output_embeddings", None)
+        return find is not None and isinstance(find(), Structured)
+
+    # --- the data --------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Any:
+        """Rows in an order that is a function of seed and epoch."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, Sized):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededOrder(len(dataset), seed)
+
+    # --- what is logged --------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add our norm, the penalty and the rates that were applied."""
+        if "loss" in logs and "learning_rate" in logs:
+            logs.update(self.step_facts())
+        super().log(logs, start_time)
+
+    def step_facts(self) -> dict[str, float]:
+        """grad_norm as applied and before clipping; penalty; one rate per group that differs."""
+        facts: dict[str, float] = {}
+        norm = getattr(self.inner_optimizer, "grad_norm", None)
+        if norm is not None:
+            facts["grad_norm"] = float(norm)
+        if self.handle.penalties:
+            facts["penalty"] = float(self.handle.penalty)
+        for i, rate in enumerate(dict.fromkeys(self.applied_rates), 1):
+            facts["learning_rate" if i == 1 else f"learning_rate_{i}"] = rate
+        return facts
+
+
+class SeededOrder(Sampler[int]):
+    """A permutation of the rows for each epoch, from hash(seed, epoch) alone.
+
+    Nothing global is drawn from: batches are fetched ahead of the steps that use them, so a
+    global generator would stand elsewhere after a resume.
+    """
+
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = seeded_generator(self.seed, "order", self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
