@@ -336,20 +336,26 @@ def problems(model: PreTrainedModel, report: dict[str, Any], folder: Path, task:
         raise FileError(f"the weights do not fit {kind}", [(str(folder), ""), *facts])
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Does the folder have a tokenizer's own files?"""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+    return any((folder / name).is_file() for name in names)
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, or of an adapter's own folder where it has one.
+    """The tokenizer in a folder (a model's, an adapter's own, a run's), or of an adapter's base.
 
     Raises FileError where there is none.
     """
-    found = recognise(source)
-    if found.kind == "run":
-        return load_tokenizer(Path(found.path) / "final")
-    folder = download(found.path) if found.kind == "hub" else Path(found.path)
-    own = any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.txt"))
-    own = own or (folder / "vocab.json").is_file()
-    if not own and found.base:
-        return load_tokenizer(found.base)
-    if not own:
+    folder, base = Path(source), None
+    if not holds_tokenizer(folder):
+        found = recognise(source)
+        if found.kind == "run":
+            return load_tokenizer(Path(found.path) / "final")
+        folder, base = download(found.path) if found.kind == "hub" else Path(found.path), found.base
+    if base and not holds_tokenizer(folder):
+        return load_tokenizer(base)
+    if not holds_tokenizer(folder):
         raise FileError("the model has no tokenizer", [(str(folder), "no tokenizer.json")])
     with quiet():
         try:

@@ -1,0 +1,159 @@
+"""Parts of text to token ids with their loss mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from eckart.errors import FileError
+from eckart.io.formats import Part, examples
+from eckart.io.packing import Encoded, pieces
+from eckart.io.reading import Row
+
+
+@dataclass
+class Batch:
+    """Encoded rows, and what was counted on the way."""
+
+    encoded: list[Encoded] = field(default_factory=list)
+    tokens: int = 0
+    learnt: int = 0  # tokens with a label
+    bytes: int = 0  # of learnt text
+    left_out: int = 0  # rows without a token to learn
+    cut_off: int = 0  # examples longer than seq_len
+
+
+class Encoder:
+    """A tokenizer, asked so that every token knows whether it is learnt.
+
+    The parts are encoded one by one, so that a prompt has the ids it has in generation.
+    Tokenizers that change a text's beginning (SentencePiece's space) are given the whole, and
+    a token is learnt where it overlaps a trained part.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int):
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        bare, framed = self.ids(["a"])[0], tokenizer("a")["input_ids"]
+        at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+        self.before, self.after = framed[:at], framed[at + len(bare) :]
+        self.by_parts = tokenizer.decode(bare + self.ids(["b"])[0]) == "ab"
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts without special tokens around them."""
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def __call__(self, found: Sequence[Row], kind: str) -> Batch:
+        """Encode rows of one format."""
+        batch = Batch()
+        if kind == "input_ids":
+            for row in found:
+                self.add(batch, given_ids(row, len(self.tokenizer)), row, kind)
+            return batch
+        for at in range(0, len(found), 512):
+            made = [(row, parts) for row in found[at : at + 512] for parts in self.parts(row, kind)]
+            for (row, parts), encoded in zip(
+                made, self.encode([p for _, p in made], kind), strict=True
+            ):
+                batch.bytes += sum(
+                    len(t.encode("utf-8", "surrogatepass"))
+                    for t, trained in parts
+                    if trained and t != self.tokenizer.eos_token
+                )
+                self.add(batch, encoded, row, kind)
+        return batch
+
+    def parts(self, row: Row, kind: str) -> list[list[Part]]:
+        return examples(row, kind, self.tokenizer)
+
+    def labelled(self, found: Sequence[Row]) -> Batch:
+        """Encode the texts of classified rows, cut off at seq_len."""
+        batch = Batch()
+        texts = [str(row.fields["text"]) for row in found]
+        for ids in self.ids(texts):
+            ids = (
+                self.before + ids[: self.seq_len - len(self.before) - len(self.after)] + self.after
+            )
+            batch.encoded.append(Encoded(np.array(ids, np.int32), np.ones(len(ids), bool)))
+            batch.tokens += len(ids)
+        return batch
+
+    def encode(self, made: Sequence[Sequence[Part]], kind: str) -> list[Encoded]:
+        """Many examples at once."""
+        if self.by_parts:
+            flat = iter(self.ids([t for parts in made for t, _ in parts]) if made else [])
+            joined = [[(next(flat), trained) for _, trained in parts] for parts in made]
+            pairs = [
+                ([i for ids, _ in parts for i in ids], [b for ids, b in parts for _ in ids])
+                for parts in joined
+            ]
+        else:
+            pairs = [self.whole(parts) for parts in made]
+        framed = kind != "messages" or not self.tokenizer.chat_template
+        return [self.framed(ids, trained, framed) for ids, trained in pairs]
+
+    def whole(self, parts: Sequence[Part]) -> tuple[list[int], list[bool]]:
+        """One example encoded as one text."""
+        text = "".join(t for t, _ in parts)
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        marks = np.zeros(len(text) + 1, bool)
+        at = 0
+        for t, trained in parts:
+            marks[at : at + len(t)] = trained
+            at += len(t)
+        spans = found["offset_mapping"]  # of characters; empty for some special tokens
+        return found["input_ids"], [bool(marks[a : max(b, a + 1)].any()) for a, b in spans]
+
+    def framed(self, ids: list[int], trained: list[bool], frame: bool) -> Encoded:
+        """Ids with the tokenizer's own first and last tokens, where they are not there yet."""
+        if frame and ids[: len(self.before)] != self.before:
+            ids, trained = self.before + ids, [False] * len(self.before) + trained
+        if frame and self.after and ids[-len(self.after) :] != self.after:
+            ids, trained = ids + self.after, trained + [True] * len(self.after)
+        return Encoded(np.array(ids, np.int32), np.array(trained, bool))
+
+    def add(self, batch: Batch, encoded: Encoded, row: Row, kind: str) -> None:
+        """Take an example in: cut to length, counted. Raises FileError where it teaches nothing."""
+        if kind != "text" and not encoded.trained[1:].any():
+            raise FileError("nothing to learn from", [(row.where, "every label is masked")])
+        cut = pieces(encoded, self.seq_len)
+        if kind != "text":
+            batch.cut_off += len(cut) > 1
+            cut = cut[:1]
+        cut = [piece for piece in cut if piece.trained[1:].any()]
+        batch.left_out += not cut
+        batch.encoded += cut
+        batch.tokens += sum(len(piece.ids) for piece in cut)
+        batch.learnt += sum(int(piece.trained.sum()) for piece in cut)
+
+
+def given_ids(row: Row, vocab: int) -> Encoded:
+    """A row that is encoded already. Raises FileError where ids or labels do not fit."""
+    ids = row.fields.get("input_ids")
+    if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
+        raise FileError(
+            "input_ids are not ids of this tokenizer", [(row.where, f"0 to {vocab - 1}")]
+        )
+    labels = row.fields.get("labels") or ids
+    if len(labels) != len(ids) or any(
+        b not in (a, -100) for a, b in zip(ids, labels, strict=False)
+    ):
+        raise FileError("labels do not fit input_ids", [(row.where, "each its id, or -100")])
+    trained = np.array([b != -100 for b in labels], bool)
+    return Encoded(np.array(ids, np.int32), trained)
+
+
+def label(row: Row) -> str:
+    """A row's class by name."""
+    if row.fields.get("label") is None:
+        raise FileError("the row has no label", [(row.where, "")])
+    return str(row.fields["label"])
+
+
+def class_names(found: Iterable[Row]) -> list[str]:
+    """All classes, numbers in their order, names by alphabet."""
+    names = {label(row) for row in found}
+    return sorted(names, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n))

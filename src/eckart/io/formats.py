@@ -1,0 +1,274 @@
+"""Rows of known columns to text, with what the model is to learn from marked.
+
+An example is a list of (text, trained) parts: the loss is taken on the trained ones. What a
+file holds is told by its columns:
+
+    text                          all of it                (text)
+    messages, conversations       what the assistant says  (messages)
+    instruction (+input), output  the output               (instruction)
+    prompt, completion            the completion           (prompt+completion)
+    text, label                   the label                (text+label)
+    input_ids (+labels)           as given                 (input_ids)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from eckart.errors import FileError, UsageError, did_you_mean
+from eckart.io.reading import Row
+
+Part = tuple[str, bool]  # text, and whether the loss is taken on it
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt+completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "input_ids": ("input_ids",),
+    "text+label": ("text", "label"),
+    "text": ("text",),
+}
+LEARNT = {
+    "messages": "loss on assistant tokens",
+    "prompt+completion": "loss on completions",
+    "instruction": "loss on outputs",
+    "input_ids": "loss on labels as given",
+    "text+label": "loss on the label",
+    "text": "loss on all tokens",
+}
+UNITS = {"messages": "conversations", "text": "documents"}
+
+# Used, and said, where a tokenizer has no chat template of its own. A turn ends with the
+# tokenizer's end token, so that generation stops there.
+PLAIN = (
+    "{% for m in messages %}"
+    "{{ '### ' + m['role'].capitalize() + ':\\n' + m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' else '' }}{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+
+def format_of(row: Row, wanted: str = "auto") -> str:
+    """The format that a row's columns spell; `wanted` decides where it is not "auto".
+
+    Raises UsageError for preference pairs, FileError where no format fits.
+    """
+    columns = set(row.fields)
+    if {"chosen", "rejected"} <= columns:
+        raise UsageError(
+            "these are preference pairs, which no command trains on",
+            [(row.where, "columns chosen and rejected")],
+            "Use TRL's DPOTrainer with eckart.attach, as examples/dpo.py does.",
+        )
+    if "conversations" in columns:
+        columns |= {"messages"}
+    if wanted != "auto":
+        if wanted not in FORMATS:
+            fix = did_you_mean(wanted, list(FORMATS))
+            raise UsageError("unknown data.format", [(f"data.format = {wanted}", "")], fix)
+        lost = [c for c in FORMATS[wanted] if c not in columns]
+        if lost:
+            raise FileError(f"the row has no {lost[0]}", [(row.where, spelled(row))])
+        return wanted
+    for name, needed in FORMATS.items():
+        if set(needed) <= columns:
+            return name
+    known = sorted({column for needed in FORMATS.values() for column in needed})
+    choices = "Known: " + "; ".join(" + ".join(needed) for needed in FORMATS.values()) + "."
+    fix = next((f for c in row.fields if (f := did_you_mean(c, known, " ")) != " "), choices)
+    raise FileError("no known columns in the data", [(row.where, spelled(row))], fix)
+
+
+def spelled(row: Row) -> str:
+    """A row's columns, for an error."""
+    return "columns " + ", ".join(row.fields) if row.fields else "no columns"
+
+
+def field(row: Row, name: str) -> str:
+    """A text field. Raises FileError where the row lacks it or it is no text."""
+    if name not in row.fields:
+        raise FileError(f"the row has no {name}", [(row.where, spelled(row))])
+    value = row.fields[name]
+    if not isinstance(value, str):
+        raise FileError(f"{name} is not text", [(row.where, f"{type(value).__name__}: {value!r}")])
+    return value
+
+
+def examples(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[list[Part]]:
+    """The examples of a row as parts; several where a chat template rewrites earlier turns.
+
+    Raises FileError, by file and line, where nothing of the row would be learnt.
+    """
+    end = tokenizer.eos_token or ""
+    if kind == "text":
+        return [[(field(row, "text"), True), (end, True)]]
+    if kind == "prompt+completion" and isinstance(row.fields.get("prompt"), str):
+        found = [
+            [(field(row, "prompt"), False), (field(row, "completion"), True), (end, True)],
+        ]
+        if not row.fields["completion"].strip():
+            raise FileError("nothing to learn from", [(row.where, "completion is empty")])
+        return found
+    found = conversation(messages_of(row, kind), tokenizer, row.where)
+    if kind == "prompt+completion":  # of messages: the prompt's own answers are given, not learnt
+        return found[-1:]
+    return found
+
+
+def messages_of(row: Row, kind: str) -> list[dict[str, str]]:
+    """A row as role/content messages, whichever of the three spellings it has."""
+    if kind == "instruction":
+        asked = field(row, "instruction")
+        if row.fields.get("input"):
+            asked += "\n\n" + field(row, "input")
+        return [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": field(row, "output")},
+        ]
+    if kind == "prompt+completion":
+        given = [*listed(row, "prompt"), *listed(row, "completion")]
+    else:
+        given = listed(row, "messages" if "messages" in row.fields else "conversations")
+    return [message_of(m, i, row) for i, m in enumerate(given, 1)]
+
+
+def listed(row: Row, name: str) -> list[Any]:
+    value = row.fields.get(name)
+    if not isinstance(value, list) or not value:
+        kind = "an empty list" if value == [] else type(value).__name__
+        raise FileError(f"{name} is not a list of messages", [(row.where, kind)])
+    return value
+
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+
+def message_of(message: Any, number: int, row: Row) -> dict[str, str]:
+    """One message with `role` and `content`; `from` and `value` are read as these."""
+    where = f"{row.where}, message {number}"
+    if not isinstance(message, Mapping):
+        raise FileError("a message is not an object", [(where, type(message).__name__)])
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list) and all(isinstance(c, Mapping) and "text" in c for c in content):
+        content = "".join(c["text"] for c in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        lost = "role" if not isinstance(role, str) else "content"
+        keys = ", ".join(map(str, message))
+        raise FileError(f"a message has no {lost}", [(where, f"keys {keys}")])
+    return {"role": SPEAKERS.get(role, role), "content": content}
+
+
+def conversation(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> list[list[Part]]:
+    """A conversation as the chat template writes it, the assistant's words trained.
+
+    A template with generation markers says itself which words these are. For any other they
+    are what a message adds to the text before it, the opening of the answer (which generation
+    is given) left out. Where a template writes earlier turns differently once later ones
+    follow (it drops their reasoning, say), each answer becomes an example of its own, with
+    the text before it as generation would see it.
+    """
+    template = tokenizer.chat_template or PLAIN
+    if isinstance(template, dict):
+        template = template.get("default", PLAIN)
+
+    def render(upto: int, opening: bool = False) -> str:
+        if upto == 0 and not opening:
+            return ""
+        return written(template, messages[:upto], tokenizer, where, opening)
+
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not any(messages[i]["content"].strip() for i in answers):
+        roles = ", ".join(m["role"] for m in messages)
+        raise FileError("nothing to learn from", [(where, f"no assistant turn; roles {roles}")])
+    if "{% generation" in template or "{%- generation" in template:
+        return [marked(template, messages, tokenizer, where)]
+    whole = render(len(messages))
+    spans, nested = [], True
+    single = []
+    for i in answers:
+        after = render(i + 1)
+        before = common_start(opened(render, i), after)
+        if not after.startswith(render(i)):
+            before = common_start(render(i), after)
+        stop = len(after)
+        if tokenizer.eos_token and after.rstrip().endswith(tokenizer.eos_token):
+            stop = len(after.rstrip())  # generation ends with the end token, before any blank
+        spans.append((len(before), stop))
+        nested = nested and whole.startswith(after)
+        single.append([(before, False), (after[len(before) : stop], True)])
+    return [cut(whole, spans)] if nested else single
+
+
+def opened(render: Callable[..., str], upto: int) -> str:
+    """The text that generation is given before message `upto`."""
+    return render(upto, True) if upto else render(0)
+
+
+def written(
+    template: str,
+    messages: list[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    opening: bool = False,
+) -> str:
+    """A chat template's text. Raises FileError with the template's own complaint."""
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=opening,
+            )
+        )
+    except Exception as fault:  # a template can raise anything
+        reason = str(fault).strip().splitlines()[0]
+        raise FileError("the chat template refuses this", [(where, reason)]) from fault
+
+
+def marked(
+    template: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> list[Part]:
+    """A conversation by a template that marks what is generated."""
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as fault:
+        reason = str(fault).strip().splitlines()[0]
+        raise FileError("the chat template refuses this", [(where, reason)]) from fault
+    return cut(texts[0], spans[0])
+
+
+def cut(text: str, spans: Sequence[tuple[int, int]]) -> list[Part]:
+    """A text as parts, the spans (in order, apart) trained."""
+    parts: list[Part] = []
+    at = 0
+    for start, stop in spans:
+        parts += [(text[at:start], False), (text[start:stop], True)]
+        at = stop
+    return [(t, trained) for t, trained in [*parts, (text[at:], False)] if t]
+
+
+def common_start(a: str, b: str) -> str:
+    """What two texts begin with alike."""
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    return a[: min(len(a), len(b)) if at is None else at]
+
+
+def shown(parts: Sequence[Part], most: int = 800) -> str:
+    """An example as a user reads it: what the loss is taken on stands between « and »."""
+    text = "".join(f"«{t}»" if trained else t for t, trained in parts if t)
+    text = text.replace("»«", "")
+    return text if len(text) <= most else text[: most // 2] + " [...] " + text[-most // 2 :]
