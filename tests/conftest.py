@@ -45,7 +45,7 @@ def gpt2() -> nn.Module:
     """Conv1D: weights stored transposed; tied embedding and head."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    dropouts = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=2, n_head=4, **dropouts)
     )

@@ -1,8 +1,9 @@
 """What is a map made of? Terms, sums of terms, and the sites where they live."""
 
+from eckart.linear.layers import kernels
 from eckart.linear.lowrank import LowRank, linear_plus_low_rank, low_rank
 from eckart.linear.sites import Site, find_sites, seeded_generator
-from eckart.linear.structured import Structured, fold, install, kernels, uninstall
+from eckart.linear.structured import Structured, fold, install, uninstall
 from eckart.linear.term import Dense, Gain, Product, Shared, Term, describe, plain_mm
 
 __all__ = [

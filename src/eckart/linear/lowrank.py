@@ -22,7 +22,8 @@ class LowRank(Term):
 
     `start`, where given, is a frozen pair (B0, A0) whose product is subtracted, so that a
     term that does not start at zero starts at the base all the same. `phi` names a
-    function of torch.nn.functional between the factors and makes the term nonlinear. `dropout` acts on the input of A only.
+    function of torch.nn.functional between the factors and makes the term nonlinear.
+    `dropout` acts on the input of A only.
     """
 
     rank_axes: ClassVar[dict[str, int]] = {"B": -1, "A": -2}
@@ -30,9 +31,9 @@ class LowRank(Term):
     """Set by an update rule: a row factor on the gradients of A and B (not of x)."""
     B: Tensor
     A: Tensor
-    R: Tensor | None
-    B0: Tensor | None
-    A0: Tensor | None
+    R: Any  # a tensor or None, as are B0 and A0
+    B0: Any
+    A0: Any
 
     def __init__(
         self,
@@ -176,14 +177,16 @@ class RowScaledGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, A, B, factor, scale):
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, factor: Tensor, scale: float
+    ) -> Tensor:
         h = x @ A.mT  # [*, t, r]
         ctx.save_for_backward(x, h, A, B, factor)
         ctx.scale = scale
         return (h * scale) @ B.mT
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, h, A, B, factor = ctx.saved_tensors
         flat = dy.reshape(-1, dy.shape[-1])  # [t, m]
         dB = factor[:, None] * (flat.mT @ h.reshape(-1, h.shape[-1])) * ctx.scale  # [m, r]

@@ -30,8 +30,9 @@ class Site:
     """One place where a map lives, before or after terms are attached to it.
 
     `path` names the module (and the parameter, for fused experts), `matrix_shape` is
-    (*, m, n) and stays known when the matrix is dropped. `ties` are the paths of modules that use the same
-    matrix. `gradient` [*, m, n] and `activations` [t, n] are there for methods that need them.
+    (*, m, n) and stays known when the matrix is dropped. `ties` are the paths of modules
+    that use the same matrix. `gradient` [*, m, n] and `activations` [t, n] are there for
+    methods that need them.
     """
 
     path: str

@@ -10,20 +10,18 @@ parameter goes and a read-only `weight` stands for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from eckart.linear.lowrank import LowRank, linear_plus_low_rank
 from eckart.linear.sites import Site, as_matrix, as_stored
 from eckart.linear.term import Gain, Product, Term, plain_mm
 
-kernels: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""Faster forms of plain functions, filled by `eckart.kernels`; empty, all still runs."""
+mixins: dict[str, type[Structured]] = {}
+"""Kind of layer -> its forward as a sum; filled by `layers.py`."""
 
 
 @dataclass
@@ -33,7 +31,7 @@ class Sum:
     kind: str
     terms: dict[str, list[str]]  # parameter -> names of its terms, in order
     gain: dict[str, str]  # parameter -> name of its gain
-    owner: nn.Module | None = None  # where the terms live, when they live elsewhere (tied)
+    owner: Any = None  # where the terms live, when they live elsewhere (tied)
     flipped: bool = False  # this end of a tied pair runs the map backwards
     mm: Product = plain_mm
     enabled: bool = True
@@ -49,6 +47,11 @@ class Structured(nn.Module):
         prefix = f"{param}_" if self._sum.kind == "experts" else ""
         names = self._sum.terms.get(param, ())
         return {name: getattr(self, prefix + name) for name in names}
+
+    @property
+    def terms(self) -> list[Term]:
+        """The terms of the module's one matrix, in order."""
+        return list(self.children_of().values())
 
     def gain_of(self, param: str = "weight") -> Gain | None:
         """The gain of one parameter, or None."""
@@ -72,190 +75,18 @@ class Structured(nn.Module):
             total = total * gain.factor(base, terms).detach().double().unsqueeze(-1)
         return total
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # A dynamic class cannot be found by name: pickle names its base and its mixin.
         mixin, base = type(self).__bases__
         return _revive, (mixin, base, self.__getstate__())
 
 
 def _revive(mixin: type, base: type, state: dict[str, Any]) -> nn.Module:
-    module = base.__new__(structured_class(mixin, base))
+    module: Any = object.__new__(structured_class(mixin, base))
     module.__setstate__(state)
     return module
 
 
-def _linear_sum(module: Structured, x: Tensor, base: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """The sum for x [*, t, n]; `base` computes the dense part with its bias, if there is one."""
-    record, terms, gain = module._sum, list(module.children_of().values()), module.gain_of()
-    bias = getattr(module, "bias", None)
-    if gain is None and base is not None and record.mm is plain_mm:
-        if kernels and record.kind == "linear" and (lone := lone_low_rank(module, terms)):
-            fast = kernels.get(linear_plus_low_rank, linear_plus_low_rank)
-            return fast(x, module.weight, bias, lone.A, lone.B, lone.scale)
-        y = base(x)
-        for term in terms:
-            y = y + term(x).to(y.dtype)
-        return y
-    W = module.matrix()
-    y = None if W is None else record.mm(x, W.mT)
-    for term in terms:
-        part = term(x)
-        y = part.to(x.dtype) if y is None else y + part.to(y.dtype)
-    if y is None:
-        raise RuntimeError("a structured module without a dense matrix and without terms")
-    if gain is not None and W is not None:
-        y = y * gain.factor(W, terms).to(y.dtype)
-    return y if bias is None else y + bias
-
-
-def lone_low_rank(module: Structured, terms: list[Term]) -> LowRank | None:
-    """The only term, where a fused product may take over: plain LoRA on a plain matrix."""
-    if len(terms) != 1 or type(terms[0]) is not LowRank:
-        return None
-    term = terms[0]
-    plain = (
-        term.R is None
-        and term.B0 is None
-        and not term.phi
-        and term.branch_gradient is None
-        and term.mm is plain_mm
-        and not (term.dropout and term.training)
-        and type(module.weight.data) is Tensor
-    )
-    return term if plain else None
-
-
-class LinearSum(Structured):
-    """Linear and Conv1D; also the head of a tied pair, where the map runs backwards."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._sum.enabled:
-            return super().forward(x)
-        if self._sum.owner is not None:
-            return self._tied_forward(x, self._sum.owner)
-        has_dense = self._parameters.get("weight") is not None
-        return _linear_sum(self, x, super().forward if has_dense else None)
-
-    def _tied_forward(self, x: Tensor, owner: Any) -> Tensor:  # [*, t, m] -> [*, t, n]
-        terms, gain, W = list(owner.children_of().values()), owner.gain_of(), owner.matrix()
-        if not self._sum.flipped:  # two linear maps that share one matrix
-            y = super().forward(x)
-            for term in terms:
-                y = y + term(x).to(y.dtype)
-            return y
-        if gain is not None:
-            x = x * gain.factor(W, terms).to(x.dtype)
-        y = super().forward(x)
-        for term in terms:
-            y = y + term.back(x).to(y.dtype)
-        return y
-
-
-class EmbeddingSum(Structured):
-    """Embedding: columns of the map for the ids. Its own scale multiplies terms too."""
-
-    def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., m]
-        if not self._sum.enabled:
-            return super().forward(ids)
-        owner: Any = self._sum.owner or self
-        terms, gain = list(owner.children_of().values()), owner.gain_of()
-        y = super().forward(ids) if self._parameters.get("weight") is not None else None
-        scale = getattr(self, "embed_scale", None)
-        for term in terms:
-            part = term.columns(ids)
-            part = part if scale is None else part * torch.as_tensor(scale, dtype=part.dtype)
-            y = part if y is None else y + part.to(y.dtype)
-        if gain is not None:
-            y = y * gain.factor(owner.matrix(), terms).to(y.dtype)
-        return y
-
-
-class ConvSum(Structured):
-    """Conv2d, one group: terms see patches [*, t, c * kh * kw]."""
-
-    def forward(self, x: Tensor) -> Tensor:  # [b, c, h, w] -> [b, m, h', w']
-        if not self._sum.enabled:
-            return super().forward(x)
-        terms, gain, W = list(self.children_of().values()), self.gain_of(), self.matrix()
-        patches = self.patches(x)  # [b, t, n]
-        y = None if W is None else patches @ W.mT
-        for term in terms:
-            part = term(patches)
-            y = part if y is None else y + part.to(y.dtype)
-        y = y if gain is None else y * gain.factor(W, terms).to(y.dtype)
-        y = y if self.bias is None else y + self.bias
-        h = self.output_size(x.shape[-2], 0)
-        return y.mT.unflatten(-1, (h, -1))
-
-    def patches(self, x: Tensor) -> Tensor:
-        """Unfold with the convolution's own padding, stride and dilation."""
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding: Any = 0
-        elif isinstance(self.padding, str):
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice), 0
-        else:
-            padding = self.padding
-        columns = F.unfold(x, self.kernel_size, self.dilation, padding, self.stride)
-        return columns.mT  # [b, t, n]
-
-    def output_size(self, size: int, axis: int) -> int:
-        """Length of the output along one axis."""
-        both = self._reversed_padding_repeated_twice
-        padding = both[-1 - 2 * axis] + both[-2 - 2 * axis]
-        reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
-        return (size + padding - reach - 1) // self.stride[axis] + 1
-
-
-class ExpertSum(Structured):
-    """Fused experts: terms run on tokens sorted by expert; the dense update is never formed."""
-
-    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """x [t, d], top_k_index and top_k_weights [t, k] -> [t, d]."""
-        if not self._sum.enabled:
-            return super().forward(x, top_k_index, top_k_weights)
-        k = top_k_index.shape[-1]
-        expert = top_k_index.reshape(-1)  # [t k]
-        order = torch.argsort(expert, stable=True)
-        counts = torch.bincount(expert, minlength=self.num_experts)[: self.num_experts]
-        offsets = [0, *counts.cumsum(0).tolist()]
-        order = order[: offsets[-1]]  # ids beyond the last expert mark tokens of other ranks
-        h = x[order // k]
-        gated = getattr(self, "has_gate", True)
-        first = "gate_up_proj" if gated else "up_proj"
-        h = self.product(first, h, offsets)
-        h = self._apply_gate(h) if gated else self.act_fn(h)
-        h = self.product("down_proj", h, offsets)
-        h = h * top_k_weights.reshape(-1)[order, None].to(h.dtype)
-        out = torch.zeros(x.shape[0] * k, x.shape[-1], dtype=h.dtype, device=h.device)
-        out = out.index_copy(0, order, h)
-        return out.view(x.shape[0], k, -1).sum(1).to(x.dtype)
-
-    def product(self, param: str, x: Tensor, offsets: list[int]) -> Tensor:
-        """One of the experts' maps on sorted tokens x [t, n] -> [t, m]."""
-        spans = [(e, a, b) for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))]
-        W, terms, gain = self.matrix(param), self.children_of(param), self.gain_of(param)
-        bias = getattr(self, f"{param}_bias", None)
-        mm = self._sum.mm
-        y = None
-        if W is not None:
-            y = torch.cat([mm(x[a:b], W[e].mT) for e, a, b in spans])
-        for term in terms.values():
-            part = term.grouped(x, offsets)
-            y = part.to(x.dtype) if y is None else y + part.to(y.dtype)
-        per_token = torch.cat([torch.full((b - a,), e) for e, a, b in spans]).to(x.device)
-        if gain is not None:
-            y = y * gain.factor(W, list(terms.values()))[per_token].to(y.dtype)
-        return y if bias is None else y + bias[per_token]
-
-
-MIXINS: dict[str, type[Structured]] = {
-    "linear": LinearSum,
-    "conv1d": LinearSum,
-    "embedding": EmbeddingSum,
-    "conv2d": ConvSum,
-    "experts": ExpertSum,
-}
 _classes: dict[tuple[type, type], type] = {}
 
 
@@ -298,7 +129,7 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
     unregistered reference to the terms. With `drop` the dense parameter is removed.
     """
     module = site.module
-    mixin = MIXINS[site.kind]
+    mixin = mixins[site.kind]
     if not isinstance(module, Structured):
         module.__class__ = structured_class(mixin, type(module))
         module.__dict__["_sum"] = Sum(site.kind, {}, {})
@@ -331,7 +162,7 @@ def tie(other: nn.Module, owner: nn.Module, flipped: bool) -> None:
     if isinstance(other, Structured):
         return
     kind = type_kind(other)
-    other.__class__ = structured_class(MIXINS[kind], type(other))
+    other.__class__ = structured_class(mixins[kind], type(other))
     # Not registered: a module registered twice would make saving raise.
     other.__dict__["_sum"] = Sum(kind, {}, {}, owner=owner, flipped=flipped)
 

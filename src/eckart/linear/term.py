@@ -8,7 +8,7 @@ m out, n in, t tokens, * any leading dimensions (fused experts have one per expe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,16 +76,7 @@ class Term(nn.Module):
         `tensors` maps names to {shape, dtype, trained}; `scalars` are plain attributes. A
         term with derived tensors that are not saved overrides this to draw them again.
         """
-        term = cls.__new__(cls)
-        nn.Module.__init__(term)
-        vars(term).update(scalars)
-        for name, spec in tensors.items():
-            tensor = torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]))
-            if spec["trained"]:
-                term.register_parameter(name, nn.Parameter(tensor))
-            else:
-                term.register_buffer(name, tensor)
-        return term
+        return blank(cls, tensors, scalars)
 
     def bind(self, shared: Mapping[str, nn.Module]) -> None:
         """Take references to modules that live once at the model's root (shared bases).
@@ -110,10 +101,32 @@ class Term(nn.Module):
             setattr(self, name, smaller)
 
 
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def blank(
+    cls: type[Part], tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]
+) -> Part:
+    """A module of this class with tensors of the given shapes, its __init__ not run."""
+    part = cls.__new__(cls)
+    nn.Module.__init__(part)
+    vars(part).update(scalars)
+    for name, spec in tensors.items():
+        tensor = torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]))
+        if spec["trained"]:
+            part.register_parameter(name, nn.Parameter(tensor))
+        else:
+            part.register_buffer(name, tensor)
+    return part
+
+
 class Gain(nn.Module):
     """A factor for each output row, which sees the site's matrix and its terms."""
 
-    empty = classmethod(Term.empty.__func__)  # type: ignore[attr-defined]
+    @classmethod
+    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
+        """As `Term.empty`."""
+        return blank(cls, tensors, scalars)
 
     def factor(self, weight: Tensor, terms: list[Term]) -> Tensor:
         """weight [*, m, n] -> [*, m]."""
@@ -123,7 +136,10 @@ class Gain(nn.Module):
 class Shared(nn.Module):
     """Tensors that live once at the model's root and that terms of many sites refer to."""
 
-    empty = classmethod(Term.empty.__func__)  # type: ignore[attr-defined]
+    @classmethod
+    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
+        """As `Term.empty`."""
+        return blank(cls, tensors, scalars)
 
 
 def describe(part: nn.Module) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""From words to a model that carries them. Names are found lazily: listing methods needs no torch."""
+"""From words to a model that carries them. Found lazily: listing methods needs no torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eckart.recipe.attachment import Handle, attach, attach_from, terms_off
+    from eckart.recipe.attachment import attach, attach_from
+    from eckart.recipe.coverage import Coverage
     from eckart.recipe.events import EventHook
+    from eckart.recipe.handle import Handle, terms_off
     from eckart.recipe.method import (
         Attention,
         Compose,
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
         Weights,
     )
     from eckart.recipe.recipe import Recipe
-    from eckart.recipe.targets import Coverage
 
 _HOMES = {
-    "attachment": ("Handle", "attach", "attach_from", "terms_off"),
+    "attachment": ("attach", "attach_from"),
+    "coverage": ("Coverage",),
     "events": ("EventHook",),
     "method": (
         "Attention",
@@ -44,11 +46,33 @@ _HOMES = {
         "Update",
         "Weights",
     ),
+    "handle": ("Handle", "terms_off"),
     "recipe": ("Recipe",),
-    "targets": ("Coverage",),
 }
 _home_of = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_home_of)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "Attention",
+    "Compose",
+    "Compress",
+    "Cost",
+    "Coverage",
+    "Cut",
+    "Event",
+    "EventHook",
+    "Handle",
+    "Method",
+    "Now",
+    "Objective",
+    "Paper",
+    "Precision",
+    "Recipe",
+    "Stage",
+    "Update",
+    "Weights",
+    "attach",
+    "attach_from",
+    "terms_off",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ so that no gradient of the whole model is ever held. Activations are input token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,7 +98,7 @@ def gather_activations(
 
 
 @contextmanager
-def deterministic_mode(model: nn.Module):
+def deterministic_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode while calibrating: dropout would make initial values differ by run."""
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()

@@ -8,16 +8,15 @@ merging, resuming). Nothing here knows a method by name.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from eckart.errors import UsageError
+from eckart.recipe.fields import check_fields
 
 if TYPE_CHECKING:
     from eckart.linear import Site, Term
@@ -122,9 +121,7 @@ class Method:
     stages: ClassVar[tuple[Stage, ...]] = ()
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self), include_extras=True)
-        for f in fields(self):
-            check_field(self.slug, f.name, hints[f.name], getattr(self, f.name))
+        check_fields(self)
 
     @property
     def slug(self) -> str:
@@ -189,6 +186,25 @@ class Weights(Method):
     def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
         """Ratios for a trained tensor's group: lr, weight_decay; 1 where absent."""
         return {}
+
+    def to_peft(
+        self, site: Site, parts: Mapping[str, nn.Module]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """One site in the words of PEFT's `peft_type`: its tensors, and its config's entries.
+
+        Matrices as [*, m, n] sees them (`lora_A` [*, r, n]); the house lays them out for the
+        kind of layer. None where this configuration of the method has no such form.
+        """
+        return None
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> typing.Self | None:
+        """This method as a PEFT config of its type describes it; None where it means another."""
+        return None
+
+    def parts_from_peft(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        """The parts of one site from the tensors that `to_peft` names."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -310,68 +326,3 @@ AXES: dict[str, type[Method]] = {
     "compress": Compress,
     "compose": Compose,
 }
-
-
-def check_field(slug: str, name: str, hint: Any, value: Any) -> None:
-    """Raise UsageError where a value has the wrong type or lies outside its range."""
-    bounds: tuple[Any, ...] = ()
-    if typing.get_origin(hint) is Annotated:
-        hint, *rest = typing.get_args(hint)
-        bounds = tuple(rest)
-    if not fits(value, hint):
-        raise UsageError(
-            f"{slug}: {name} has the wrong type",
-            [(f"{name} = {value!r}", f"expected {spell(hint)}")],
-        )
-    for bound in bounds:
-        limit, holds = next(
-            (
-                (f"{sign} {getattr(bound, attr)}", compare(value, getattr(bound, attr)))
-                for attr, sign, compare in COMPARISONS
-                if value is not None and hasattr(bound, attr)
-            ),
-            ("", True),
-        )
-        if not holds:
-            raise UsageError(f"{slug}: {name} is out of range", [(f"{name} = {value}", f"needs {limit}")])
-
-
-COMPARISONS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
-    ("ge", ">=", lambda a, b: a >= b),
-    ("gt", ">", lambda a, b: a > b),
-    ("le", "<=", lambda a, b: a <= b),
-    ("lt", "<", lambda a, b: a < b),
-)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Is the value of this type? A bool is no number; an int is a float."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return any(value == a and type(value) is type(a) for a in args)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, a) for a in args)
-    if origin is Annotated:
-        return fits(value, args[0])
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    if origin is tuple:
-        inner = args[0] if args else Any
-        return isinstance(value, tuple) and (
-            all(fits(v, inner) for v in value)
-            if len(args) != len(value) or args[-1:] == (Ellipsis,)
-            else all(fits(v, a) for v, a in zip(value, args, strict=True))
-        )
-    return isinstance(value, origin or (type(None) if hint is None else hint))
-
-
-def spell(hint: Any) -> str:
-    """A type in the words of an error message."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(a) for a in args)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(spell(a) for a in args)
-    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))

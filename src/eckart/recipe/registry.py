@@ -17,6 +17,7 @@ import copy
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -193,6 +194,12 @@ def class_names() -> dict[str, str]:
     return {entry.class_name: entry.name for entry in methods().values()}
 
 
+def questions() -> dict[str, str]:
+    """{axis: the question it answers}, in order: how the axes' classes describe themselves."""
+    classes = {axis: contract()[name] for axis, name in axis_classes().items()}
+    return {axis: first_sentence(ast.get_docstring(c) or "") for axis, c in classes.items()}
+
+
 def stub() -> str:
     """The text of `methods/__init__.pyi`: the built-in classes, for type checkers."""
     entries = sorted(methods(BUILTIN).values(), key=lambda e: e.module)
@@ -257,10 +264,11 @@ def method_class(tree: ast.Module, path: Path, base: str) -> ast.ClassDef:
 
 
 def first_sentence(doc: str) -> str:
-    """The first paragraph on one line, without a leading `Name: `."""
-    line = " ".join(doc.strip().split("\n\n")[0].split())
-    head, colon, rest = line.partition(": ")
-    return rest if colon and len(head.split()) <= 3 else line
+    """The first sentence on one line, without a leading `Name: `."""
+    text = " ".join(doc.strip().split("\n\n")[0].split())
+    head, colon, rest = text.partition(": ")
+    text = rest if colon and len(head.split()) <= 3 else text
+    return re.split(r"(?<=[.?!]) ", text)[0]
 
 
 def read_fields(node: ast.ClassDef, names: Mapping[str, ast.expr]) -> Iterator[tuple[str, Field]]:

@@ -1,11 +1,11 @@
 """Which maps does a method act on: roles, names, globs, layer ranges -> sites.
 
-    attn attn.q attn.k attn.v attn.o attn.qkv   roles, by the names models give their layers
-    mlp mlp.gate mlp.up mlp.down experts conv embedding head router
-    linear        attention, mlp and experts of the blocks (the default); `all` is the same
-    everything    every parameter of the model, norms and biases too (full training)
-    q_proj        a module's own name; layers.0.self_attn.q_proj a path or the end of one
-    layers.*.mlp.*   a glob on paths; re:PATTERN a regular expression; layers.0-3 a range
+attn attn.q attn.k attn.v attn.o attn.qkv   roles, by the names models give their layers
+mlp mlp.gate mlp.up mlp.down experts conv embedding head router
+linear        attention, mlp and experts of the blocks (the default); `all` is the same
+everything    every parameter of the model, norms and biases too (full training)
+q_proj        a module's own name; layers.0.self_attn.q_proj a path or the end of one
+layers.*.mlp.*   a glob on paths; re:PATTERN a regular expression; layers.0-3 a range
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -36,7 +35,7 @@ ROLES: tuple[tuple[str, str], ...] = (
     (r"(k_proj|key|\.k|k_lin|wk)$", "attn.k"),
     (r"(v_proj|value|\.v|v_lin|wv)$", "attn.v"),
     (r"(c_attn|qkv_proj|query_key_value|in_proj)$", "attn.qkv"),
-    (r"(attn|attention|SelfAttention|EncDecAttention)[\w.]*\.(o_proj|out_proj|c_proj|o|wo)$", "attn.o"),
+    (r"(attn|attention|Attention)[\w.]*\.(o_proj|out_proj|c_proj|o|wo)$", "attn.o"),
     (r"(attention\.output\.dense|attention\.dense|out_lin|o_proj)$", "attn.o"),
     (r"(gate_proj|wi_0|\.w1)$", "mlp.gate"),
     (r"(up_proj|wi_1|\.wi|\.w3|c_fc|fc1|intermediate\.dense|lin1|gate_up_proj)$", "mlp.up"),
@@ -84,9 +83,7 @@ def matches(target: str, site: Site) -> bool:
         return inside and matches("linear", site)
     names = (site.path, *site.ties)
     return any(
-        fnmatch.fnmatchcase(name, pattern)
-        for name in names
-        for pattern in (target, f"*.{target}")
+        fnmatch.fnmatchcase(name, pattern) for name in names for pattern in (target, f"*.{target}")
     )
 
 
@@ -113,7 +110,9 @@ def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
     return UsageError("no map matches a target", facts, f"Type {key}=[{example}].")
 
 
-def apply_overrides(sites: Sequence[Site], overrides: Sequence[Mapping[str, Any]], fields) -> None:
+def apply_overrides(
+    sites: Sequence[Site], overrides: Sequence[Mapping[str, Any]], fields: Sequence[str]
+) -> None:
     """Write the overrides that match into each site; later ones win."""
     for number, override in enumerate(overrides):
         key = f"weights.overrides[{number}]"
@@ -140,7 +139,7 @@ def refuse_unreachable(model: nn.Module, sites: Sequence[Site]) -> None:
             raise UsageError(
                 "terms on this map would never run",
                 [(site.path, f"{parent_path} reads its weight without calling it")],
-                f"Leave it out of weights.targets, for example weights.targets=['re:^(?!.*{name})'].",
+                f"Leave it out, for example weights.targets=['re:^(?!.*{name})'].",
             )
         if getattr(site.module, "groups", 1) != 1:
             raise UsageError(
@@ -148,48 +147,3 @@ def refuse_unreachable(model: nn.Module, sites: Sequence[Site]) -> None:
                 [(site.path, f"groups = {site.module.groups}")],
                 "Leave it out of weights.targets.",
             )
-
-
-@dataclass
-class Coverage:
-    """Elements by role: trained, projected, frozen, unreachable."""
-
-    by_role: dict[str, dict[str, int]] = field(default_factory=dict)
-    matrices: int = 0
-    cut: int = 0  # sites where the rank was cut to min(m, n)
-
-    def add(self, role: str, state: str, count: int) -> None:
-        """Count elements of a role as trained, projected, frozen or unreachable."""
-        row = self.by_role.setdefault(role, {})
-        row[state] = row.get(state, 0) + count
-
-    def total(self, state: str) -> int:
-        """Elements in one state over all roles."""
-        return sum(row.get(state, 0) for row in self.by_role.values())
-
-    @property
-    def parameters(self) -> int:
-        """All elements, attachments included."""
-        return sum(sum(row.values()) for row in self.by_role.values())
-
-    def __str__(self) -> str:
-        """`210 matrices: attn, mlp; trained 13,440 (0.01 %), frozen 134.5 M, unreachable 0`."""
-        roles = sorted(r for r, row in self.by_role.items() if row.get("trained"))
-        everything = max(1, self.parameters)
-        trained = self.total("trained")
-        words = [f"trained {amount(trained)} ({percent(trained / everything)})"]
-        for state in ("projected", "frozen", "unreachable"):
-            if self.total(state) or state != "projected":
-                words.append(f"{state} {amount(self.total(state))}")
-        ranks = f"; rank cut at {self.cut} narrower maps" if self.cut else ""
-        return f"{self.matrices} matrices: {', '.join(roles) or 'none'}; {', '.join(words)}{ranks}"
-
-
-def amount(count: int) -> str:
-    """1,234 or 134.5 M."""
-    return f"{count:,}" if count < 1_000_000 else f"{count / 1e6:,.1f} M"
-
-
-def percent(share: float) -> str:
-    """A share with two significant digits."""
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.1f} %"

@@ -1,0 +1,201 @@
+"""How each kind of layer computes its sum of terms, mixed into the layer's own class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eckart.linear.lowrank import LowRank, linear_plus_low_rank
+from eckart.linear.structured import Structured, mixins
+from eckart.linear.term import Term, plain_mm
+
+kernels: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""Faster forms of plain functions, filled by `eckart.kernels`; empty, all still runs."""
+
+
+def add(y: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
+    """y + part in y's dtype; the first part starts the sum in `dtype`."""
+    return part.to(dtype) if y is None else y + part.to(y.dtype)
+
+
+class LinearSum(Structured):
+    """Linear and Conv1D; also the head of a tied pair, where the map runs backwards."""
+
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*, t, n] -> [*, t, m]; for the other end of a tied pair m and n change places."""
+        if not self._sum.enabled:
+            return self.base(x)
+        if self._sum.owner is not None:
+            return self.tied(x, self._sum.owner)
+        terms, gain, W = self.terms, self.gain_of(), self.matrix()
+        if gain is not None or W is None or self._sum.mm is not plain_mm:
+            return self.parts(x, W)
+        if self._sum.kind == "linear" and (lora := lone_low_rank(terms, W)):
+            fused = kernels.get(linear_plus_low_rank, linear_plus_low_rank)
+            return fused(x, W, self.bias, lora.A, lora.B, lora.scale)
+        y = self.base(x)
+        for term in terms:
+            y = add(y, term(x), y.dtype)
+        return y
+
+    def base(self, x: Tensor) -> Tensor:
+        """The layer's own forward, bias included."""
+        return super().forward(x)
+
+    def parts(self, x: Tensor, W: Tensor | None) -> Tensor:
+        """The sum product by product, for a gain, another precision or a dropped matrix."""
+        y = None if W is None else self._sum.mm(x, W.mT)
+        for term in self.terms:
+            y = add(y, term(x), x.dtype)
+        assert y is not None  # a map without a dense matrix has terms
+        gain = self.gain_of()
+        if gain is not None and W is not None:
+            y = y * gain.factor(W, self.terms).to(y.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def tied(self, x: Tensor, owner: Structured) -> Tensor:
+        """The other end of a pair whose owner holds the terms: [*, t, m] -> [*, t, n]."""
+        gain, W = owner.gain_of(), owner.matrix()
+        if gain is not None and W is not None:
+            x = x * gain.factor(W, owner.terms).to(x.dtype)
+        y = self.base(x)
+        for term in owner.terms:
+            y = add(y, term.back(x) if self._sum.flipped else term(x), y.dtype)
+        return y
+
+
+def lone_low_rank(terms: list[Term], W: Tensor) -> LowRank | None:
+    """The only term, where a fused product may take over: plain LoRA on a plain matrix."""
+    if len(terms) != 1 or type(terms[0]) is not LowRank:
+        return None
+    term = terms[0]
+    plain = (
+        term.R is None
+        and term.B0 is None
+        and not term.phi
+        and term.branch_gradient is None
+        and not (term.dropout and term.training)
+        and type(W.data) is Tensor
+    )
+    return term if plain else None
+
+
+class EmbeddingSum(Structured):
+    """Embedding: columns of the map for the ids. Its own scale multiplies terms too."""
+
+    embed_scale: Any = None  # Gemma and BART multiply what they look up
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [..] -> [.., m]."""
+        if not self._sum.enabled:
+            return super().forward(ids)
+        owner: Any = self._sum.owner or self
+        W, gain = owner.matrix(), owner.gain_of()
+        y: Tensor | None = None if W is None else super().forward(ids)
+        for term in owner.terms:
+            part = term.columns(ids)
+            scale = self.embed_scale
+            part = part if scale is None else part * torch.as_tensor(scale, dtype=part.dtype)
+            y = add(y, part, part.dtype)
+        assert y is not None  # a map without a dense matrix has terms
+        return y if gain is None else y * gain.factor(W, owner.terms).to(y.dtype)
+
+
+class ConvSum(Structured):
+    """Conv2d of one group: terms see patches [b, t, c * kh * kw]."""
+
+    bias: nn.Parameter | None
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: Any
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, c, h, w] -> [b, m, h', w']."""
+        gain, W = self.gain_of(), self.matrix()
+        if not self._sum.enabled:
+            return super().forward(x)
+        patches = self.patches(x)  # [b, t, n]
+        y = None if W is None or gain is None else patches @ W.mT  # [b, t, m]
+        for term in self.terms:
+            y = add(y, term(patches), x.dtype)
+        assert y is not None
+        if gain is not None and W is not None:
+            y = y * gain.factor(W, self.terms).to(y.dtype)
+        height = self.output_height(x.shape[-2])
+        if W is not None and gain is None:
+            return super().forward(x) + y.mT.unflatten(-1, (height, -1))
+        y = y if self.bias is None else y + self.bias
+        return y.mT.unflatten(-1, (height, -1))
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Unfold with the convolution's own padding, stride and dilation."""
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0
+        return F.unfold(x, self.kernel_size, self.dilation, padding, self.stride).mT
+
+    def output_height(self, height: int) -> int:
+        """Rows of the output for an input of this height."""
+        padded = height + sum(self._reversed_padding_repeated_twice[-2:])
+        return (padded - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[0] + 1
+
+
+class ExpertSum(Structured):
+    """Fused experts: terms run on tokens sorted by expert; the dense update is never formed."""
+
+    num_experts: int
+    has_gate: bool = True
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """x [t, d], top_k_index and top_k_weights [t, k] -> [t, d]."""
+        if not self._sum.enabled:
+            return super().forward(x, top_k_index, top_k_weights)
+        k = top_k_index.shape[-1]
+        expert = top_k_index.reshape(-1)  # [t k]
+        order = torch.argsort(expert, stable=True)
+        counts = torch.bincount(expert, minlength=self.num_experts)[: self.num_experts]
+        offsets = [0, *counts.cumsum(0).tolist()]
+        order = order[: offsets[-1]]  # ids beyond the last expert mark tokens of other ranks
+        h = self.product("gate_up_proj" if self.has_gate else "up_proj", x[order // k], offsets)
+        h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+        h = self.product("down_proj", h, offsets)
+        h = h * top_k_weights.reshape(-1)[order, None].to(h.dtype)
+        out = h.new_zeros(x.shape[0] * k, x.shape[-1]).index_copy(0, order, h)
+        return out.view(x.shape[0], k, -1).sum(1).to(x.dtype)
+
+    def product(self, param: str, x: Tensor, offsets: list[int]) -> Tensor:
+        """One of the experts' maps on sorted tokens x [t, n] -> [t, m]."""
+        W, gain = self.matrix(param), self.gain_of(param)
+        terms = list(self.children_of(param).values())
+        bias = getattr(self, f"{param}_bias", None)
+        spans = list(zip(offsets, offsets[1:], strict=False))
+        y = None
+        if W is not None:
+            y = torch.cat([self._sum.mm(x[a:b], W[e].mT) for e, (a, b) in enumerate(spans)])
+        for term in terms:
+            y = add(y, term.grouped(x, offsets), x.dtype)
+        assert y is not None
+        if gain is None and bias is None:
+            return y
+        counts = torch.tensor([b - a for a, b in spans], device=x.device)
+        expert = torch.arange(len(spans), device=x.device).repeat_interleave(counts)  # [t]
+        if gain is not None and W is not None:
+            y = y * gain.factor(W, terms)[expert].to(y.dtype)
+        return y if bias is None else y + bias[expert]
+
+
+mixins.update(
+    linear=LinearSum, conv1d=LinearSum, embedding=EmbeddingSum, conv2d=ConvSum, experts=ExpertSum
+)
