@@ -87,9 +87,7 @@ def test_a_saved_model_comes_back_bit_for_bit_in_its_dtype(tmp_path):
     again = load_model(tmp_path / "m")
     pairs = zip(model.parameters(), again.parameters(), strict=True)
     assert again.dtype == torch.bfloat16
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert load_model(tmp_path / "m", dtype=torch.float32).dtype == torch.float32
 
 
