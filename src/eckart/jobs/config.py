@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from eckart.recipe.method import Method
 
 TRAINS = ("finetune", "pretrain", "linearize", "bench")  # commands with a recipe in any case
+NEEDS: dict[str, tuple[Key, ...]] = {  # command -> what it cannot do without
+    **dict.fromkeys(TRAINS, (("model",), ("data", "train"))),
+    "compress": (("model",),),
+    "generate": (("model",),),
+    "eval": (("model",), ("data", "train")),
+}
 PLAIN = ("model", "out", "track")  # keys without a section
 OUT = "runs/{name}"
 SCHEMA = "All keys: eckart config schema"
@@ -148,8 +154,9 @@ def resolve(
     files: Sequence[str | Path] = (),
     flags: Flags = Flags(),
     options: Mapping[str, Any] | None = None,
+    partial: bool = False,
 ) -> Job:
-    """The job that words and files describe.
+    """The job that words and files describe; a partial one may lack its model and data.
 
     `words` are key=value, `files` YAML in the order of -c; --resume RUN reads RUN's own
     config.yaml below all of them. Raises UsageError (a key, value, method or combination that
@@ -163,6 +170,8 @@ def resolve(
     entries = chosen_entries(given, command, settled)
     refuse_unknown(given, entries)
     refuse_alternatives(given)
+    if not partial:
+        require(given, command)
     train = section(Train, given, ("train",))
     choices = {axis: choice(given, axis, entries) for axis in AXES if axis != "objective"}
     job = Job(
@@ -410,6 +419,18 @@ def refuse_unknown(given: Given, entries: Entries) -> None:
             entry = next((e for p, e in entries.items() if e and key[:-1] == p), None)
             more = f"All keys: eckart methods {entry.name}" if entry else SCHEMA
             raise unknown_key(setting, [".".join(k) for k in known], more)
+
+
+def require(given: Given, command: str) -> None:
+    """Raise UsageError where the command lacks its model or data."""
+    lacking = [k for k in NEEDS.get(command, ()) if k not in given or given[k].value is None]
+    if lacking:
+        words = [k[0].upper() for k in NEEDS[command]]
+        raise UsageError(
+            f"eckart {command} needs {' and '.join(k[0] for k in lacking)}",
+            fix=f"Type eckart {command} {' '.join(words)}, or set "
+            f"{' and '.join('.'.join(k) for k in lacking)} in a file: -c FILE",
+        )
 
 
 # Writing it down

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from eckart.errors import UsageError, nearest
 from eckart.jobs.merge import AXES, EXCLUSIVE, Given, says_something
-from eckart.jobs.words import HABITS, Setting
+from eckart.jobs.tree import SECTIONS
+from eckart.jobs.words import COMMAND_LINE, HABITS, Setting
 from eckart.recipe import registry
 
 
@@ -20,6 +22,19 @@ def unknown_key(setting: Setting, known: Sequence[str], more: str) -> UsageError
     if not hint and (close := nearest_key(".".join(setting.key), known)):
         hint = f"Did you mean {close}?"
     return UsageError(what, fix=f"{hint} {more}".strip())
+
+
+def unknown_flag(word: str, following: str) -> UsageError:
+    """The error for --lr 1e-3 or --lr=1e-3, which is train.lr=1e-3 here."""
+    name, _, text = word.lstrip("-").partition("=")
+    defaults = [registry.find(registry.DEFAULTS[axis]) for axis in ("weights", "update")]
+    known = [f"{e.axis}.{field}" for e in defaults for field in e.fields]
+    known += [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
+    setting = Setting((name.replace("-", "_"),), None, COMMAND_LINE, text or following)
+    hint = from_habit(setting, known)
+    if not hint and (close := nearest_key(setting.name, known)):
+        hint = f"Did you mean {close}={setting.text}?"
+    return UsageError(f"unknown option {word}     {COMMAND_LINE}", fix=hint or "Type --help.")
 
 
 def nearest_key(name: str, keys: Sequence[str]) -> str | None:

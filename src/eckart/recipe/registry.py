@@ -13,7 +13,6 @@ ECKART_METHODS (separated like PATH).
 from __future__ import annotations
 
 import ast
-import copy
 import importlib
 import importlib.util
 import os
@@ -277,31 +276,29 @@ def read_fields(node: ast.ClassDef, names: Mapping[str, ast.expr]) -> Iterator[t
         if not isinstance(statement, ast.AnnAssign) or is_classvar(statement.annotation):
             continue
         assert isinstance(statement.target, ast.Name)  # dataclass bodies annotate plain names
-        hint = Unannotated(names)
-        kind = ast.unparse(hint.visit(copy.deepcopy(resolve(statement.annotation, names))))
+        kind, bounds = plain_type(statement.annotation, names)
         name = statement.target.id
-        value, doc = default(statement, names), docstring(following)
-        yield name, Field(name, kind, value, doc, hint.bounds)
+        yield name, Field(name, kind, default(statement, names), docstring(following), bounds)
 
 
-class Unannotated(ast.NodeTransformer):
-    """Replaces `Annotated[T, Ge(1)]` by T anywhere in a type and collects the bounds."""
-
-    def __init__(self, names: Mapping[str, ast.expr]):
-        self.names = names
-        self.bounds: dict[str, Any] = {}
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
-        if ends(node.value, "Annotated") and isinstance(node.slice, ast.Tuple):
-            kind, *marks = node.slice.elts
-            for mark in marks:
-                self.bounds.update(read_bounds(mark, self.names))
-            return self.visit(resolve(kind, self.names))
-        return self.generic_visit(node)
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        bound = resolve(node, self.names)
-        return node if bound is node else self.visit(copy.deepcopy(bound))
+def plain_type(node: ast.expr, names: Mapping[str, ast.expr]) -> tuple[str, dict[str, Any]]:
+    """A type's text without `Annotated`, and the bounds that stood there, at any depth."""
+    node = resolve(node, names)
+    parts: list[tuple[str, dict[str, Any]]] = []
+    if isinstance(node, ast.BinOp):
+        parts = [plain_type(side, names) for side in (node.left, node.right)]
+        text = " | ".join(kind for kind, _ in parts)
+    elif not isinstance(node, ast.Subscript) or ends(node.value, "Literal"):
+        text = ast.unparse(node)
+    elif ends(node.value, "Annotated") and isinstance(node.slice, ast.Tuple):
+        kind, *marks = node.slice.elts
+        parts = [plain_type(kind, names), *(("", dict(read_bounds(m, names))) for m in marks)]
+        text = parts[0][0]
+    else:
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        parts = [plain_type(part, names) for part in inner]
+        text = f"{ast.unparse(node.value)}[{', '.join(kind for kind, _ in parts)}]"
+    return text, {key: bound for _, bounds in parts for key, bound in bounds.items()}
 
 
 def read_declares(node: ast.ClassDef, names: Mapping[str, ast.expr]) -> Iterator[tuple[str, Any]]:
