@@ -110,7 +110,9 @@ def mixed(handle: Handle, cls: Any, out: Path, steps: int, accumulate: int, **mo
     """A trainer of ours over a class of theirs."""
     from datasets import Dataset
 
-    extra = {} if cls is Trainer else {"processing_class": tokenizer()}
+    extra: dict[str, Any] = {} if cls is Trainer else {"processing_class": tokenizer()}
+    if "eval_strategy" in more:
+        extra["eval_dataset"] = Dataset.from_list(rows(4))
     return trainer(cls)(
         handle,
         args=arguments(cls, out, steps, accumulate, **more),

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 
 from eckart.errors import Diverged
+from eckart.jobs.checkpoints import Checkpointing
 from eckart.linear import Structured, seeded_generator
 from eckart.recipe import Handle
 
@@ -35,7 +36,7 @@ def _mixed(cls: type[Trainer]) -> type[Training]:
     return type(f"Eckart{cls.__name__}", (Training, cls), {"__module__": __name__})
 
 
-class Training(Trainer):
+class Training(Checkpointing):
     """What is ours in the loop. Mixed in before Trainer or a subclass of it."""
 
     def __init__(self, handle: Handle, args: TrainingArguments | None = None, **kwargs: Any):

@@ -1,0 +1,313 @@
+"""Checkpoints of a training: whole or not there, and only what differs from the base.
+
+    checkpoints/step-400/
+      model.safetensors      trained tensors and the terms' buffers, under raw names
+      optimizer.safetensors  its tensors, NAME//KEY
+      state.json             structure, scalars of optimizer and scheduler, events, generators
+      trainer_state.json     Trainer's own: step, epoch, what was logged
+      manifest.json          names, sizes, hashes; the base's fingerprint
+
+Nothing here is a pickle. The folder is written beside, closed with its manifest and renamed,
+so that a kill at any moment leaves the last whole one. By name, the optimizer's state
+survives regrouping and can be cut along a rank axis (`cut.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from eckart.errors import FileError, UsageError
+from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
+from eckart.io.run import checkpoint_folders, latest_checkpoint
+from eckart.io.tensors import read_tensors, write_tensors
+from eckart.recipe import Handle
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+TRAINER = "trainer_state.json"  # the name under which Trainer looks for it
+CHOSEN = ("params", "param_names", "pairs")  # of a group: the recipe's, not state
+
+
+# --- the optimizer's state by name ---------------------------------------------------------
+
+
+def entries(packed: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{parameter name: its state}, from a state_dict and the live groups' names."""
+    names = [name for group in groups for name in group["param_names"]]
+    ids = [number for group in packed["param_groups"] for number in group["params"]]
+    return {
+        name: packed["state"][number]
+        for name, number in zip(names, ids, strict=True)
+        if number in packed["state"]
+    }
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state as tensors {NAME//KEY: tensor} and as plain data {scalars, groups}."""
+    packed = optimizer.state_dict()
+    named = entries(packed, optimizer.param_groups)
+    tensors = {
+        f"{name}//{key}": value
+        for name, entry in named.items()
+        for key, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+    scalars = {
+        name: {k: v for k, v in entry.items() if not isinstance(v, Tensor)}
+        for name, entry in named.items()
+    }
+    groups = [{k: v for k, v in g.items() if k not in CHOSEN} for g in packed["param_groups"]]
+    return tensors, {"scalars": scalars, "groups": groups}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
+) -> None:
+    """Give an optimizer its saved state. Raises FileError for names it does not have.
+
+    Learning rates follow the run that resumes: where its own differs from the saved one, the
+    saved rates are scaled, so that `--resume RUN train.lr=...` does what it says.
+    """
+    packed = optimizer.state_dict()
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    ids = [number for group in packed["param_groups"] for number in group["params"]]
+    number_of = dict(zip(names, ids, strict=True))
+    state: dict[int, dict[str, Any]] = {}
+    for name, entry in plain["scalars"].items():
+        if name not in number_of:
+            raise FileError("the saved optimizer has a parameter that is not trained", [(name, "")])
+        state[number_of[name]] = dict(entry)
+    for full, tensor in tensors.items():
+        name, _, key = full.rpartition("//")
+        state[number_of[name]][key] = tensor
+    groups = []
+    for saved, live in zip(plain["groups"], packed["param_groups"], strict=True):
+        factor = rate_factor(saved, live)
+        groups.append({**live, **saved, "lr": saved["lr"] * factor})
+        if "initial_lr" in saved:
+            groups[-1]["initial_lr"] = live.get("initial_lr", saved["initial_lr"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def rate_factor(saved: Mapping[str, Any], live: Mapping[str, Any]) -> float:
+    """The live base rate over the saved one; exactly 1 where nothing was changed."""
+    before, now = saved.get("initial_lr"), live.get("initial_lr")
+    return now / before if before and now and before != now else 1.0
+
+
+# --- generators ----------------------------------------------------------------------------
+
+
+def generator_state() -> dict[str, Any]:
+    """This process's global generators as plain data."""
+    python = random.getstate()
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": [python[0], list(python[1]), python[2]],
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        "torch": to_hex(torch.random.get_rng_state()),
+        "cuda": [to_hex(s) for s in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else [],
+    }
+
+
+def load_generator_state(state: Mapping[str, Any]) -> None:
+    """Set this process's global generators."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, value = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, value))
+    torch.random.set_rng_state(from_hex(state["torch"]))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([from_hex(s) for s in state["cuda"]])
+
+
+def to_hex(state: Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def from_hex(text: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+# --- folders -------------------------------------------------------------------------------
+
+
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    state: dict[str, Any] = json.loads((Path(folder) / STATE).read_text())
+    return state
+
+
+def require_whole(folder: Path) -> None:
+    """Raise FileError where a checkpoint's manifest does not hold."""
+    if not manifest_holds(folder):
+        raise FileError(
+            "this checkpoint is not whole",
+            [(str(folder), "its manifest is missing or does not hold")],
+            "Resume from another one, or type --resume RUN: the newest whole one is taken.",
+        )
+
+
+def load_model_state(handle: Handle, folder: str | Path) -> None:
+    """The tensors of a checkpoint into the model, checked against base and structure."""
+    folder = Path(folder)
+    require_whole(folder)
+    structure = read_state(folder)["structure"]
+    if structure["fingerprint"] != handle.fingerprint:
+        raise FileError(
+            "this checkpoint was made on another base",
+            [
+                (str(folder), f"fingerprint {structure['fingerprint'][:12]}"),
+                ("this model", f"fingerprint {handle.fingerprint[:12]}"),
+            ],
+            "Resume with the model and seed that the run was started with.",
+        )
+    handle.load_named_state(read_tensors(folder / MODEL))
+
+
+def prune(run: Path, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    for folder in checkpoint_folders(run)[keep:]:
+        if folder.name != f"step-{best}":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- Trainer's side ------------------------------------------------------------------------
+
+
+class Checkpointing(Trainer):
+    """Trainer's five places where it saves and loads, done our way."""
+
+    handle: Handle
+    inner_optimizer: Any
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As Trainer's; True means the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            found = latest_checkpoint(self.args.output_dir)
+            if found is None:
+                raise FileError(
+                    "no whole checkpoint to resume from", [(str(self.args.output_dir), "")]
+                )
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where `checkpoints/` stands."""
+        return Path(self.args.output_dir)
+
+    def checkpoint_at(self, step: int) -> Path:
+        """The folder of one step's checkpoint."""
+        return self.run_folder / "checkpoints" / f"step-{step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write the checkpoint of this step, then remove those that are no longer kept."""
+        folder = self.checkpoint_at(self.state.global_step)
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.checkpoint_at(self.state.best_global_step))
+        # Sharded tensors are gathered by all processes; the first one writes.
+        tensors = whole(self.handle.named_state())
+        moments, optimizer = optimizer_state(self.inner_optimizer)
+        moments = whole(moments)
+        generators = everyone(generator_state())
+        if self.args.should_save:
+            state = {
+                "structure": self.handle.structure(),
+                "optimizer": optimizer,
+                "scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else {},
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+                "events": self.handle.events.state_dict(),
+                "generators": generators,
+            }
+            facts = {"step": self.state.global_step, "base": self.handle.fingerprint}
+            with write_folder(folder, overwrite=True) as beside:
+                write_tensors(beside / MODEL, tensors)
+                write_tensors(beside / OPTIMIZER, moments)
+                write_json(beside / STATE, state)
+                self.state.save_to_json(str(beside / TRAINER))
+                close_with_manifest(beside, **facts)
+            if self.args.save_total_limit:
+                prune(self.run_folder, self.args.save_total_limit, self.state.best_global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_model_state(self.handle, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_model_state(self.handle, self.checkpoint_at(self.state.best_global_step))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = read_state(checkpoint)
+        tensors = read_tensors(Path(checkpoint) / OPTIMIZER)
+        now = [group.get("initial_lr") for group in self.inner_optimizer.param_groups]
+        load_optimizer_state(self.inner_optimizer, tensors, state["optimizer"])
+        self.handle.events.load_state_dict(state["events"])
+        if self.lr_scheduler:
+            self.lr_scheduler.load_state_dict(rescaled(state["scheduler"], now))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        state = read_state(checkpoint)["scaler"] if checkpoint else {}
+        if state and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        saved = read_state(checkpoint)["generators"]
+        if len(saved) != self.args.world_size:
+            raise UsageError(
+                "a run resumes with the number of processes it was started with",
+                [("train.processes", f"saved {len(saved)}, now {self.args.world_size}")],
+                f"Type train.processes={len(saved)}.",
+            )
+        load_generator_state(saved[self.args.process_index])
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Trainer's; a new best is always saved, or it could not be the result."""
+        found: bool = super()._determine_best_metric(metrics, trial)
+        if found:
+            self.control.should_save = True
+        return found
+
+
+def rescaled(scheduler: Mapping[str, Any], now: list[float | None]) -> dict[str, Any]:
+    """A scheduler's saved state with the base rates of the run that resumes."""
+    state = dict(scheduler)
+    if "base_lrs" in state and None not in now and state["base_lrs"] != now:
+        factors = [n / b if b else 1.0 for n, b in zip(now, state["base_lrs"], strict=True) if n]
+        state["base_lrs"] = now
+        state["_last_lr"] = [r * f for r, f in zip(state["_last_lr"], factors, strict=True)]
+    return state
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors gathered on every process; others as they are."""
+    return {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def everyone(value: Any) -> list[Any]:
+    """One plain value of each process, in order of rank, on every process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found

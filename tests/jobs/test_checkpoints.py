@@ -1,0 +1,153 @@
+"""A training that is killed goes on as if nothing had happened; a torn checkpoint is none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+from trl import SFTTrainer
+
+from eckart.errors import FileError
+from eckart.io.run import checkpoint_folders, latest_checkpoint
+from eckart.jobs.checkpoints import load_model_state
+from tests.jobs.loops import LR, handle_of, logged, mixed
+
+ROOT = Path(__file__).parents[2]
+SAVES = {"save_strategy": "steps", "save_steps": 3}
+
+
+class StopAt(TrainerCallback):
+    """Ends a training as a user's interrupt would, without a checkpoint."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step >= self.step
+
+
+class SaveAlways(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_save = True
+
+
+def killed(recipe: str, folder: Path, kills: int, in_saves: int, seed: int) -> list[dict]:
+    """Train, kill, resume in processes of their own; one result for each kill."""
+    words = [recipe, str(folder), str(kills), str(in_saves), str(seed)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.jobs.killed", *words],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))["kills"]
+
+
+def check(results: list[dict]) -> None:
+    assert [r["equal"] for r in results] == [True] * len(results), results
+    assert any(r["signal"] == 9 for r in results)
+    assert any(r["resumed_at"] for r in results)
+    assert any(r["torn"] for r in results), "no kill hit a save"
+    assert not any(r["left_over"] for r in results)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "galore"])
+def test_killed_and_resumed_ends_in_the_same_bits(recipe, tmp_path):
+    check(killed(recipe, tmp_path, kills=2, in_saves=2, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["lora", "galore"])
+def test_twenty_kills_of_which_five_in_a_save(recipe, tmp_path):
+    check(killed(recipe, tmp_path, kills=15, in_saves=5, seed=2))
+
+
+@pytest.mark.parametrize("cls", [Trainer, SFTTrainer], ids=lambda c: c.__name__)
+def test_a_checkpoint_holds_what_differs_and_resumes_exactly(cls, tmp_path):
+    whole = handle_of()
+    mixed(whole, cls, tmp_path / "a", 7, 2, **SAVES).train()
+    part = handle_of()
+    stopped = mixed(part, cls, tmp_path / "b", 7, 2, **SAVES)
+    stopped.add_callback(StopAt(5))
+    stopped.train()
+    folder = latest_checkpoint(tmp_path / "b")
+    assert folder is not None and folder.name == "step-3"
+    biggest = max(t.numel() * t.element_size() for t in whole.model.parameters())
+    assert (folder / "model.safetensors").stat().st_size < biggest + 40_000
+    assert not list(folder.glob("*.pt")) + list(folder.glob("*.bin")) + list(folder.glob("*.pth"))
+    again = handle_of()
+    resumed = mixed(again, cls, tmp_path / "b", 7, 2, **SAVES)
+    resumed.train(resume_from_checkpoint=True)
+    for name, tensor in whole.named_state().items():
+        assert torch.equal(again.named_state()[name], tensor), name
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(tmp_path):
+    mixed(handle_of(), Trainer, tmp_path, 6, 1, **SAVES).train()
+    newest = checkpoint_folders(tmp_path)[0]
+    assert newest.name == "step-6"
+    file = newest / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-8] + b"\0" * 8)
+    assert latest_checkpoint(tmp_path).name == "step-3"
+    with pytest.raises(FileError, match="this checkpoint is not whole"):
+        mixed(handle_of(), Trainer, tmp_path, 6, 1).train(resume_from_checkpoint=str(newest))
+
+
+def test_a_checkpoint_of_another_base_is_refused(tmp_path):
+    mixed(handle_of(), Trainer, tmp_path, 3, 1, **SAVES).train()
+    other = handle_of(model="qwen")
+    with pytest.raises(FileError, match="made on another base"):
+        load_model_state(other, latest_checkpoint(tmp_path))
+
+
+def test_resuming_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(FileError, match="no whole checkpoint to resume from"):
+        mixed(handle_of(), Trainer, tmp_path, 3, 1).train(resume_from_checkpoint=True)
+
+
+def test_a_new_learning_rate_holds_from_the_resume_on(tmp_path):
+    first = mixed(handle_of(lr_ratio=2.0), Trainer, tmp_path, 6, 1, **SAVES)
+    first.add_callback(StopAt(4))
+    first.train()
+    args = {"learning_rate": LR / 10, **SAVES}
+    second = mixed(handle_of(lr_ratio=2.0), Trainer, tmp_path, 6, 1, **args)
+    second.train(resume_from_checkpoint=True)
+    expected = [LR * (1 - s / 6) for s in range(3)] + [LR / 10 * (1 - s / 6) for s in range(3, 6)]
+    both = zip(logged(second, "learning_rate"), logged(second, "learning_rate_2"), strict=True)
+    assert [max(pair) / 2 for pair in both] == pytest.approx(expected)
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    scores = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
+    options = {
+        "save_strategy": "steps", "save_steps": 100, "eval_strategy": "steps", "eval_steps": 1,
+        "save_total_limit": 2, "metric_for_best_model": "loss", "greater_is_better": False,
+    }  # fmt: skip
+    trained = mixed(handle_of(), Trainer, tmp_path, 6, 1, **options)
+    evaluate = trained.evaluate
+    trained.evaluate = lambda **k: {**evaluate(**k), "eval_loss": next(scores)}
+    trained.add_callback(SaveAlways())
+    trained.train()
+    names = [p.name for p in checkpoint_folders(tmp_path)]
+    assert names == ["step-6", "step-5", "step-2"]
+    best = {n: t.clone() for n, t in trained.handle.named_state().items()}
+    trained._load_best_model()
+    assert any(not torch.equal(t, best[n]) for n, t in trained.handle.named_state().items())
+
+
+def test_a_new_best_is_saved_whenever_it_comes(tmp_path):
+    scores = iter([3.0, 1.0, 2.0])
+    options = {
+        "save_strategy": "steps", "save_steps": 100, "eval_strategy": "steps", "eval_steps": 1,
+        "metric_for_best_model": "loss", "greater_is_better": False,
+    }  # fmt: skip
+    trained = mixed(handle_of(), Trainer, tmp_path, 3, 1, **options)
+    evaluate = trained.evaluate
+    trained.evaluate = lambda **k: {**evaluate(**k), "eval_loss": next(scores)}
+    trained.train()
+    assert "step-2" in [p.name for p in checkpoint_folders(tmp_path)]
