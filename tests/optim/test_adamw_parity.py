@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tests.optim.trainings import gradients, parameters, run
 
 from eckart.optim import SGD, Adam, LowRankOptimizer, Rule
-from optim.trainings import gradients, parameters, run
 
 SHAPES = [(7, 5), (5, 9), (4,), (3, 2, 2, 2), (6, 6)]
 

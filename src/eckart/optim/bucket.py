@@ -1,13 +1,11 @@
-"""A bucket: parameters of one group that a step moves together.
+"""What a step moves together: parameters of one group, one rule, one dtype and device.
 
-They follow one rule and share dtype and device; where they are projected, also their
-shape, so that their refreshes can be batched. Everything is a list with one entry per
-parameter.
+Where they are projected they also share their shape, so that refreshes can be batched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,43 +14,94 @@ from torch import Tensor
 
 from eckart.errors import UsageError
 from eckart.optim.part import CHUNK, State, Tensors, multiply_
-from eckart.optim.project import Basis, add_up_, down
+from eckart.optim.project import Basis, add_up_, as_matrix, down
 from eckart.optim.refresh import counted
-from eckart.optim.rule import Rule, as_matrix
+from eckart.optim.rule import Rule
+from eckart.optim.sharded import Layout, layout_of, local, sum_
 
 
 @dataclass
-class Bucket:
-    """Parameters with a gradient, as the rule sees them: matrices, or tensors of any shape
-    where nothing is projected."""
+class Entry:
+    """One parameter as a step sees it: local, and a matrix [*, m, n] where it is projected."""
 
-    rule: Rule
+    name: str
+    param: Tensor
     group: Mapping[str, Any]
-    names: list[str]
-    params: Tensors
-    weights: Tensors  # views of the parameters
-    grads: Tensors  # views of their gradients
-    states: list[State]
-    low: Tensors  # the gradients as applied: R, once projected; G itself otherwise
+    rule: Rule  # the one that a parameter of this shape really follows
+    layout: Layout | None  # None where the parameter is whole on this process
+    state: State  # as saved: numbers and tensors, DTensors where the parameter is one
+    tensors: dict[str, Tensor]  # the state's tensors, local
+    low: Tensor | None = None  # the gradient as applied: R once projected, else G
 
     @property
     def projected(self) -> bool:
         return not self.rule.projector.identity
 
-    def basis(self, i: int) -> Basis:
-        """The basis of the i-th parameter."""
-        return Basis(self.states[i].get("left"), self.states[i].get("right"))
+    @property
+    def basis(self) -> Basis:
+        return Basis(self.tensors.get("left"), self.tensors.get("right"))
+
+    @property
+    def R(self) -> Tensor:
+        assert self.low is not None, "projected, or kept, before it is used"
+        return self.low
+
+    @property
+    def gradient(self) -> Tensor:
+        """The parameter's gradient, as torch left it."""
+        assert self.param.grad is not None
+        return self.param.grad
+
+    def view(self, t: Tensor) -> Tensor:
+        """A tensor like the parameter, seen as the weight is: local, a matrix if projected."""
+        t = local(t)
+        return as_matrix(t, self.group["leading"]) if self.projected else t
+
+    def lower(self, gradient: Tensor) -> Tensor:
+        """left^T G right^T: only this process's part of the sum where such a side is sharded."""
+        return down(self.view(gradient), self.basis)
+
+    def like_param(self, t: Tensor) -> Tensor:
+        """A full tensor in the parameter's dtype, laid out as the parameter is."""
+        t = t.to(self.param.dtype)
+        return t if self.layout is None else self.layout.place(t, "param")
+
+    def key(self) -> tuple[Any, ...]:
+        """Entries with one key are moved together."""
+        shape = self.param.shape if self.projected else None
+        return (self.rule, self.param.dtype, self.param.device, shape, self.layout)
+
+
+@dataclass
+class Bucket:
+    """Entries of one key: the maths below runs over all of them at once."""
+
+    entries: list[Entry]
+
+    @property
+    def rule(self) -> Rule:
+        return self.entries[0].rule
+
+    @property
+    def low(self) -> Tensors:
+        return [entry.R for entry in self.entries]
 
     def project(self) -> None:
-        """R = left^T G right^T."""
-        if self.projected:
-            self.low = [down(G, self.basis(i)) for i, G in enumerate(self.grads)]
+        """R = left^T G right^T; G itself where nothing is projected."""
+        for entry in self.entries:
+            if not entry.projected:
+                entry.low = local(entry.gradient)
+            elif entry.low is None:
+                entry.low = entry.lower(entry.gradient)
+        layout = self.entries[0].layout
+        if layout is not None:
+            sum_(self.low, layout.partial)
 
     def norms(self) -> Tensor:
-        """The norm of each gradient as applied, times the root of its group's weight."""
+        """The norm of each local gradient as applied, times the root of its group's weight."""
         wide = torch.promote_types(self.low[0].dtype, torch.float32)
         norms = torch.stack(torch._foreach_norm(self.low, 2, dtype=wide))
-        weight = self.group["clip_weight"]
+        weight = self.entries[0].group["clip_weight"]
         return norms if weight == 1 else norms * weight**0.5
 
     def scale_(self, factor: Tensor) -> None:
@@ -61,101 +110,63 @@ class Bucket:
 
     def add(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """Add gradients of full shape to those as applied."""
-        for i, p in enumerate(self.params):
-            if p not in gradients:
-                continue
-            g = gradients[p].to(p.dtype)
-            if self.projected:
-                self.low[i] += down(as_matrix(g, self.group["leading"]), self.basis(i))
-            else:
-                self.low[i] += g
+        found = [e for e in self.entries if e.param in gradients]
+        extra = [e.like_param(gradients[e.param]) for e in found]
+        extra = [e.lower(g) if e.projected else local(g) for e, g in zip(found, extra, strict=True)]
+        layout = self.entries[0].layout
+        if layout is not None:
+            sum_(extra, layout.partial)
+        for entry, g in zip(found, extra, strict=True):
+            entry.R.add_(g)
 
     def apply(self) -> None:
-        """Move the moments and the weights; the parameters' steps are then counted."""
+        """Move the moments and the weights, then count the step."""
         for part in self.parts():
-            part.move([counted(state) + 1 for state in part.states])
-            for state in part.states:
-                state["step"] += 1
+            move(part)
+            for entry in part:
+                entry.state["step"] += 1
 
-    def move(self, counts: list[int]) -> None:
-        """W -= lr scale N, projected back, with decoupled decay before or after."""
-        lr, decay = float(self.group["lr"]), 1.0
-        if self.group["weight_decay"]:
-            decay = 1 - lr * self.group["weight_decay"]
-        first = self.rule.decay == "before"
-        direction = self.rule.inner.step(self.low, self.states, counts)
-        sizes = [lr * self.rule.scale / c for c in direction.correction]
-        if self.projected:
-            # one product does decay, projection back and update; after: (1 - d)(W - u)
-            for i, N in enumerate(direction.tensors()):
-                alpha = -sizes[i] * (1.0 if first else decay)
-                add_up_(self.weights[i], N, self.basis(i), alpha=alpha, beta=decay)
-                write_back(self.params[i], self.weights[i])
-            return
-        if decay != 1 and first:
-            multiply_(self.weights, decay)
-        if direction.denominator is not None and same_dtype(self.weights, direction.numerator):
-            values = [-size for size in sizes]
-            torch._foreach_addcdiv_(
-                self.weights, direction.numerator, direction.denominator, values
-            )
-        else:
-            for W, N, size in zip(self.weights, direction.tensors(), sizes, strict=True):
-                W.add_(N, alpha=-size)
-        if decay != 1 and not first:
-            multiply_(self.weights, decay)
-
-    def parts(self) -> Iterator[Bucket]:
-        """This bucket in pieces of at most CHUNK elements, so that temporaries stay small."""
-        start, size = 0, 0
-        for i, low in enumerate(self.low):
-            if size and size + low.numel() > CHUNK:
-                yield self.cut(slice(start, i))
-                start, size = i, 0
-            size += low.numel()
-        yield self.cut(slice(start, None))
-
-    def cut(self, piece: slice) -> Bucket:
-        return Bucket(
-            self.rule,
-            self.group,
-            self.names[piece],
-            self.params[piece],
-            self.weights[piece],
-            self.grads[piece],
-            self.states[piece],
-            self.low[piece],
-        )
+    def parts(self) -> Iterator[list[Entry]]:
+        """The entries in pieces of at most CHUNK elements, so that temporaries stay small."""
+        piece: list[Entry] = []
+        size = 0
+        for entry in self.entries:
+            if piece and size + entry.R.numel() > CHUNK:
+                yield piece
+                piece, size = [], 0
+            piece.append(entry)
+            size += entry.R.numel()
+        yield piece
 
 
-def buckets(group: Mapping[str, Any], states: MutableMapping[Tensor, State]) -> list[Bucket]:
-    """The parameters of a group that have a gradient, with state, ready to be moved."""
-    found: dict[tuple[Any, ...], Bucket] = {}
-    leading = group["leading"]
-    for name, p in zip(group["param_names"], group["params"], strict=True):
-        if p.grad is None:
-            continue
-        if p.grad.is_sparse:
-            raise UsageError(
-                "sparse gradients are not supported",
-                [(name, "sparse gradient")],
-                "Build the embedding with sparse=False.",
-            )
-        rule = group["rule"].on(p.shape, leading)
-        projected = not rule.projector.identity
-        W, G = (as_matrix(t, leading) if projected else t for t in (p, p.grad))
-        state = states[p]
-        if not state:
-            state.update({"step": 0} | ({"due": 0} if projected else {}) | rule.init(W))
-        key = (rule, p.dtype, p.device, W.shape if projected else None)
-        bucket = found.setdefault(key, Bucket(rule, group, [], [], [], [], [], []))
-        bucket.names.append(name)
-        bucket.params.append(p)
-        bucket.weights.append(W)
-        bucket.grads.append(G)
-        bucket.states.append(state)
-        bucket.low.append(G)
-    return list(found.values())
+def move(entries: list[Entry]) -> None:
+    """W -= lr scale N, projected back, with decoupled decay before or after."""
+    rule, group = entries[0].rule, entries[0].group
+    lr, decay = float(group["lr"]), 1.0
+    if group["weight_decay"]:
+        decay = 1 - lr * group["weight_decay"]
+    first = rule.decay == "before"
+    R, states = [e.R for e in entries], [e.tensors for e in entries]
+    direction = rule.inner.step(R, states, [counted(e.state) + 1 for e in entries])
+    sizes = [lr * rule.scale / c for c in direction.correction]
+    W = [e.view(e.param) for e in entries]
+    if entries[0].projected:
+        # one product does decay, projection back and update; after: (1 - d)(W - u)
+        for entry, w, N, size in zip(entries, W, direction.tensors(), sizes, strict=True):
+            alpha = -size if first else -size * decay
+            add_up_(w, N, entry.basis, alpha=alpha, beta=decay)
+            write_back(local(entry.param), w)
+        return
+    if decay != 1 and first:
+        multiply_(W, decay)
+    if direction.denominator is not None and W[0].dtype == direction.numerator[0].dtype:
+        steps = [-size for size in sizes]
+        torch._foreach_addcdiv_(W, direction.numerator, direction.denominator, steps)
+    else:
+        for w, N, size in zip(W, direction.tensors(), sizes, strict=True):
+            w.add_(N, alpha=-size)
+    if decay != 1 and not first:
+        multiply_(W, decay)
 
 
 def write_back(p: Tensor, W: Tensor) -> None:
@@ -164,5 +175,26 @@ def write_back(p: Tensor, W: Tensor) -> None:
         p.copy_(W.view_as(p))
 
 
-def same_dtype(a: Tensors, b: Tensors) -> bool:
-    return a[0].dtype == b[0].dtype
+def entry_of(name: str, p: Tensor, group: Mapping[str, Any], state: State) -> Entry:
+    """A parameter with its state, which is made where it is empty."""
+    rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
+    if p.grad is not None and p.grad.is_sparse:
+        raise UsageError(
+            "sparse gradients are not supported",
+            [(name, "sparse gradient")],
+            "Build the embedding with sparse=False.",
+        )
+    left, right = rule.sides(p.shape, leading)
+    layout = layout_of(name, p, leading, left, right)
+    if not state:
+        state.update(rule.start(p, leading, layout))
+    tensors = {k: local(v) for k, v in state.items() if isinstance(v, Tensor)}
+    return Entry(name, p, group, rule, layout, state, tensors)
+
+
+def buckets(entries: Iterator[Entry]) -> list[Bucket]:
+    """Entries sorted by group and key, in the order of the first of each."""
+    found: dict[tuple[Any, ...], Bucket] = {}
+    for entry in entries:
+        found.setdefault((id(entry.group), *entry.key()), Bucket([])).entries.append(entry)
+    return list(found.values())

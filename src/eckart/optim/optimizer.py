@@ -1,7 +1,8 @@
 """LowRankOptimizer: an ordinary torch.optim.Optimizer that follows rules.
 
 A step is five lines: refresh the bases that are due, project, clip, add penalties, apply.
-Parameters are bound at each step from `param_groups`, by name, so wrappers may swap them.
+Parameters are found anew at each step in `param_groups`, under their names, since wrappers
+(accelerate under FSDP2) swap them after the optimizer was made.
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from eckart.errors import UsageError
-from eckart.optim.bucket import Bucket, buckets
+from eckart.optim import named
+from eckart.optim.bucket import Bucket, Entry, buckets, entry_of
+from eckart.optim.layerwise import Projected, check_layerwise
 from eckart.optim.part import State
 from eckart.optim.refresh import refresh
 from eckart.optim.rule import Rule, check_same
+from eckart.optim.sharded import local, sum_
 
 Penalty = Callable[[], Mapping[Tensor, Tensor]]
-GROUP = {"weight_decay": None, "clip_weight": 1.0, "leading": 0}
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -32,15 +36,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
     `clip_weight` (how often its squared norm counts in the clipped norm) and `leading`
     (1 for fused experts [e, m, n]; else all dimensions after the first are columns).
 
-    Names seed the bases and place the refreshes, and state is saved under them; parameters
-    without names are called by their place.
+    Names place the refreshes and seed what is random, and state is saved under them;
+    parameters without names are called by their place.
 
     `clip` bounds the norm of the gradients AS APPLIED: of the low-rank gradient where one
     is projected, of the gradient elsewhere; the last norm, before clipping, is `grad_norm`.
     None neither measures nor clips; `inf` measures. `skip_nonfinite` leaves everything as
     it is where a gradient is not finite (one host sync a step).
 
-    State is tensors and ints alone; `torch.load(weights_only=True)` reads it.
+    State is tensors, ints and floats alone; `torch.load(weights_only=True)` reads it.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         rule: Rule | None = None,
         clip: float | None = None,
         seed: int = 0,
+        layerwise: bool = False,
         skip_nonfinite: bool = False,
     ):
         self.clip = clip
@@ -58,22 +63,35 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.grad_norm: Tensor | None = None
         self.penalties: list[Penalty] = []
-        super().__init__(params, {"lr": lr, "rule": rule or Rule(), **GROUP})
+        self.projected: Projected | None = None  # layer-wise mode
+        self.bound: dict[str, Tensor] = {}  # the parameters of the last step
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "rule": rule or Rule(),
+                "weight_decay": None,
+                "clip_weight": 1.0,
+                "leading": 0,
+            },
+        )
+        if layerwise:
+            self.attach_layerwise()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters get names where they have none."""
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         place = len(self.param_groups)
-        named = [p if isinstance(p, tuple) else (f"{place}.{i}", p) for i, p in enumerate(params)]
-        taken = {name for group in self.param_groups for name in group["param_names"]}
-        for name, p in named:
+        pairs = [p if isinstance(p, tuple) else (f"{place}.{i}", p) for i, p in enumerate(params)]
+        taken = {name for name, _, _ in self.named()}
+        for name, p in pairs:
             if p.is_complex() or not p.is_floating_point():
                 raise UsageError("this parameter's dtype cannot be trained", [(name, str(p.dtype))])
             if name in taken:
-                raise UsageError("two parameters have the same name", [(name, "")])
+                raise UsageError("two parameters have the same name", [(name, "twice")])
             taken.add(name)
-        super().add_param_group({**param_group, "params": named})
+        super().add_param_group({**param_group, "params": pairs})
         group = self.param_groups[-1]
         if group["weight_decay"] is None:
             group["weight_decay"] = group["rule"].weight_decay
@@ -88,18 +106,50 @@ class LowRankOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         penalties = self.penalty_gradients()
-        found = [bucket for group in self.param_groups for bucket in buckets(group, self.state)]
-        if self.skip_nonfinite and not all_finite(g for bucket in found for g in bucket.grads):
-            return loss
-        for bucket in found:
-            refresh(bucket)
-            bucket.project()
-        if self.clip is not None:
-            self.grad_norm = clip_(found, self.clip)
-        for bucket in found:
-            bucket.add(penalties)
-            bucket.apply()
+        moving = buckets(self.entries())
+        if self.projected is not None:
+            self.projected.average(moving)
+        if not (self.skip_nonfinite and self.nonfinite(moving)):
+            for bucket in moving:
+                refresh(bucket.entries)
+                bucket.project()
+            if self.clip is not None:
+                self.grad_norm = clip_(moving, self.clip)
+            for bucket in moving:
+                bucket.add(penalties)
+                bucket.apply()
+        if self.projected is not None:
+            self.projected.low.clear()
+            self.bind_hooks()
         return loss
+
+    def entries(self) -> Iterator[Entry]:
+        """Parameters with a gradient, or with a projected one from layer-wise hooks."""
+        self.rebind()
+        kept = {} if self.projected is None else self.projected.low
+        for name, p, group in self.named():
+            if p.grad is None and name not in kept:
+                continue
+            entry = entry_of(name, p, group, self.state[p])
+            if self.projected is not None and entry.projected and p.grad is not None:
+                self.projected.absorb(entry)  # what came before its hook was bound
+            entry.low = kept.get(name)
+            yield entry
+
+    def nonfinite(self, moving: list[Bucket]) -> bool:
+        """Is any gradient not finite, on any process? Sets `grad_norm` to NaN if so."""
+        if not moving:
+            return False
+        entries = [e for bucket in moving for e in bucket.entries]
+        found = [local(e.gradient) if e.low is None else e.low for e in entries]
+        bad = torch.stack([t.isfinite().all().logical_not().to(found[0].device) for t in found])
+        total = bad.any().float()
+        groups = dict.fromkeys(g for e in entries if e.layout is not None for g in e.layout.every)
+        sum_([total], tuple(groups))
+        if not total:
+            return False
+        self.grad_norm = torch.full_like(total, float("nan"))
+        return True
 
     def add_penalty(self, penalty: Penalty) -> None:
         """Add the gradient {parameter: tensor} that `penalty()` returns, at every step and
@@ -114,9 +164,59 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 found = penalty()
             for p, g in found.items():
                 total[p] = total[p] + g if p in total else g
+                if self.projected is not None and p in self.projected.handles:
+                    name = next(n for n, q, _ in self.named() if q is p)
+                    raise UsageError(
+                        "a penalty needs a gradient that layer-wise mode has freed",
+                        [(name, "is projected layer by layer")],
+                        "Leave layer-wise mode out, or the penalty.",
+                    )
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
         return total
+
+    # -- layer-wise -------------------------------------------------------------------
+
+    def attach_layerwise(
+        self,
+        refresh_from: Literal["step", "first"] = "step",
+        average_over: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Project gradients in hooks and free them at once; see `layerwise.Projected`.
+
+        Micro-batches are accumulated. Under DDP the reducer must leave `layerwise_names` out,
+        and their low-rank gradients are averaged over the group `average_over`. A gradient
+        scaler cannot be used. Raises UsageError where a rule needs whole gradients.
+        """
+        check_layerwise(self.param_groups, refresh_from, average_over)
+        self.projected = Projected(refresh_from, average_over)
+        self.bind_hooks()
+
+    def bind_hooks(self) -> None:
+        """Hook the projected parameters that are in the groups now."""
+        assert self.projected is not None
+        found = {p: (name, group) for name, p, group in self.named()}
+
+        @torch.no_grad()
+        def absorb(p: Tensor) -> None:
+            assert self.projected is not None
+            name, group = found[p]
+            self.projected.absorb(entry_of(name, p, group, self.state[p]))
+
+        self.projected.bind((p for p in found if is_projected(p, found[p][1])), absorb)
+
+    @property
+    def layerwise_names(self) -> list[str]:
+        """Parameters whose gradients the hooks take: a reducer (DDP) must leave them out."""
+        if self.projected is None:
+            return []
+        return [name for name, p, group in self.named() if is_projected(p, group)]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; projected gradients of the hooks are dropped, too."""
+        super().zero_grad(set_to_none)
+        if self.projected is not None:
+            self.projected.low.clear()
 
     # -- state ------------------------------------------------------------------------
 
@@ -126,10 +226,42 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 yield name, p, group
 
+    def rebind(self) -> None:
+        """Carry state over to parameters that were swapped since the last step."""
+        for name, p, _ in self.named():
+            old = self.bound.get(name)
+            if old is not None and old is not p and old in self.state:
+                self.state[p] = self.state.pop(old)
+            self.bound[name] = p
+
     def reset_state(self, params: Iterable[Tensor] | None = None) -> None:
         """Forget the state of these parameters (all by default): they start afresh."""
         for p in list(self.state) if params is None else params:
             self.state.pop(p, None)
+
+    def select_state(self, name: str, axis: int, index: Tensor) -> None:
+        """Keep these components along an axis of the state of the parameter of this name,
+        whose own shape changes by the same selection. See `named.select`."""
+        p, group = next((p, group) for n, p, group in self.named() if n == name)
+        if is_projected(p, group):
+            self.reset_state([p])  # its basis was found for another shape
+        else:
+            self.state[p] = named.select(self.state[p], p.shape, axis, index)
+
+    def named_state_dict(self) -> dict[str, Any]:
+        """The state under the parameters' names: {"<name>/<key>": tensor or number}.
+
+        It survives regrouping. Sharded state is gathered, so all processes must call this.
+        The groups' learning rates are in it, since a scheduler does not restore them.
+        """
+        return named.pack(self.named(), self.state)
+
+    def load_named_state_dict(self, flat: Mapping[str, Any]) -> None:
+        """Load what `named_state_dict` gave, dtypes unchanged. A parameter of which nothing
+        was saved starts afresh; FileError where a saved one is not here or does not fit."""
+        for p, entry in named.unpack(flat, self.named()).items():
+            self.state[p] = entry
+        self.rebind()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the rules described as plain data."""
@@ -164,35 +296,39 @@ class LowRankOptimizer(torch.optim.Optimizer):
         params = dict(zip(ids, (p for _, p, _ in self.named()), strict=True))
         state: dict[Tensor, State] = defaultdict(dict)
         for i, entry in loaded["state"].items():
-            state[params[i]] = {k: on_device(v, params[i]) for k, v in entry.items()}
+            state[params[i]] = {k: named.copy_to(v, params[i]) for k, v in entry.items()}
         self.__setstate__({"state": state, "param_groups": groups})
+        self.rebind()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
 
-def clip_(found: list[Bucket], bound: float) -> Tensor:
+def is_projected(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Does this parameter's rule project it?"""
+    return not group["rule"].on(p.shape, group["leading"]).projector.identity
+
+
+def clip_(moving: list[Bucket], bound: float) -> Tensor:
     """Scale all gradients as applied so that their norm is at most `bound`; the norm before.
 
     sqrt(sum over groups of clip_weight * squared norm), in fp32 at least. The arithmetic is
-    that of torch.nn.utils.clip_grad_norm_.
+    that of torch.nn.utils.clip_grad_norm_; shards are summed with one collective per mesh.
     """
-    norms = [bucket.norms() for bucket in found]
-    if not norms:
+    if not moving:
         return torch.zeros(())
-    total = torch.linalg.vector_norm(torch.cat(norms))
+    device = moving[0].low[0].device
+    norms: dict[Any, list[Tensor]] = defaultdict(list)
+    for bucket in moving:
+        layout = bucket.entries[0].layout
+        norms[() if layout is None else layout.split].append(bucket.norms().to(device))
+    for groups, found in norms.items():
+        if groups:
+            squares = torch.cat(found) ** 2
+            sum_([squares], groups)
+            norms[groups] = [squares.sqrt()]
+    total = torch.linalg.vector_norm(torch.cat([n for found in norms.values() for n in found]))
     if bound != float("inf"):
         factor = (bound / (total + 1e-6)).clamp(max=1.0)
-        for bucket in found:
+        for bucket in moving:
             bucket.scale_(factor)
     return total
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Are all entries of all tensors finite? One host sync."""
-    norms = [torch.linalg.vector_norm(t, float("inf")) for t in tensors]
-    return bool(torch.stack(norms).isfinite().all()) if norms else True
-
-
-def on_device(value: Any, like: Tensor) -> Any:
-    """A copy of a state entry on the parameter's device, dtype unchanged."""
-    return value.detach().clone().to(like.device) if isinstance(value, Tensor) else value

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -29,6 +30,15 @@ class Basis(NamedTuple):
 
     left: Tensor | None  # [*, m, r]
     right: Tensor | None  # [*, r, n]
+
+
+def as_matrix(t: Tensor, leading: int = 0) -> Tensor:
+    """A parameter or gradient seen as [*, m, n]: all dimensions after the rows are one.
+
+    `leading` dimensions are kept (fused experts have one). A convolution [out, in, kh, kw]
+    becomes [out, in*kh*kw]. A view wherever strides allow.
+    """
+    return t.reshape(*t.shape[: leading + 1], -1) if t.dim() > leading + 2 else t
 
 
 def down(G: Tensor, basis: Basis) -> Tensor:
@@ -97,10 +107,15 @@ class Projector(Part):
     """The contract of a projector."""
 
     identity: ClassVar[bool] = False
+    from_gram: ClassVar[bool] = False  # is the right basis a function of G^T G?
 
     def takes(self, shape: Sequence[int], leading: int) -> bool:
         """Can a parameter of this shape be projected?"""
         return len(shape) >= leading + 2
+
+    def ranks(self, m: int, n: int) -> tuple[int, int]:
+        """The ranks of the left and of the right part; 0 where a side is not projected."""
+        return 0, 0
 
     def init(self, W: Tensor) -> Basis:
         """A basis to start from for W [*, m, n]: the first coordinates."""
@@ -110,9 +125,16 @@ class Projector(Part):
         """A new basis for each of the matrices G [*, m, n], fp32 or fp64 and finite."""
         raise NotImplementedError
 
+    def find_right(self, C: Tensor, rank: int) -> Tensor:
+        """A new right basis [*, r, n] from the Gram matrices C = G^T G [*, n, n] in fp64, for
+        projectors that offer `from_gram`."""
+        raise NotImplementedError
+
     def low(self, W: Tensor) -> Tensor:
         """An empty tensor of the shape and dtype of W's low-rank gradient."""
-        raise NotImplementedError
+        *lead, m, n = W.shape
+        left, right = self.ranks(m, n)
+        return W.new_empty(*lead, left or m, right or n)
 
 
 @dataclass(frozen=True)
@@ -136,7 +158,6 @@ class Subspace(Projector):
     skip_if_no_saving: bool = False  # where Adam's own state would not be larger
 
     def ranks(self, m: int, n: int) -> tuple[int, int]:
-        """The ranks of the left and of the right part; 0 where a side is not projected."""
         r = min(self.rank, m, n)
         short = "right" if m >= n else "left"
         long = "left" if m >= n else "right"
@@ -146,7 +167,7 @@ class Subspace(Projector):
     def takes(self, shape: Sequence[int], leading: int) -> bool:
         if not super().takes(shape, leading):
             return False
-        m, n = shape[leading], torch.Size(shape[leading + 1 :]).numel()
+        m, n = shape[leading], prod(shape[leading + 1 :])
         left, right = self.ranks(m, n)
         state = m * left + right * n + 2 * (left or m) * (right or n)
         return not (self.skip_if_no_saving and state >= 2 * m * n)
@@ -163,15 +184,12 @@ class Subspace(Projector):
 
         return Basis(unit(m, left) if left else None, unit(right, n) if right else None)
 
-    def low(self, W: Tensor) -> Tensor:
-        *lead, m, n = W.shape
-        left, right = self.ranks(m, n)
-        return W.new_empty(*lead, left or m, right or n)
-
 
 @dataclass(frozen=True)
 class SVD(Subspace):
     """The leading singular vectors of the current gradient: the best rank-r subspace."""
+
+    from_gram: ClassVar[bool] = True
 
     def find(self, G: Tensor, old: Basis) -> Basis:
         left, right = self.ranks(*G.shape[-2:])
@@ -180,3 +198,7 @@ class SVD(Subspace):
             fix_signs(polish(U[..., :left]), -2) if left else None,
             fix_signs(polish(Vh[..., :right, :].mT).mT, -1) if right else None,
         )
+
+    def find_right(self, C: Tensor, rank: int) -> Tensor:
+        V = torch.linalg.eigh(C)[1].flip(-1)[..., :rank]  # eigenvalues come in ascending order
+        return fix_signs(V.mT, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from eckart.optim.part import CHUNK, Part, State
-from eckart.optim.project import Basis, overlap, usable
+from eckart.optim.project import Basis, as_matrix, overlap, usable
+from eckart.optim.sharded import Layout, local, sum_, whole
 
 if TYPE_CHECKING:
-    from eckart.optim.bucket import Bucket
+    from eckart.optim.bucket import Entry
 
 
 @dataclass(frozen=True)
@@ -40,46 +42,78 @@ class Refresh(Part):
         return step + self.every - (step + self.phase(name)) % self.every
 
 
-def refresh(bucket: Bucket) -> None:
-    """Find new bases for the parameters of a bucket that are due, from their gradients.
+def refresh(entries: list[Entry]) -> None:
+    """Find new bases for those entries of one shape that are due, from their gradients.
 
     A zero or non-finite gradient gives no basis: the old one stays and the parameter is due
     again at its next step. (Where a parameter holds several matrices, as experts do, it is
     due again only if none of them gave one.)
     """
-    if not bucket.projected:
-        return
-    due = [i for i, state in enumerate(bucket.states) if state["due"] <= state["step"]]
-    together = max(1, CHUNK // max(1, bucket.grads[0].numel()))
+    due = [e for e in entries if e.projected and e.state["due"] <= e.state["step"]]
+    together = max(1, CHUNK // max(1, entries[0].param.numel()))
     for start in range(0, len(due), together):
-        refresh_together(bucket, due[start : start + together])
+        refresh_together(due[start : start + together])
 
 
-def refresh_together(bucket: Bucket, due: list[int]) -> None:
-    """One batched decomposition for parameters of one shape."""
-    rule, states = bucket.rule, [bucket.states[i] for i in due]
-    G = torch.stack([bucket.grads[i] for i in due])  # [k, *, m, n]
-    G = G.to(torch.promote_types(G.dtype, torch.float32))
-    ok = usable(G)  # [k, *]
-    G = torch.where(ok[..., None, None], G, 0)  # a NaN would end a batched decomposition
-    old = Basis(*(stacked(states, side) for side in Basis._fields))
-    found = rule.projector.find(G, old)
+def refresh_together(entries: list[Entry]) -> None:
+    """One batched decomposition."""
+    rule, layout = entries[0].rule, entries[0].layout
+    bases = [Basis(*(e.state.get(side) for side in Basis._fields)) for e in entries]
+    old = Basis(*(stack(parts) for parts in zip(*bases, strict=True)))  # each [k, *, ...]
+    if layout is not None and layout.gram_suffices and rule.projector.from_gram:
+        ok, found = found_from_gram(entries, layout)
+    else:
+        ok, found = found_from_gradients(entries, old)
     new = Basis(*(chosen(ok, f, o) for f, o in zip(found, old, strict=True)))
     # the one host read; the decomposition has synchronised anyway
-    fresh = ok.reshape(len(due), -1).any(1).tolist()
-    for i, (state, anew) in enumerate(zip(states, fresh, strict=True)):
-        basis_new, basis_old = (Basis(*(b if b is None else b[i] for b in x)) for x in (new, old))
-        step = state["step"]
-        if anew and step > state.get("start", 0):
-            if rule.refresh.moments == "rotate":
-                rule.inner.rotate(state, overlap(basis_old, basis_new), counted(state))
-            if rule.refresh.moments == "reset":
-                rule.inner.reset(state)
-                state["start"] = step
-        for side, basis in zip(Basis._fields, basis_new, strict=True):
-            if basis is not None:
-                state[side].copy_(basis)
-        state["due"] = rule.refresh.next(step, bucket.names[due[i]]) if anew else step + 1
+    fresh = ok.reshape(len(entries), -1).any(1).tolist()
+    for i, entry in enumerate(entries):
+        before, after = (Basis(*(t if t is None else t[i] for t in basis)) for basis in (old, new))
+        if fresh[i]:
+            renew_moments(entry, before, after)
+        for side, t in after._asdict().items():
+            if t is not None:
+                entry.tensors[side].copy_(
+                    t if layout is None else local(layout.place(t, rule.kind(side)))
+                )
+        step = entry.state["step"]
+        entry.state["due"] = rule.refresh.next(step, entry.name) if fresh[i] else step + 1
+
+
+def found_from_gradients(entries: list[Entry], old: Basis) -> tuple[Tensor, Basis]:
+    """Which gradients gave a basis, bool [k, *], and the bases; gathered where sharded."""
+    leading = entries[0].group["leading"]
+    G = torch.stack([as_matrix(whole(e.gradient), leading) for e in entries])  # [k, *, m, n]
+    G = G.to(torch.promote_types(G.dtype, torch.float32))
+    ok = usable(G)
+    G = torch.where(ok[..., None, None], G, 0)  # a NaN would end a batched decomposition
+    return ok, entries[0].rule.projector.find(G, old)
+
+
+def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Basis]:
+    """The same from C = sum over shards of G^T G: n x n numbers travel, and no gradient.
+
+    In fp64, since the Gram matrix squares the condition number.
+    """
+    G = torch.stack([e.view(e.gradient) for e in entries]).double()  # [k, m of this shard, n]
+    C = G.mT @ G
+    sum_([C], layout.groups("rows"))
+    ok = usable(C)
+    C = torch.where(ok[..., None, None], C, 0)
+    rank = entries[0].tensors["right"].shape[-2]
+    return ok, Basis(None, entries[0].rule.projector.find_right(C, rank))
+
+
+def renew_moments(entry: Entry, before: Basis, after: Basis) -> None:
+    """Keep, rotate or reset the moments of an entry whose basis changes."""
+    refresh, inner = entry.rule.refresh, entry.rule.inner
+    if counted(entry.state) == 0:
+        return  # nothing has been seen yet
+    if refresh.moments == "rotate":
+        inner.rotate(entry.tensors, overlap(before, after), counted(entry.state))
+    if refresh.moments == "reset":
+        inner.reset(entry.tensors)
+        entry.state["start"] = entry.state["step"]
 
 
 def counted(state: State) -> int:
@@ -87,9 +121,10 @@ def counted(state: State) -> int:
     return state["step"] - state.get("start", 0)
 
 
-def stacked(states: list[State], name: str) -> Tensor | None:
-    """One state tensor of several parameters [k, ...]; None where they have none."""
-    return torch.stack([s[name] for s in states]) if name in states[0] else None
+def stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """One part of several bases [k, ...], gathered; None where that side is not projected."""
+    full = [whole(t) for t in parts if t is not None]
+    return torch.stack(full) if full else None
 
 
 def chosen(ok: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:

@@ -10,7 +10,9 @@ value: it can be compared, written into a checkpoint and read by people.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from eckart.errors import UsageError
 from eckart.optim.inner import Adam, Inner
-from eckart.optim.part import Part
-from eckart.optim.project import Identity, Projector
+from eckart.optim.part import Part, State
+from eckart.optim.project import Identity, Projector, as_matrix
 from eckart.optim.refresh import Refresh
+from eckart.optim.sharded import Kind, Layout
 
 
 @dataclass(frozen=True)
@@ -49,31 +52,41 @@ class Rule(Part):
             return self
         return self.plain
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
-        """The state tensors of one matrix W [*, m, n], or of any tensor where nothing is
-        projected. On the meta device it costs nothing: see `state_elements`."""
+    def sides(self, shape: Sequence[int], leading: int = 0) -> tuple[bool, bool]:
+        """Is the left, is the right side of this parameter projected?"""
         if self.projector.identity:
-            return self.inner.init(W)
-        left, right = self.projector.init(W)
-        state = {"left": left, "right": right}
-        R = self.projector.low(W)
-        return {k: v for k, v in state.items() if v is not None} | self.inner.init(R)
+            return False, False
+        left, right = self.projector.ranks(shape[leading], prod(shape[leading + 1 :]))
+        return left > 0, right > 0
+
+    def kind(self, key: str) -> Kind:
+        """How the state tensor of this name is laid out where the parameter is sharded."""
+        if self.projector.identity:
+            return "param"
+        kinds: dict[str, Kind] = {"left": "left", "right": "right"}
+        return kinds.get(key, "low")
+
+    def start(self, p: Tensor, leading: int = 0, layout: Layout | None = None) -> State:
+        """The state of a parameter before its first step, laid out as the parameter is."""
+        if self.projector.identity:
+            return {"step": 0} | self.inner.init(p)
+        if layout is not None:
+            p = p.new_empty(1).to_local().expand(p.shape)  # type: ignore[attr-defined]
+        W = as_matrix(p, leading)
+        tensors = {k: t for k, t in self.projector.init(W)._asdict().items() if t is not None}
+        tensors |= self.inner.init(self.projector.low(W))
+        if layout is not None:
+            tensors = {k: layout.place(t, self.kind(k)) for k, t in tensors.items()}
+        return {"step": 0, "due": 0} | tensors
 
     def state_elements(self, *shape: int, leading: int = 0) -> int:
         """Elements of optimizer state that a parameter of this shape takes."""
-        rule = self.on(shape, leading)
-        W = as_matrix(torch.empty(shape, device="meta"), leading) if len(shape) > 1 else None
-        state = rule.init(torch.empty(shape, device="meta") if W is None else W)
-        return sum(t.numel() for t in state.values())
+        state = self.on(shape, leading).start(torch.empty(shape, device="meta"), leading)
+        return sum(t.numel() for t in state.values() if isinstance(t, Tensor))
 
-
-def as_matrix(t: Tensor, leading: int = 0) -> Tensor:
-    """A parameter or gradient seen as [*, m, n]: all dimensions after the rows are one.
-
-    `leading` dimensions are kept (fused experts have one). A convolution [out, in, kh, kw]
-    becomes [out, in*kh*kw]. A view wherever strides allow.
-    """
-    return t.reshape(*t.shape[: leading + 1], -1) if t.dim() > leading + 2 else t
+    def layerwise_obstacle(self) -> str:
+        """Why this rule cannot work on gradients that are freed as they come; or nothing."""
+        return ""
 
 
 def difference(saved: Any, current: Any, path: str = "rule") -> list[tuple[str, str]]:

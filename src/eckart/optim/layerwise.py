@@ -1,0 +1,95 @@
+"""Layer-wise mode: a gradient is projected as soon as it is there, and freed.
+
+A hook on each projected parameter adds R = left^T G right^T to what earlier micro-batches
+left there and drops G, so that full gradients of those parameters are never alive together.
+R is linear in G while the basis stays, so `step()` sees exactly what it sees otherwise. A
+parameter whose basis is due needs the step's whole gradient and keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from eckart.errors import UsageError
+from eckart.optim.bucket import Bucket, Entry
+from eckart.optim.refresh import refresh
+from eckart.optim.sharded import sum_
+
+
+class Projected:
+    """The low-rank gradients of this step so far, by name, and the hooks that gather them.
+
+    `refresh_from`: "step" keeps the whole gradient of parameters that are due (in the very
+    first step all of them are), and equals the normal mode exactly; "first" takes the basis
+    from the first micro-batch at once, so that nothing is ever kept: the same thing where a
+    step is one micro-batch.
+    """
+
+    def __init__(
+        self, refresh_from: Literal["step", "first"], average_over: dist.ProcessGroup | None
+    ):
+        self.refresh_from = refresh_from
+        self.average_over = average_over
+        self.low: dict[str, Tensor] = {}
+        self.handles: dict[Tensor, RemovableHandle] = {}
+
+    def bind(self, params: Iterable[Tensor], absorb: Callable[[Tensor], None]) -> None:
+        """Hook these parameters and no others."""
+        wanted = set(params)
+        for p in set(self.handles) - wanted:
+            self.handles.pop(p).remove()
+        for p in wanted - set(self.handles):
+            self.handles[p] = p.register_post_accumulate_grad_hook(absorb)
+
+    def absorb(self, entry: Entry) -> None:
+        """Take the parameter's gradient in, unless it must be kept until the step."""
+        if entry.state["due"] <= entry.state["step"]:
+            if self.refresh_from == "step":
+                return
+            refresh([entry])
+        R = entry.lower(entry.gradient)
+        if entry.name in self.low:
+            self.low[entry.name] += R
+        else:
+            self.low[entry.name] = R
+        entry.param.grad = None
+
+    def average(self, buckets: list[Bucket]) -> None:
+        """Average over processes what no reducer has seen: small R, and G where it is due."""
+        if self.average_over is None:
+            return
+        for bucket in buckets:
+            if bucket.entries[0].projected:
+                tensors = [e.gradient if e.low is None else e.low for e in bucket.entries]
+                sum_(tensors, (self.average_over,), mean=True)
+
+
+def check_layerwise(
+    groups: list[dict[str, Any]], refresh_from: str, average_over: dist.ProcessGroup | None
+) -> None:
+    """Raise UsageError where a rule needs whole gradients, or none is projected."""
+    obstacles = {group["param_names"][0]: group["rule"].layerwise_obstacle() for group in groups}
+    facts = [(name, why) for name, why in obstacles.items() if why]
+    if facts:
+        raise UsageError(
+            "this update rule cannot work layer by layer",
+            facts,
+            "Leave layer-wise mode out, or take update=galore.",
+        )
+    if average_over is not None and refresh_from == "first":
+        raise UsageError(
+            "a basis cannot come from one process's first micro-batch",
+            [("refresh_from", "first, with gradients averaged over processes")],
+            'Take refresh_from="step".',
+        )
+    if all(group["rule"].projector.identity for group in groups):
+        raise UsageError(
+            "layer-wise mode frees nothing here",
+            [("update rule", "projects no gradient")],
+            "Leave layer-wise mode out, or take update=galore.",
+        )
