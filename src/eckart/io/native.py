@@ -21,7 +21,7 @@ from eckart.io.folder import write_folder, write_json
 from eckart.io.models import read_json
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.recipe import Handle, attach_from
-from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.fingerprint import fingerprint, origin
 
 FORMAT = 1
 DESCRIPTION, TENSORS = "eckart.json", "model.safetensors"
@@ -42,7 +42,7 @@ def describe(handle: Handle) -> dict[str, Any]:
     structure = handle.structure()
     return {
         "format": FORMAT,
-        "base": getattr(getattr(handle.model, "config", None), "_name_or_path", "") or None,
+        "base": origin(handle.model),
         "fingerprint": structure.pop("fingerprint"),
         "method": structure.pop("method"),
         "fields": structure.pop("fields"),

@@ -17,6 +17,11 @@ ESSENTIALS = (
 )
 
 
+def origin(model: nn.Module) -> str | None:
+    """The path or hub id that a model was loaded from; None where it was made in memory."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
 def fingerprint(model: nn.Module) -> str:
     """A name for a base: which architecture, which tensors, which values.
 

@@ -17,7 +17,7 @@ m out, n in, r rank, * any leading dimensions (fused experts).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -85,6 +85,39 @@ class DoRA(Weights):
         lora = LowRank(B, A, scale, dropout=self.dropout)
         g = row_norms(site.weight(torch.float32).cpu(), B, A, scale)
         return {"lora": lora, "magnitude": Magnitude(g)}
+
+    def to_peft(
+        self, site: Site, parts: Mapping[str, nn.Module]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        term, magnitude = parts["lora"], parts["magnitude"]
+        assert isinstance(term, LowRank) and isinstance(magnitude, Magnitude)
+        rank = term.A.shape[-2]
+        stable = self.scaling == "rslora"
+        config = {
+            "r": rank,
+            "lora_alpha": term.scale * (math.sqrt(rank) if stable else rank),
+            "use_rslora": stable,
+            "use_dora": True,
+            "lora_dropout": self.dropout,
+        }
+        tensors = {"lora_A": term.A, "lora_B": term.B, "lora_magnitude_vector": magnitude.g}
+        return tensors, config
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self | None:
+        if not config.get("use_dora"):
+            return None
+        return cls(
+            rank=config.get("r", 8),
+            alpha=float(config.get("lora_alpha", 8)),
+            scaling="rslora" if config.get("use_rslora") else "lora",
+            dropout=float(config.get("lora_dropout", 0.0)),
+        )
+
+    def parts_from_peft(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        scale = self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        lora = LowRank(tensors["lora_B"], tensors["lora_A"], scale, dropout=self.dropout)
+        return {"lora": lora, "magnitude": Magnitude(tensors["lora_magnitude_vector"])}
 
     def cost(self, m: int, n: int) -> Cost:
         r = min(self.rank, m, n)

@@ -17,14 +17,14 @@ m out, n in, r rank, * any leading dimensions (fused experts).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from eckart.decompose import truncated_svd
-from eckart.linear import Dense, LowRank, Site
+from eckart.linear import LowRank, Site
 from eckart.recipe import Cost, Paper, Weights
 
 
@@ -79,6 +79,7 @@ STARTS = {
     "pissa": pissa,
     "olora": olora,
 }
+FROM_WEIGHT = ("pissa", "olora")  # starts that are not zero
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class LoRA(Weights):
     """s = alpha / r (lora) or alpha / sqrt(r) (rslora)."""
 
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"
-    """Initial factors. pissa and olora take them from W and leave the rest in the base."""
+    """Initial factors. pissa and olora take them from W and train what differs from them."""
 
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of inputs of A dropped in training. Paper: 0 to 0.1."""
@@ -110,12 +111,7 @@ class LoRA(Weights):
     paper: ClassVar = Paper(
         "LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685"
     )
-    promises: ClassVar = {
-        "starts_at_base": {"init": ("kaiming", "gaussian", "orthogonal")},
-        "restores_base": None,
-        "merges": None,
-        "exports_low_rank": None,
-    }
+    promises: ClassVar = ("starts_at_base", "restores_base", "merges", "exports_low_rank")
 
     def build_one(self, site: Site) -> Mapping[str, nn.Module]:
         rank = min(self.rank, *site.shape)
@@ -123,15 +119,48 @@ class LoRA(Weights):
         B, A = STARTS[self.init](site, rank)
         if self.init == "pissa":  # the scale must not change the product
             B, A = B / math.sqrt(scale), A / math.sqrt(scale)
-        term = LowRank(B.contiguous(), A.contiguous(), scale, dropout=self.dropout)
-        if self.init not in ("pissa", "olora"):
-            return {"lora": term}
-        rest = site.weight(torch.float32) - term.dense().detach()
-        return {"lora": term, "dense": Dense(rest, trained=False)}
+        B, A = B.contiguous(), A.contiguous()
+        # W stays whole and the start is subtracted: the same function and gradients as a
+        # base without it, but exact in every dtype and with r (m + n) numbers kept, not m n.
+        start = (B.clone(), A.clone()) if self.init in FROM_WEIGHT else None
+        return {"lora": LowRank(B, A, scale, start=start, dropout=self.dropout)}
 
     def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
         return {"lr": self.lr_ratio} if name.endswith(".B") else {}
 
+    def to_peft(
+        self, site: Site, parts: Mapping[str, nn.Module]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        term = parts["lora"]
+        assert isinstance(term, LowRank)
+        if term.B0 is not None:  # exact at twice the rank: the house's general form
+            return None
+        rank = term.A.shape[-2]
+        stable = self.scaling == "rslora"
+        config = {
+            "r": rank,
+            "lora_alpha": term.scale * (math.sqrt(rank) if stable else rank),
+            "use_rslora": stable,
+            "lora_dropout": self.dropout,
+        }
+        return {"lora_A": term.A, "lora_B": term.B}, config
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self | None:
+        if config.get("use_dora"):
+            return None
+        return cls(
+            rank=config.get("r", 8),
+            alpha=float(config.get("lora_alpha", 8)),
+            scaling="rslora" if config.get("use_rslora") else "lora",
+            dropout=float(config.get("lora_dropout", 0.0)),
+        )
+
+    def parts_from_peft(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        scale = scale_of(self.alpha, self.rank, self.scaling)
+        return {"lora": LowRank(tensors["lora_B"], tensors["lora_A"], scale, dropout=self.dropout)}
+
     def cost(self, m: int, n: int) -> Cost:
-        r = min(self.rank, m, n)
-        return Cost(parameters=r * (m + n), flops_per_token=2 * r * (m + n))
+        pair = min(self.rank, m, n) * (m + n)
+        start = pair if self.init in FROM_WEIGHT else 0
+        return Cost(parameters=pair, frozen=start, flops_per_token=2 * (pair + start))
