@@ -8,7 +8,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow lint bench stubs clean
 
 demo: $(VENV)/ready
 	$(BIN)/eckart demo
@@ -26,6 +26,9 @@ lint: $(VENV)/ready-test
 
 bench: $(VENV)/ready-test
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+stubs: $(VENV)/ready
+	$(BIN)/python -m eckart.recipe.registry > src/eckart/methods/__init__.pyi
 
 clean:
 	rm -rf $(VENV)

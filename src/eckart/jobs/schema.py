@@ -76,4 +76,4 @@ def part(cls: type) -> dict[str, Any]:
 def with_name(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """A method's fields and the name that chooses it."""
     properties = {"name": {"const": name}, **fields.get("properties", {})}
-    return {**fields, "properties": properties, "required": ["name"]}
+    return {**fields, "properties": properties}
