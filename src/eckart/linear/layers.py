@@ -89,8 +89,6 @@ def lone_low_rank(terms: list[Term], W: Tensor) -> LowRank | None:
 class EmbeddingSum(Structured):
     """Embedding: columns of the map for the ids. Its own scale multiplies terms too."""
 
-    embed_scale: Any = None  # Gemma and BART multiply what they look up
-
     def forward(self, ids: Tensor) -> Tensor:
         """ids [..] -> [.., m]."""
         if not self._sum.enabled:
@@ -100,7 +98,8 @@ class EmbeddingSum(Structured):
         y: Tensor | None = None if W is None else super().forward(ids)
         for term in owner.terms:
             part = term.columns(ids)
-            scale = self.embed_scale
+            # Gemma and BART multiply what they look up; a class attribute would hide the buffer.
+            scale = getattr(self, "embed_scale", None)
             part = part if scale is None else part * torch.as_tensor(scale, dtype=part.dtype)
             y = add(y, part, part.dtype)
         assert y is not None  # a map without a dense matrix has terms
