@@ -1,0 +1,102 @@
+"""What two processes run in test_sharded.py; importable by them."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from eckart.optim import SVD, Adam, LowRankOptimizer, Refresh, Rule
+
+RULES = {
+    "adamw": Rule(Adam(), weight_decay=0.1),
+    "galore": Rule(Adam(eps_mode="hf"), SVD(2), Refresh(4), scale=0.25, weight_decay=0.1),
+    "left": Rule(Adam(), SVD(2, "left"), Refresh(4)),
+    "both": Rule(Adam(), SVD(2, "both"), Refresh(4, "rotate")),
+    "rotate": Rule(Adam(), SVD(2), Refresh(3, "rotate")),
+    "reset": Rule(Adam(), SVD(2), Refresh(3, "reset")),
+}
+
+
+def network(seed=0):
+    """5, 9 and 7 rows do not divide by two: the second process has fewer, of 1 row none."""
+    torch.manual_seed(seed)
+    sizes = [(6, 5), (5, 9), (9, 7), (7, 1)]
+    layers = [nn.Linear(a, b, dtype=torch.float64) for a, b in sizes]
+    return nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())))
+
+
+def data(steps, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 6, generator=g, dtype=torch.float64) for _ in range(steps)]
+
+
+def train(model, optimizer, batches, accumulate=1):
+    norms = []
+    for i, x in enumerate(batches):
+        (10 * model(x) ** 2).mean().backward()
+        if (i + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            norms.append(float(optimizer.grad_norm))
+    return norms
+
+
+def optimizer_of(model, rule, **options):
+    return LowRankOptimizer(model.named_parameters(), 0.02, rule=RULES[rule], clip=0.5, **options)
+
+
+def fsdp2(rule, layerwise, stop):
+    """Train under fully_shard, saving by name and starting anew after `stop` steps."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = network(), init_device_mesh("cpu", (2,))
+    optimizer = optimizer_of(model, rule, layerwise=layerwise)  # before the wrapper swaps
+    names = [name for name, _ in model.named_parameters()]
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    params = dict(model.named_parameters())
+    optimizer.param_groups[0]["params"] = [params[name] for name in names]
+    batches = [x.chunk(2)[dist.get_rank()] for x in data(10)]
+    norms = train(model, optimizer, batches[:stop])
+    if stop < 10:
+        saved = optimizer.named_state_dict()
+        if layerwise:
+            optimizer.projected.bind([], lambda p: None)
+        optimizer = optimizer_of(model, rule, layerwise=layerwise)
+        optimizer.load_named_state_dict(saved)
+        norms += train(model, optimizer, batches[stop:])
+    weights = [p.full_tensor().detach() for p in model.parameters()]
+    return weights, norms, optimizer.named_state_dict()
+
+
+def ddp(rule, layerwise):
+    """Train under DistributedDataParallel, accumulating two micro-batches."""
+    from torch.nn.parallel import DistributedDataParallel as DDP
+
+    model = network()
+    optimizer = optimizer_of(model, rule)
+    if layerwise:
+        optimizer.attach_layerwise(average_over=dist.group.WORLD)
+        DDP._set_params_and_buffers_to_ignore_for_model(model, optimizer.layerwise_names)
+    wrapped = DDP(model)
+    batches = [x.chunk(2)[dist.get_rank()] for x in data(10)]
+    norms = train(wrapped, optimizer, batches, accumulate=2)
+    return [p.detach() for p in model.parameters()], norms, optimizer.named_state_dict()
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    projected = [rule for rule in RULES if rule != "adamw"]
+    runs = {
+        "fsdp2": {rule: fsdp2(rule, False, 10) for rule in RULES},
+        "fsdp2, resumed": {rule: fsdp2(rule, False, 5) for rule in RULES},
+        "fsdp2, layer by layer": {rule: fsdp2(rule, True, 5) for rule in projected},
+        "ddp": {rule: ddp(rule, False) for rule in ("adamw", "galore", "both")},
+        "ddp, layer by layer": {rule: ddp(rule, True) for rule in ("galore", "both")},
+    }
+    torch.save(runs, f"{sys.argv[1]}.{os.environ['RANK']}")
+    dist.destroy_process_group()
