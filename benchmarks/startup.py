@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-COMMANDS = (["--help"], ["methods"], ["methods", "lora"], ["config", "schema"])
+COMMANDS = (["--help"], ["methods"], ["methods", "lora"])
 
 
 def seconds(command: list[str]) -> float:
