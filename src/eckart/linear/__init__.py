@@ -2,13 +2,14 @@
 
 from eckart.linear.layers import kernels
 from eckart.linear.lowrank import LowRank, linear_plus_low_rank, low_rank
-from eckart.linear.sites import Site, find_sites, seeded_generator
+from eckart.linear.sites import Horizon, Site, find_sites, seeded_generator
 from eckart.linear.structured import Structured, fold, install, uninstall
 from eckart.linear.term import Dense, Gain, Product, Shared, Term, describe, plain_mm
 
 __all__ = [
     "Dense",
     "Gain",
+    "Horizon",
     "LowRank",
     "Product",
     "Shared",

@@ -25,6 +25,20 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
+@dataclass(frozen=True)
+class Horizon:
+    """What is known of the training ahead: optimizer steps, the peak lr, warm-up steps."""
+
+    steps: int | None = None
+    lr: float = 0.0
+    warmup: int = 0
+
+    @property
+    def first_lr(self) -> float:
+        """The learning rate of the first step: one warm-up step's share of the peak."""
+        return self.lr / max(1, self.warmup)
+
+
 @dataclass(eq=False)
 class Site:
     """One place where a map lives, before or after terms are attached to it.
@@ -32,7 +46,7 @@ class Site:
     `path` names the module (and the parameter, for fused experts), `matrix_shape` is
     (*, m, n) and stays known when the matrix is dropped. `ties` are the paths of modules
     that use the same matrix. `gradient` [*, m, n] and `activations` [t, n] are there for
-    methods that need them.
+    methods that need them, `horizon` is whenever terms are built.
     """
 
     path: str
@@ -47,6 +61,7 @@ class Site:
     overrides: dict[str, Any] = field(default_factory=dict)
     gradient: Tensor | None = field(default=None, repr=False)
     activations: Tensor | None = field(default=None, repr=False)
+    horizon: Horizon = field(default=Horizon(), repr=False)
 
     @property
     def raw(self) -> nn.Parameter:

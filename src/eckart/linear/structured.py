@@ -77,14 +77,13 @@ class Structured(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A dynamic class cannot be found by name: pickle names its base and its mixin.
+        # The state comes after the object, so that a term may refer to the module it lives in.
         mixin, base = type(self).__bases__
-        return _revive, (mixin, base, self.__getstate__())
+        return _revive, (mixin, base), self.__getstate__()
 
 
-def _revive(mixin: type, base: type, state: dict[str, Any]) -> nn.Module:
-    module: Any = object.__new__(structured_class(mixin, base))
-    module.__setstate__(state)
-    return module
+def _revive(mixin: type, base: type) -> nn.Module:
+    return object.__new__(structured_class(mixin, base))
 
 
 _classes: dict[tuple[type, type], type] = {}

@@ -78,11 +78,13 @@ class Term(nn.Module):
         """
         return blank(cls, tensors, scalars)
 
-    def bind(self, shared: Mapping[str, nn.Module]) -> None:
-        """Take references to modules that live once at the model's root (shared bases).
+    def bind(self, shared: Mapping[str, nn.Module], home: nn.Module, param: str) -> None:
+        """Take references to what lives elsewhere: shared bases, the site's own matrix.
 
-        Called after building and after loading. Keep them out of the registry, with
-        `self.__dict__[...] = module`: a module registered twice would be saved twice.
+        `shared` are the modules at the model's root; `home.matrix(param)` is the dense
+        matrix [*, m, n] beside this term. Called after building and after loading. Keep
+        references out of the registry, with `self.__dict__[...] = module`: a module
+        registered twice would be saved twice.
         """
 
     def describe(self) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from torch import nn
 
 from eckart import linear
 from eckart.errors import FileError, UsageError
-from eckart.linear import Gain, Shared, Site, Structured, Term
+from eckart.linear import Gain, Horizon, Shared, Site, Structured, Term
 from eckart.recipe import registry
 from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
 from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.groups import default_lr
 from eckart.recipe.handle import FORMAT, ROOT, Handle
 from eckart.recipe.method import Weights
 from eckart.recipe.recipe import Recipe
@@ -58,6 +59,9 @@ def attach(
     recipe.check()
     sites = choose(model, recipe.weights, seed)
     calibrate(model, recipe, sites, calibration, steps)
+    horizon = Horizon(steps, lr if lr is not None else default_lr(recipe), warmup or 0)
+    for site in sites:
+        site.horizon = horizon
     base = fingerprint(model)
     parts = recipe.weights.build(sites) if sites else {}
     handle = Handle(model, recipe, {s.path: s for s in sites}, seed, tuple(also_train), teacher)
@@ -179,7 +183,7 @@ def calibrate(
 ) -> None:
     """Gather what the methods declare they need; UsageError where it cannot be had."""
     for method in recipe.choices:
-        for need in method.needs:
+        for need in sorted(method.needed):
             missing = steps is None if need == "horizon" else calibration is None
             if missing:
                 argument = "steps=" if need == "horizon" else "calibration="

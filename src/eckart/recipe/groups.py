@@ -9,17 +9,18 @@ from torch import nn
 from eckart.linear import LowRank
 from eckart.recipe import registry
 from eckart.recipe.method import Update
+from eckart.recipe.recipe import Recipe
 from eckart.recipe.targets import EVERYTHING, select, sites_of
 
 if TYPE_CHECKING:
     from eckart.recipe.handle import Handle
 
 
-def default_lr(handle: Handle) -> float:
+def default_lr(recipe: Recipe) -> float:
     """The update's own default learning rate, else the weights method's."""
-    update = handle.recipe.update
-    own = update.default_lr if update is not None else None
-    return own if own is not None else handle.weights.default_lr
+    assert recipe.weights is not None
+    own = recipe.update.default_lr if recipe.update is not None else None
+    return own if own is not None else recipe.weights.default_lr
 
 
 def groups(handle: Handle, lr: float) -> list[dict[str, Any]]:

@@ -85,9 +85,9 @@ class Handle:
                 site.raw.requires_grad_(True)
         for name in self.also_train:
             self.model.get_submodule(name).requires_grad_(True)
-        for by_term in self.terms().values():
+        for path, by_term in self.terms().items():
             for term in by_term.values():
-                term.bind(self.shared)
+                term.bind(self.shared, self.sites[path].module, self.sites[path].param)
         self.set_products()
         self.coverage = cover(self)
         if self.attached:
@@ -205,7 +205,7 @@ class Handle:
 
         `clip` is the largest norm of the gradients as applied; None leaves them as they are.
         """
-        rate = lr or self.lr or default_lr(self)
+        rate = lr or self.lr or default_lr(self.recipe)
         optimizer = LowRankOptimizer(groups(self, rate), lr=rate, clip=clip, seed=self.seed)
         if layerwise:
             optimizer.attach_layerwise()

@@ -117,7 +117,7 @@ class Method:
     paper: ClassVar[Paper | None] = None
     mission: ClassVar[bool] = False  # one of the 36 papers, or beside them
     promises: ClassVar[Any] = ()  # names, or {name: {field: value(s) for which it holds}}
-    needs: ClassVar[tuple[str, ...]] = ()  # "gradients", "activations", "moments", "horizon"
+    needs: ClassVar[Any] = ()  # "gradients", "activations", ..., "horizon"; or as promises
     stages: ClassVar[tuple[Stage, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -130,14 +130,23 @@ class Method:
 
     def promised(self, promise: str) -> bool:
         """Does this configuration promise it? Conditional promises are read field by field."""
-        if promise not in self.promises:
+        return self.declared(self.promises, promise)
+
+    @property
+    def needed(self) -> set[str]:
+        """What this configuration needs of data and horizon, conditions read field by field."""
+        return {need for need in self.needs if self.declared(self.needs, need)}
+
+    def declared(self, declaration: Any, name: str) -> bool:
+        """Does a declaration, names or {name: {field: value(s)}}, hold for this one's fields?"""
+        if name not in declaration:
             return False
-        if not isinstance(self.promises, Mapping):
+        if not isinstance(declaration, Mapping):
             return True
-        conditions = self.promises[promise] or {}
+        conditions = declaration[name] or {}
         return all(
-            getattr(self, name) in (value if isinstance(value, tuple | list) else (value,))
-            for name, value in conditions.items()
+            getattr(self, field) in (value if isinstance(value, tuple | list) else (value,))
+            for field, value in conditions.items()
         )
 
     def events(self) -> Iterable[Event | Cut]:

@@ -72,7 +72,7 @@ class Recipe:
     @property
     def needs(self) -> set[str]:
         """What the methods want to know of data and horizon."""
-        return {need for method in self.choices for need in method.needs}
+        return {need for method in self.choices for need in method.needed}
 
     def require_no_accumulation(self, accumulate: int) -> None:
         """Refuse accumulation where an objective couples the whole batch."""
