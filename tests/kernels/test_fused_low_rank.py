@@ -1,0 +1,107 @@
+"""The fused map equals the plain one: exactly in its structure, within twice its error in bf16."""
+
+import pytest
+import torch
+from torch import nn
+
+from eckart.kernels.low_rank import BLOCK, FusedLowRank, fused_linear_plus_low_rank
+from eckart.linear import LowRank, find_sites, install, kernels, linear_plus_low_rank
+
+NAMES = ("y", "dx", "dA", "dB")
+
+
+def inputs(dtype=torch.float32, factors=torch.float32, tokens=2 * BLOCK + 7, n=24, m=20, r=4):
+    g = torch.Generator().manual_seed(0)
+    x, W, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((1, tokens, n), (m, n), (m,)))
+    A, B = (torch.randn(*s, generator=g).to(factors) for s in ((r, n), (m, r)))
+    return x, W, bias, A, B
+
+
+def run(function, x, W, bias, A, B, dtype=None):
+    tensors = [t if dtype is None else t.to(dtype) for t in (x, W, bias, A, B)]
+    x, W, bias, A, B = (t.clone() for t in tensors)
+    for t in (x, A, B):
+        t.requires_grad_()
+    y = function(x, W, bias, A, B, 0.5)
+    y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(torch.bfloat16).to(y.dtype))
+    return dict(zip(NAMES, (y.detach(), x.grad, A.grad, B.grad), strict=True))
+
+
+def test_fused_equals_plain_in_fp64():
+    given = inputs()
+    plain = run(linear_plus_low_rank, *given, dtype=torch.float64)
+    fused = run(FusedLowRank.apply, *given, dtype=torch.float64)
+    for name in NAMES:  # the same products in blocks: round-off of sums of a thousand terms
+        torch.testing.assert_close(fused[name], plain[name], rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_twice_the_plain_forms(dtype):
+    given = inputs(dtype)
+    exact = run(linear_plus_low_rank, *given, dtype=torch.float64)
+    plain, fused = run(linear_plus_low_rank, *given), run(fused_linear_plus_low_rank, *given)
+    for name in NAMES:
+        assert fused[name].dtype == plain[name].dtype
+
+        def error(result, name=name):
+            return (result[name].double() - exact[name]).norm() / exact[name].norm()
+
+        assert error(fused) <= 2 * error(plain) + 1e-12, name
+
+
+def test_gradcheck():
+    x, W, bias, A, B = (t.double() for t in inputs(tokens=5, n=4, m=3, r=2))
+    for t in (x, A, B):
+        t.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, A, B: FusedLowRank.apply(x, W, bias, A, B, 0.5), (x, A, B)
+    )
+
+
+def test_it_keeps_one_input_and_one_thin_tensor():
+    x, W, bias, A, B = inputs(torch.bfloat16)
+    for t in (x, A, B):
+        t.requires_grad_()
+    kept = {}
+
+    def pack(t):
+        kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fused_linear_plus_low_rank(x, W, bias, A, B, 0.5)
+    own = sum(size for at, size in kept.items() if at not in {t.data_ptr() for t in (W, A, B)})
+    assert own == 2 * x.numel() + 4 * x.shape[1] * A.shape[0]
+
+
+def test_layers_use_it_and_run_without_it(monkeypatch):
+    calls = []
+
+    def spy(*args):
+        calls.append(1)
+        return fused_linear_plus_low_rank(*args)
+
+    layer = nn.Linear(6, 5).requires_grad_(False)
+    (site,) = find_sites(layer)
+    install(site, {"lora": LowRank(torch.randn(5, 2), torch.randn(2, 6))})
+    x = torch.randn(3, 6)
+    monkeypatch.setitem(kernels, linear_plus_low_rank, spy)
+    fast = layer(x)
+    assert calls
+    monkeypatch.delitem(kernels, linear_plus_low_rank)
+    # fp32, sums of 6 products of order 1
+    torch.testing.assert_close(layer(x), fast, rtol=0, atol=2e-6)
+
+
+def test_trained_bases_and_autocast_take_the_plain_form():
+    x, W, bias, A, B = inputs(tokens=3)
+    W.requires_grad_()
+    assert (
+        "FusedLowRank"
+        not in type(fused_linear_plus_low_rank(x, W, bias, A, B, 1.0).grad_fn).__name__
+    )
+    W.requires_grad_(False)
+    A.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fused_linear_plus_low_rank(x, W, bias, A, B, 1.0)
+    assert y.dtype == torch.bfloat16
