@@ -1,0 +1,60 @@
+"""Run a function in two gloo processes forked from this one, and bring its results back."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def in_processes(function: Callable[..., Any], *args: Any, count: int = 2) -> list[Any]:
+    """function(rank, *args) in `count` processes with a gloo group; results by rank.
+
+    Forked, so that imports are paid once; a failing process' traceback fails the test.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("fork")
+        processes = [
+            context.Process(target=_run, args=(rank, count, port, folder, function, args))
+            for rank in range(count)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(240)
+        for process in processes:
+            process.kill()
+        results = []
+        for rank in range(count):
+            error = Path(folder, f"{rank}.error")
+            assert not error.exists(), error.read_text()
+            results.append(torch.load(Path(folder, f"{rank}.pt"), weights_only=False))
+        return results
+
+
+def _run(
+    rank: int, count: int, port: int, folder: str, function: Callable[..., Any], args: Any
+) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=60))
+        result = function(rank, *args)
+        torch.save(result, Path(folder, f"{rank}.pt"))
+        dist.barrier()
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+    finally:
+        os._exit(0)  # the parent's threads and test runner are not ours to shut down
