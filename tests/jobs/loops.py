@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, get_scheduler
 
-from eckart.jobs.training import SeededOrder, trainer
+from eckart.io.packing import order
+from eckart.jobs.training import trainer
 from eckart.recipe import Handle, Recipe, attach, registry
 from tests.conftest import VOCAB, tiny
 
@@ -62,9 +63,8 @@ def bare(handle: Handle, steps: int, accumulate: int, batch: int = 2) -> list[fl
     epoch = 0
     handle.model.train()
     while len(losses) < steps:
-        order = SeededOrder(len(data), SEED)
-        order.set_epoch(epoch)
-        queue += [list(order)[i : i + batch] for i in range(0, len(data), batch)]
+        rank = order(len(data), SEED, epoch).tolist()
+        queue += [rank[i : i + batch] for i in range(0, len(data), batch)]
         while len(queue) >= accumulate and len(losses) < steps:
             total = 0.0
             for ids in [queue.pop(0) for _ in range(accumulate)]:

@@ -2,14 +2,13 @@
 
     checkpoints/step-400/
       model.safetensors      trained tensors and the terms' buffers, under raw names
-      optimizer.safetensors  its tensors, NAME//KEY
+      optimizer.safetensors  its tensors, NAME/KEY
       state.json             structure, scalars of optimizer and scheduler, events, generators
       trainer_state.json     Trainer's own: step, epoch, what was logged
       manifest.json          names, sizes, hashes; the base's fingerprint
 
 Nothing here is a pickle. The folder is written beside, closed with its manifest and renamed,
-so that a kill at any moment leaves the last whole one. By name, the optimizer's state
-survives regrouping and can be cut along a rank axis (`cut.py`).
+so that a kill at any moment leaves the last whole one.
 """
 
 from __future__ import annotations
@@ -34,74 +33,6 @@ from eckart.recipe import Handle
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 TRAINER = "trainer_state.json"  # the name under which Trainer looks for it
-CHOSEN = ("params", "param_names", "pairs")  # of a group: the recipe's, not state
-
-
-# --- the optimizer's state by name ---------------------------------------------------------
-
-
-def entries(packed: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{parameter name: its state}, from a state_dict and the live groups' names."""
-    names = [name for group in groups for name in group["param_names"]]
-    ids = [number for group in packed["param_groups"] for number in group["params"]]
-    return {
-        name: packed["state"][number]
-        for name, number in zip(names, ids, strict=True)
-        if number in packed["state"]
-    }
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state as tensors {NAME//KEY: tensor} and as plain data {scalars, groups}."""
-    packed = optimizer.state_dict()
-    named = entries(packed, optimizer.param_groups)
-    tensors = {
-        f"{name}//{key}": value
-        for name, entry in named.items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
-    }
-    scalars = {
-        name: {k: v for k, v in entry.items() if not isinstance(v, Tensor)}
-        for name, entry in named.items()
-    }
-    groups = [{k: v for k, v in g.items() if k not in CHOSEN} for g in packed["param_groups"]]
-    return tensors, {"scalars": scalars, "groups": groups}
-
-
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
-) -> None:
-    """Give an optimizer its saved state. Raises FileError for names it does not have.
-
-    Learning rates follow the run that resumes: where its own differs from the saved one, the
-    saved rates are scaled, so that `--resume RUN train.lr=...` does what it says.
-    """
-    packed = optimizer.state_dict()
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    ids = [number for group in packed["param_groups"] for number in group["params"]]
-    number_of = dict(zip(names, ids, strict=True))
-    state: dict[int, dict[str, Any]] = {}
-    for name, entry in plain["scalars"].items():
-        if name not in number_of:
-            raise FileError("the saved optimizer has a parameter that is not trained", [(name, "")])
-        state[number_of[name]] = dict(entry)
-    for full, tensor in tensors.items():
-        name, _, key = full.rpartition("//")
-        state[number_of[name]][key] = tensor
-    groups = []
-    for saved, live in zip(plain["groups"], packed["param_groups"], strict=True):
-        factor = rate_factor(saved, live)
-        groups.append({**live, **saved, "lr": saved["lr"] * factor})
-        if "initial_lr" in saved:
-            groups[-1]["initial_lr"] = live.get("initial_lr", saved["initial_lr"])
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def rate_factor(saved: Mapping[str, Any], live: Mapping[str, Any]) -> float:
-    """The live base rate over the saved one; exactly 1 where nothing was changed."""
-    before, now = saved.get("initial_lr"), live.get("initial_lr")
-    return now / before if before and now and before != now else 1.0
 
 
 # --- generators ----------------------------------------------------------------------------
@@ -219,13 +150,12 @@ class Checkpointing(Trainer):
             self.state.best_model_checkpoint = str(self.checkpoint_at(self.state.best_global_step))
         # Sharded tensors are gathered by all processes; the first one writes.
         tensors = whole(self.handle.named_state())
-        moments, optimizer = optimizer_state(self.inner_optimizer)
-        moments = whole(moments)
+        moments, numbers = apart(self.inner_optimizer.named_state_dict())
         generators = everyone(generator_state())
         if self.args.should_save:
             state = {
                 "structure": self.handle.structure(),
-                "optimizer": optimizer,
+                "optimizer": numbers,
                 "scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else {},
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
                 "events": self.handle.events.state_dict(),
@@ -255,11 +185,12 @@ class Checkpointing(Trainer):
             return
         state = read_state(checkpoint)
         tensors = read_tensors(Path(checkpoint) / OPTIMIZER)
-        now = [group.get("initial_lr") for group in self.inner_optimizer.param_groups]
-        load_optimizer_state(self.inner_optimizer, tensors, state["optimizer"])
+        self.inner_optimizer.load_named_state_dict({**tensors, **state["optimizer"]})
         self.handle.events.load_state_dict(state["events"])
         if self.lr_scheduler:
-            self.lr_scheduler.load_state_dict(rescaled(state["scheduler"], now))
+            now = list(self.lr_scheduler.base_lrs)
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+            change_rates(self.lr_scheduler, now)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         state = read_state(checkpoint)["scaler"] if checkpoint else {}
@@ -286,14 +217,25 @@ class Checkpointing(Trainer):
         return found
 
 
-def rescaled(scheduler: Mapping[str, Any], now: list[float | None]) -> dict[str, Any]:
-    """A scheduler's saved state with the base rates of the run that resumes."""
-    state = dict(scheduler)
-    if "base_lrs" in state and None not in now and state["base_lrs"] != now:
-        factors = [n / b if b else 1.0 for n, b in zip(now, state["base_lrs"], strict=True) if n]
-        state["base_lrs"] = now
-        state["_last_lr"] = [r * f for r, f in zip(state["_last_lr"], factors, strict=True)]
-    return state
+def change_rates(scheduler: Any, base: list[float]) -> None:
+    """Let other base rates hold from here on: `--resume RUN train.lr=...` does what it says.
+
+    What was saved is scaled, and stays to the bit where the rates are those of the run.
+    """
+    saved = scheduler.base_lrs
+    if saved == base:
+        return
+    factors = [new / old for new, old in zip(base, saved, strict=True)]
+    scheduler.base_lrs = base
+    scheduler._last_lr = [r * f for r, f in zip(scheduler._last_lr, factors, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def apart(flat: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and numbers of a state."""
+    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in flat.items() if key not in tensors}
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,18 +11,19 @@ and the checkpoints (`checkpoints.py`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sized
+from collections.abc import Sized
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from eckart.errors import Diverged
+from eckart.io.packing import Shuffled
 from eckart.jobs.checkpoints import Checkpointing
-from eckart.linear import Structured, seeded_generator
+from eckart.linear import Structured
 from eckart.recipe import Handle
 
 
@@ -118,7 +119,7 @@ class Training(Checkpointing):
         if not isinstance(dataset, Sized):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededOrder(len(dataset), seed)
+        return Shuffled(len(dataset), seed)
 
     # --- what is logged --------------------------------------------------------------------
 
@@ -139,25 +140,3 @@ class Training(Checkpointing):
         for i, rate in enumerate(dict.fromkeys(self.applied_rates), 1):
             facts["learning_rate" if i == 1 else f"learning_rate_{i}"] = rate
         return facts
-
-
-class SeededOrder(Sampler[int]):
-    """A permutation of the rows for each epoch, from hash(seed, epoch) alone.
-
-    Nothing global is drawn from: batches are fetched ahead of the steps that use them, so a
-    global generator would stand elsewhere after a resume.
-    """
-
-    def __init__(self, rows: int, seed: int):
-        self.rows, self.seed, self.epoch = rows, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        generator = seeded_generator(self.seed, "order", self.epoch)
-        yield from torch.randperm(self.rows, generator=generator).tolist()
