@@ -152,7 +152,8 @@ def choose(model: nn.Module, weights: Weights, seed: int) -> list[Site]:
 
 def check_ranks(sites: Sequence[Site], weights: Weights) -> None:
     """A rank above min(m, n) is an error where it is so at every site, or by an override."""
-    if not hasattr(weights, "rank") or not sites:
+    rank = getattr(weights, "rank", None)
+    if rank is None or not sites:
         return
     for site in sites:
         if site.overrides.get("rank", 0) > min(site.shape):
@@ -162,12 +163,12 @@ def check_ranks(sites: Sequence[Site], weights: Weights) -> None:
                 f"At most {min(site.shape)} fits there.",
             )
     largest = max(min(site.shape) for site in sites)
-    if weights.rank > largest:
+    if rank > largest:
         m, n = sites[0].shape
         raise UsageError(
             "rank is larger than the matrix",
             [
-                (f"weights.rank = {weights.rank}", ""),
+                (f"weights.rank = {rank}", ""),
                 (sites[0].path, f"{m} x {n}, so at most {largest} at every site"),
             ],
             f"Type weights.rank={largest}, or less.",

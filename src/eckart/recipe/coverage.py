@@ -59,7 +59,7 @@ def cover(handle: Handle) -> Coverage:
         site = handle.sites[path]
         for child in by_name:
             roles[f"{site.module_path}.{site.prefix}{child}"] = site.role
-    rank = getattr(handle.weights, "rank", 0)
+    rank = getattr(handle.weights, "rank", None) or 0
     sites = handle.sites.values()
     coverage.cut = sum(1 for s in sites if s.path in handle.attached and rank > min(s.shape))
     for name, parameter in handle.model.named_parameters():

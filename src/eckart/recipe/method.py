@@ -293,30 +293,15 @@ class Objective(Method):
 
 
 @dataclass(frozen=True)
-class Compress(Method):
-    """Weights of a trained model -> fewer, in one shot."""
+class Compress(Weights):
+    """How do the weights of a trained model become fewer, in one shot?
 
-    targets: tuple[str, ...] = field(default=("linear",), kw_only=True)
-    """Which maps; as for weights."""
-
-    overrides: tuple[dict[str, Any], ...] = field(default=(), kw_only=True)
-    """Other values of this method's fields at some maps."""
+    The terms can be trained afterwards. `build` gives the terms that stand in for each dense matrix; {} keeps a site dense.
+    """
 
     axis: ClassVar[str] = "compress"
-    base: ClassVar[str] = "dropped"
+    base: ClassVar[Literal["frozen", "trained", "dropped"]] = "dropped"
     sequential: ClassVar[bool] = False
-
-    def build(self, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
-        """The terms that stand in for each dense matrix; {} keeps a site dense."""
-        return {site.path: dict(self.at(site).build_one(site)) for site in sites}
-
-    def build_one(self, site: Site) -> Mapping[str, nn.Module]:
-        """The terms of one site."""
-        raise NotImplementedError
-
-    def at(self, site: Site) -> typing.Self:
-        """This method with the overrides that match the site."""
-        return dataclasses.replace(self, **site.overrides) if site.overrides else self
 
 
 @dataclass(frozen=True)

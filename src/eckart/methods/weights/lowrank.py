@@ -1,4 +1,4 @@
-"""Low rank from scratch: every map is a product of two thin ones, and nothing else.
+"""LowRank: every map is a product of two thin ones from the start, and nothing else.
 
     y = B A x        B [m, r], A [r, n], both trained; there is no dense W
 
