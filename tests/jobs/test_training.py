@@ -45,17 +45,18 @@ def objectives(kind: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("cls", LOOPS, ids=lambda c: c.__name__)
 def test_trainers_train_as_the_bare_loop_does(cls, accumulate, kind, tmp_path):
-    ours = handle_of(objectives(kind))
-    losses = bare(ours, STEPS, accumulate)
-    theirs = handle_of(objectives(kind))
-    trained = mixed(theirs, cls, tmp_path, STEPS, accumulate)
-    trained.train()
-    # fp64: two orders of the same sums. SFTTrainer's fused head computes log-probabilities in
-    # fp32 whatever the model, which Adam magnifies where a gradient is near zero.
+    # SFTTrainer's fused head computes log-probabilities in fp32 whatever the model; Adam's first
+    # steps are signs of gradients, so that this grows tenfold every other step.
     fused = cls is SFTTrainer and kind != "data"
+    steps = 3 if fused else STEPS
+    ours = handle_of(objectives(kind))
+    losses = bare(ours, steps, accumulate)
+    theirs = handle_of(objectives(kind))
+    trained = mixed(theirs, cls, tmp_path, steps, accumulate)
+    trained.train()
     # Trainer keeps the running loss in fp32: some ulp (1.2e-7) of it.
-    torch.testing.assert_close(logged(trained), losses, rtol=1e-4 if fused else 1e-5, atol=0)
-    for name, tensor in ours.named_state().items():
+    torch.testing.assert_close(logged(trained), losses, rtol=1e-5, atol=0)
+    for name, tensor in ours.named_state().items():  # fp64: two orders of the same sums
         error = (theirs.named_state()[name] - tensor).norm() / tensor.norm()
         assert error < (1e-3 if fused else 1e-9), name
 
