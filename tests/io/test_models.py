@@ -10,12 +10,12 @@ from eckart.errors import FileError, UsageError
 from eckart.io.models import (
     build_model,
     config_of,
-    fingerprint,
     load_model,
     load_tokenizer,
     recognise,
 )
 from eckart.io.presets import PRESETS
+from eckart.recipe.fingerprint import fingerprint
 
 
 def small(kind="llama-tiny", **shape):
@@ -89,6 +89,12 @@ def test_a_saved_model_comes_back_bit_for_bit_in_its_dtype(tmp_path):
     assert again.dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in pairs)
     assert load_model(tmp_path / "m", dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_model_remembers_the_name_an_adapter_will_call_its_base(saved, monkeypatch):
+    assert load_model(saved).config._name_or_path == str(saved)
+    monkeypatch.setattr("eckart.io.models.download", lambda name: saved)
+    assert load_model("owner/name@main").config._name_or_path == "owner/name"
 
 
 def test_a_mistyped_path_names_its_neighbour(saved, tmp_path):

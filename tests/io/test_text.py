@@ -156,9 +156,9 @@ def test_a_tokenizer_that_adds_a_space_keeps_the_mask(tmp_path):
         ["one plus one makes two"], trainers.BpeTrainer(special_tokens=["</s>"])
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
-    row = {"prompt": "one plus one", "completion": " makes two"}
+    row = {"prompt": "one plus on", "completion": "e makes two"}
     data = plainly(jsonl(tmp_path / "p.jsonl", row), tokenizer)
-    assert learnt(data, tokenizer) == "makes two</s>"
+    assert learnt(data, tokenizer) == "one makes two</s>"
     whole = tokenizer("one plus one makes two</s>", add_special_tokens=False)["input_ids"]
     assert data.train[0]["input_ids"] == whole
 
@@ -317,6 +317,12 @@ def test_the_split_depends_on_content_alone(tmp_path, letters):
     assert not held[2] & {tuple(ids) for ids in data[2].train["input_ids"]}
 
 
+def test_of_two_conversations_one_is_held_out(tmp_path, letters):
+    found = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(2)]
+    data = plainly(jsonl(tmp_path / "a.jsonl", *found), letters, eval=0.02)
+    assert len(data.train) == len(data.evaluation["a"]) == 1
+
+
 def test_few_documents_give_their_last_part(tmp_path, letters):
     (tmp_path / "a.txt").write_text("".join(f"line {i:03d}\n" for i in range(100)))
     data = plainly(tmp_path / "a.txt", letters, seq_len=5000, eval=0.05)
@@ -367,11 +373,11 @@ def test_a_second_reading_comes_from_the_cache_and_is_the_same(tmp_path, letters
     for name in ("summary", "example", "sha256", "tokens", "bytes_per_token", "chat_template"):
         assert getattr(first, name) == getattr(second, name)
     assert first.train["labels"] == second.train["labels"]
+    with pytest.raises(AssertionError, match="read again"):
+        read(path, letters, 65, eval=0.2)
     path.write_text(path.read_text() + json.dumps({"messages": CHAT[:2]}) + "\n")
     with pytest.raises(AssertionError, match="read again"):
         read(path, letters, 64, eval=0.2)
-    with pytest.raises(AssertionError, match="read again"):
-        read(path, letters, 65, eval=0.2)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, letters, monkeypatch):

@@ -14,11 +14,11 @@ WHERE = {
         "PRESETS",
         "Source",
         "build_model",
-        "fingerprint",
         "load_model",
         "load_tokenizer",
         "recognise",
     ),
+    "images": ("ImageData", "read_images"),
     "text": ("Data", "collate", "isolates_documents", "order", "read"),
     "corpora": ("bytes_tokenizer", "pydoc_prose", "stdlib_code", "train_tokenizer"),
 }

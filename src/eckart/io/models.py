@@ -21,14 +21,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.presets import PRESETS, build_model, config_of, fill, quiet, task_class
-from eckart.recipe.fingerprint import fingerprint
 
 __all__ = [
     "PRESETS",
     "Source",
     "build_model",
     "config_of",
-    "fingerprint",
     "load_model",
     "load_tokenizer",
     "recognise",
@@ -304,6 +302,10 @@ def load_model(
             reason = str(fault).strip().splitlines()[0] if str(fault).strip() else repr(fault)
             raise FileError("the model cannot be loaded", [(str(folder), reason)]) from fault
     problems(model, report, folder, task)
+    found = recognise(source)  # what an adapter will name as its base: no path into a cache
+    model.config._name_or_path = (
+        found.path.partition("@")[0] if found.kind == "hub" else str(folder)
+    )
     if report["missing_keys"]:
         fill(model, set(report["missing_keys"]), seed)
     return model

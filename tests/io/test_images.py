@@ -1,0 +1,152 @@
+"""Images of three kinds of sources reach a model alike, split by content, faults named."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, ViTConfig
+
+from eckart.errors import FileError, UsageError
+from eckart.io.images import fitted, read_images
+
+
+@pytest.fixture
+def colours():
+    """Twelve 6 x 6 colour images of two classes, uint8 [n, h, w, c]."""
+    return np.random.default_rng(0).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8)
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def sources(root, colours):
+    """The same images as a folder, arrays and a table."""
+    classes = ["cat" if i % 2 else "ant" for i in range(len(colours))]
+    for i, (pixels, name) in enumerate(zip(colours, classes, strict=True)):
+        (root / "folder" / name).mkdir(parents=True, exist_ok=True)
+        (root / "folder" / name / f"{i:02d}.png").write_bytes(png(pixels))
+    np.savez(root / "a.npz", images=colours, labels=np.array(classes))
+    rows = [{"bytes": png(pixels), "path": None} for pixels in colours]
+    pa.parquet.write_table(pa.table({"image": rows, "label": classes}), root / "b.parquet")
+    return [root / "folder", root / "a.npz", root / "b.parquet"]
+
+
+def content(data):
+    return sorted((row["labels"], row["pixel_values"].numpy().tobytes()) for row in data)
+
+
+def test_a_folder_arrays_and_a_table_give_the_same_rows(tmp_path, colours):
+    data = [read_images(source, 6, 3, eval=0) for source in sources(tmp_path, colours)]
+    assert data[0].labels == ("ant", "cat") and len(data[0].train) == 12
+    assert content(data[0].train) == content(data[1].train) == content(data[2].train)
+    first = data[1].train[0]["pixel_values"]
+    # fp32: one multiplication and one subtraction of values up to 255
+    expected = torch.as_tensor(colours[0].transpose(2, 0, 1)).float() / 127.5 - 1
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)
+
+
+def test_digits_are_the_vision_default():
+    pytest.importorskip("sklearn")
+    data = read_images("digits", 8, 1)
+    assert len(data.train) + len(data.evaluation["digits"]) == 1797
+    assert len(data.evaluation["digits"]) == 359 and len(data.labels) == 10
+    from sklearn.datasets import load_digits
+
+    pixels = {x.tobytes() for x in (load_digits().images / 8 - 1).astype(np.float32)}
+    assert data.train[0]["pixel_values"].numpy().tobytes() in pixels
+    held = np.bincount(data.evaluation["digits"].labels)
+    assert held.min() >= 34 and held.max() <= 37  # a fifth of 174 to 183
+
+
+def test_the_split_follows_content_not_order(colours, tmp_path):
+    labels = np.arange(12) % 2
+    for name, order in (("a", np.arange(12)), ("b", np.arange(12)[::-1])):
+        np.savez(tmp_path / f"{name}.npz", images=colours[order], labels=labels[order])
+    a, b = (read_images(tmp_path / f"{n}.npz", 6, 3, eval=0.25) for n in "ab")
+    assert content(a.evaluation["a"]) == content(b.evaluation["b"])
+    assert len(a.evaluation["a"]) == 4 and len(a.train) == 8
+
+
+def test_a_folder_that_is_split_stays_split(tmp_path, colours):
+    for i, part in enumerate(("train", "test", "train", "test")):
+        for name in ("ant", "cat"):
+            (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / part / name / f"{i}.png").write_bytes(png(colours[i]))
+    data = read_images(tmp_path, 6, 3)
+    held = data.evaluation[tmp_path.name]
+    assert len(data.train) == len(held) == 4 and all("/test/" in w for w in held.where)
+
+
+def test_pixels_are_fitted_to_the_model():
+    grey = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
+    assert torch.equal(fitted(grey, 8, 3), grey.expand(3, 8, 8))
+    assert fitted(grey, 4, 1).shape == (1, 4, 4)
+    white = torch.ones(3, 8, 8)
+    # the three weights sum to 1 in fp32
+    torch.testing.assert_close(fitted(white, 8, 1), torch.ones(1, 8, 8), rtol=0, atol=1e-6)
+    with pytest.raises(UsageError, match="number of channels"):
+        fitted(torch.ones(2, 8, 8), 8, 3)
+
+
+def test_a_vit_trains_on_a_batch():
+    pytest.importorskip("sklearn")
+    data = read_images("digits", 8, 1)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        num_labels=10,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(config)
+    batch = data.collate([data.train[i] for i in range(32)])
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_faults_are_named(tmp_path, colours):
+    with pytest.raises(FileError, match="no images in this folder"):
+        read_images(tmp_path, 6, 3)
+    with pytest.raises(FileError, match="no such file"):
+        read_images(tmp_path / "none", 6, 3)
+    np.savez(tmp_path / "a.npz", imagse=colours, labels=np.arange(12))
+    with pytest.raises(FileError, match="Did you mean image"):
+        read_images(tmp_path / "a.npz", 6, 3)
+    np.savez(tmp_path / "b.npz", images=colours, labels=np.arange(11))
+    with pytest.raises(FileError, match=r"images \[12, 3, 6, 6\], labels \[11\]"):
+        read_images(tmp_path / "b.npz", 6, 3)
+    np.savez(tmp_path / "c.npz", images=np.array([{}, {}]), labels=np.arange(2))
+    with pytest.raises(FileError, match="cannot be read"):
+        read_images(tmp_path / "c.npz", 6, 3)
+    np.savez(tmp_path / "d.npz", images=colours, labels=np.zeros(12))
+    with pytest.raises(FileError, match="one class only"):
+        read_images(tmp_path / "d.npz", 6, 3)
+    (tmp_path / "e.txt").write_text("x")
+    with pytest.raises(FileError, match="no file of images"):
+        read_images(tmp_path / "e.txt", 6, 3)
+
+
+def test_a_damaged_image_is_named_when_it_is_reached(tmp_path, colours):
+    folder = sources(tmp_path, colours)[0]
+    (folder / "cat" / "01.png").write_bytes(png(colours[1])[:60])
+    data = read_images(folder, 6, 3, eval=0)
+    with pytest.raises(FileError, match=r"cat/01\.png"):
+        [data.train[i] for i in range(12)]
