@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from eckart.linear import LowRank
 from eckart.recipe import registry
 from eckart.recipe.method import Update
@@ -24,32 +22,47 @@ def default_lr(recipe: Recipe) -> float:
 
 
 def groups(handle: Handle, lr: float) -> list[dict[str, Any]]:
-    """Parameter groups by rule and ratios, in the order of the model's parameters."""
+    """Parameter groups by rule, ratios and leading dimensions, in the model's own order."""
     update = handle.recipe.update or default_update()
     rules = {True: update.rule(), False: update.plain()}
-    special = special_parameters(handle, update)
+    special, leading = special_parameters(handle, update), leading_dimensions(handle)
     pairs = factor_pairs(handle)
-    grouped: dict[tuple[bool, tuple[tuple[str, float], ...]], list[tuple[str, nn.Parameter]]] = {}
+    decay = getattr(update, "weight_decay", 0.0)
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in handle.trainable().items():
         ratios = {"lr": 1.0, "weight_decay": 1.0 if parameter.ndim > 1 else 0.0, "clip": 1.0}
         ratios.update(handle.weights.ratios(name, parameter))
-        key = (name in special, tuple(sorted(ratios.items())))
-        grouped.setdefault(key, []).append((name, parameter))
-    groups = []
-    for (is_special, ratio_items), params in grouped.items():
-        ratios = dict(ratio_items)
-        names = {name for name, _ in params}
-        group: dict[str, Any] = {
-            "params": params,
-            "rule": rules[is_special],
-            "lr": lr * ratios["lr"],
-            "weight_decay": getattr(update, "weight_decay", 0.0) * ratios["weight_decay"],
-            "clip_weight": ratios["clip"],
-        }
-        if update.wants == "pairs" and is_special:
-            group["pairs"] = [p for p in pairs if p[0] in names]
-        groups.append(group)
-    return groups
+        key = (name in special, leading.get(name, 0), *ratios.values())
+        group = found.setdefault(
+            key,
+            {
+                "params": [],
+                "rule": rules[name in special],
+                "leading": leading.get(name, 0),
+                "lr": lr * ratios["lr"],
+                "weight_decay": decay * ratios["weight_decay"],
+                "clip_weight": ratios["clip"],
+            },
+        )
+        group["params"].append((name, parameter))
+    if update.wants == "pairs":
+        for group in found.values():
+            names = {name for name, _ in group["params"]}
+            group["pairs"] = [pair for pair in pairs if pair[0] in names]
+    return list(found.values())
+
+
+def leading_dimensions(handle: Handle) -> dict[str, int]:
+    """How many dimensions stand before each matrix: 1 for fused experts and their factors."""
+    found = {}
+    for site in sites_of(handle.model, handle.seed):
+        found[f"{site.module_path}.{site.param}"] = len(site.leading)
+    for path, by_name in handle.parts().items():
+        site = handle.sites[path]
+        for child, part in by_name.items():
+            for key, _ in part.named_parameters():
+                found[f"{site.module_path}.{site.prefix}{child}.{key}"] = len(site.leading)
+    return found
 
 
 def special_parameters(handle: Handle, update: Update) -> set[str]:
