@@ -17,7 +17,6 @@ app = typer.Typer(
     help="Low-rank learning on transformers: train, compress, linearize and compose models.",
     epilog="A job takes key=value words and -c FILE; all keys: eckart config schema",
     no_args_is_help=True,
-    add_help_option=False,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -30,9 +29,10 @@ WORDS = "Paths or hub ids, then keys: method=lora weights.rank=8 train.lr=1e-3"
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command whose job is there."""
+    """Register a command whose job is there; `evaluate` is typed `eval`."""
     job = Path(__file__).parent / "jobs" / f"{function.__name__}.py"
-    return app.command(context_settings=JOB)(function) if job.exists() else function
+    name = function.__name__.removesuffix("uate")
+    return app.command(name, context_settings=JOB)(function) if job.exists() else function
 
 
 def option(*names: str, text: str, metavar: str | None = None) -> Any:
@@ -66,6 +66,7 @@ Version = Annotated[
     typer.Option("--version", callback=print_version, is_eager=True, help="Print it and exit."),
 ]
 ModelData = Annotated[list[str] | None, words("MODEL DATA KEY=VALUE")]
+Source = Annotated[list[str] | None, words("SOURCE")]
 ModelMaybeData = Annotated[list[str] | None, words("MODEL [DATA] KEY=VALUE")]
 Model = Annotated[list[str] | None, words("MODEL KEY=VALUE")]
 Config = Annotated[
@@ -76,6 +77,10 @@ Seed = Annotated[int | None, option("--seed", text="Same as train.seed=.")]
 Dry = Annotated[bool, option("--dry-run", text="Decide everything, load and write nothing.")]
 Json = Annotated[bool, option("--json", text="One JSON object on stdout, nothing else.")]
 Resume = Annotated[str | None, option("--resume", text="Go on with a run.", metavar="RUN")]
+To = Annotated[
+    str | None,
+    option("--to", text="peft, lora, dense, factored, kohya or native.", metavar="FORMAT"),
+]
 Overwrite = Annotated[bool, option("--overwrite", text="Replace what the folder holds.")]
 
 
@@ -128,6 +133,46 @@ def compress(
 
 
 @command
+def linearize(
+    words: ModelData = None,
+    config: Config = None,
+    out: Out = None,
+    seed: Seed = None,
+    dry_run: Dry = False,
+    json: Json = False,
+    resume: Resume = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Replace softmax attention by a linear one and teach it to agree."""
+    flags = job_flags(out, seed, dry_run, json, resume, overwrite)
+    run_job("linearize", words, config, flags)
+
+
+@command
+def evaluate(words: ModelData = None, config: Config = None, json: Json = False) -> None:
+    """Measure a model, an adapter or a run on data: loss, perplexity, metrics."""
+    run_job("evaluate", words, config, {"json": json})
+
+
+@command
+def convert(
+    words: Source = None,
+    to: To = None,
+    out: Out = None,
+    json: Json = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a run, an adapter or a model in another form."""
+    run_job("convert", words, None, {"out": out, "json": json, "overwrite": overwrite}, {"to": to})
+
+
+@command
+def inspect(words: Source = None, json: Json = False) -> None:
+    """Show a model's, an adapter's or a run's structure, spectra and effective ranks."""
+    run_job("inspect", words, None, {"json": json})
+
+
+@command
 def generate(
     words: Model = None,
     config: Config = None,
@@ -155,7 +200,6 @@ def demo(out: Out = None, json: Json = False, overwrite: Overwrite = False) -> N
 # typer loads pydantic to read any parameter that is not a bool, its own --help among them. This
 # command must answer at once, so NAME comes from the context and --help is ours.
 @app.command(
-    add_help_option=False,
     options_metavar="[NAME] [OPTIONS]",
     context_settings={"allow_extra_args": True},
 )
@@ -235,6 +279,8 @@ def run_job(
         command, lambda job: job.run(to_job(command, words, config, flags, options)), as_json
     )
     show(document, as_json)
+    if code := int(document.get("exit") or 0):
+        raise typer.Exit(code)
 
 
 def to_job(

@@ -17,7 +17,7 @@ FILE = '''"""Thing: a method of one number.
     y = W x
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from annotated_types import Ge
@@ -35,6 +35,8 @@ class Thing(Weights):
     """How large. Paper: 3."""
 
     other: Size | None = None
+
+    more: dict[str, int] = field(default_factory=dict)
 
     paper: ClassVar = Paper("On Things", "https://arxiv.org/abs/2501.00001")
     promises: ClassVar = ("merges",)
@@ -138,7 +140,8 @@ def test_a_file_in_another_folder_is_a_method(folder):
         {"ge": 1},
     )
     assert (other.type, other.default, other.range) == ("int | None", None, {"ge": 1})
-    assert list(entry.fields) == ["size", "other", "targets", "overrides"]
+    assert (entry.fields["more"].type, entry.fields["more"].default) == ("dict[str, int]", {})
+    assert list(entry.fields) == ["size", "other", "more", "targets", "overrides"]
     assert registry.load("my-thing")(size=4).slug == "my-thing"
     assert registry.load("my-thing") is registry.load("my_thing")
 

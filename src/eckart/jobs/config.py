@@ -34,7 +34,9 @@ NEEDS: dict[str, tuple[Key, ...]] = {  # command -> what it cannot do without
     **dict.fromkeys(TRAINS, (("model",), ("data", "train"))),
     "compress": (("model",),),
     "generate": (("model",),),
-    "eval": (("model",), ("data", "train")),
+    "evaluate": (("model",), ("data", "train")),
+    "convert": (("model",),),
+    "inspect": (("model",),),
 }
 PLAIN = ("model", "out", "track")  # keys without a section
 OUT = "runs/{name}"
@@ -426,9 +428,10 @@ def require(given: Given, command: str) -> None:
     lacking = [k for k in NEEDS.get(command, ()) if k not in given or given[k].value is None]
     if lacking:
         words = [k[0].upper() for k in NEEDS[command]]
+        typed = command.removesuffix("uate")
         raise UsageError(
-            f"eckart {command} needs {' and '.join(k[0] for k in lacking)}",
-            fix=f"Type eckart {command} {' '.join(words)}, or set "
+            f"eckart {typed} needs {' and '.join(k[0] for k in lacking)}",
+            fix=f"Type eckart {typed} {' '.join(words)}, or set "
             f"{' and '.join('.'.join(k) for k in lacking)} in a file: -c FILE",
         )
 
