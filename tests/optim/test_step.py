@@ -123,7 +123,7 @@ def test_pieces_of_a_bucket_change_nothing(monkeypatch):
     """Temporaries are bounded by working in pieces; what is computed is the same."""
     results = []
     for chunk in (2**24, 60):
-        monkeypatch.setattr("eckart.optim.bucket.CHUNK", chunk)
+        monkeypatch.setattr("eckart.optim.bucket.CACHED", chunk)
         monkeypatch.setattr("eckart.optim.refresh.CHUNK", chunk)
         for rule in (GALORE, Rule(Adam())):
             named = parameters([(9, 6)] * 4)

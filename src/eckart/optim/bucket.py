@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import UsageError
-from eckart.optim.part import CHUNK, State, Tensors, multiply_
+from eckart.optim.part import CACHED, CHUNK, State, Tensors, multiply_
 from eckart.optim.project import Basis, add_up_, as_matrix, down
 from eckart.optim.refresh import counted
 from eckart.optim.rule import Rule
@@ -127,11 +127,12 @@ class Bucket:
                 entry.state["step"] += 1
 
     def parts(self) -> Iterator[list[Entry]]:
-        """The entries in pieces of at most CHUNK elements, so that temporaries stay small."""
+        """The entries in pieces, so that temporaries stay small (and, on a CPU, cached)."""
+        most = CACHED if self.low[0].is_cpu else CHUNK
         piece: list[Entry] = []
         size = 0
         for entry in self.entries:
-            if piece and size + entry.R.numel() > CHUNK:
+            if piece and size + entry.R.numel() > most:
                 yield piece
                 piece, size = [], 0
             piece.append(entry)
@@ -147,7 +148,8 @@ def move(entries: list[Entry]) -> None:
         decay = 1 - lr * group["weight_decay"]
     first = rule.decay == "before"
     R, states = [e.R for e in entries], [e.tensors for e in entries]
-    direction = rule.inner.step(R, states, [counted(e.state) + 1 for e in entries])
+    counts = [counted(e.state) + 1 for e in entries]
+    direction = rule.inner.step(R, states, counts, fused=entries[0].projected)
     sizes = [lr * rule.scale / c for c in direction.correction]
     W = [e.view(e.param) for e in entries]
     if entries[0].projected:

@@ -29,10 +29,12 @@ class Direction:
     correction: list[float]
 
     def tensors(self) -> Tensors:
-        """N = numerator / denominator. May be the state itself: do not write into it."""
+        """N = numerator / denominator, which is overwritten. Where there is none N may be
+        the state itself: do not write into it."""
         if self.denominator is None:
             return self.numerator
-        return list(torch._foreach_div(self.numerator, self.denominator))
+        pairs = zip(self.numerator, self.denominator, strict=True)
+        return [torch.div(n, d, out=d) for n, d in pairs]
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,13 @@ class Inner(Part):
         """The state tensors for a gradient like R."""
         raise NotImplementedError
 
-    def step(self, R: Tensors, states: list[State], counts: list[int]) -> Direction:
-        """The direction, after moving the moments. `counts` are 1 in a first step."""
+    def step(
+        self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
+    ) -> Direction:
+        """The direction, after moving the moments. `counts` are 1 in a first step.
+
+        `fused` allows a kernel that rounds otherwise than torch.optim does.
+        """
         raise NotImplementedError
 
     def rotate(self, state: State, turn: Basis, count: int) -> None:
@@ -83,24 +90,56 @@ class Adam(Inner):
             "exp_avg_sq": torch.zeros_like(R, dtype=dtype),
         }
 
-    def step(self, R: Tensors, states: list[State], counts: list[int]) -> Direction:
+    def step(
+        self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
+    ) -> Direction:
         b1, b2 = self.betas
         M = [s["exp_avg"] for s in states]
         V = [s["exp_avg_sq"] for s in states]
         R = [r.to(m.dtype) for r, m in zip(R, M, strict=True)]
+        c1 = [1 - b1**t for t in counts]
+        root_c2 = [(1 - b2**t) ** 0.5 for t in counts]
+        hf = self.eps_mode == "hf"
+        correction = [c / c2 for c, c2 in zip(c1, root_c2, strict=True)] if hf else c1
+        if fused:
+            return Direction(self.fused(R, M, V, counts), None, correction)
         torch._foreach_lerp_(M, R, 1 - b1)
         multiply_(V, b2)
         add_squares_(V, R, 1 - b2)
-        c1 = [1 - b1**t for t in counts]
-        root_c2 = [(1 - b2**t) ** 0.5 for t in counts]
         denominator = list(torch._foreach_sqrt(V))
-        if self.eps_mode == "torch":
+        if not hf:
             torch._foreach_div_(denominator, root_c2)
-            correction = c1
-        else:
-            correction = [c / c2 for c, c2 in zip(c1, root_c2, strict=True)]
         torch._foreach_add_(denominator, self.eps)
         return Direction(M, denominator, correction)
+
+    def fused(self, R: Tensors, M: Tensors, V: Tensors, counts: list[int]) -> Tensors:
+        """N in one pass over R, M and V, by torch's kernel for whole Adam steps.
+
+        The kernel moves a weight by -lr/c1 * M / (sqrt(V)/root_c2 + eps). From a weight of 0,
+        lr = -c1 leaves N; in hf mode root_c2 is taken out of lr and of eps.
+        """
+        N = [torch.zeros_like(r) for r in R]
+        b1, b2 = self.betas
+        for t in set(counts):
+            chosen = [i for i, count in enumerate(counts) if count == t]
+            step = torch.tensor(float(t), device=R[0].device)
+            hf = (1 - b2**t) ** 0.5 if self.eps_mode == "hf" else 1.0
+            torch._fused_adam_(
+                [N[i] for i in chosen],
+                [R[i] for i in chosen],
+                [M[i] for i in chosen],
+                [V[i] for i in chosen],
+                [],
+                [step] * len(chosen),
+                lr=-(1 - b1**t) / hf,
+                beta1=b1,
+                beta2=b2,
+                weight_decay=0.0,
+                eps=self.eps / hf,
+                amsgrad=False,
+                maximize=False,
+            )
+        return N
 
     def rotate(self, state: State, turn: Basis, count: int) -> None:
         M, V = state["exp_avg"], state["exp_avg_sq"]
@@ -126,7 +165,9 @@ class SGD(Inner):
             return {}
         return {"momentum": torch.zeros_like(R, dtype=state_dtype(R, self.state_dtype))}
 
-    def step(self, R: Tensors, states: list[State], counts: list[int]) -> Direction:
+    def step(
+        self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
+    ) -> Direction:
         if not self.momentum:
             return Direction(R, None, [1.0] * len(R))
         M = [s["momentum"] for s in states]
