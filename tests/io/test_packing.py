@@ -172,3 +172,27 @@ def test_a_weight_repeats_whole_copies_and_a_fixed_share():
     assert len(many) == 25 and many["input_ids"] == repeated(data, 2.5, "x")["input_ids"]
     assert len(repeated(data, 0.3, "x")) == 3
     assert repeated(data, 1.0, "x") is data
+
+
+def test_packed_batches_pass_through_trainer_as_they_are(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = model_of("llama", SHAPE)
+    data = pack(encoded(7, 2, 5, 9, 8, 8), 12, pad=0)
+    seen = []
+    inner = model.forward
+
+    def forward(input_ids=None, labels=None, position_ids=None, use_cache=None, **rest):
+        seen.append((use_cache, position_ids.tolist()))
+        return inner(
+            input_ids=input_ids, labels=labels, position_ids=position_ids, use_cache=use_cache
+        )
+
+    model.forward = forward
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True
+    )
+    model.config.use_cache = True
+    Trainer(model, arguments, train_dataset=data, data_collator=Collate()).train()
+    assert len(seen) == 2 and all(cache is False for cache, _ in seen)
+    assert all(row in data["position_ids"] for _, rows in seen for row in rows)

@@ -19,7 +19,8 @@ WHERE = {
         "recognise",
     ),
     "images": ("ImageData", "read_images"),
-    "text": ("Data", "collate", "isolates_documents", "order", "read"),
+    "shards": ("ShardWriter", "Shards"),
+    "text": ("Collate", "Data", "Shuffled", "isolates_documents", "order", "read"),
     "corpora": ("bytes_tokenizer", "pydoc_prose", "stdlib_code", "train_tokenizer"),
 }
 __all__ = sorted(name for names in WHERE.values() for name in names)
