@@ -41,7 +41,8 @@ TRAINER = "trainer_state.json"  # the name under which Trainer looks for it
 def generator_state() -> dict[str, Any]:
     """This process's global generators as plain data."""
     python = random.getstate()
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = numpy
     return {
         "python": [python[0], list(python[1]), python[2]],
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],

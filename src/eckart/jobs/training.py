@@ -23,22 +23,26 @@ from transformers import Trainer, TrainingArguments
 from eckart.errors import Diverged
 from eckart.io.packing import Shuffled
 from eckart.jobs.checkpoints import Checkpointing
+from eckart.jobs.divergence import first_bad_gradient, first_bad_module
 from eckart.linear import Structured
 from eckart.recipe import Handle
 
 
 def trainer(cls: type[Trainer] = Trainer) -> type[Training]:
     """A Trainer, SFTTrainer or subclass that trains a handle: call it with one."""
-    return _mixed(cls)
+    return mixed(cls)  # type: ignore[arg-type]  # a class is hashable
 
 
 @cache
-def _mixed(cls: type[Trainer]) -> type[Training]:
+def mixed(cls: Any) -> type[Training]:
+    """The mixture of one class, made once."""
     return type(f"Eckart{cls.__name__}", (Training, cls), {"__module__": __name__})
 
 
 class Training(Checkpointing):
     """What is ours in the loop. Mixed in before Trainer or a subclass of it."""
+
+    optimizer: Any
 
     def __init__(self, handle: Handle, args: TrainingArguments | None = None, **kwargs: Any):
         args = copy.copy(args) if args is not None else TrainingArguments("output")
@@ -57,6 +61,7 @@ class Training(Checkpointing):
         if self.optimizer is None:
             self.optimizer = self.handle.optimizer(self.args.learning_rate, self.clip)
             self.optimizer.register_step_pre_hook(self._note_rates)
+            self.optimizer.register_step_post_hook(self._check_norm)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -72,6 +77,17 @@ class Training(Checkpointing):
 
     def _note_rates(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.applied_rates = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def _check_norm(self, optimizer: Any, *_: Any) -> None:
+        norm = optimizer.grad_norm
+        if norm is not None and not torch.isfinite(norm):
+            raise self.diverged("gradient norm", norm, first_bad_gradient(self.handle.model))
+
+    def diverged(self, what: str, value: Tensor, where: tuple[str, str] | None) -> Diverged:
+        """`loss is NaN at step 412; first in layers.11.mlp.down_proj (gradient)`."""
+        name = "NaN" if torch.isnan(value) else "infinite"
+        text = f"{what} is {name} at step {self.state.global_step + 1}"
+        return Diverged(text + (f"; first in {where[0]} ({where[1]})" if where else ""))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """No norm before the step: the optimizer measures what it applies."""
@@ -102,7 +118,7 @@ class Training(Checkpointing):
             k = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = self.handle.loss(inputs, outputs, loss * k) / k
         if model.training and not torch.isfinite(loss):
-            raise Diverged(f"loss is {loss.item()} at step {self.state.global_step + 1}")
+            raise self.diverged("loss", loss, first_bad_module(self.handle.model, inputs))
         return (loss, outputs) if return_outputs else loss
 
     @property

@@ -1,0 +1,99 @@
+"""The course of a training, from a loaded model to a finished run.
+
+    data -> recipe attached -> what is auto decided -> training -> final/
+
+`finetune` and `pretrain` differ in where the model comes from and in what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eckart.io.opening import Opened
+from eckart.io.run import Run
+from eckart.jobs import held_out, outcome, prepare, settle
+from eckart.jobs.config import Job
+from eckart.jobs.fit import fit
+from eckart.jobs.memory import described, room
+from eckart.jobs.screen import Screen, amount, rate
+from eckart.recipe import Handle
+
+Write = Callable[[Run, Handle, Any], str]  # (run, handle, tokenizer) -> the format of final/
+
+
+def begin(job: Job) -> tuple[Job, Screen]:
+    """What comes before anything is loaded: a free folder, a resumed run's own values."""
+    outcome.refuse_early(job)
+    if job.flags.resume:
+        job = settle.as_it_began(job, Path(job.flags.resume))
+    return settle.precision(job, prepare.device()), Screen(quiet=job.flags.json)
+
+
+def course(
+    job: Job, screen: Screen, opened: Opened, tokenizer: Any, write: Write
+) -> dict[str, Any]:
+    """Train the model of a job and write what comes out; the object of --json."""
+    place = prepare.device()
+    opened.model.to(place)
+    prepare.require_fit(tokenizer, opened.model)
+    screen.line("model", model_line(opened), Path(opened.base).name)
+
+    job = settle.seq_len(job, prepare.context_of(opened.model), place)
+    data = prepare.read_data(job, tokenizer, opened.model)
+    name, _, summary = data.summary.partition(": ")
+    screen.line("data", f"{summary}\n{len(data.train):,} rows of {data.seq_len} tokens", name)
+
+    before = held_out.measure(opened.model, data, 8) if not job.flags.resume else {}
+    job = settle.horizon(job, len(data.train), job.recipe())
+    handle = prepare.carry(job, opened, data)
+    screen.line("method", str(handle.coverage), method_name(job))
+
+    job, parts = prepare.into_memory(job, handle, data)
+    job = settle.metrics(job, held_out.names(data))
+    estimate = sum(parts.values())
+    screen.line("memory", described(parts, room(place)[1]))
+    screen.line("lr", job.settled.get("train.lr", "as given"), rate(float(job.train.lr)))
+    screen.line("steps", steps_line(job), str(job.train.steps))
+
+    parameters = outcome.parameters_of(handle)
+    if job.flags.dry_run:
+        return outcome.document(job, screen, parameters, estimate)
+    with outcome.open_run(job, data, parameters, estimate) as run:
+        before = before or (run.facts.get("eval") or {}).get("before") or {}
+        run.record(eval={"before": before, "after": None})
+        fitted = fit(job, run, handle, data, screen, prepare.resume_from(job))
+        after = held_out.measure(handle.model, data, int(job.train.batch_size))
+        if data.chat_template:
+            tokenizer.chat_template = data.chat_template
+        form = write(run, handle, tokenizer)
+        found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
+        run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+    outcome.report(screen, found, form, fitted)
+    return found
+
+
+def model_line(opened: Opened) -> str:
+    """`134.5 M parameters, bf16`, and what it carries already."""
+    model = opened.model
+    count = sum(p.numel() for p in model.parameters())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
+    carried = f", going on with {opened.handle.weights.slug}" if opened.handle else ""
+    return f"{amount(count)} parameters, {short}{carried}"
+
+
+def method_name(job: Job) -> str:
+    """`lora`, or `dense + galore` where the update is not the plain one."""
+    names = [job.choices["weights"].name]
+    if "update.name" not in job.settled:
+        names.append(job.choices["update"].name)
+    return " + ".join(names + [c.name for c in job.objectives])
+
+
+def steps_line(job: Job) -> str:
+    """Why so many steps, and how a step's rows are split."""
+    size, parts = job.train.batch_size, job.train.accumulate
+    split = f"batch {size}" + (f" x {parts} accumulated" if parts != 1 else "")
+    return f"{job.settled.get('train.steps', 'as given')}; {split}"

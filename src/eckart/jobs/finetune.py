@@ -1,0 +1,49 @@
+"""`eckart finetune MODEL DATA`: teach a model, an adapter or a run from data.
+
+An adapter (or a run that made one) is gone on with. The result is PEFT's files where the
+method has them, a plain transformers model where the model itself was trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eckart.errors import UsageError
+from eckart.io.models import load_model, load_tokenizer, recognise
+from eckart.io.opening import Opened, open_model
+from eckart.jobs import prepare
+from eckart.jobs.config import Job
+from eckart.jobs.course import begin, course
+from eckart.jobs.outcome import write_final
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Everything from a job to a finished run; the object of --json."""
+    job, screen = begin(job)
+    opened = open_base(job)
+    tokenizer = load_tokenizer(job.model or "")
+    return course(job, screen, opened, tokenizer, write_final)
+
+
+def open_base(job: Job) -> Opened:
+    """The model to teach. Raises UsageError for a configuration, which has no weights."""
+    source = recognise(job.model or "")
+    if source.kind in ("preset", "config"):
+        raise UsageError(
+            "this is a shape without weights",
+            [(source.path, source.kind)],
+            f"Start from random weights: eckart pretrain {source.path} DATA",
+        )
+    dtype, seed = prepare.dtype_of(job), job.train.seed
+    labels = prepare.labels_of(job)
+    if not labels:
+        return open_model(source.path, dtype, seed=seed)
+    model = load_model(source.path, dtype, "classification", seed, **labelled(labels))
+    return Opened(model, None, source.path)
+
+
+def labelled(labels: tuple[str, ...]) -> dict[str, Any]:
+    """What a classifier's configuration says about its classes."""
+    by_id = dict(enumerate(labels))
+    by_name = {name: i for i, name in by_id.items()}
+    return {"num_labels": len(labels), "id2label": by_id, "label2id": by_name}

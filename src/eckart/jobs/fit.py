@@ -1,0 +1,299 @@
+"""The training of a run: a settled job, a handle and data in; numbers out.
+
+Trainer does the loop. Here are its arguments, the callbacks that write metrics, show
+progress and listen to Ctrl-C, and what an error of the loop means to a person.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from eckart.errors import Diverged, Interrupted, OutOfRoom
+from eckart.io.run import Run
+from eckart.io.text import Data
+from eckart.jobs import held_out
+from eckart.jobs.checkpoints import load_model_state
+from eckart.jobs.config import Job
+from eckart.jobs.memory import Kept, held_state_bytes, model_bytes, model_device, size
+from eckart.jobs.screen import Progress, Screen
+from eckart.jobs.settle import warmup_steps
+from eckart.jobs.training import Training
+from eckart.recipe import Handle
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training leaves beside the handle's tensors."""
+
+    steps: int
+    best_step: int | None  # where the result is from, when it is not the last step
+    seconds: float  # of this process, evaluations included
+    tokens_per_second: float
+    peak_bytes: int
+
+
+def fit(
+    job: Job, run: Run, handle: Handle, data: Data, screen: Screen, resume: Path | None = None
+) -> Fitted:
+    """Train to the last step, from a checkpoint where one is given; the best model stays.
+
+    Raises Interrupted with a checkpoint saved, Diverged with the module that went wrong,
+    OutOfRoom where memory runs out.
+    """
+    trained = RunTraining(job, run, handle, data, screen)
+    first = step_of(resume)
+    run.rewind(first)
+    begun = time.monotonic()
+    try:
+        with listening(trained.interrupt):
+            trained.train(resume_from_checkpoint=str(resume) if resume else None)
+    except Diverged as fault:
+        raise last_good(fault, run, job) from None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
+        if is_out_of_memory(fault):
+            raise out_of_memory(job) from fault
+        raise
+    steps, seconds = trained.state.global_step, time.monotonic() - begun
+    if trained.interrupt.asked and steps < int(job.train.steps):
+        raise interrupted(job, run, steps)
+    best = trained.state.best_global_step if job.train.best and data.evaluation else None
+    if best and best != steps:
+        load_model_state(handle, trained.checkpoint_at(best))
+    return Fitted(steps, best, seconds, trained.tokens(steps - first) / seconds, trained.peak())
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step in a checkpoint's name; 0 without one."""
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+
+def arguments(job: Job, run: Run, handle: Handle, data: Data) -> TrainingArguments:
+    """The job's settled keys in Trainer's words."""
+    train, steps = job.train, int(job.train.steps)
+    device = model_device(handle.model)
+    evaluated = bool(data.evaluation)
+    precision = job.choices["precision"].method
+    half = getattr(precision, "dtype", "") == "bfloat16"
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    return TrainingArguments(
+        output_dir=str(run.folder),
+        max_steps=steps,
+        per_device_train_batch_size=int(train.batch_size),
+        gradient_accumulation_steps=int(train.accumulate),
+        learning_rate=float(train.lr),
+        lr_scheduler_type=schedule,
+        warmup_steps=warmup_steps(train),
+        max_grad_norm=train.clip or 0.0,
+        logging_steps=max(1, round(steps / 25)),
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=int(train.save_every),
+        save_total_limit=train.keep,
+        eval_strategy="steps" if evaluated else "no",
+        eval_steps=int(job.eval.every) if evaluated else None,
+        metric_for_best_model="loss" if evaluated and (train.best or train.patience) else None,
+        greater_is_better=False,
+        seed=train.seed,
+        activation_checkpointing=bool(train.checkpointing),
+        torch_compile=train.compile,
+        # A base that is trained stays in fp32, so that small updates are not rounded away.
+        bf16=half and handle.weights.base == "trained",
+        use_cpu=device.type == "cpu",
+        report_to=list(job.track) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+class RunTraining(Training):
+    """The training of a run's folder: our evaluation, metrics.jsonl, progress, Ctrl-C."""
+
+    control: TrainerControl
+
+    def __init__(self, job: Job, run: Run, handle: Handle, data: Data, screen: Screen):
+        super().__init__(
+            handle,
+            arguments(job, run, handle, data),
+            train_dataset=data.train,
+            eval_dataset=data.evaluation or None,
+            data_collator=data.collate,
+        )
+        self.job, self.data = job, data
+        self.interrupt = Interrupt()
+        self.kept_bytes = 0
+        self.remove_callback(PrinterCallback)
+        self.add_callback(self.interrupt)
+        if self.args.should_save:
+            self.add_callback(Metrics(run))
+            if not screen.quiet:
+                self.add_callback(Progress())
+        if job.train.patience and data.evaluation:
+            self.add_callback(Patience(job.train.patience))
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Means over tokens, as before and after the run, so that the numbers compare."""
+        found = held_out.measure(
+            self.handle.model, self.data, self.args.per_device_train_batch_size
+        )
+        if not math.isfinite(found["loss"]):
+            raise Diverged(f"held-out loss is {found['loss']} at step {self.state.global_step}")
+        logs = {f"eval_{name}": value for name, value in found.items() if name != "sources"}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, dict(logs)
+        )
+        return logs
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Training's; the first batch also shows what autograd keeps."""
+        if self.kept_bytes or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        kept = Kept(self.handle.model)
+        with kept.count():
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.kept_bytes = kept.bytes
+        return loss
+
+    def tokens(self, steps: int) -> float:
+        """Tokens seen in so many steps, padding left out."""
+        rows = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return rows * self.args.world_size * self.data.tokens / max(1, len(self.data.train))
+
+    def peak(self) -> int:
+        """Tensor bytes at their highest: the allocator's on a GPU, counted elsewhere."""
+        device = model_device(self.handle.model)
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        held = sum(model_bytes(self.handle).values()) + held_state_bytes(self.inner_optimizer)
+        gradients = sum(size(p) for p in self.handle.trainable().values())
+        return held + gradients + self.kept_bytes
+
+
+# --- callbacks -----------------------------------------------------------------------------
+
+
+class Metrics(TrainerCallback):
+    """One line of metrics.jsonl for each log step."""
+
+    def __init__(self, run: Run):
+        self.run, self.begun = run, time.monotonic()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        logs = {k: v for k, v in (more.get("logs") or {}).items() if k != "step"}
+        if "train_runtime" in logs:  # Trainer's closing summary: run.json has these
+            return
+        seconds = round(time.monotonic() - self.begun, 3)
+        self.run.log(step=state.global_step, seconds=seconds, **logs)
+
+
+class Patience(TrainerCallback):
+    """Stops after so many evaluations without a better loss, counted over resumes."""
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        if since_best >= self.patience:
+            control.should_training_stop = True
+
+
+class Interrupt(TrainerCallback):
+    """Asked to stop, it lets the step end, saves and stops."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def listening(interrupt: Interrupt) -> Iterator[None]:
+    """Ctrl-C (or SIGTERM) asks once; a second one ends the program as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        if interrupt.asked:
+            raise KeyboardInterrupt
+        interrupt.asked = True
+
+    for number in before:
+        signal.signal(number, asked)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- what an ending means ------------------------------------------------------------------
+
+
+def interrupted(job: Job, run: Run, step: int) -> Interrupted:
+    """The end of a run that was asked to stop."""
+    return Interrupted(
+        f"interrupted at step {step}; a checkpoint is saved",
+        [("checkpoint", str(run.latest()))],
+        f"Go on: eckart {job.command} --resume {run.folder}",
+    )
+
+
+def last_good(fault: Diverged, run: Run, job: Job) -> Diverged:
+    """A divergence with the checkpoint before it and the way on."""
+    found = run.latest()
+    lower = f"train.lr={float(job.train.lr) / 2:.2g}"
+    if found is None:
+        fact, fix = "none was saved yet", f"Start again with a lower rate: {lower}"
+    else:
+        fact, fix = str(found), f"Continue with a lower rate: --resume {run.folder} {lower}"
+    return Diverged(fault.what, [*fault.facts, ("last good checkpoint", fact)], fix)
+
+
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Is this how torch says that memory ran out?"""
+    if isinstance(fault, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator: can't allocate memory" in str(fault)
+
+
+def out_of_memory(job: Job) -> OutOfRoom:
+    """Memory ran out in a step: what would take less."""
+    size, parts = int(job.train.batch_size), int(job.train.accumulate)
+    if size > 1:
+        fix = f"Type train.batch_size={size // 2} train.accumulate={parts * 2}."
+    elif not job.train.checkpointing:
+        fix = "Type train.checkpointing=true."
+    else:
+        fix = f"Type data.seq_len={int(job.data.seq_len) // 2}."
+    return OutOfRoom("out of memory", [("train.batch_size", str(size))], fix)

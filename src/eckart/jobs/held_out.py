@@ -1,0 +1,80 @@
+"""How good a model is on data it was not trained on: loss, perplexity, bits per byte.
+
+Means are over tokens, not over batches, so that the split into batches does not show. Bits
+per byte compare models with different tokenizers, which perplexities do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart.io.text import Data
+
+IGNORE = -100  # a label that does not count
+
+
+@torch.no_grad()
+def measure(model: nn.Module, data: Data, batch_size: int) -> dict[str, Any]:
+    """Numbers over all held-out rows; empty where nothing is held out.
+
+    loss in nats per token; with more than one source also `sources`: {name: loss}. For
+    classes: the mean loss of an example and `accuracy`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        sums = {
+            name: summed(model, rows, data, batch_size) for name, rows in data.evaluation.items()
+        }
+    finally:
+        model.train(was_training)
+    sums = {name: counts for name, counts in sums.items() if counts["count"]}
+    if not sums:
+        return {}
+    count = sum(s["count"] for s in sums.values())
+    loss = sum(s["loss"] for s in sums.values()) / count
+    found: dict[str, Any] = {"loss": loss}
+    if data.labels:
+        found["accuracy"] = sum(s["right"] for s in sums.values()) / count
+    else:
+        found["perplexity"] = math.exp(min(loss, 700.0))  # e^709 is the largest double
+        text = sum(s["count"] * data.bytes_per_token.get(name, 0.0) for name, s in sums.items())
+        if text:
+            found["bits_per_byte"] = loss * count / math.log(2) / text
+    if len(sums) > 1:
+        found["sources"] = {name: s["loss"] / s["count"] for name, s in sums.items()}
+    return found
+
+
+def names(data: Data) -> tuple[str, ...]:
+    """What `measure` gives for this data."""
+    return ("loss", "accuracy") if data.labels else ("loss", "perplexity", "bits_per_byte")
+
+
+def summed(model: nn.Module, rows: Any, data: Data, batch_size: int) -> dict[str, float]:
+    """Summed loss, and how many tokens (or examples) it is over."""
+    total = {"loss": 0.0, "count": 0.0, "right": 0.0}
+    device = next(model.parameters()).device
+    for batch in batches(rows, data, batch_size):
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        outputs = model(**inputs)
+        labels = inputs["labels"]
+        counted = labels.numel() if labels.ndim == 1 else int((labels[:, 1:] != IGNORE).sum())
+        if not counted:
+            continue
+        total["loss"] += float(outputs["loss"]) * counted
+        total["count"] += counted
+        if labels.ndim == 1:
+            total["right"] += int((outputs["logits"].argmax(-1) == labels).sum())
+    return total
+
+
+def batches(rows: Any, data: Data, size: int) -> Iterator[Mapping[str, Any]]:
+    """Rows in their own order, collated."""
+    for start in range(0, len(rows), size):
+        yield data.collate([rows[i] for i in range(start, min(start + size, len(rows)))])

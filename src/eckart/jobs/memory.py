@@ -1,0 +1,121 @@
+"""Bytes of tensors by category, before a run and while it runs.
+
+    weights      parameters and buffers of the model, terms apart
+    factors      the terms' tensors
+    gradients    one for each trained tensor
+    state        the optimizer's, from its rules
+    activations  what autograd keeps for the backward pass of one batch
+
+Figures are tensor bytes, not the process's size, which depends on allocators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from eckart.recipe import Handle
+
+GB = 1e9
+
+
+def model_bytes(handle: Handle) -> dict[str, int]:
+    """Weights and factors as they are now; shared storage is counted once."""
+    own = {id(t) for by_name in handle.parts().values() for p in by_name.values() for t in held(p)}
+    own |= {id(t) for module in handle.shared.values() for t in held(module)}
+    counted = {id(t): t for t in held(handle.model)}
+    factors = sum(size(t) for key, t in counted.items() if key in own)
+    return {"weights": sum(size(t) for t in counted.values()) - factors, "factors": factors}
+
+
+def held(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state that the optimizer's rules will hold once every parameter has moved."""
+    total = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            rule = group["rule"].on(p.shape, group["leading"])
+            empty = torch.empty(p.shape, dtype=p.dtype, device="meta")
+            entry = rule.start(empty, group["leading"])
+            total += sum(size(t) for t in entry.values() if isinstance(t, Tensor))
+    return total
+
+
+def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state that the optimizer holds now."""
+    entries = optimizer.state.values()
+    return sum(size(t) for entry in entries for t in entry.values() if isinstance(t, Tensor))
+
+
+class Kept:
+    """Counts the bytes that autograd keeps inside `count()`, parameters left out."""
+
+    def __init__(self, model: nn.Module):
+        self.ours = {t.untyped_storage().data_ptr() for t in held(model)}
+        self.storages: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of distinct storages."""
+        return sum(self.storages.values())
+
+    @contextmanager
+    def count(self) -> Any:
+        """Count what is kept for a backward pass in this block."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.ours:
+                # by address: an address used again inside one pass was freed, so not kept
+                self.storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+
+def activation_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Bytes kept for the backward pass of one batch; a forward pass that leaves no trace."""
+    kept, was_training = Kept(model), model.training
+    model.train()
+    devices = [model_device(model)] if model_device(model).type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), kept.count():
+            outputs = model(**batch)
+        del outputs
+    finally:
+        model.train(was_training)
+    return kept.bytes
+
+
+def model_device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def room(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    import psutil  # type: ignore[import-untyped]
+
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def described(parts: Mapping[str, int], total: int) -> str:
+    """`1.15 GB of 16: weights 0.27, factors 0.08, ...`"""
+    listed = ", ".join(f"{name} {part / GB:.2g}" for name, part in parts.items() if part)
+    return f"{sum(parts.values()) / GB:.3g} GB of {total / GB:.0f}: {listed}"

@@ -1,0 +1,232 @@
+"""From a settled job to a model that carries its recipe: devices, data, attaching, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart.errors import FileError, UsageError
+from eckart.io.encoding import class_names
+from eckart.io.formats import format_of
+from eckart.io.opening import Opened
+from eckart.io.packing import isolates_documents, order
+from eckart.io.reading import rows_of, sources_of
+from eckart.io.run import latest_checkpoint
+from eckart.io.text import Data, read
+from eckart.jobs import settle
+from eckart.jobs.checkpoints import read_state
+from eckart.jobs.config import Job
+from eckart.jobs.memory import (
+    activation_bytes,
+    model_bytes,
+    model_device,
+    room,
+    size,
+    state_bytes,
+)
+from eckart.recipe import Handle, Recipe, attach, attach_from
+from eckart.recipe.fingerprint import fingerprint
+
+CALIBRATION = (8, 4)  # batches and rows in each, for methods that look at gradients first
+
+
+def device() -> torch.device:
+    """Where the model trains: this process's GPU, or the CPU."""
+    from accelerate import PartialState
+
+    found: torch.device = PartialState().device
+    return found
+
+
+def dtype_of(job: Job) -> torch.dtype:
+    """How the model is loaded: a base that is trained stays in fp32 (bf16 is autocast then)."""
+    weights: Any = job.choices["weights"].method
+    precision: Any = job.choices["precision"].method
+    trained = weights is not None and weights.base == "trained"
+    return torch.float32 if trained else getattr(torch, precision.dtype)
+
+
+def labels_of(job: Job) -> tuple[str, ...]:
+    """Names of the classes where the data has labels; none where it is text to go on from."""
+    sources = sources_of(entries(job))
+    first = next(iter(rows_of(sources[0])), None)
+    if first is None:
+        raise FileError("no rows in the data", [(str(sources[0].path), "")])
+    if format_of(first, job.data.format) != "text+label":
+        return ()
+    return tuple(class_names(row for source in sources for row in rows_of(source)))
+
+
+def entries(job: Job) -> list[dict[str, Any]]:
+    """The data's sources as `io.text` takes them."""
+    return [{"path": s.path, "weight": s.weight} for s in job.data.train]
+
+
+def read_data(job: Job, tokenizer: Any, model: nn.Module) -> Data:
+    """The job's data, packed where the model keeps packed documents apart."""
+    held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
+    return read(
+        entries(job),
+        tokenizer,
+        int(job.data.seq_len),
+        packing=not hasattr(model, "num_labels") and isolates_documents(model),
+        eval=held,
+        format=job.data.format,
+    )
+
+
+def require_fit(tokenizer: Any, model: Any) -> None:
+    """Raise FileError where the tokenizer has tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise FileError(
+            "the tokenizer has more tokens than the model",
+            [("tokenizer", f"{len(tokenizer):,} tokens"), ("model", f"{rows:,} embeddings")],
+            "Use the tokenizer that the model was trained with.",
+        )
+
+
+def context_of(model: Any) -> int | None:
+    """The longest text that the model was made for; None where it says nothing."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
+def new_head(model: Any) -> tuple[str, ...]:
+    """Modules outside the pretrained body: a classification head, trained whole."""
+    body = model.base_model_prefix
+    if not hasattr(model, body) or not hasattr(model, "num_labels"):
+        return ()
+    return tuple(
+        name for name, child in model.named_children() if name != body and any(child.parameters())
+    )
+
+
+# --- attaching -----------------------------------------------------------------------------
+
+
+def carry(job: Job, opened: Opened, data: Data) -> Handle:
+    """The recipe on the model: rebuilt from a checkpoint, gone on with, or new."""
+    recipe, model = job.recipe(), opened.model
+    checkpoint = resume_from(job)
+    if checkpoint is not None:
+        if opened.handle is not None:
+            opened.handle.remove()
+        handle = rebuilt(model, checkpoint, recipe)
+    elif opened.handle is not None:
+        handle = gone_on(opened.handle, job, recipe)
+    else:
+        handle = attach(
+            model,
+            recipe,
+            calibration=calibration(job, model, data) if recipe.needs else None,
+            steps=int(job.train.steps),
+            lr=float(job.train.lr),
+            warmup=settle.warmup_steps(job.train),
+            seed=job.train.seed,
+            also_train=new_head(model) if data.labels else (),
+        )
+    handle.steps, handle.lr = int(job.train.steps), float(job.train.lr)
+    handle.warmup = settle.warmup_steps(job.train)
+    return handle
+
+
+def resume_from(job: Job) -> Path | None:
+    """The newest whole checkpoint of the run that is resumed."""
+    return latest_checkpoint(job.flags.resume) if job.flags.resume else None
+
+
+def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:
+    """The terms of a checkpoint, their values still to be loaded; no calibration is repeated."""
+    structure = read_state(checkpoint)["structure"]
+    found = fingerprint(model)
+    if structure["fingerprint"] != found:
+        raise FileError(
+            "this run was started on another base",
+            [
+                (str(checkpoint), f"fingerprint {structure['fingerprint'][:12]}"),
+                ("the model now", f"fingerprint {found[:12]}"),
+            ],
+            "Put the model back that the run's config.yaml names.",
+        )
+    return attach_from(model, structure, recipe=recipe)
+
+
+def gone_on(adapter: Handle, job: Job, recipe: Recipe) -> Handle:
+    """An adapter that was loaded, now with the job's other axes. UsageError for another method."""
+    if "weights.name" in job.given and job.choices["weights"].name != adapter.weights.slug:
+        raise UsageError(
+            "an adapter is gone on with by its own method",
+            [
+                (f"{job.model}", f"made by {adapter.weights.slug}"),
+                (f"weights = {job.choices['weights'].name}", "asked for"),
+            ],
+            f"Merge it first: eckart convert {job.model} --to dense -o MERGED",
+        )
+    structure = adapter.structure()
+    tensors = {name: tensor.detach().clone() for name, tensor in adapter.named_state().items()}
+    model = adapter.remove()
+    handle = attach_from(model, structure, recipe=recipe)
+    handle.load_named_state(tensors)
+    return handle
+
+
+def calibration(job: Job, model: nn.Module, data: Data) -> list[dict[str, Any]]:
+    """The first rows of a shuffle of their own, for methods that need gradients or activations."""
+    count, rows = CALIBRATION
+    chosen = order(len(data.train), job.train.seed, -1)[: count * rows].tolist()
+    groups = [chosen[i : i + rows] for i in range(0, len(chosen), rows)]
+    return [on_device(data.collate([data.train[i] for i in group]), model) for group in groups]
+
+
+def on_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    place = model_device(model)
+    return {k: v.to(place) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+# --- memory --------------------------------------------------------------------------------
+
+
+def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, int]]:
+    """The batch settled by what fits, and the bytes that the run will take by category."""
+    optimizer = handle.optimizer(float(job.train.lr))
+    parts = model_bytes(handle)
+    parts["gradients"] = sum(size(p) for p in handle.trainable().values())
+    parts["state"] = state_bytes(optimizer)
+    place = model_device(handle.model)
+    free = room(place)[0] + parts["weights"] + parts["factors"]  # these are held already
+    measured: dict[bool, int] = {}
+
+    def per_row(checkpointing: bool) -> int:
+        if checkpointing not in measured:
+            measured[checkpointing] = one_row(handle.model, data, checkpointing)
+        return measured[checkpointing]
+
+    job = settle.batch(
+        job,
+        settle.rows_per_step(job, len(data.train)),
+        sum(parts.values()),
+        per_row,
+        free,
+        any(o.couples_batch for o in handle.recipe.objective),
+    )
+    handle.recipe.require_no_accumulation(int(job.train.accumulate))
+    parts["activations"] = per_row(bool(job.train.checkpointing)) * int(job.train.batch_size)
+    return job, parts
+
+
+def one_row(model: Any, data: Data, checkpointing: bool) -> int:
+    """Bytes that autograd keeps for the longest of a few rows."""
+    rows = [data.train[i] for i in range(min(len(data.train), 16))]
+    longest = max(rows, key=lambda row: len(row["input_ids"]))
+    batch = on_device(data.collate([longest]), model)
+    if not checkpointing:
+        return activation_bytes(model, batch)
+    model.activation_checkpointing_enable()
+    try:
+        return activation_bytes(model, batch)
+    finally:
+        model.activation_checkpointing_disable()

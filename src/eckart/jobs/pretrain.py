@@ -1,0 +1,72 @@
+"""`eckart pretrain MODEL DATA`: from a shape and random weights to a model.
+
+MODEL is a preset's name, a config.json, or a folder with one; weights beside it are not
+read. A tokenizer beside it is used; without one, a byte-level BPE is trained on the training
+part of the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from eckart.errors import UsageError
+from eckart.io.corpora import train_tokenizer
+from eckart.io.formats import format_of
+from eckart.io.models import config_of, folder_of, holds_tokenizer, load_tokenizer, recognise
+from eckart.io.opening import Opened
+from eckart.io.presets import build_model
+from eckart.io.reading import rows_of, sources_of
+from eckart.io.text import held_out_share, split
+from eckart.jobs import prepare
+from eckart.jobs.config import Job
+from eckart.jobs.course import begin, course
+from eckart.jobs.outcome import write_whole
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Everything from a job to a finished run; the object of --json."""
+    job, screen = begin(job)
+    shape = shape_of(job)
+    tokenizer = tokenizer_for(job, shape)
+    vocab = len(tokenizer) if recognise(shape).kind == "preset" else None
+    model = build_model(shape, vocab, job.train.seed, dtype=prepare.dtype_of(job))
+    screen.line("vocab", f"{len(tokenizer):,} tokens")
+    return course(job, screen, Opened(model, None, shape), tokenizer, write_whole)
+
+
+def shape_of(job: Job) -> str:
+    """The preset or configuration to build. UsageError for an adapter, which has no shape."""
+    source = recognise(job.model or "")
+    if source.kind in ("peft", "native", "run"):
+        raise UsageError(
+            "pretraining starts from a shape, not from something trained",
+            [(source.path, source.kind)],
+            f"Type eckart finetune {source.path} DATA, or name a preset such as llama-tiny.",
+        )
+    return str(folder_of(source.path)) if source.kind == "hub" else source.path
+
+
+def tokenizer_for(job: Job, shape: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the shape, or one trained on the data's training part."""
+    path = Path(shape)
+    folder = path.parent if path.is_file() else path
+    if folder.is_dir() and recognise(shape).kind != "preset" and holds_tokenizer(folder):
+        return load_tokenizer(folder)
+    return train_tokenizer(training_texts(job), config_of(shape).vocab_size)
+
+
+def training_texts(job: Job) -> Iterator[str]:
+    """What the training rows say; held-out text must not shape the tokenizer."""
+    held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
+    share, _ = held_out_share(held)
+    for source in sources_of(prepare.entries(job)):
+        rows = list(rows_of(source))
+        kept, _ = split(rows, format_of(rows[0], job.data.format), share) if rows else ([], [])
+        for row in kept:
+            for value in row.fields.values():
+                yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
