@@ -1,0 +1,76 @@
+"""Side by side in one run: contenders take turns, ratios are of neighbours in time.
+
+Used by the comparisons in this folder. Times are processor seconds of one thread, so that
+what else runs on the machine counts little; a slower minute touches all contenders.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], object]], pairs: int = 9, repeat: int = 1
+) -> dict[str, list[float]]:
+    """Processor seconds of each contender, `pairs` times in turn, after one warm-up each."""
+    torch.set_num_threads(1)
+    for run in contenders.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(pairs):
+        for name, run in contenders.items():
+            start = time.process_time()
+            for _ in range(repeat):
+                run()
+            seconds[name].append((time.process_time() - start) / repeat)
+    return seconds
+
+
+def ratios(over: list[float], under: list[float]) -> dict[str, float]:
+    """Least, median and greatest ratio of neighbours."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Least, median and greatest."""
+    return {
+        "min": round(min(values), 4),
+        "median": round(statistics.median(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """What was compared, and on what."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("torch", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def judge(name: str, value: float, aim: float, at_least: bool = True) -> bool:
+    """Print a figure beside its aim; what falls short is printed as falling short."""
+    met = value >= aim if at_least else value <= aim
+    sign = ">=" if at_least else "<="
+    print(f"{'met        ' if met else 'FALLS SHORT'}  {name}: {value:.3f} ({sign} {aim})")
+    return met
+
+
+def write(name: str, result: Mapping[str, Any]) -> None:
+    """Keep the figures in results/NAME.json when --write is among the words."""
+    if "--write" in sys.argv:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
