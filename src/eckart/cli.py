@@ -74,7 +74,7 @@ Config = Annotated[
 ]
 Out = Annotated[str | None, option("-o", "--out", text="The run's folder.", metavar="FOLDER")]
 Seed = Annotated[int | None, option("--seed", text="Same as train.seed=.")]
-Dry = Annotated[bool, option("--dry-run", text="Decide everything, load and write nothing.")]
+Dry = Annotated[bool, option("--dry-run", text="Decide everything, train and write nothing.")]
 Json = Annotated[bool, option("--json", text="One JSON object on stdout, nothing else.")]
 Resume = Annotated[str | None, option("--resume", text="Go on with a run.", metavar="RUN")]
 To = Annotated[
@@ -322,18 +322,18 @@ def call(module: str, action: Callable[[Any], Any], as_json: bool) -> Any:
     try:
         return action(import_module(f"eckart.jobs.{module}"))
     except KeyboardInterrupt:
-        leave(Interrupted("interrupted"), as_json)
+        leave(module, Interrupted("interrupted"), as_json)
     except EckartError as error:
-        leave(error, as_json)
+        leave(module, error, as_json)
     except Exception as fault:
-        leave(as_error(fault), as_json)
+        leave(module, as_error(fault), as_json)
 
 
-def leave(error: EckartError, as_json: bool) -> NoReturn:
+def leave(command: str, error: EckartError, as_json: bool) -> NoReturn:
     """Say what was wrong and exit with its code."""
     if as_json:
         said = {"what": error.what, "facts": [list(f) for f in error.facts], "fix": error.fix}
-        show({"exit": error.exit_code, "error": said}, True)
+        show({"command": command, "exit": error.exit_code, "error": said}, True)
     typer.echo(error.text(), err=True)
     raise typer.Exit(error.exit_code)
 

@@ -52,7 +52,8 @@ def test_every_end_has_its_exit_code(eckart_, monkeypatch, tmp_path, error, code
     assert (got, out) == (code, "") and err and "Traceback" not in err
     got, out, err = eckart_("methods", "--json")
     document = json.loads(out)
-    assert (got, document["exit"]) == (code, code) and document["error"]["what"] in err
+    assert (got, document["exit"], document["command"]) == (code, code, "methods")
+    assert document["error"]["what"] in err
 
 
 def test_an_internal_fault_leaves_its_traceback_in_a_file(eckart_, monkeypatch, tmp_path):
