@@ -1,5 +1,6 @@
 """Every command: its signature and one call into `jobs`. Nothing heavy is imported here."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from eckart.errors import EckartError, Interrupted, UsageError
+from eckart.errors import EckartError, Interrupted, OutOfRoom, UsageError
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -339,7 +340,11 @@ def leave(command: str, error: EckartError, as_json: bool) -> NoReturn:
 
 
 def as_error(fault: Exception) -> EckartError:
-    """What was not foreseen: a short message, and the traceback in a file."""
+    """What was not foreseen: no room left, or a fault of ours with its traceback in a file."""
+    if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":  # torch's
+        return OutOfRoom("out of memory", fix="Type a smaller train.batch_size or data.seq_len.")
+    if isinstance(fault, OSError) and fault.errno == errno.ENOSPC:
+        return OutOfRoom("no space left on the disk", fix="Make room, or choose another -o.")
     import tempfile
     import traceback
 

@@ -1,5 +1,6 @@
 """The command line itself: exit codes, what goes to which stream, help."""
 
+import errno
 import json
 import re
 import sys
@@ -42,6 +43,8 @@ def raising(error: BaseException):
         (Diverged("no"), 5),
         (MissingExtra("no"), 6),
         (KeyboardInterrupt(), 130),
+        (MemoryError("no"), 4),
+        (OSError(errno.ENOSPC, "no"), 4),
         (ZeroDivisionError("no"), 1),
     ],
 )
@@ -67,10 +70,10 @@ def test_an_internal_fault_leaves_its_traceback_in_a_file(eckart_, monkeypatch, 
 
 
 def test_an_error_is_text_on_stderr(eckart_):
-    assert eckart_("methods", "lora-bs") == (
+    assert eckart_("methods", "galor") == (
         2,
         "",
-        "unknown method lora-bs     command line\nDid you mean lora? All methods: eckart methods\n",
+        "unknown method galor     command line\nDid you mean galore? All methods: eckart methods\n",
     )
 
 
