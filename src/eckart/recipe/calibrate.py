@@ -101,10 +101,13 @@ def gather_activations(
 def deterministic_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode while calibrating: dropout would make initial values differ by run."""
     training = {name: module.training for name, module in model.named_modules()}
+    config = vars(model.config) if hasattr(model, "config") else {}
+    before = dict(config)  # classifiers of transformers note their problem_type as they run
     model.eval()
     try:
         yield
     finally:
+        config.update(before)
         for name, module in model.named_modules():
             module.training = training[name]
 
