@@ -168,6 +168,43 @@ def test_state_has_these_shapes_and_no_others(shape, side, left, right, moment):
     assert method.cost(*shape).state == measured
 
 
+@pytest.mark.parametrize("inner", ["adam", "adam8bit", "adafactor"])
+@pytest.mark.parametrize("shape", [(128, 96), (64, 96), (7, 5)])
+def test_cost_is_what_is_stored(shape, inner):
+    method = GaLore(rank=48, inner=inner)
+    _, state = train(method.rule(), start(shape), spectrum(shape, 2))
+    measured = sum(v.numel() for v in state.values() if isinstance(v, torch.Tensor))
+    assert method.cost(*shape).state == measured
+
+
+def test_adafactor_moves_the_subspace_by_its_factored_update():
+    grads = spectrum((9, 6), 6)
+    method = GaLore(rank=3, every=100, inner="adafactor", weight_decay=0.1, scale=0.5)
+    path, state = train(method.rule(), start((9, 6)), grads)
+    W, P, row, column = start((9, 6)), state["right"], 0.0, 0.0
+    for t, G in enumerate(grads, 1):
+        R, keep = G @ P.T, 1 - t**-0.8
+        square = R**2 + 1e-30
+        row = keep * row + (1 - keep) * square.mean(1)
+        column = keep * column + (1 - keep) * square.mean(0)
+        N = R * (row / row.mean()).rsqrt()[:, None] * column.rsqrt()
+        N = N / max(1.0, N.pow(2).mean().sqrt())
+        W = W - 0.05 * 0.1 * W - 0.05 * 0.5 * N @ P
+    torch.testing.assert_close(path[-1], W, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("search", ["svd", "gram", "randomised", "iteration"])
+@pytest.mark.parametrize("side", ["auto", "reverse", "both"])
+def test_all_searches_serve_all_sides(search, side):
+    grads = spectrum((9, 6), 12)
+    method = GaLore(rank=3, every=5, search=search, side=side)
+    path, _ = train(method.rule(), start((9, 6)), grads)
+    turned, _ = train(method.rule(), start((9, 6)).T, [G.T for G in grads])
+    if search != "randomised":  # whose directions are drawn for the side they lie on
+        torch.testing.assert_close(path[-1], turned[-1].T, rtol=0, atol=1e-9)
+    assert (path[-1] - start((9, 6))).abs().max() > 1e-3
+
+
 def test_a_rank_above_the_short_side_is_cut_there():
     _, state = train(GaLore(rank=99).rule(), start((7, 5)), spectrum((7, 5), 1))
     assert state["right"].shape == (5, 5)

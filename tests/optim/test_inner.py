@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tests.optim.trainings import gradients, parameters, run
 
-from eckart.optim import Adam
+from eckart.optim import Adafactor, Adam, LowRankOptimizer, Rule
 
 
 def directions(adam, dtype, fused, steps=6, count_gap=3):
@@ -44,3 +45,22 @@ def test_float32_moments_are_taken_by_both_forms():
         states = [adam.init(R[0])]
         N = adam.step(R, states, [1], fused=fused).tensors()[0]
         assert N.dtype == states[0]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_adafactor_is_that_of_transformers(beta1):
+    """With the learning rate given and nothing relative, as GaLore runs it."""
+    from transformers.optimization import Adafactor as Reference
+
+    shapes = [(9, 6), (6, 9), (7,)]
+    grads = gradients(shapes, 12)
+    grads[6] = [50 * G for G in grads[6]]  # a spike: the update is clipped
+    ours, theirs = parameters(shapes), parameters(shapes)
+    rule = Rule(Adafactor(beta1=beta1), weight_decay=0.1)
+    found = run(LowRankOptimizer(ours, lr=0.03, rule=rule), ours, grads)
+    options = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    params = [p for _, p in theirs]
+    reference = Reference(params, lr=0.03, weight_decay=0.1, beta1=beta1 or None, **options)
+    wanted = run(reference, theirs, grads)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -1,21 +1,36 @@
 """How does a gradient become a change? Optimizers put together from small parts."""
 
-from eckart.optim.inner import SGD, Adam, Direction, Inner
+from eckart.optim.inner import SGD, Adafactor, Adam, Direction, Inner
 from eckart.optim.optimizer import LowRankOptimizer
-from eckart.optim.project import SVD, Basis, Identity, Projector, Subspace
+from eckart.optim.project import (
+    SVD,
+    Basis,
+    Gram,
+    Identity,
+    Iteration,
+    Projector,
+    Randomised,
+    Subspace,
+)
 from eckart.optim.refresh import Refresh
 from eckart.optim.rule import Rule
+from eckart.optim.storage import EightBit
 
 __all__ = [
     "SGD",
     "SVD",
+    "Adafactor",
     "Adam",
     "Basis",
     "Direction",
+    "EightBit",
+    "Gram",
     "Identity",
     "Inner",
+    "Iteration",
     "LowRankOptimizer",
     "Projector",
+    "Randomised",
     "Refresh",
     "Rule",
     "Subspace",

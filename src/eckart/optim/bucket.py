@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Entry:
     layout: Layout | None  # None where the parameter is whole on this process
     state: State  # as saved: numbers and tensors, DTensors where the parameter is one
     tensors: dict[str, Tensor]  # the state's tensors, local
+    base_seed: int = 0
     low: Tensor | None = None  # the gradient as applied: R once projected, else G
 
     @property
@@ -39,7 +41,12 @@ class Entry:
 
     @property
     def basis(self) -> Basis:
-        return Basis(self.tensors.get("left"), self.tensors.get("right"))
+        return self.rule.projector.basis(self.tensors, self.view(self.param).shape)
+
+    @property
+    def seed(self) -> int:
+        """For what is drawn at this step: from the name, so that order does not matter."""
+        return crc32(f"{self.base_seed}/{self.name}/{self.state['step']}".encode())
 
     @property
     def R(self) -> Tensor:
@@ -177,7 +184,7 @@ def write_back(p: Tensor, W: Tensor) -> None:
         p.copy_(W.view_as(p))
 
 
-def entry_of(name: str, p: Tensor, group: Mapping[str, Any], state: State) -> Entry:
+def entry_of(name: str, p: Tensor, group: Mapping[str, Any], state: State, seed: int = 0) -> Entry:
     """A parameter with its state, which is made where it is empty."""
     rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
     if p.grad is not None and p.grad.is_sparse:
@@ -188,10 +195,16 @@ def entry_of(name: str, p: Tensor, group: Mapping[str, Any], state: State) -> En
         )
     left, right = rule.sides(p.shape, leading)
     layout = layout_of(name, p, leading, left, right)
+    if layout is not None and not rule.inner.elementwise:
+        raise UsageError(
+            "this inner rule needs whole tensors, and the parameter is sharded",
+            [(name, type(rule.inner).__name__)],
+            "Train without sharding, or use Adam.",
+        )
     if not state:
         state.update(rule.start(p, leading, layout))
     tensors = {k: local(v) for k, v in state.items() if isinstance(v, Tensor)}
-    return Entry(name, p, group, rule, layout, state, tensors)
+    return Entry(name, p, group, rule, layout, state, tensors, seed)
 
 
 def buckets(entries: Iterator[Entry]) -> list[Bucket]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.part import Part, State, Tensors, add_squares_, multiply_
-from eckart.optim.project import Basis, up
+from eckart.optim.project import Turn
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Inner(Part):
     """The contract of an inner rule."""
 
     elementwise: ClassVar[bool] = True  # may run on any shard of a tensor
+    turns: ClassVar[bool] = True  # can its moments be rotated into another basis?
 
     def init(self, R: Tensor) -> dict[str, Tensor]:
         """The state tensors for a gradient like R."""
@@ -56,17 +57,23 @@ class Inner(Part):
         """
         raise NotImplementedError
 
-    def rotate(self, state: State, turn: Basis, count: int) -> None:
-        """Carry the moments, which have seen `count` steps, into a new basis, in place.
-
-        `turn` is the overlap of the two bases: M becomes turn.left M turn.right.
-        """
+    def rotate(self, state: State, turn: Turn, count: int) -> None:
+        """Carry the moments, which have seen `count` steps, into a new basis, in place."""
         raise NotImplementedError
 
     def reset(self, state: State) -> None:
         """Forget the moments, in place."""
-        for name in self.init(torch.empty(0, device="meta")):
-            state[name].zero_()
+        for value in state.values():
+            value.zero_()
+
+    def select(self, state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
+        """The moments of a parameter of this shape of which the components `index` along
+        `axis` live on: what is shaped like it is cut in the same way."""
+        index = index.to(next(iter(state.values())).device) if state else index
+        return {
+            key: value.index_select(axis, index) if value.shape == shape else value
+            for key, value in state.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -141,16 +148,11 @@ class Adam(Inner):
             )
         return N
 
-    def rotate(self, state: State, turn: Basis, count: int) -> None:
+    def rotate(self, state: State, turn: Turn, count: int) -> None:
         M, V = state["exp_avg"], state["exp_avg_sq"]
         c1, c2 = (1 - b**count for b in self.betas)
-        square = Basis(*(None if t is None else t * t for t in turn))
-        M_turned = up(M, turn)
-        # LDAdam (Robert et al. 2025): the variance turns with squared cosines, the squared
-        # mean as the mean does; their sum may fall below 0 by an estimate's error
-        V_turned = up(V / c2 - (M / c1) ** 2, square) + (M_turned / c1) ** 2
-        V.copy_((c2 * V_turned).abs())
-        M.copy_(M_turned)
+        V.copy_(turn.variance(V, M, c1, c2))
+        M.copy_(turn.mean(M))
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,55 @@ class SGD(Inner):
         torch._foreach_add_(M, [r.to(m.dtype) for r, m in zip(R, M, strict=True)])
         return Direction(M, None, [1.0] * len(R))
 
-    def rotate(self, state: State, turn: Basis, count: int) -> None:
+    def rotate(self, state: State, turn: Turn, count: int) -> None:
         if self.momentum:
-            state["momentum"].copy_(up(state["momentum"], turn))
+            state["momentum"].copy_(turn.mean(state["momentum"]))
+
+
+@dataclass(frozen=True)
+class Adafactor(Inner):
+    """A second moment of row and column means (Shazeer and Stern 2018): a + b numbers for an
+    a x b matrix instead of a b. No first moment unless `beta1` asks for one.
+
+    The learning rate is the caller's: neither relative steps nor scaling by the weights.
+    """
+
+    decay: float = -0.8  # the second moment forgets by 1 - t^decay
+    clip: float = 1.0  # largest root mean square of an update
+    beta1: float = 0.0
+    elementwise: ClassVar[bool] = False
+    turns: ClassVar[bool] = False
+
+    def init(self, R: Tensor) -> dict[str, Tensor]:
+        wide = torch.promote_types(R.dtype, torch.float32)
+        state = {"exp_avg": torch.zeros_like(R, dtype=wide)} if self.beta1 else {}
+        if R.dim() < 2:
+            return state | {"exp_avg_sq": torch.zeros_like(R, dtype=wide)}
+        row, column = R.shape[:-1], R.shape[:-2] + R.shape[-1:]
+        return state | {
+            "row": R.new_zeros(row, dtype=wide),
+            "column": R.new_zeros(column, dtype=wide),
+        }
+
+    def step(
+        self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
+    ) -> Direction:
+        found = [self.update(*args) for args in zip(R, states, counts, strict=True)]
+        return Direction(found, None, [1.0] * len(R))
+
+    def update(self, R: Tensor, state: State, t: int) -> Tensor:
+        """One tensor's update; R [*, a, b], or [a]."""
+        wide = torch.promote_types(R.dtype, torch.float32)
+        square, fresh = R.to(wide) ** 2 + 1e-30, float(t) ** self.decay
+        if R.dim() < 2:
+            N = R * state["exp_avg_sq"].lerp_(square, fresh).rsqrt()
+        else:
+            row = state["row"].lerp_(square.mean(-1), fresh)  # [*, a]
+            column = state["column"].lerp_(square.mean(-2), fresh)  # [*, b]
+            row = row / row.mean(-1, keepdim=True)
+            N = R * row.rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)
+        N = N / (N.pow(2).mean().sqrt() / self.clip).clamp(min=1.0)
+        return state["exp_avg"].lerp_(N, 1 - self.beta1) if self.beta1 else N
 
 
 def state_dtype(R: Tensor, choice: str) -> torch.dtype:

@@ -76,17 +76,3 @@ def fitted(name: str, p: Tensor, group: Mapping[str, Any], entry: State) -> Stat
 def copy_to(value: Any, p: Tensor) -> Any:
     """A copy of a state entry on the parameter's device, its dtype unchanged."""
     return value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
-
-
-def select(state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
-    """The state of a parameter of which the components `index` along `axis` live on.
-
-    What has the parameter's old shape is cut along the same axis; what does not (a number)
-    stays as it is.
-    """
-    return {
-        key: value.index_select(axis, index.to(value.device))
-        if isinstance(value, Tensor) and value.shape == shape
-        else value
-        for key, value in state.items()
-    }

@@ -130,7 +130,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for name, p, group in self.named():
             if p.grad is None and name not in kept:
                 continue
-            entry = entry_of(name, p, group, self.state[p])
+            entry = entry_of(name, p, group, self.state[p], self.seed)
             if self.projected is not None and entry.projected and p.grad is not None:
                 self.projected.absorb(entry)  # what came before its hook was bound
             entry.low = kept.get(name)
@@ -201,7 +201,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         def absorb(p: Tensor) -> None:
             assert self.projected is not None
             name, group = found[p]
-            self.projected.absorb(entry_of(name, p, group, self.state[p]))
+            self.projected.absorb(entry_of(name, p, group, self.state[p], self.seed))
 
         self.projected.bind((p for p in found if is_projected(p, found[p][1])), absorb)
 
@@ -241,12 +241,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def select_state(self, name: str, axis: int, index: Tensor) -> None:
         """Keep these components along an axis of the state of the parameter of this name,
-        whose own shape changes by the same selection. See `named.select`."""
+        whose own shape changes by the same selection; a projected one starts afresh."""
         p, group = next((p, group) for n, p, group in self.named() if n == name)
         if is_projected(p, group):
             self.reset_state([p])  # its basis was found for another shape
         else:
-            self.state[p] = named.select(self.state[p], p.shape, axis, index)
+            state = self.state[p]
+            moments = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+            state |= group["rule"].inner.select(moments, p.shape, axis, index)
 
     def named_state_dict(self) -> dict[str, Any]:
         """The state under the parameters' names: {"<name>/<key>": tensor or number}.

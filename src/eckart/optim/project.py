@@ -12,16 +12,18 @@ of one shape that are refreshed together, and fused experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from eckart.optim.part import Part
 
+Found = dict[str, Tensor]  # state tensors of a projector
+Draw = Callable[[], Tensor]
 Side = Literal["auto", "reverse", "left", "right", "both"]
 
 
@@ -73,14 +75,35 @@ def add_up_(W: Tensor, R: Tensor, basis: Basis, *, alpha: float, beta: float = 1
         flat.baddbmm_(first.flatten(0, -3), second.flatten(0, -3), alpha=alpha, beta=beta)
 
 
-def overlap(old: Basis, new: Basis) -> Basis:
-    """What carries coordinates in the old basis into the new one, as up() would apply it.
+class Turn(Protocol):
+    """What carries moments from an old basis into a new one."""
+
+    def mean(self, M: Tensor) -> Tensor:
+        """A first moment in the new basis."""
+        ...
+
+    def variance(self, V: Tensor, M: Tensor, c1: float, c2: float) -> Tensor:
+        """A second moment in the new basis, given the old first; c1, c2 = 1 - beta^count."""
+        ...
+
+
+class Rotation(NamedTuple):
+    """Between dense bases: the overlaps of their directions, applied as a basis is.
 
     right: X = P_old P_new^T, so that M X; left: X = P_new^T P_old, so that X M.
     """
-    left = None if old.left is None or new.left is None else new.left.mT @ old.left
-    right = None if old.right is None or new.right is None else old.right @ new.right.mT
-    return Basis(left, right)
+
+    overlap: Basis
+
+    def mean(self, M: Tensor) -> Tensor:
+        return up(M, self.overlap)
+
+    def variance(self, V: Tensor, M: Tensor, c1: float, c2: float) -> Tensor:
+        """The variance turns with squared cosines, the squared mean as the mean does (LDAdam,
+        Robert et al. 2025); their sum may fall below 0 by an estimate's error."""
+        squares = Basis(*(None if t is None else t * t for t in self.overlap))
+        V = up(V / c2 - (M / c1) ** 2, squares) + (self.mean(M) / c1) ** 2
+        return (c2 * V).abs()
 
 
 def fix_signs(vectors: Tensor, dim: int) -> Tensor:
@@ -107,6 +130,7 @@ class Projector(Part):
     """The contract of a projector."""
 
     identity: ClassVar[bool] = False
+    names: ClassVar[tuple[str, ...]] = ("left", "right")  # of its state tensors, if present
     from_gram: ClassVar[bool] = False  # is the right basis a function of G^T G?
 
     def takes(self, shape: Sequence[int], leading: int) -> bool:
@@ -117,13 +141,27 @@ class Projector(Part):
         """The ranks of the left and of the right part; 0 where a side is not projected."""
         return 0, 0
 
-    def init(self, W: Tensor) -> Basis:
-        """A basis to start from for W [*, m, n]: the first coordinates."""
+    def init(self, W: Tensor) -> dict[str, Tensor]:
+        """The state tensors of a basis to start from, for W [*, m, n]: some coordinates."""
         raise NotImplementedError
 
-    def find(self, G: Tensor, old: Basis) -> Basis:
-        """A new basis for each of the matrices G [*, m, n], fp32 or fp64 and finite."""
+    def basis(self, state: Mapping[str, Tensor], shape: Sequence[int]) -> Basis:
+        """The basis that the state tensors stand for, for a matrix of this local shape."""
+        return Basis(state.get("left"), state.get("right"))
+
+    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
+        """New state tensors for the matrices G [k, *, m, n], in fp32 or fp64 and finite.
+
+        `seeds` are k numbers from the parameters' names and steps, for what is drawn. In
+        the `first` search the old basis says nothing.
+        """
         raise NotImplementedError
+
+    def turn(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Turn:
+        """How moments go over from one basis to another."""
+        left = new["left"].mT @ old["left"] if "left" in old else None
+        right = old["right"] @ new["right"].mT if "right" in old else None
+        return Rotation(Basis(left, right))
 
     def find_right(self, C: Tensor, rank: int) -> Tensor:
         """A new right basis [*, r, n] from the Gram matrices C = G^T G [*, n, n] in fp64, for
@@ -172,7 +210,7 @@ class Subspace(Projector):
         state = m * left + right * n + 2 * (left or m) * (right or n)
         return not (self.skip_if_no_saving and state >= 2 * m * n)
 
-    def init(self, W: Tensor) -> Basis:
+    def init(self, W: Tensor) -> Found:
         *lead, m, n = W.shape
         left, right = self.ranks(m, n)
         wide = torch.promote_types(W.dtype, torch.float32)
@@ -182,7 +220,7 @@ class Subspace(Projector):
             eye = torch.eye(rows, columns, dtype=dtype, device=W.device)
             return eye.expand(*lead, rows, columns).clone()
 
-        return Basis(unit(m, left) if left else None, unit(right, n) if right else None)
+        return parts(lambda: unit(m, left), lambda: unit(right, n), left, right)
 
 
 @dataclass(frozen=True)
@@ -191,14 +229,113 @@ class SVD(Subspace):
 
     from_gram: ClassVar[bool] = True
 
-    def find(self, G: Tensor, old: Basis) -> Basis:
+    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
         left, right = self.ranks(*G.shape[-2:])
         U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-        return Basis(
-            fix_signs(polish(U[..., :left]), -2) if left else None,
-            fix_signs(polish(Vh[..., :right, :].mT).mT, -1) if right else None,
+        return parts(
+            lambda: fix_signs(polish(U[..., :left]), -2),
+            lambda: fix_signs(polish(Vh[..., :right, :].mT).mT, -1),
+            left,
+            right,
         )
 
     def find_right(self, C: Tensor, rank: int) -> Tensor:
-        V = torch.linalg.eigh(C)[1].flip(-1)[..., :rank]  # eigenvalues come in ascending order
-        return fix_signs(V.mT, -1)
+        return top_eigenvectors(C, rank).mT
+
+
+@dataclass(frozen=True)
+class Gram(Subspace):
+    """The same subspace from the eigenvectors of G^T G: several times as fast.
+
+    The Gram matrix squares the condition number, so directions a thousandfold weaker than
+    the strongest are noise in fp32; a basis of leading ones is exact to about 1e-4.
+    """
+
+    from_gram: ClassVar[bool] = True
+
+    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
+        left, right = self.ranks(*G.shape[-2:])
+        return parts(
+            lambda: top_eigenvectors(G @ G.mT, left),
+            lambda: top_eigenvectors(G.mT @ G, right).mT,
+            left,
+            right,
+        )
+
+    def find_right(self, C: Tensor, rank: int) -> Tensor:
+        return top_eigenvectors(C, rank).mT
+
+
+@dataclass(frozen=True)
+class Randomised(Subspace):
+    """Nearly that subspace, from products with a few random directions (Halko et al. 2011)."""
+
+    oversample: int = 8
+    power: int = 1
+
+    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
+        left, right = self.ranks(*G.shape[-2:])
+        return parts(
+            lambda: self.columns(G.mT, left, seeds),
+            lambda: self.columns(G, right, seeds).mT,
+            left,
+            right,
+        )
+
+    def columns(self, G: Tensor, rank: int, seeds: list[int]) -> Tensor:
+        """About the r leading right singular vectors, as columns [k, *, n, r]."""
+        n = G.shape[-1]
+        k = min(n, rank + self.oversample)
+        Z = torch.stack([gaussian(n, k, seed) for seed in seeds]).to(G.device, G.dtype)
+        Z = Z.reshape(len(seeds), *(1,) * (G.dim() - 3), n, k)
+        for _ in range(self.power + 1):
+            Z = torch.linalg.qr(G.mT @ (G @ Z))[0]
+        inner = torch.linalg.svd(G @ Z, full_matrices=False)[2].mT  # [k, *, r + p, r + p]
+        return fix_signs(polish(Z @ inner[..., :rank]), -2)
+
+
+@dataclass(frozen=True)
+class Iteration(Subspace):
+    """The old basis, improved by power iteration: cheap, and it changes smoothly.
+
+    The first basis is the exact one.
+    """
+
+    power: int = 1
+
+    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
+        if first:
+            exact = SVD(self.rank, self.side, self.basis_dtype)
+            return exact.find(G, old, seeds, first)
+        left, right = self.ranks(*G.shape[-2:])
+        return parts(
+            lambda: self.columns(G.mT, old["left"].to(G.dtype)),
+            lambda: self.columns(G, old["right"].to(G.dtype).mT).mT,
+            left,
+            right,
+        )
+
+    def columns(self, G: Tensor, Z: Tensor) -> Tensor:
+        """Columns Z [k, *, n, r] turned towards the leading right singular vectors of G."""
+        for _ in range(self.power):
+            Q, R = torch.linalg.qr(G.mT @ (G @ Z))
+            signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G.dtype)
+            Z = Q * signs.unsqueeze(-2)  # the QR that changes as little as Z does
+        return polish(Z)
+
+
+def top_eigenvectors(C: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the r largest eigenvalues of C [*, n, n], as columns [*, n, r]."""
+    V = torch.linalg.eigh(C)[1].flip(-1)[..., :rank]  # eigenvalues come in ascending order
+    return fix_signs(polish(V), -2)
+
+
+def gaussian(rows: int, columns: int, seed: int) -> Tensor:
+    """Standard normal numbers, the same on every machine: drawn on the CPU, in fp32."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def parts(left: Draw, right: Draw, left_rank: int, right_rank: int) -> Found:
+    """The parts of a basis that have a rank."""
+    found = {"left": left} if left_rank else {}
+    return {k: make() for k, make in (found | ({"right": right} if right_rank else {})).items()}

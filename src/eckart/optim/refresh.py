@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.part import CHUNK, Part, State
-from eckart.optim.project import Basis, as_matrix, overlap, usable
+from eckart.optim.project import as_matrix, usable
 from eckart.optim.sharded import Layout, local, sum_, whole
 
 if TYPE_CHECKING:
@@ -51,47 +50,50 @@ def refresh(entries: list[Entry]) -> None:
     """
     due = [e for e in entries if e.projected and e.state["due"] <= e.state["step"]]
     together = max(1, CHUNK // max(1, entries[0].param.numel()))
-    for start in range(0, len(due), together):
-        refresh_together(due[start : start + together])
+    for first in (True, False):
+        some = [e for e in due if (e.state["step"] == 0) == first]
+        for start in range(0, len(some), together):
+            refresh_together(some[start : start + together], first)
 
 
-def refresh_together(entries: list[Entry]) -> None:
+def refresh_together(entries: list[Entry], first: bool) -> None:
     """One batched decomposition."""
     rule, layout = entries[0].rule, entries[0].layout
-    bases = [Basis(*(e.state.get(side) for side in Basis._fields)) for e in entries]
-    old = Basis(*(stack(parts) for parts in zip(*bases, strict=True)))  # each [k, *, ...]
-    if layout is not None and layout.gram_suffices and rule.projector.from_gram:
+    projector = rule.projector
+    names = [name for name in projector.names if name in entries[0].state]
+    old = {name: torch.stack([whole(e.state[name]) for e in entries]) for name in names}
+    if layout is not None and layout.gram_suffices and projector.from_gram:
         ok, found = found_from_gram(entries, layout)
     else:
-        ok, found = found_from_gradients(entries, old)
-    new = Basis(*(chosen(ok, f, o) for f, o in zip(found, old, strict=True)))
-    # the one host read; the decomposition has synchronised anyway
+        ok, G = gathered(entries)
+        found = projector.find(G, old, [e.seed for e in entries], first)
+    new = {name: chosen(ok, found[name], old[name]) for name in names}
+    # the one host read; a decomposition has synchronised anyway
     fresh = ok.reshape(len(entries), -1).any(1).tolist()
     for i, entry in enumerate(entries):
-        before, after = (Basis(*(t if t is None else t[i] for t in basis)) for basis in (old, new))
-        if fresh[i]:
-            renew_moments(entry, before, after)
-        for side, t in after._asdict().items():
-            if t is not None:
-                entry.tensors[side].copy_(
-                    t if layout is None else local(layout.place(t, rule.kind(side)))
-                )
         step = entry.state["step"]
         entry.state["due"] = rule.refresh.next(step, entry.name) if fresh[i] else step + 1
+        if not fresh[i]:
+            continue
+        before, after = ({name: t[i] for name, t in state.items()} for state in (old, new))
+        renew_moments(entry, before, after)
+        for name, t in after.items():
+            placed = t if layout is None else local(layout.place(t, rule.kind(name)))
+            entry.tensors[name].copy_(placed)
 
 
-def found_from_gradients(entries: list[Entry], old: Basis) -> tuple[Tensor, Basis]:
-    """Which gradients gave a basis, bool [k, *], and the bases; gathered where sharded."""
+def gathered(entries: list[Entry]) -> tuple[Tensor, Tensor]:
+    """Which gradients can give a basis, bool [k, *], and all of them [k, *, m, n], whole and
+    at least in fp32; those that cannot are zero, as one NaN would end a batch."""
     leading = entries[0].group["leading"]
-    G = torch.stack([as_matrix(whole(e.gradient), leading) for e in entries])  # [k, *, m, n]
+    G = torch.stack([as_matrix(whole(e.gradient), leading) for e in entries])
     G = G.to(torch.promote_types(G.dtype, torch.float32))
     ok = usable(G)
-    G = torch.where(ok[..., None, None], G, 0)  # a NaN would end a batched decomposition
-    return ok, entries[0].rule.projector.find(G, old)
+    return ok, torch.where(ok[..., None, None], G, 0)
 
 
-def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Basis]:
-    """The same from C = sum over shards of G^T G: n x n numbers travel, and no gradient.
+def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same and the bases, from C = sum over shards of G^T G: n x n numbers travel.
 
     In fp64, since the Gram matrix squares the condition number.
     """
@@ -101,18 +103,20 @@ def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Basis
     ok = usable(C)
     C = torch.where(ok[..., None, None], C, 0)
     rank = entries[0].tensors["right"].shape[-2]
-    return ok, Basis(None, entries[0].rule.projector.find_right(C, rank))
+    return ok, {"right": entries[0].rule.projector.find_right(C, rank)}
 
 
-def renew_moments(entry: Entry, before: Basis, after: Basis) -> None:
+def renew_moments(entry: Entry, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     """Keep, rotate or reset the moments of an entry whose basis changes."""
     refresh, inner = entry.rule.refresh, entry.rule.inner
     if counted(entry.state) == 0:
         return  # nothing has been seen yet
     if refresh.moments == "rotate":
-        inner.rotate(entry.tensors, overlap(before, after), counted(entry.state))
+        turn = entry.rule.projector.turn(old, new)
+        inner.rotate(entry.tensors, turn, counted(entry.state))
     if refresh.moments == "reset":
-        inner.reset(entry.tensors)
+        names = entry.rule.projector.names
+        inner.reset({k: t for k, t in entry.tensors.items() if k not in names})
         entry.state["start"] = entry.state["step"]
 
 
@@ -121,14 +125,7 @@ def counted(state: State) -> int:
     return state["step"] - state.get("start", 0)
 
 
-def stack(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """One part of several bases [k, ...], gathered; None where that side is not projected."""
-    full = [whole(t) for t in parts if t is not None]
-    return torch.stack(full) if full else None
-
-
-def chosen(ok: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    """The new basis where the gradient could give one, in the stored dtype."""
-    if new is None or old is None:
-        return None
-    return torch.where(ok[..., None, None], new.to(old.dtype), old)
+def chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new state where the gradient could give one, in the stored dtype."""
+    ok = ok.reshape(*ok.shape, *(1,) * (old.dim() - ok.dim()))
+    return torch.where(ok, new.to(old.dtype), old)

@@ -41,6 +41,14 @@ class Rule(Part):
     weight_decay: float = 0.0  # decoupled; a group's own value wins
     decay: Literal["before", "after"] = "before"  # the update, as torch does, or after it
 
+    def __post_init__(self) -> None:
+        if self.refresh.moments == "rotate" and not self.inner.turns:
+            raise UsageError(
+                "these moments cannot be rotated into another basis",
+                [("inner rule", type(self.inner).__name__)],
+                "Take on_refresh=keep or on_refresh=reset.",
+            )
+
     @property
     def plain(self) -> Rule:
         """The inner rule alone, on the full gradient."""
@@ -73,8 +81,7 @@ class Rule(Part):
         if layout is not None:
             p = p.new_empty(1).to_local().expand(p.shape)  # type: ignore[attr-defined]
         W = as_matrix(p, leading)
-        tensors = {k: t for k, t in self.projector.init(W)._asdict().items() if t is not None}
-        tensors |= self.inner.init(self.projector.low(W))
+        tensors = self.projector.init(W) | self.inner.init(self.projector.low(W))
         if layout is not None:
             tensors = {k: layout.place(t, self.kind(k)) for k, t in tensors.items()}
         return {"step": 0, "due": 0} | tensors

@@ -24,8 +24,21 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
-from eckart.optim import SVD, Adam, Refresh, Rule
+from eckart.optim import (
+    SVD,
+    Adafactor,
+    Adam,
+    EightBit,
+    Gram,
+    Inner,
+    Iteration,
+    Randomised,
+    Refresh,
+    Rule,
+)
 from eckart.recipe.method import Cost, Paper, Update
+
+SEARCHES = {"svd": SVD, "gram": Gram, "randomised": Randomised, "iteration": Iteration}
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,15 @@ class GaLore(Update):
 
     on_refresh: Literal["keep", "rotate", "reset"] = "keep"
     """The moments at a new basis: kept as they are (paper), rotated into it, or forgotten."""
+
+    search: Literal["svd", "gram", "randomised", "iteration"] = "svd"
+    """How a basis is found. Paper: svd. gram: the same subspace by an eigendecomposition, in
+    much less time; randomised: nearly the same, from a few random products; iteration: the
+    old basis improved by one power step."""
+
+    inner: Literal["adam", "adam8bit", "adafactor"] = "adam"
+    """The rule in the subspace: Adam, Adam with its moments in 8 bits, or Adafactor. Paper:
+    all three."""
 
     stagger: bool = True
     """Spread the refreshes of the matrices over the steps by a hash of their names. Paper:
@@ -86,19 +108,24 @@ class GaLore(Update):
 
     def rule(self) -> Rule:
         return Rule(
-            inner=self.adam(),
-            projector=SVD(self.rank, self.side, self.basis_dtype, self.skip_if_no_saving),
+            inner=self.inner_rule(),
+            projector=SEARCHES[self.search](
+                self.rank, self.side, self.basis_dtype, self.skip_if_no_saving
+            ),
             refresh=Refresh(self.every, self.on_refresh, self.stagger),
             scale=self.scale,
             weight_decay=self.weight_decay,
-            decay="after" if self.eps_mode == "hf" else "before",
+            decay="before" if self.eps_mode == "torch" or self.inner == "adafactor" else "after",
         )
 
     def plain(self) -> Rule:
         return self.rule().plain
 
-    def adam(self) -> Adam:
-        return Adam(self.betas, self.eps, self.eps_mode, self.state_dtype)
+    def inner_rule(self) -> Inner:
+        if self.inner == "adafactor":
+            return Adafactor()
+        adam = Adam(self.betas, self.eps, self.eps_mode, self.state_dtype)
+        return EightBit(adam) if self.inner == "adam8bit" else adam
 
     def cost(self, m: int, n: int) -> Cost:
         return Cost(state=self.rule().state_elements(m, n))

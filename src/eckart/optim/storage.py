@@ -1,0 +1,122 @@
+"""Moments in 8 bits: a code per element and a scale per block of 256.
+
+The codes are those of dynamic tree quantisation (Dettmers et al. 2022): dense near 1 and
+spread over seven decades below, since moments are. Between steps a moment takes 1 byte an
+element and 4 a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eckart.optim.inner import Adam, Direction, Inner
+from eckart.optim.part import State, Tensors
+from eckart.optim.project import Turn
+
+BLOCK = 256
+SMALLEST = 4096  # elements; below it nothing is worth saving, as in bitsandbytes
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+
+
+@cache
+def levels(signed: bool) -> Tensor:
+    """The 256 values in [-1, 1] or [0, 1] that the codes stand for, ascending.
+
+    Decade i of 7 (down from 1 by tens) holds 2^(6 - i) positive values, twice as many where
+    there are no negative ones: midpoints of equal parts of its upper nine tenths.
+    """
+    positive = []
+    for i in range(7):
+        count = 2**i if signed else 2 ** (i + 1)
+        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64)
+        positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6))
+    values = torch.cat(positive)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return torch.cat([values, ends, *[-values] * signed]).sort().values.float()
+
+
+def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes uint8 like x, and the largest magnitude of each block of x, fp32 [blocks].
+
+    A positive second moment is never rounded to 0: the step would divide by epsilon.
+    """
+    flat = x.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    unit = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    values = levels(signed).to(x.device)
+    codes = torch.bucketize(unit, (values[:-1] + values[1:]) / 2)
+    if not signed:
+        codes = torch.where(blocks > 0, codes.clamp(min=1), codes)
+    return codes.to(torch.uint8).flatten()[: len(flat)].view(x.shape), scale
+
+
+def dequantise(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    """The fp32 values that codes and scales stand for."""
+    values = levels(signed).to(codes.device)[codes.flatten().int()]
+    return (values * scale.repeat_interleave(BLOCK)[: len(values)]).view(codes.shape)
+
+
+@dataclass(frozen=True)
+class EightBit(Inner):
+    """Adam with its moments stored in 8 bits between steps; small tensors keep 32."""
+
+    inner: Adam = field(default_factory=Adam)
+    elementwise: ClassVar[bool] = False  # blocks do not follow shards
+
+    def init(self, R: Tensor) -> dict[str, Tensor]:
+        if R.numel() < SMALLEST:
+            return self.inner.init(R)
+        state = {}
+        for name, signed in SIGNED.items():
+            zero = int(levels(signed).abs().argmin())
+            state[name] = torch.full_like(R, zero, dtype=torch.uint8)
+            state[f"{name}_scale"] = R.new_zeros(-(-R.numel() // BLOCK), dtype=torch.float32)
+        return state
+
+    def step(
+        self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
+    ) -> Direction:
+        wide = [self.widened(state) for state in states]
+        R = [r.to(w["exp_avg"].dtype) for r, w in zip(R, wide, strict=True)]
+        direction = self.inner.step(R, wide, counts, fused)
+        for state, moments in zip(states, wide, strict=True):
+            self.store(state, moments)
+        return direction
+
+    def rotate(self, state: State, turn: Turn, count: int) -> None:
+        moments = self.widened(state)
+        self.inner.rotate(moments, turn, count)
+        self.store(state, moments)
+
+    def reset(self, state: State) -> None:
+        moments = self.widened(state)
+        self.inner.reset(moments)
+        self.store(state, moments)
+
+    def widened(self, state: State) -> State:
+        """The moments as numbers; those stored in 32 bits are the state's own tensors."""
+        if "exp_avg_scale" not in state:
+            return {name: state[name] for name in SIGNED}
+        return {k: dequantise(state[k], state[f"{k}_scale"], s) for k, s in SIGNED.items()}
+
+    def store(self, state: State, moments: State) -> None:
+        """Write the moments back."""
+        if "exp_avg_scale" in state:
+            for name, signed in SIGNED.items():
+                codes, scale = quantise(moments[name], signed)
+                state[name].copy_(codes)
+                state[f"{name}_scale"].copy_(scale)
+
+    def select(self, state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
+        moments = self.inner.select(self.widened(state), shape, axis, index)
+        found = self.init(moments["exp_avg"])
+        if "exp_avg_scale" in found:
+            self.store(found, moments)
+            return found
+        return moments
