@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from eckart.errors import UsageError
 from eckart.jobs.check import checked, expected
-from eckart.jobs.emit import emit, nested, plain
+from eckart.jobs.job import AUTO, NO_FLAGS, NONE, PLAIN, Choice, Flags, Healing, Job, value_at
 from eckart.jobs.merge import AXES, BUDGET, Given, fields_of, merge
 from eckart.jobs.refuse import refuse_alternatives, unknown_key
 from eckart.jobs.tree import SECTIONS, Budget, Data, Eval, Heal, Source, Train
@@ -26,7 +25,6 @@ from eckart.recipe import registry
 from eckart.recipe.registry import DEFAULTS, FULL, REQUIRED, Entry
 
 if TYPE_CHECKING:
-    from eckart.recipe import Recipe
     from eckart.recipe.method import Method
 
 TRAINS = ("finetune", "pretrain", "linearize", "bench")  # commands with a recipe in any case
@@ -38,114 +36,8 @@ NEEDS: dict[str, tuple[Key, ...]] = {  # command -> what it cannot do without
     "convert": (("model",),),
     "inspect": (("model",),),
 }
-PLAIN = ("model", "out", "track")  # keys without a section
 OUT = "runs/{name}"
 SCHEMA = "All keys: eckart config schema"
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What is asked of the command line itself, not of the job."""
-
-    out: str | None = None
-    seed: int | None = None
-    dry_run: bool = False
-    json: bool = False
-    resume: str | None = None
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen on one axis: a slug with its method, or `auto` or `none` without."""
-
-    name: str
-    method: Method | None = None
-
-
-NONE = Choice("none")
-AUTO = Choice("auto")
-
-
-@dataclass(frozen=True)
-class Healing:
-    """The training after a compression; `train` has the job's own values below heal.train's."""
-
-    steps: int
-    weights: Choice
-    update: Choice
-    train: Train
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a command needs to know, validated."""
-
-    command: str
-    model: str | None
-    out: str
-    track: tuple[str, ...]
-    data: Data
-    choices: Mapping[str, Choice]  # weights, update, precision, attention, compress, compose
-    objectives: tuple[Choice, ...]
-    train: Train
-    eval: Eval
-    compress: Budget
-    heal: Healing
-    options: Mapping[str, Any] = field(default_factory=dict)  # a command's own flags
-    flags: Flags = field(default=Flags(), compare=False)
-    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # key -> value
-    settled: Mapping[str, str] = field(default_factory=dict, compare=False)  # key -> reason
-
-    def recipe(self) -> Recipe:
-        """The choices as a Recipe; raises UsageError where they cannot combine."""
-        from eckart.recipe import Recipe
-
-        chosen: dict[str, Any] = {
-            axis: self.choices[axis].method
-            for axis in ("weights", "update", "precision", "attention")
-        }
-        objectives: Any = tuple(c.method for c in self.objectives)
-        return Recipe(objective=objectives, **chosen)
-
-    def settle(self, key: str, value: Any, reason: str) -> Job:
-        """This job with one key of a section decided (train.lr, heal.train.steps), and why."""
-        *sections, field_name = key.split(".")
-        parts = [self, *(getattr(self, s) for s in sections[:1])]
-        parts += [getattr(parts[-1], s) for s in sections[1:]]
-        for part, name in zip(reversed(parts), (field_name, *reversed(sections)), strict=True):
-            value = dataclasses.replace(part, **{name: value})
-        return dataclasses.replace(value, settled={**self.settled, key: reason})
-
-    def choose(self, axis: str, choice: Choice, reason: str) -> Job:
-        """This job with the choice on one axis decided, and why."""
-        choices = {**self.choices, axis: choice}
-        settled = {**self.settled, f"{axis}.name": reason}
-        return dataclasses.replace(self, choices=choices, settled=settled)
-
-    def dump(self) -> str:
-        """config.yaml: what was given, merged. Resolving it again gives an equal job."""
-        return emit(nested(self.given))
-
-    def dump_resolved(self) -> str:
-        """resolved.yaml: every key, with the reason behind it where something was decided."""
-        return emit(nested(self.everything()), self.settled)
-
-    def everything(self) -> dict[str, Any]:
-        """All keys with their values now."""
-        keys = [*PLAIN]
-        for section in ("data", "train", "eval"):
-            keys += [f"{section}.{f.name}" for f in dataclasses.fields(SECTIONS[section])]
-        for axis, choice in self.choices.items():
-            if choice != NONE:
-                keys += [f"{axis}.{n}" for n in fields_in(choice)]
-        keys += [f"objective.{c.name}.{n}" for c in self.objectives for n in fields_in(c)]
-        if self.command == "compress":
-            keys += [f"compress.{n}" for n in BUDGET] + ["heal.steps"]
-        keys += [key for key in (*self.given, *self.settled) if key.startswith("heal.")]
-        if "train.steps" in self.settled:
-            keys.remove("train.epochs")  # the steps stand for them now
-        return {key: value_at(self, tuple(key.split("."))) for key in dict.fromkeys(keys)}
 
 
 def resolve(
@@ -154,7 +46,7 @@ def resolve(
     data: str | Sequence[str] | None = None,
     words: Sequence[str] = (),
     files: Sequence[str | Path] = (),
-    flags: Flags = Flags(),
+    flags: Flags = NO_FLAGS,
     options: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> Job:
@@ -434,32 +326,3 @@ def require(given: Given, command: str) -> None:
             fix=f"Type eckart {typed} {' '.join(words)}, or set "
             f"{' and '.join('.'.join(k) for k in lacking)} in a file: -c FILE",
         )
-
-
-# Writing it down
-
-
-def value_at(job: Job, key: Key) -> Any:
-    """A key's value in a job, as plain data."""
-    head, *rest = key
-    if not rest:
-        return plain(getattr(job, head))
-    if head == "objective":
-        chosen = next(c for c in job.objectives if c.name == rest[0])
-        return plain(chosen.name if rest[1] == "name" else getattr(chosen.method, rest[1]))
-    if head == "heal":
-        if rest[0] == "train":
-            return plain(getattr(job.heal.train, rest[1]))
-        part = getattr(job.heal, rest[0])
-        if not isinstance(part, Choice):
-            return plain(part)
-        return plain(part.name if rest[1] == "name" else getattr(part.method, rest[1]))
-    if head in AXES and (head != "compress" or rest[0] not in BUDGET):
-        part = job.choices[head]
-        return plain(part.name if rest[0] == "name" else getattr(part.method, rest[0]))
-    return plain(getattr(getattr(job, head), rest[0]))
-
-
-def fields_in(choice: Choice) -> list[str]:
-    """`name` and the method's fields."""
-    return ["name", *(registry.find(choice.name).fields if choice.method else ())]
