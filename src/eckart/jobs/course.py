@@ -47,6 +47,7 @@ def course(
 
     before = held_out.measure(opened.model, data, 8) if not job.flags.resume else {}
     job = settle.horizon(job, len(data.train), job.recipe())
+    prepare.require_unfinished(job)
     handle = prepare.carry(job, opened, data)
     screen.line("method", str(handle.coverage), method_name(job))
 

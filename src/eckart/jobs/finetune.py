@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from eckart.errors import UsageError
 from eckart.io.models import load_model, load_tokenizer, recognise
 from eckart.io.opening import Opened, open_model
@@ -20,13 +22,14 @@ from eckart.jobs.outcome import write_final
 def run(job: Job) -> dict[str, Any]:
     """Everything from a job to a finished run; the object of --json."""
     job, screen = begin(job)
-    opened = open_base(job)
+    require_weights(job)
     tokenizer = load_tokenizer(job.model or "")
+    opened = open_base(job, tokenizer)
     return course(job, screen, opened, tokenizer, write_final)
 
 
-def open_base(job: Job) -> Opened:
-    """The model to teach. Raises UsageError for a configuration, which has no weights."""
+def require_weights(job: Job) -> None:
+    """Raise UsageError for a configuration, which has no weights."""
     source = recognise(job.model or "")
     if source.kind in ("preset", "config"):
         raise UsageError(
@@ -34,16 +37,23 @@ def open_base(job: Job) -> Opened:
             [(source.path, source.kind)],
             f"Start from random weights: eckart pretrain {source.path} DATA",
         )
+
+
+def open_base(job: Job, tokenizer: PreTrainedTokenizerBase) -> Opened:
+    """The model to teach, with a new head where the data has classes."""
+    source = recognise(job.model or "")
     dtype, seed = prepare.dtype_of(job), job.train.seed
     labels = prepare.labels_of(job)
     if not labels:
         return open_model(source.path, dtype, seed=seed)
-    model = load_model(source.path, dtype, "classification", seed, **labelled(labels))
+    model = load_model(source.path, dtype, "classification", seed, **labelled(labels, tokenizer))
     return Opened(model, None, source.path)
 
 
-def labelled(labels: tuple[str, ...]) -> dict[str, Any]:
-    """What a classifier's configuration says about its classes."""
+def labelled(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a classifier's configuration says about its classes; decoders find the end by pad."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((i for i in ids if i is not None), 0)
     by_id = dict(enumerate(labels))
     by_name = {name: i for i, name in by_id.items()}
-    return {"num_labels": len(labels), "id2label": by_id, "label2id": by_name}
+    return {"num_labels": len(labels), "id2label": by_id, "label2id": by_name, "pad_token_id": pad}

@@ -30,7 +30,7 @@ from eckart.errors import Diverged, Interrupted, OutOfRoom
 from eckart.io.run import Run
 from eckart.io.text import Data
 from eckart.jobs import held_out
-from eckart.jobs.checkpoints import load_model_state
+from eckart.jobs.checkpoints import TRAINER, load_model_state
 from eckart.jobs.config import Job
 from eckart.jobs.memory import Kept, held_state_bytes, model_bytes, model_device, size
 from eckart.jobs.screen import Progress, Screen
@@ -61,6 +61,10 @@ def fit(
     trained = RunTraining(job, run, handle, data, screen)
     first = step_of(resume)
     run.rewind(first)
+    if resume and first >= int(job.train.steps):  # killed between the last step and the result
+        trained.state = TrainerState.load_from_json(str(resume / TRAINER))
+        load_model_state(handle, resume)
+        return Fitted(first, take_best(trained), 0.0, 0.0, 0)
     begun = time.monotonic()
     try:
         with listening(trained.interrupt):
@@ -74,10 +78,18 @@ def fit(
     steps, seconds = trained.state.global_step, time.monotonic() - begun
     if trained.interrupt.asked and steps < int(job.train.steps):
         raise interrupted(job, run, steps)
-    best = trained.state.best_global_step if job.train.best and data.evaluation else None
-    if best and best != steps:
-        load_model_state(handle, trained.checkpoint_at(best))
-    return Fitted(steps, best, seconds, trained.tokens(steps - first) / seconds, trained.peak())
+    tokens, peak = trained.tokens(steps - first), trained.peak()
+    return Fitted(steps, take_best(trained), seconds, tokens / seconds, peak)
+
+
+def take_best(trained: RunTraining) -> int | None:
+    """Load the best checkpoint where the job wants it and one is; its step."""
+    job, step = trained.job, trained.state.best_global_step
+    if not (job.train.best and trained.data.evaluation and step):
+        return None
+    if step != trained.state.global_step:
+        load_model_state(trained.handle, trained.checkpoint_at(step))
+    return step
 
 
 def step_of(checkpoint: Path | None) -> int:

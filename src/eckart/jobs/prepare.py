@@ -101,7 +101,7 @@ def new_head(model: Any) -> tuple[str, ...]:
     if not hasattr(model, body) or not hasattr(model, "num_labels"):
         return ()
     return tuple(
-        name for name, child in model.named_children() if name != body and any(child.parameters())
+        name for name, child in model.named_children() if name != body and list(child.parameters())
     )
 
 
@@ -137,6 +137,20 @@ def carry(job: Job, opened: Opened, data: Data) -> Handle:
 def resume_from(job: Job) -> Path | None:
     """The newest whole checkpoint of the run that is resumed."""
     return latest_checkpoint(job.flags.resume) if job.flags.resume else None
+
+
+def require_unfinished(job: Job) -> None:
+    """Raise UsageError where a resumed run has its last step and its result."""
+    checkpoint = resume_from(job)
+    if checkpoint is None or not (Path(job.flags.resume or "") / "final").is_dir():
+        return
+    done, steps = int(checkpoint.name.removeprefix("step-")), int(job.train.steps)
+    if done >= steps:
+        raise UsageError(
+            "this run is finished",
+            [(str(job.flags.resume), f"{done} of {steps} steps")],
+            f"Type train.steps={2 * steps} to train on, or eckart generate {job.flags.resume}",
+        )
 
 
 def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:

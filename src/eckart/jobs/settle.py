@@ -99,7 +99,8 @@ def rows_per_step(job: Job, rows: int) -> int:
     parts = 1 if accumulate == "auto" else int(accumulate)
     if batch_size != "auto":
         return int(batch_size) * parts
-    usual = max(1, min(ROWS.get(job.command, 16), rows // 8))
+    # few data: at least eight steps an epoch, and powers of two, which split evenly
+    usual = min(ROWS.get(job.command, 16), 1 << max(0, (rows // 8).bit_length() - 1))
     return max(parts, usual // parts * parts)
 
 

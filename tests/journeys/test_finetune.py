@@ -1,0 +1,186 @@
+"""`eckart finetune` as a person uses it, from the first line to a folder that PEFT loads."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eckart.io.models import load_model
+from eckart.io.opening import open_model
+from eckart.io.run import read_metrics
+from eckart.jobs.config import resolve
+from tests.journeys.runs import eckart, labels, model_folder, texts
+from tests.tiny import logits
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("journey")
+    model_folder(folder / "m")
+    texts(folder / "d.jsonl")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def first_run(place):
+    return eckart(
+        "finetune", place / "m", place / "d.jsonl", "method=lora", "train.steps=20",
+        "train.lr=1e-2", "-o", place / "run",
+    )  # fmt: skip
+
+
+def test_a_first_run_says_what_it_does_and_gains(first_run, place):
+    assert first_run.code == 0, first_run.err
+    said = [line.split()[0] for line in first_run.err.splitlines() if line[:1].strip()]
+    assert said == ["model", "data", "method", "memory", "lr", "steps"]
+    assert "20/20  loss" in first_run.err
+    done, following = first_run.out.splitlines()
+    assert done.startswith("done") and "plain PEFT loads it" in done
+    assert following.startswith("next     eckart generate")
+    facts = json.loads((place / "run" / "run.json").read_text())
+    assert facts["exit"] == 0
+    assert facts["eval"]["after"]["loss"] < facts["eval"]["before"]["loss"] - 0.2
+
+
+def test_the_adapter_loads_in_plain_peft_to_the_same_function(first_run, place):
+    from peft import PeftModel
+
+    theirs = PeftModel.from_pretrained(load_model(place / "m"), place / "run" / "final")
+    ours = open_model(place / "run").model
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-6)
+    assert not torch.allclose(logits(ours), logits(load_model(place / "m")), atol=1e-3)
+
+
+def test_held_out_numbers_agree_with_each_other(first_run, place):
+    after = json.loads((place / "run" / "run.json").read_text())["eval"]["after"]
+    assert after["perplexity"] == pytest.approx(math.exp(after["loss"]))
+    # a byte tokenizer: one token per byte, and an end for each text
+    assert after["bits_per_byte"] == pytest.approx(after["loss"] / math.log(2), rel=0.1)
+
+
+def test_metrics_have_one_line_per_log_step_with_our_norm(first_run, place):
+    lines = read_metrics(place / "run")
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, 21))
+    assert all(line["grad_norm"] > 0 and line["learning_rate"] >= 0 for line in trained)
+    assert trained[-1]["loss"] < trained[0]["loss"]
+
+
+def test_every_auto_is_settled_with_a_reason_and_resolves_again(first_run, place):
+    text = (place / "run" / "resolved.yaml").read_text()
+    assert "auto" not in [
+        line.split("#")[0].split(":")[-1].strip()
+        for line in text.splitlines()
+        if "format" not in line
+    ]
+    assert "seq_len: 48  # the model's context" in text
+    again = resolve("finetune", files=[place / "run" / "resolved.yaml"])
+    assert again.train.steps == 20 and again.train.batch_size == 4
+
+
+def test_the_json_object_is_all_that_stands_on_stdout(place, tmp_path):
+    ran = eckart(
+        "finetune", place / "m", place / "d.jsonl", "train.steps=3", "-o", tmp_path / "r", "--json"
+    )
+    assert ran.code == 0 and ran.err == ""
+    wanted = {
+        "run", "command", "exit", "recipe", "seconds", "tokens_per_second", "peak_memory_bytes",
+        "estimated_memory_bytes", "parameters", "eval", "warnings",
+    }  # fmt: skip
+    assert wanted <= ran.document.keys()
+    found = ran.document
+    assert found["recipe"]["weights"]["name"] == "lora"
+    assert found["parameters"]["trainable"] == 14848
+    # the same categories, estimated before and counted after: equal to the state's scalars
+    assert found["peak_memory_bytes"] == pytest.approx(found["estimated_memory_bytes"], rel=0.02)
+
+
+def test_a_dry_run_decides_everything_and_writes_nothing(place, tmp_path):
+    out = tmp_path / "r"
+    ran = eckart("finetune", place / "m", place / "d.jsonl", "-o", out, "--dry-run", "--json")
+    assert ran.code == 0 and not out.exists()
+    assert ran.document["steps"] > 0 and ran.document["run"] is None
+
+
+def test_a_trained_model_is_a_plain_folder(place, tmp_path):
+    out = tmp_path / "r"
+    ran = eckart(
+        "finetune", place / "m", place / "d.jsonl", "update=galore", "update.rank=4",
+        "train.steps=4", "-o", out,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    config = json.loads((out / "final" / "config.json").read_text())
+    assert config["model_type"] == "llama" and "quantization_config" not in config
+    assert (out / "final" / "tokenizer.json").exists()
+    before, after = (
+        load_file(place / "m" / "model.safetensors"),
+        load_file(out / "final" / "model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_adapter_is_gone_on_with(first_run, place, tmp_path):
+    ran = eckart(
+        "finetune",
+        place / "run",
+        place / "d.jsonl",
+        "train.steps=5",
+        "-o",
+        tmp_path / "r",
+        "--json",
+    )
+    assert ran.code == 0, ran.out
+    ended = json.loads((place / "run" / "run.json").read_text())["eval"]["after"]["loss"]
+    assert ran.document["eval"]["before"]["loss"] == pytest.approx(ended, abs=1e-5)
+    assert (tmp_path / "r" / "final" / "adapter_config.json").exists()
+
+
+def test_another_method_on_an_adapter_is_refused(first_run, place, tmp_path):
+    ran = eckart("finetune", place / "run", place / "d.jsonl", "method=dora", "-o", tmp_path / "r")
+    assert ran.code == 2
+    assert "an adapter is gone on with by its own method" in ran.err
+    assert "eckart convert" in ran.err and not (tmp_path / "r").exists()
+
+
+def test_a_classifier_learns_its_classes(place, tmp_path):
+    data = labels(tmp_path / "l.jsonl")
+    ran = eckart(
+        "finetune", place / "m", data, "train.steps=40", "train.lr=1e-2", "data.eval=0.2",
+        "-o", tmp_path / "r", "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.out
+    assert ran.document["eval"]["after"]["accuracy"] == 1.0
+    tensors = load_file(tmp_path / "r" / "final" / "adapter_model.safetensors")
+    assert any("score" in name for name in tensors), "the new head is part of the result"
+
+
+def test_an_occupied_folder_is_refused_before_anything_is_loaded(first_run, place):
+    ran = eckart("finetune", place / "nowhere", place / "d.jsonl", "-o", place / "run")
+    assert ran.code == 2 and "the folder is not empty" in ran.err
+
+
+def test_a_shape_without_weights_is_sent_to_pretrain(place, tmp_path):
+    ran = eckart("finetune", "llama-tiny", place / "d.jsonl", "-o", tmp_path / "r")
+    assert ran.code == 2 and "eckart pretrain llama-tiny DATA" in ran.err
+
+
+def test_a_rate_that_is_too_high_ends_with_the_module_and_the_last_good_checkpoint(place, tmp_path):
+    ran = eckart(
+        "finetune", place / "m", place / "d.jsonl", "method=dense", "train.steps=30",
+        "train.lr=1e30", "train.warmup=0", "train.clip=null", "data.eval=0",
+        "train.save_every=1", "-o", tmp_path / "r",
+    )  # fmt: skip
+    assert ran.code == 5, ran.err
+    assert "is NaN at step" in ran.err or "is infinite at step" in ran.err
+    assert "; first in model." in ran.err
+    assert f"last good checkpoint  {tmp_path / 'r' / 'checkpoints' / 'step-'}" in ran.err
+    assert "train.lr=5e+29" in ran.err
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["exit"] == 5
