@@ -109,13 +109,7 @@ def unreadable(site: Site, parts: Mapping[str, nn.Module]) -> str | None:
 
 def expected_trained(handle: Handle) -> list[str]:
     """Raw names of what an adapter's file holds: the terms', and whole modules trained beside."""
-    names = [
-        f"{handle.sites[path].module_path}.{handle.sites[path].prefix}{child}.{key}"
-        for path, by_name in handle.parts().items()
-        for child, part in by_name.items()
-        for key in part.state_dict()
-    ]
-    names += [f"{child}.{key}" for child, m in handle.shared.items() for key in m.state_dict()]
+    names = [f"{stem}.{key}" for stem, part in handle.carried().items() for key in part.state_dict()]
     for name in handle.also_train:
         names += [f"{name}.{key}" for key in handle.model.get_submodule(name).state_dict()]
     return names

@@ -67,6 +67,7 @@ class Handle:
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
         for name, module in parts.get(ROOT, {}).items():
+            module.to(device=next(self.model.parameters()).device)
             self.model.add_module(name, module)
             self.shared[name] = module
         for path, by_name in parts.items():
@@ -142,6 +143,15 @@ class Handle:
             for path, names in self.attached.items()
         }
 
+    def carried(self) -> dict[str, nn.Module]:
+        """The live parts, and what they share, by raw name in the model."""
+        stems = {
+            f"{self.sites[path].module_path}.{self.sites[path].prefix}{child}": part
+            for path, by_name in self.parts().items()
+            for child, part in by_name.items()
+        }
+        return {**stems, **self.shared}
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """What is trained, by raw parameter name; a tied parameter once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -149,15 +159,10 @@ class Handle:
     def named_state(self) -> dict[str, Tensor]:
         """What differs from the base, by raw name: trained tensors and the terms' buffers."""
         names = set(self.trainable())
-        for path, by_name in self.parts().items():
-            site = self.sites[path]
-            for child, part in by_name.items():
-                stem = f"{site.module_path}.{site.prefix}{child}"
-                names.update(f"{stem}.{key}" for key in part.state_dict())
-            if path in self.originals:
-                names.add(f"{site.module_path}.{site.param}")
-        for child, module in self.shared.items():
-            names.update(f"{child}.{key}" for key in module.state_dict())
+        for stem, part in self.carried().items():
+            names.update(f"{stem}.{key}" for key in part.state_dict())
+        for path in self.originals:
+            names.add(f"{self.sites[path].module_path}.{self.sites[path].param}")
         state = self.model.state_dict(keep_vars=True)
         return {name: state[name] for name in sorted(names)}
 
@@ -295,6 +300,9 @@ class Handle:
             for other in site.tied_modules:
                 uninstall(other)
         self.attached.clear()
+        for name in self.shared:
+            delattr(self.model, name)
+        self.shared.clear()
         guarded.discard(self)
         unlock(self.model)
         for name, parameter in self.model.named_parameters():

@@ -2,9 +2,14 @@
 
 A model that carries terms, saved by `save_pretrained` from anywhere, would reload as its
 base, bit for bit and without a word. While terms are attached, the configuration's own
-`to_dict` says `model_type: eckart` and carries the structure, so plain transformers refuses
-the folder and `import eckart.hf` loads it as it was. In memory the class and the
-`model_type` stay the base's own.
+dictionary says three things when it is written:
+
+    model_type            eckart: transformers' Auto classes do not know it and refuse
+    transformers_weights  no file's name: LlamaForCausalLM and its like refuse, with the advice
+    quantization_config   the structure, by which `import eckart.hf` loads the model as it was
+
+In memory the configuration's class is a subclass of the base's own, under its name, and the
+`model_type` is the base's. `state_dict()` is untouched.
 """
 
 from __future__ import annotations
@@ -15,58 +20,85 @@ from typing import Any
 from torch import nn
 
 MODEL_TYPE = "eckart"
+# transformers takes this for the name of the weights' file, sees that it is none, and quotes it.
+ADVICE = "none, since this model is made of eckart's terms: type `import eckart.hf` first"
+STRUCTURE = "_eckart_structure"  # attribute of a locked configuration
 _classes: dict[type, type] = {}
 
 
 def lock(model: nn.Module, structure: Mapping[str, Any]) -> None:
     """Let the model's configuration say what the model is made of, when it is written."""
     config: Any = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        return
-    unlock(model)
-    config.__dict__["_eckart_structure"] = dict(structure)
-    config.__class__ = locked_class(type(config))
+    if config is not None and hasattr(config, "to_dict"):
+        lock_config(config, structure)
 
 
 def unlock(model: nn.Module) -> None:
     """Give the configuration its own class back."""
     config: Any = getattr(model, "config", None)
-    if config is None or "_eckart_structure" not in config.__dict__:
-        return
-    del config.__dict__["_eckart_structure"]
+    if config is not None and STRUCTURE in config.__dict__:
+        unlock_config(config)
+
+
+def lock_config(config: Any, structure: Mapping[str, Any]) -> None:
+    """Lock one configuration; a lock that is on is replaced."""
+    if STRUCTURE in config.__dict__:
+        unlock_config(config)
+    config.__dict__[STRUCTURE] = dict(structure)
+    config.__class__ = locked_class(type(config))
+
+
+def unlock_config(config: Any) -> None:
+    """Undo `lock_config`."""
+    del config.__dict__[STRUCTURE]
     config.__class__ = type(config).__bases__[0]
 
 
 def locked_class(base: type) -> type:
     """The cached subclass of a configuration class that writes the lock."""
     if base not in _classes:
-        _classes[base] = type(base.__name__, (base,), {"to_dict": to_dict, "__reduce__": _reduce})
+        methods = {"to_dict": to_dict, "to_diff_dict": to_diff_dict, "__reduce__": _reduce}
+        _classes[base] = type(base.__name__, (base,), {**methods, "__module__": base.__module__})
     return _classes[base]
 
 
 def to_dict(self: Any) -> dict[str, Any]:
-    """The base's dictionary with the type, the structure and the base's own quantisation."""
-    data = type(self).__bases__[0].to_dict(self)
-    structure = data.pop("_eckart_structure", None) or self.__dict__["_eckart_structure"]
-    return locked_dict(data, structure)
+    """The base's dictionary with the lock."""
+    return locked_dict(own(self).to_dict(self), self.__dict__[STRUCTURE])
+
+
+def to_diff_dict(self: Any) -> dict[str, Any]:
+    """What differs from the defaults, with the lock: this is what `save_pretrained` writes."""
+    return locked_dict(own(self).to_diff_dict(self), self.__dict__[STRUCTURE])
+
+
+def own(config: Any) -> Any:
+    """The class that a locked configuration has without the lock."""
+    return type(config).__bases__[0]
 
 
 def locked_dict(data: dict[str, Any], structure: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's dictionary as it stands on disk."""
-    data = dict(data)
-    base_quantization = data.pop("quantization_config", None)
-    data["base_model_type"], data["model_type"] = data.get("model_type"), MODEL_TYPE
-    data["quantization_config"] = {
-        "quant_method": MODEL_TYPE,
-        "structure": dict(structure),
-        "base": base_quantization,
+    """A configuration's dictionary as it stands on disk; one that is locked stays as it is."""
+    data = {key: value for key, value in data.items() if key != STRUCTURE}
+    base = data.pop("quantization_config", None)
+    if base is not None and base.get("quant_method") == MODEL_TYPE:
+        base = base.get("base")
+    if data.get("model_type") != MODEL_TYPE:
+        data["base_model_type"] = data.get("model_type")
+    return {
+        **data,
+        "model_type": MODEL_TYPE,
+        "transformers_weights": ADVICE,
+        "quantization_config": {
+            "quant_method": MODEL_TYPE,
+            "structure": dict(structure),
+            "base": base,
+        },
     }
-    return data
 
 
 def _reduce(self: Any) -> Any:
-    state = dict(self.__dict__)
-    return _revive, (type(self).__bases__[0], state)
+    return _revive, (own(self), dict(self.__dict__))
 
 
 def _revive(base: type, state: dict[str, Any]) -> Any:

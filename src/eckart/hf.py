@@ -1,0 +1,251 @@
+"""Import this and transformers loads factored models: Auto classes, device maps, generate.
+
+    import eckart.hf
+    model = AutoModelForCausalLM.from_pretrained("runs/0001/final")
+
+A factored folder's config says `model_type: eckart` and carries the structure. Here the type
+is registered with AutoConfig, which hands out the base's own configuration, and a transformers
+quantizer that puts the terms into the model before its (sharded) weights are read. What comes
+out is the same as a model that terms were attached to: no trace of a quantizer, its
+configuration locked (recipe/lock.py), saved by anyone so that it loads again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from eckart.errors import FileError
+from eckart.io.models import listed
+from eckart.recipe import Handle, attach_from, registry
+from eckart.recipe.attachment import revive
+from eckart.recipe.lock import MODEL_TYPE, lock_config
+
+WRITTEN_BY_LOCK = ("model_type", "base_model_type", "transformers_weights")
+HANDLE = "eckart_handle"  # attribute of a loaded model
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a model that was loaded from a factored folder; None for any other."""
+    return model.__dict__.get(HANDLE)
+
+
+class EckartConfig(PretrainedConfig):
+    """What AutoConfig finds for the type: only a door to the base's own configuration."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The base's configuration, locked. FileError for a base type transformers lacks."""
+        data = {k: v for k, v in config_dict.items() if k not in WRITTEN_BY_LOCK}
+        base_type = config_dict.get("base_model_type")
+        if base_type not in CONFIG_MAPPING:
+            raise FileError(
+                "transformers has no such architecture",
+                [("config.json", f"base_model_type = {base_type}")],
+                "Update transformers: pip install -U transformers.",
+            )
+        found = CONFIG_MAPPING[base_type].from_dict(data, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        lock_config(config, data["quantization_config"]["structure"])
+        return found
+
+
+@register_quantization_config(MODEL_TYPE)
+class FactoredConfig(QuantizationConfigMixin):
+    """The structure, as it stands under `quantization_config`."""
+
+    def __init__(self, structure: Mapping[str, Any], base: Any = None, **kwargs: Any):
+        self.quant_method = MODEL_TYPE
+        self.structure, self.base = dict(structure), base
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `from_dict` of it is this again."""
+        return {
+            "quant_method": MODEL_TYPE,
+            "structure": copy.deepcopy(self.structure),
+            "base": self.base,
+        }
+
+
+@register_quantizer(MODEL_TYPE)
+class FactoredQuantizer(HfQuantizer):
+    """Puts the terms in before the weights are read, and takes its own traces away after."""
+
+    requires_calibration = False
+    handle: Handle
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """FileError for a base that is quantised itself."""
+        if self.quantization_config.base is not None:
+            method = self.quantization_config.base.get("quant_method")
+            raise FileError(
+                "terms over a quantised base cannot be loaded from one folder",
+                [("config.json", f"quantization_config.base = {method}")],
+                "Load the base and the adapter: eckart.load(FOLDER, model=BASE).",
+            )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before any file is looked for: the lock's entries leave the configuration.
+
+        They are there where a class such as LlamaForCausalLM read config.json itself.
+        """
+        for key in WRITTEN_BY_LOCK:
+            config.__dict__.pop(key, None)
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        structure = fitted(self.quantization_config.structure, model)
+        tie(model)
+        with torch.device("cpu"):  # not meta: terms may draw tensors that are not saved
+            self.handle = attach_from(model, structure)
+            self.derived = derived(self.handle, structure)
+        for site in self.handle.sites.values():
+            if not hasattr(site.module, site.param):  # dropped: no initial values to draw
+                site.module._is_hf_initialized = True
+        frozen = self.handle.weights.base == "frozen"
+        model._keep_in_fp32_modules_strict |= kept_in_fp32(self.handle) if frozen else set()
+        dense = [f"{s.module_path}.{s.param}" for s in self.handle.sites.values()]
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {lock_pattern(n) for n in dense}
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        handle = self.handle
+        refuse_missing(handle)
+        handle.originals.clear()  # of a changed base only what it became is in the folder
+        carried = handle.carried()
+        with torch.no_grad():
+            for stem, tensors in self.derived.items():
+                device = next(carried[stem].parameters(), torch.empty(0)).device
+                for name, tensor in tensors.items():
+                    carried[stem].register_buffer(name, tensor.to(device), persistent=False)
+        restore_training(handle)
+        self.remove_quantization_config(model)
+        del model.is_quantized
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        model.__dict__[HANDLE] = handle
+        return model
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Let tied modules share one parameter: by that a tied pair is known to be one site.
+
+    While a model is built for loading, transformers' own `tie_weights` does nothing.
+    """
+    for target, source in model.all_tied_weights_keys.items():
+        path, _, name = target.rpartition(".")
+        setattr(model.get_submodule(path), name, model.get_parameter(source))
+
+
+def fitted(structure: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """The structure with the paths of this model, which may be the body or another head.
+
+    `model.layers.0.x` becomes `layers.0.x` in a bare LlamaModel; what belongs to a head that
+    is not here is left out.
+    """
+    prefix = f"{model.base_model_prefix}."
+    here = {path for path, _ in model.named_modules()}
+
+    def place(path: str) -> str | None:
+        owner = path if path in here or "." not in path else path.rsplit(".", 1)[0]
+        if owner in here:
+            return path
+        shorter = path.removeprefix(prefix)
+        if shorter != path and (shorter in here or shorter.rsplit(".", 1)[0] in here):
+            return shorter
+        return path if path.startswith(prefix) else None
+
+    return {
+        **structure,
+        "sites": {new: s for path, s in structure["sites"].items() if (new := place(path))},
+        "changed": [new for path in structure["changed"] if (new := place(path))],
+        "also_train": [new for path in structure["also_train"] if (new := place(path)) in here],
+    }
+
+
+def derived(handle: Handle, structure: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors that terms draw again instead of saving them, by raw name of the part."""
+    method = registry.load(handle.weights.slug)
+    found = {}
+    specs = {
+        f"{handle.sites[path].module_path}.{handle.sites[path].prefix}{child}": spec
+        for path, parts in structure["sites"].items()
+        for child, spec in parts.items()
+    }
+    for stem, spec in (specs | structure["shared"]).items():
+        part = revive(method, spec)
+        names = part._non_persistent_buffers_set
+        found[stem] = {n: b for n, b in part.named_buffers(recurse=False) if n in names}
+    return found
+
+
+def kept_in_fp32(handle: Handle) -> set[str]:
+    """Parts that were saved in fp32 beside a base of another dtype and stay so."""
+    return {
+        stem
+        for stem, part in handle.carried().items()
+        if any(tensor.dtype == torch.float32 for tensor in part.state_dict().values())
+    }
+
+
+def lock_pattern(name: str) -> str:
+    """The regular expression of one tensor's name, with or without the body's prefix."""
+    return f"(^|\\.){name.replace('.', chr(92) + '.')}$"
+
+
+def refuse_missing(handle: Handle) -> None:
+    """Raise FileError where a term's tensor was not read: its values would be arbitrary.
+
+    transformers marks what it read; what lies on another device than asked for is on meta.
+    """
+    lost = [
+        f"{stem}.{name}"
+        for stem, part in handle.carried().items()
+        for name, tensor in part.state_dict(keep_vars=True).items()
+        if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False)
+    ]
+    if lost:
+        raise FileError(
+            "the folder lacks tensors of its own structure",
+            listed(sorted(lost), "missing or misshapen"),
+        )
+
+
+def restore_training(handle: Handle) -> None:
+    """Freeze what the method froze: transformers makes every loaded parameter trainable."""
+    if handle.weights.base != "frozen":
+        return
+    trained = {
+        f"{stem}.{name}"
+        for stem, part in handle.carried().items()
+        for name, _ in part.named_parameters()
+    }
+    for name, parameter in handle.model.named_parameters():
+        whole = any(name.startswith(f"{module}.") for module in handle.also_train)
+        parameter.requires_grad_(name in trained or whole)
+
+
+AutoConfig.register(MODEL_TYPE, EckartConfig)
