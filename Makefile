@@ -8,7 +8,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow lint bench stubs clean
+.PHONY: demo test slow lint docs bench stubs clean
 
 demo: $(VENV)/ready
 	$(BIN)/eckart demo
@@ -23,6 +23,9 @@ lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+
+docs: $(VENV)/ready-test
+	$(BIN)/python -m mkdocs build --quiet
 
 bench: $(VENV)/ready-test
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -1,0 +1,61 @@
+"""A page per method, generated from its file when the documentation is built."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+from eckart.jobs.methods import combines, told
+from eckart.recipe import registry
+from eckart.recipe.registry import REQUIRED, Entry
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add methods.md and methods/<slug>.md."""
+    entries = registry.methods()
+    files.append(File.generated(config, "methods.md", content="\n".join(index(entries))))
+    for entry in entries.values():
+        name = f"methods/{entry.name}.md"
+        files.append(File.generated(config, name, content="\n".join(page(entry, entries))))
+    return files
+
+
+def index(entries: dict[str, Entry]) -> Iterator[str]:
+    """All methods by axis."""
+    yield "# Methods\n"
+    yield "Generated from the methods' own files. On the command line: `eckart methods [NAME]`.\n"
+    for axis, question in registry.questions().items():
+        here = [e for e in entries.values() if e.axis == axis]
+        if here:
+            yield f"## {axis}\n\n{question}\n"
+            yield from (f"- [{e.name}](methods/{e.name}.md): {e.summary}" for e in here)
+            yield ""
+
+
+def page(entry: Entry, entries: dict[str, Entry]) -> Iterator[str]:
+    """One method: its file's first words, its fields, its paper, what it combines with."""
+    yield f"# {entry.name}\n"
+    yield from paragraphs(entry.doc)
+    yield f"\n    eckart {'compress MODEL' if entry.axis == 'compress' else 'finetune MODEL DATA'}"
+    yield f"        {entry.axis}={entry.name}\n"
+    if entry.paper:
+        yield f"Paper: [{entry.paper['title']}]({entry.paper['url']})\n"
+    if entry.promises:
+        yield f"Promises: {', '.join(told(entry.promises))}\n"
+    for axis, names in combines(entry, entries).items():
+        links = ", ".join(f"[{name}]({name}.md)" for name in names)
+        yield f"Combines with {axis}: {links or 'none'}\n"
+    yield "## Fields\n"
+    yield "| key | default | type | meaning |\n|---|---|---|---|"
+    for field in entry.fields.values():
+        default = "needed" if field.default is REQUIRED else f"`{field.default}`"
+        kind = " ".join([field.type, field.bounds]).strip().replace("|", "\\|")
+        text = " ".join(field.doc.split()).replace("|", "\\|")
+        yield f"| `{entry.axis}.{field.name}` | {default} | {kind} | {text} |"
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """A docstring as Markdown: formulas are indented already, the rest is prose."""
+    for block in text.split("\n\n"):
+        code = all(line.startswith("    ") for line in block.splitlines() if line)
+        yield (block if code else block.replace("|", "\\|").replace("*", "\\*")) + "\n"
