@@ -126,14 +126,18 @@ class Checkpointing(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer's; True means the newest checkpoint that is whole."""
-        if resume_from_checkpoint is True:
-            found = latest_checkpoint(self.args.output_dir)
-            if found is None:
-                raise FileError(
-                    "no whole checkpoint to resume from", [(str(self.args.output_dir), "")]
-                )
-            resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(self.whole_checkpoint(resume_from_checkpoint), **kwargs)
+
+    def whole_checkpoint(self, wanted: str | bool | None) -> str | None:
+        """A checkpoint's folder; FileError where the newest is asked for and there is none."""
+        if not isinstance(wanted, bool):
+            return wanted
+        if not wanted:
+            return None
+        found = latest_checkpoint(self.run_folder)
+        if found is None:
+            raise FileError("no whole checkpoint to resume from", [(str(self.run_folder), "")])
+        return str(found)
 
     @property
     def run_folder(self) -> Path:

@@ -158,8 +158,11 @@ class RunTraining(Training):
             self.add_callback(Metrics(run))
             if not screen.quiet:
                 self.add_callback(Progress())
-        if job.train.patience and data.evaluation:
-            self.add_callback(Patience(job.train.patience))
+        self.patience = Patience(job.train.patience)
+        self.add_callback(self.patience)
+
+    def asked_to_stop(self) -> bool:
+        return self.interrupt.asked or self.patience.ran_out
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Means over tokens, as before and after the run, so that the numbers compare."""
@@ -222,16 +225,16 @@ class Metrics(TrainerCallback):
 class Patience(TrainerCallback):
     """Stops after so many evaluations without a better loss, counted over resumes."""
 
-    def __init__(self, patience: int):
-        self.patience = patience
+    def __init__(self, patience: int | None):
+        self.patience, self.ran_out = patience, False
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         since_best = len(losses) - 1 - losses.index(min(losses))
-        if since_best >= self.patience:
-            control.should_training_stop = True
+        if self.patience is not None and since_best >= self.patience:
+            control.should_training_stop = self.ran_out = True
 
 
 class Interrupt(TrainerCallback):

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from eckart.errors import Diverged
 from eckart.io.packing import Shuffled
-from eckart.jobs.checkpoints import Checkpointing
+from eckart.jobs.cut import Cutting, DueCut
 from eckart.jobs.divergence import first_bad_gradient, first_bad_module
 from eckart.linear import Structured
 from eckart.recipe import Handle
@@ -39,7 +39,7 @@ def mixed(cls: Any) -> type[Training]:
     return type(f"Eckart{cls.__name__}", (Training, cls), {"__module__": __name__})
 
 
-class Training(Checkpointing):
+class Training(Cutting):
     """What is ours in the loop. Mixed in before Trainer or a subclass of it."""
 
     optimizer: Any
@@ -53,6 +53,9 @@ class Training(Checkpointing):
         self.handle = handle
         self.applied_rates: list[float] = []
         super().__init__(handle.model, args, **kwargs)
+        self.due_cut = DueCut(handle)
+        if handle.events.cuts:
+            self.add_callback(self.due_cut)
 
     # --- the optimizer ---------------------------------------------------------------------
 
