@@ -1,0 +1,83 @@
+"""Spectral terms: y = scale * B diag(s) A x, a number for each rank component.
+
+B [*, m, r], s [*, r], A [*, r, n]. With B and A frozen, s is all that is learnt (singular
+values, LDU diagonals); with all three trained, s gates the components of a LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eckart.linear.factored import Factored
+from eckart.linear.term import Product, plain_mm
+
+
+class Spectral(Factored):
+    """scale * B diag(s) A, each of the three trained or frozen by choice."""
+
+    rank_axes: ClassVar[dict[str, int]] = {"B": -1, "s": -1, "A": -2}
+    B: Any
+    s: Tensor
+    A: Any
+    scale: float
+
+    def __init__(
+        self,
+        B: Tensor,
+        s: Tensor,
+        A: Tensor,
+        scale: float = 1.0,
+        *,
+        trained: tuple[str, ...] = ("B", "s", "A"),
+    ):
+        super().__init__()
+        self.scale = scale
+        for name, tensor in (("B", B), ("s", s), ("A", A)):
+            if name in trained:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def frames(self) -> tuple[Tensor, Tensor]:
+        """B [*, m, r] and A [*, r, n], without s."""
+        return self.B, self.A
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B, A = self.frames()
+        return B * (self.scale * self.s).unsqueeze(-2), A
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, A = self.frames()
+        return spectral(x.to(A.dtype), A, self.s, B, self.scale, self.mm)
+
+    def columns(self, ids: Tensor) -> Tensor:  # [..] -> [.., m]
+        B, A = self.frames()
+        return self.mm(F.embedding(ids, A.mT) * (self.scale * self.s), B.mT)
+
+    def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
+        B, A = self.frames()
+        x = x.to(A.dtype)
+        parts = [
+            spectral(x[a:b], A[e], self.s[e], B[e], self.scale, self.mm)
+            for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
+            if b > a
+        ]
+        return torch.cat(parts) if parts else x.new_zeros(0, self.rows())
+
+    def rows(self) -> int:
+        return self.frames()[0].shape[-2]
+
+
+def spectral(
+    x: Tensor, A: Tensor, s: Tensor, B: Tensor, scale: float = 1.0, mm: Product = plain_mm
+) -> Tensor:
+    """scale * B (s * (A x)): x [*, t, n] -> [*, t, m].
+
+    ds_i = scale * b_i^T G a_i comes from two thin products, never from G = dL/dW itself.
+    """
+    h = mm(x, A.mT) * (scale * s).unsqueeze(-2)  # [*, t, r]
+    return mm(h, B.mT)
