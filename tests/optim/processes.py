@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eckart.optim import SVD, Adam, LowRankOptimizer, Refresh, Rule
+from eckart.optim import SVD, Adam, LowRankOptimizer, NormGrowth, Refresh, Rescaled, Rule
 
 RULES = {
     "adamw": Rule(Adam(), weight_decay=0.1),
@@ -16,6 +16,10 @@ RULES = {
     "both": Rule(Adam(), SVD(2, "both"), Refresh(4, "rotate")),
     "rotate": Rule(Adam(), SVD(2), Refresh(3, "rotate")),
     "reset": Rule(Adam(), SVD(2), Refresh(3, "reset")),
+    "fira": Rule(Adam(), SVD(2), Refresh(4), Rescaled(), NormGrowth(), 0.25),
+    "fira, left": Rule(
+        Adam(), SVD(2, "left"), Refresh(4), Rescaled("exact", "matrix"), NormGrowth()
+    ),
 }
 
 
@@ -90,12 +94,12 @@ def ddp(rule, layerwise):
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    projected = [rule for rule in RULES if rule != "adamw"]
+    freed = [n for n, r in RULES.items() if not (r.projector.identity or r.needs_gradient)]
     runs = {
         "fsdp2": {rule: fsdp2(rule, False, 10) for rule in RULES},
         "fsdp2, resumed": {rule: fsdp2(rule, False, 5) for rule in RULES},
-        "fsdp2, layer by layer": {rule: fsdp2(rule, True, 5) for rule in projected},
-        "ddp": {rule: ddp(rule, False) for rule in ("adamw", "galore", "both")},
+        "fsdp2, layer by layer": {rule: fsdp2(rule, True, 5) for rule in freed},
+        "ddp": {rule: ddp(rule, False) for rule in ("adamw", "galore", "both", "fira")},
         "ddp, layer by layer": {rule: ddp(rule, True) for rule in ("galore", "both")},
     }
     torch.save(runs, f"{sys.argv[1]}.{os.environ['RANK']}")

@@ -13,6 +13,7 @@ from eckart.optim.project import (
     Subspace,
 )
 from eckart.optim.refresh import Refresh
+from eckart.optim.residual import NormGrowth, Rescaled, Residual
 from eckart.optim.rule import Rule
 from eckart.optim.storage import EightBit
 
@@ -29,9 +30,12 @@ __all__ = [
     "Inner",
     "Iteration",
     "LowRankOptimizer",
+    "NormGrowth",
     "Projector",
     "Randomised",
     "Refresh",
+    "Rescaled",
+    "Residual",
     "Rule",
     "Subspace",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 from zlib import crc32
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from eckart.errors import UsageError
+from eckart.optim.inner import Direction
 from eckart.optim.part import CACHED, CHUNK, State, Tensors, multiply_
-from eckart.optim.project import Basis, add_up_, as_matrix, down
+from eckart.optim.project import Basis, add_up_, as_matrix, down, write_back
 from eckart.optim.refresh import counted
 from eckart.optim.rule import Rule
 from eckart.optim.sharded import Layout, layout_of, local, sum_
@@ -42,6 +44,17 @@ class Entry:
     @property
     def basis(self) -> Basis:
         return self.rule.projector.basis(self.tensors, self.view(self.param).shape)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """m and n of the whole matrix."""
+        leading = self.group["leading"]
+        return self.param.shape[leading], prod(self.param.shape[leading + 1 :])
+
+    @property
+    def local(self) -> Tensor:
+        """The parameter on this process."""
+        return local(self.param)
 
     @property
     def seed(self) -> int:
@@ -113,12 +126,18 @@ class Bucket:
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply the gradients as applied by a 0-dim tensor."""
-        torch._foreach_mul_(self.low, factor.to(self.low[0].device))
+        tensors = self.low
+        if self.rule.needs_gradient:
+            tensors = tensors + [local(e.gradient) for e in self.entries]
+        torch._foreach_mul_(tensors, factor.to(tensors[0].device))
 
     def add(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """Add gradients of full shape to those as applied."""
         found = [e for e in self.entries if e.param in gradients]
         extra = [e.like_param(gradients[e.param]) for e in found]
+        if self.rule.needs_gradient:
+            for e, g in zip(found, extra, strict=True):
+                e.gradient.add_(g)
         extra = [e.lower(g) if e.projected else local(g) for e, g in zip(found, extra, strict=True)]
         layout = self.entries[0].layout
         if layout is not None:
@@ -139,49 +158,62 @@ class Bucket:
         piece: list[Entry] = []
         size = 0
         for entry in self.entries:
-            if piece and size + entry.R.numel() > most:
+            # a shard's own size would part differently, and so wait, on each process
+            elements = entry.R.numel() if entry.layout is None else entry.param.numel()
+            if piece and size + elements > most:
                 yield piece
                 piece, size = [], 0
             piece.append(entry)
-            size += entry.R.numel()
+            size += elements
         yield piece
 
 
 def move(entries: list[Entry]) -> None:
-    """W -= lr scale N, projected back, with decoupled decay before or after."""
+    """Move the moments, and the weights in the direction that comes of it."""
     rule, group = entries[0].rule, entries[0].group
-    lr, decay = float(group["lr"]), 1.0
-    if group["weight_decay"]:
-        decay = 1 - lr * group["weight_decay"]
-    first = rule.decay == "before"
     R, states = [e.R for e in entries], [e.tensors for e in entries]
     counts = [counted(e.state) + 1 for e in entries]
     direction = rule.inner.step(R, states, counts, fused=entries[0].projected)
-    sizes = [lr * rule.scale / c for c in direction.correction]
-    W = [e.view(e.param) for e in entries]
+    lr, keep = float(group["lr"]), 1.0
+    if group["weight_decay"]:
+        keep = 1 - lr * group["weight_decay"]
     if entries[0].projected:
-        # one product does decay, projection back and update; after: (1 - d)(W - u)
-        for entry, w, N, size in zip(entries, W, direction.tensors(), sizes, strict=True):
-            alpha = -size if first else -size * decay
-            add_up_(w, N, entry.basis, alpha=alpha, beta=decay)
-            write_back(local(entry.param), w)
-        return
-    if decay != 1 and first:
-        multiply_(W, decay)
+        move_back(entries, direction, lr, keep)
+    else:
+        move_plain(entries, direction, lr, keep)
+
+
+def move_plain(entries: list[Entry], direction: Direction, lr: float, keep: float) -> None:
+    """W -= lr N, with decoupled decay before or after; before, in the bits of torch.optim."""
+    rule, W = entries[0].rule, [e.local for e in entries]
+    sizes = [lr / c for c in direction.correction]
+    if keep != 1 and rule.decay == "before":
+        multiply_(W, keep)
     if direction.denominator is not None and W[0].dtype == direction.numerator[0].dtype:
         steps = [-size for size in sizes]
         torch._foreach_addcdiv_(W, direction.numerator, direction.denominator, steps)
     else:
         for w, N, size in zip(W, direction.tensors(), sizes, strict=True):
             w.add_(N, alpha=-size)
-    if decay != 1 and not first:
-        multiply_(W, decay)
+    if keep != 1 and rule.decay == "after":
+        multiply_(W, keep)
 
 
-def write_back(p: Tensor, W: Tensor) -> None:
-    """Copy W into the parameter where its strides (channels last) allowed no view."""
-    if W.data_ptr() != p.data_ptr():
-        p.copy_(W.view_as(p))
+def move_back(entries: list[Entry], direction: Direction, lr: float, keep: float) -> None:
+    """W -= lr scale N, projected back: one product does decay, projection and update.
+
+    Decay after the update is keep (W - u): the same product with a smaller step.
+    """
+    rule = entries[0].rule
+    rate = lr if rule.decay == "before" else lr * keep
+    if rule.residual is not None:
+        N, correction = direction.raw()
+        rule.residual.move(entries, N, [rate / c for c in correction], keep)
+        return
+    for entry, n, c in zip(entries, direction.tensors(), direction.correction, strict=True):
+        W = entry.view(entry.param)
+        add_up_(W, n, entry.basis, alpha=-rate * rule.scale / c, beta=keep)
+        write_back(entry.local, W)
 
 
 def entry_of(name: str, p: Tensor, group: Mapping[str, Any], state: State, seed: int = 0) -> Entry:

@@ -27,6 +27,14 @@ class Direction:
     numerator: Tensors
     denominator: Tensors | None
     correction: list[float]
+    excess: list[float] | None = None  # how much of the correction is in N already
+
+    def raw(self) -> tuple[Tensors, list[float]]:
+        """N without any bias correction, and what divides it then: same product."""
+        if self.excess is None:
+            return self.tensors(), self.correction
+        N = [n / x for n, x in zip(self.tensors(), self.excess, strict=True)]
+        return N, [c / x for c, x in zip(self.correction, self.excess, strict=True)]
 
     def tensors(self) -> Tensors:
         """N = numerator / denominator, which is overwritten. Where there is none N may be
@@ -108,8 +116,9 @@ class Adam(Inner):
         root_c2 = [(1 - b2**t) ** 0.5 for t in counts]
         hf = self.eps_mode == "hf"
         correction = [c / c2 for c, c2 in zip(c1, root_c2, strict=True)] if hf else c1
+        excess = None if hf else root_c2
         if fused:
-            return Direction(self.fused(R, M, V, counts), None, correction)
+            return Direction(self.fused(R, M, V, counts), None, correction, excess)
         torch._foreach_lerp_(M, R, 1 - b1)
         multiply_(V, b2)
         add_squares_(V, R, 1 - b2)
@@ -117,7 +126,7 @@ class Adam(Inner):
         if not hf:
             torch._foreach_div_(denominator, root_c2)
         torch._foreach_add_(denominator, self.eps)
-        return Direction(M, denominator, correction)
+        return Direction(M, denominator, correction, excess)
 
     def fused(self, R: Tensors, M: Tensors, V: Tensors, counts: list[int]) -> Tensors:
         """N in one pass over R, M and V, by torch's kernel for whole Adam steps.

@@ -24,6 +24,9 @@ from eckart.optim.sharded import sum_
 class Projected:
     """The low-rank gradients of this step so far, by name, and the hooks that gather them.
 
+    A rule that needs all of G at its update makes the update in the hook; a step is then one
+    micro-batch, and what would look at all gradients before (clipping) is refused.
+
     `refresh_from`: "step" keeps the whole gradient of parameters that are due (in the very
     first step all of them are), and equals the normal mode exactly; "first" takes the basis
     from the first micro-batch at once, so that nothing is ever kept: the same thing where a
@@ -36,6 +39,7 @@ class Projected:
         self.refresh_from = refresh_from
         self.average_over = average_over
         self.low: dict[str, Tensor] = {}
+        self.moved: set[str] = set()  # by their hook, in this step
         self.handles: dict[Tensor, RemovableHandle] = {}
 
     def bind(self, params: Iterable[Tensor], absorb: Callable[[Tensor], None]) -> None:
@@ -48,6 +52,9 @@ class Projected:
 
     def absorb(self, entry: Entry) -> None:
         """Take the parameter's gradient in, unless it must be kept until the step."""
+        if entry.rule.needs_gradient:
+            self.move(entry)
+            return
         if entry.state["due"] <= entry.state["step"]:
             if self.refresh_from == "step":
                 return
@@ -58,6 +65,26 @@ class Projected:
         else:
             self.low[entry.name] = R
         entry.param.grad = None
+
+    def move(self, entry: Entry) -> None:
+        """Make the whole step of one parameter."""
+        if entry.name in self.moved:
+            raise UsageError(
+                "this update rule cannot accumulate micro-batches layer by layer",
+                [(entry.name, "a second gradient before step()")],
+                "Set train.accumulate=1, or leave layer-wise mode out.",
+            )
+        self.moved.add(entry.name)
+        bucket = Bucket([entry])
+        refresh([entry])
+        bucket.project()
+        bucket.apply()
+        entry.param.grad = None
+
+    def clear(self) -> None:
+        """Begin a new step."""
+        self.low.clear()
+        self.moved.clear()
 
     def average(self, buckets: list[Bucket]) -> None:
         """Average over processes what no reducer has seen: small R, and G where it is due."""
@@ -70,15 +97,16 @@ class Projected:
 
 
 def check_layerwise(
-    groups: list[dict[str, Any]], refresh_from: str, average_over: dist.ProcessGroup | None
+    groups: list[dict[str, Any]],
+    refresh_from: str,
+    average_over: dist.ProcessGroup | None,
+    clip: float | None,
 ) -> None:
-    """Raise UsageError where a rule needs whole gradients, or none is projected."""
-    obstacles = {group["param_names"][0]: group["rule"].layerwise_obstacle() for group in groups}
-    facts = [(name, why) for name, why in obstacles.items() if why]
-    if facts:
+    """Raise UsageError where layer-wise mode cannot work so, or would free nothing."""
+    if all(group["rule"].projector.identity for group in groups):
         raise UsageError(
-            "this update rule cannot work layer by layer",
-            facts,
+            "layer-wise mode frees nothing here",
+            [("update rule", "projects no gradient")],
             "Leave layer-wise mode out, or take update=galore.",
         )
     if average_over is not None and refresh_from == "first":
@@ -87,9 +115,17 @@ def check_layerwise(
             [("refresh_from", "first, with gradients averaged over processes")],
             'Take refresh_from="step".',
         )
-    if all(group["rule"].projector.identity for group in groups):
+    if not any(group["rule"].needs_gradient for group in groups):
+        return
+    if clip is not None:
         raise UsageError(
-            "layer-wise mode frees nothing here",
-            [("update rule", "projects no gradient")],
-            "Leave layer-wise mode out, or take update=galore.",
+            "this update rule cannot be clipped layer by layer",
+            [("update rule", "needs the whole gradient, which is gone when the norm is known")],
+            "Set train.clip=null, or leave layer-wise mode out.",
+        )
+    if refresh_from == "step":
+        raise UsageError(
+            "this update rule cannot wait for the step layer by layer",
+            [("update rule", "needs the whole gradient at its update")],
+            'Take refresh_from="first" with one micro-batch a step, or leave layer-wise mode out.',
         )

@@ -119,7 +119,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 bucket.add(penalties)
                 bucket.apply()
         if self.projected is not None:
-            self.projected.low.clear()
+            self.projected.clear()
             self.bind_hooks()
         return loss
 
@@ -133,6 +133,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             entry = entry_of(name, p, group, self.state[p], self.seed)
             if self.projected is not None and entry.projected and p.grad is not None:
                 self.projected.absorb(entry)  # what came before its hook was bound
+                if p.grad is None and name not in kept:
+                    continue  # and was moved at once
             entry.low = kept.get(name)
             yield entry
 
@@ -188,7 +190,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         and their low-rank gradients are averaged over the group `average_over`. A gradient
         scaler cannot be used. Raises UsageError where a rule needs whole gradients.
         """
-        check_layerwise(self.param_groups, refresh_from, average_over)
+        check_layerwise(self.param_groups, refresh_from, average_over, self.clip)
         self.projected = Projected(refresh_from, average_over)
         self.bind_hooks()
 
@@ -216,7 +218,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """As torch's; projected gradients of the hooks are dropped, too."""
         super().zero_grad(set_to_none)
         if self.projected is not None:
-            self.projected.low.clear()
+            self.projected.clear()
 
     # -- state ------------------------------------------------------------------------
 

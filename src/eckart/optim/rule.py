@@ -23,6 +23,7 @@ from eckart.optim.inner import Adam, Inner
 from eckart.optim.part import Part, State
 from eckart.optim.project import Identity, Projector, as_matrix
 from eckart.optim.refresh import Refresh
+from eckart.optim.residual import NormGrowth, Residual
 from eckart.optim.sharded import Kind, Layout
 
 
@@ -37,6 +38,8 @@ class Rule(Part):
     inner: Inner = field(default_factory=Adam)
     projector: Projector = field(default_factory=Identity)
     refresh: Refresh = field(default_factory=Refresh)
+    residual: Residual | None = None  # what becomes of G outside the subspace
+    limiter: NormGrowth | None = None  # on that residual
     scale: float = 1.0  # on the projected-back update, beside the learning rate
     weight_decay: float = 0.0  # decoupled; a group's own value wins
     decay: Literal["before", "after"] = "before"  # the update, as torch does, or after it
@@ -48,11 +51,24 @@ class Rule(Part):
                 [("inner rule", type(self.inner).__name__)],
                 "Take on_refresh=keep or on_refresh=reset.",
             )
+        if self.residual is not None and getattr(self.projector, "side", None) == "both":
+            raise UsageError(
+                "a residual needs one side that is not projected",
+                [("side", "both"), ("residual", type(self.residual).__name__)],
+                "Take side=auto.",
+            )
 
     @property
     def plain(self) -> Rule:
         """The inner rule alone, on the full gradient."""
-        return dataclasses.replace(self, projector=Identity(), refresh=Refresh(), scale=1.0)
+        return dataclasses.replace(
+            self,
+            projector=Identity(),
+            refresh=Refresh(),
+            residual=None,
+            limiter=None,
+            scale=1.0,
+        )
 
     def on(self, shape: torch.Size | tuple[int, ...], leading: int = 0) -> Rule:
         """The rule that a parameter of this shape really follows: this one, or `plain`."""
@@ -71,7 +87,7 @@ class Rule(Part):
         """How the state tensor of this name is laid out where the parameter is sharded."""
         if self.projector.identity:
             return "param"
-        kinds: dict[str, Kind] = {"left": "left", "right": "right"}
+        kinds: dict[str, Kind] = {"left": "left", "right": "right", "limiter": "small"}
         return kinds.get(key, "low")
 
     def start(self, p: Tensor, leading: int = 0, layout: Layout | None = None) -> State:
@@ -82,6 +98,10 @@ class Rule(Part):
             p = p.new_empty(1).to_local().expand(p.shape)  # type: ignore[attr-defined]
         W = as_matrix(p, leading)
         tensors = self.projector.init(W) | self.inner.init(self.projector.low(W))
+        if self.limiter is not None:
+            tensors["limiter"] = W.new_zeros(
+                W.shape[:-2], dtype=torch.promote_types(W.dtype, torch.float32)
+            )
         if layout is not None:
             tensors = {k: layout.place(t, self.kind(k)) for k, t in tensors.items()}
         return {"step": 0, "due": 0} | tensors
@@ -91,9 +111,10 @@ class Rule(Part):
         state = self.on(shape, leading).start(torch.empty(shape, device="meta"), leading)
         return sum(t.numel() for t in state.values() if isinstance(t, Tensor))
 
-    def layerwise_obstacle(self) -> str:
-        """Why this rule cannot work on gradients that are freed as they come; or nothing."""
-        return ""
+    @property
+    def needs_gradient(self) -> bool:
+        """Does the update itself need all of G, beside R?"""
+        return self.residual is not None
 
 
 def difference(saved: Any, current: Any, path: str = "rule") -> list[tuple[str, str]]:

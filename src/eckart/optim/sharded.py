@@ -25,7 +25,7 @@ from eckart.optim.part import Tensors
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-Kind = Literal["param", "left", "right", "low"]
+Kind = Literal["param", "left", "right", "low", "small"]
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -92,7 +92,8 @@ class Layout:
     def place(self, t: Tensor, kind: Kind) -> DTensor:
         """A full tensor, the same on all processes, laid out beside the parameter.
 
-        `kind`: shaped like the parameter, or left [*, m, r], right [*, r, n], or like R.
+        `kind`: shaped like the parameter, left [*, m, r], right [*, r, n], like R, or small
+        (leading dimensions, then what all processes share).
         No communication.
         """
         from torch.distributed.tensor import Replicate, distribute_tensor

@@ -1,0 +1,108 @@
+"""Fira: GaLore, and the part of the gradient outside its subspace is applied, too.
+
+    R = G P^T                            as GaLore; N is Adam's direction for R, [m, r]
+    phi_j = |N_j| / |R_j|                how much Adam rescaled line j (a row; a column, left)
+    S = phi (G - c R P)                  the rest of G, rescaled alike
+    S = S / q                            so that |S| grows by at most 1 % a step
+    W -= lr sqrt(1 - b2^t) / (1 - b1^t) (alpha N P + S)
+
+The memory is GaLore's and one number per matrix, the update has full rank. Take it where
+GaLore's rank would have to be large; take GaLore where a step's time counts.
+
+Source: X. Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+Constraint?", arXiv 2410.01623, Alg. 1, and its code. The paper has c = 1, the code, with
+which its numbers were made, c = alpha; we follow the code unless `center` says otherwise. We
+differ from it in three points: a zero gradient leaves the limiter as it was (the code then
+cuts the residual to nothing for a thousand steps); S is never formed, since phi scales lines
+that the projection does not mix; and as in galore.py, bases have fixed signs and state is
+tensors alone.
+
+m out, n in, r rank.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from eckart.optim import SVD, Adam, NormGrowth, Refresh, Rescaled, Rule
+from eckart.recipe.method import Cost, Paper, Update
+
+
+@dataclass(frozen=True)
+class Fira(Update):
+    """Adam in a subspace, and the rest of the gradient scaled as Adam scaled that part."""
+
+    rank: Annotated[int, Ge(1)] = 128
+    """Directions of the short side that are kept. Paper: as GaLore; 64 is enough for 7B."""
+
+    every: Annotated[int, Ge(1)] = 200
+    """Steps between two decompositions of one matrix. Paper: 200; 500 for 7B."""
+
+    scale: Annotated[float, Gt(0)] = 0.25
+    """alpha, on the part inside the subspace. Paper: 0.25 up to 350M parameters, then
+    0.0625."""
+
+    gamma: Annotated[float, Gt(1)] | None = 1.01
+    """Largest growth of the residual's norm from step to step; none for no limit. Paper:
+    1.01."""
+
+    center: Literal["scaled", "exact"] = "scaled"
+    """What is taken from the gradient before the rest is scaled: alpha R P (code), or R P
+    (paper)."""
+
+    phi: Literal["line", "matrix"] = "line"
+    """One scaling factor per line of the long side (paper), or one per matrix."""
+
+    phi_max: Annotated[float, Gt(0)] | None = None
+    """Largest scaling factor, for lines whose gradient vanishes while momentum does not.
+    Paper: none."""
+
+    side: Literal["auto", "reverse", "left", "right"] = "auto"
+    """Which side is projected: auto the short one, reverse the long one."""
+
+    on_refresh: Literal["keep", "rotate", "reset"] = "keep"
+    """The moments at a new basis: kept as they are (paper), rotated into it, or forgotten."""
+
+    stagger: bool = True
+    """Spread the refreshes of the matrices over the steps by a hash of their names. Paper:
+    all at once."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment. Paper: Adam's."""
+
+    eps: Annotated[float, Gt(0)] = 1e-6
+    """Added to the root of the second moment. Code: 1e-6."""
+
+    eps_mode: Literal["hf", "torch"] = "hf"
+    """Where epsilon and the weight decay stand: hf as published (epsilon outside the bias
+    correction, decay after the update), torch as in torch.optim.AdamW."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a weight lost per step, times the learning rate. Paper: 0."""
+
+    wants: ClassVar = "matrices"
+    default_lr: ClassVar = 0.01
+    mission: ClassVar = True
+    paper: ClassVar = Paper(
+        "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
+        "https://arxiv.org/abs/2410.01623",
+    )
+
+    def rule(self) -> Rule:
+        return Rule(
+            inner=Adam(self.betas, self.eps, self.eps_mode),
+            projector=SVD(self.rank, self.side),
+            refresh=Refresh(self.every, self.on_refresh, self.stagger),
+            residual=Rescaled(self.center, self.phi, self.phi_max),
+            limiter=None if self.gamma is None else NormGrowth(self.gamma),
+            scale=self.scale,
+            weight_decay=self.weight_decay,
+            decay="after" if self.eps_mode == "hf" else "before",
+        )
+
+    def plain(self) -> Rule:
+        return self.rule().plain
+
+    def cost(self, m: int, n: int) -> Cost:
+        return Cost(state=self.rule().state_elements(m, n))
