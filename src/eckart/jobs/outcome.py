@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eckart.io import native, peft
-from eckart.io.folder import refuse_occupied, write_folder
+from eckart.io.export import export, possible
+from eckart.io.folder import refuse_occupied
 from eckart.io.run import Run
 from eckart.io.text import Data
 from eckart.jobs.config import Job
@@ -46,39 +46,38 @@ def open_run(job: Job, data: Data, parameters: Mapping[str, Any], estimate: int)
 
 
 def write_final(run: Run, handle: Handle, tokenizer: Any) -> str:
-    """final/: PEFT's files where the method has them, a plain model, or our own adapter.
+    """final/ for a model that was taught: an adapter beside its base where that says it all.
 
     Returns the format. The tokenizer lies beside, with the chat template it was used with.
     """
-    with write_folder(run.final, overwrite=True) as beside:
-        model: Any = handle.model
-        if not handle.attached:
-            model.save_pretrained(beside)
-            form = "dense"
-        elif peft.obstacle(handle) is None:
-            peft.save(handle, beside)
-            form = "peft"
-        else:
-            native.save(handle, beside)
-            form = "native"
-        tokenizer.save_pretrained(beside)
-    return form
+    dropped = handle.weights.base == "dropped"
+    return write(run, handle, tokenizer, *(("factored",) if dropped else ("peft", "native")))
 
 
 def write_whole(run: Run, handle: Handle, tokenizer: Any) -> str:
-    """final/ as a whole model: an adapter's base would exist nowhere else.
+    """final/ for a model that began here: its base exists nowhere else.
 
-    Terms are folded into the matrices, in place. Raises UsageError where a term is not linear.
+    Factored where the terms are the map; where they stand beside a dense matrix they are
+    folded into it if they can be.
     """
-    if handle.attached:
-        handle.merge()
-    return write_final(run, handle, tokenizer)
+    dropped = handle.weights.base == "dropped"
+    wanted = ("factored", "dense") if dropped else ("dense", "factored")
+    return write(run, handle, tokenizer, *wanted)
+
+
+def write(run: Run, handle: Handle, tokenizer: Any, *wanted: str) -> str:
+    """Write the first of these formats that the method can have; one without terms is dense."""
+    can = possible(handle)
+    form = next(f for f in (wanted if handle.attached else ("dense",)) if f in can)
+    export(handle, run.final, form, tokenizer, overwrite=True)
+    return form
 
 
 LOADED_BY = {
     "peft": "plain PEFT loads it",
     "dense": "plain transformers loads it",
-    "native": "import eckart, then eckart.load() loads it",
+    "factored": "transformers loads it after `import eckart.hf`",
+    "native": "eckart.load() loads it",
 }
 
 

@@ -1,0 +1,48 @@
+"""The examples run as they stand, offline, and what they train loads elsewhere."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from eckart.io.models import load_model
+from eckart.io.presets import build_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name, steps", [("bare_loop", 12), ("sft", 15)])
+def test_an_example_learns_and_plain_peft_loads_it(name, steps, tmp_path):
+    out = tmp_path / "out"
+    losses = example(name).main("", steps, str(out))
+    assert losses[-1] < losses[0] - 0.1
+    folder = out if name == "bare_loop" else out / "final"
+    PeftModel.from_pretrained(build_model("llama-tiny", vocab=257), folder)
+
+
+def test_the_trainer_example_resumes_where_it_was(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    losses = example("trainer").main("", 22, str(whole))
+    assert losses[-1] < losses[0] - 0.1
+    # the folder of a run that stopped after its checkpoint at step 20
+    (parts / "checkpoints").mkdir(parents=True)
+    (whole / "checkpoints" / "step-20").rename(parts / "checkpoints" / "step-20")
+    again = example("trainer").main("", 22, str(parts))
+    assert again == losses
+    a, b = (load_model(folder / "final").state_dict() for folder in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
