@@ -1,0 +1,167 @@
+"""Random bases that are never stored: any entry is a function of (seed, name, its place).
+
+A counter-based generator in integer arithmetic gives the same numbers on every device, in
+every dtype and for any piece of a basis, so a file keeps a seed where others keep the
+matrices, a smaller basis is the beginning of a larger one, and torch's own generators are
+left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from eckart.errors import FileError
+from eckart.linear.term import Shared
+
+GENERATOR = "two rounds of splitmix64, 24 bits"  # a file names it; another one draws otherwise
+AT_ONCE = 1 << 22  # entries drawn in one piece: 32 MB of 64-bit integers
+
+
+def keys_of(seed: int, name: str) -> tuple[int, int]:
+    """Two 64-bit keys for a tensor, hashed so that no two tensors' keys are related."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    first, second = (int.from_bytes(digest[a : a + 8], "little", signed=True) for a in (0, 8))
+    return first, second
+
+
+def signed(value: int) -> int:
+    """A 64-bit pattern as the signed integer that torch knows."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def shifted(x: Tensor, by: int) -> Tensor:
+    """Logical right shift of 64-bit patterns: torch's own copies the sign."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64: a bijection of 64 bits in which every bit moves every other."""
+    x = (x ^ shifted(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shifted(x, 27)) * signed(0x94D049BB133111EB)
+    return x ^ shifted(x, 31)
+
+
+def uniform(
+    seed: int, name: str, i: range, j: range, k: range, device: torch.device | None = None
+) -> Tensor:
+    """Entries [i, j, k] of a tensor, in [-1, 1), fp32: any piece, anywhere, the same numbers.
+
+    i and k below 2^16 and 2^19, j below 2^28. The keys enter through xor and a sum between
+    two rounds, so that no tensor is a shifted window of another.
+    """
+    first, second = keys_of(seed, name)
+    place = [torch.arange(r.start, r.stop, device=device) for r in (i, j, k)]
+    counter = (place[0][:, None, None] << 47) | (place[1][:, None] << 19) | place[2]
+    bits = shifted(mix(mix(counter ^ first) + second), 40)
+    return bits.float() * 2.0**-23 - 1  # 24 bits: exact in fp32
+
+
+def pieces(count: int, each: int) -> Iterator[range]:
+    """Consecutive ranges of 0..count with at most AT_ONCE entries, `each` to a number."""
+    step = max(1, AT_ONCE // max(1, each))
+    for start in range(0, count, step):
+        yield range(start, min(start + step, count))
+
+
+class RandomBasis(Shared):
+    """values [count, length, rank]: random matrices that many sites combine.
+
+    Uniform in [-1, 1) or, with `sparsity` q > 0, -1 and 1 with probability 1 / 2q each and
+    0 otherwise; times `scale`. They are drawn again when a file is loaded, unless they came
+    from a file themselves (`stored`).
+    """
+
+    values: Tensor
+
+    def __init__(
+        self,
+        seed: int,
+        name: str,
+        count: int,
+        length: int,
+        rank: int,
+        scale: float = 1.0,
+        sparsity: float = 0.0,
+        stored: Tensor | None = None,
+    ):
+        super().__init__()
+        self.seed, self.name, self.scale, self.sparsity = seed, name, scale, sparsity
+        self.count, self.length, self.rank = count, length, rank
+        self.generator = GENERATOR
+        if stored is not None:
+            self.register_buffer("values", stored)
+        else:
+            self.register_buffer("values", self.draw(), persistent=False)
+
+    def draw(self) -> Tensor:
+        """All entries, piece by piece."""
+        values = torch.empty(self.count, self.length, self.rank)
+        for i in pieces(self.count, self.length * self.rank):
+            u = uniform(self.seed, self.name, i, range(self.length), range(self.rank))
+            if self.sparsity:
+                u = (u.abs() > 1 - 1 / self.sparsity) * u.sign()
+            values[i.start : i.stop] = u * self.scale
+        return values
+
+    @classmethod
+    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
+        if tensors:
+            return super().empty(tensors, scalars)
+        if scalars["generator"] != GENERATOR:
+            raise FileError(
+                "the random basis of this file was drawn by another generator",
+                [("in the file", scalars["generator"]), ("here", GENERATOR)],
+                "Use the version of eckart that wrote it.",
+            )
+        return cls(**{k: v for k, v in scalars.items() if k != "generator"})
+
+    def extra_repr(self) -> str:
+        return f"{self.count} of {self.length} x {self.rank}"
+
+
+def combine(coefficients: Tensor, basis: Tensor) -> Tensor:
+    """sum_i c_i basis_i: c [*, k], basis [k, length, rank] -> [*, length, rank].
+
+    One matrix product; a beginning of a longer basis is read in place.
+    """
+    return (coefficients @ basis.flatten(1).to(coefficients.dtype)).unflatten(-1, basis.shape[1:])
+
+
+class Streamed(torch.autograd.Function):
+    """`combine` with a basis drawn piece by piece, in the forward pass and again backwards."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, coefficients: Tensor, seed: int, name: str, length: int, rank: int
+    ) -> Tensor:
+        ctx.basis = (seed, name, length, rank)
+        ctx.save_for_backward(coefficients)
+        total = coefficients.new_zeros(*coefficients.shape[:-1], length, rank)
+        for i, piece in drawn(coefficients, *ctx.basis):
+            total += combine(coefficients[..., i.start : i.stop], piece)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (coefficients,) = ctx.saved_tensors
+        flat = grad.flatten(-2)  # [*, length rank]
+        parts = [
+            flat @ piece.flatten(1).to(flat.dtype).mT
+            for _, piece in drawn(coefficients, *ctx.basis)
+        ]
+        return torch.cat(parts, dim=-1), None, None, None, None
+
+
+def drawn(
+    coefficients: Tensor, seed: int, name: str, length: int, rank: int
+) -> Iterator[tuple[range, Tensor]]:
+    """The basis of coefficients [*, k] in pieces: which entries, and [piece, length, rank]."""
+    for i in pieces(coefficients.shape[-1], length * rank):
+        yield i, uniform(seed, name, i, range(length), range(rank), coefficients.device)

@@ -1,0 +1,231 @@
+"""NOLA: LoRA whose factors are combinations of random matrices that nobody has to store.
+
+    y = W x + s B A x     A = A_0 + sum_i a_i A_i / sqrt(k)     B = sum_j b_j B_j / sqrt(k)
+
+A_i [r, n] and B_j [m, r] have entries U(-1, 1) and come from a seed; only the 2 k
+coefficients are trained, both from zero. A_0 ~ U(-1/sqrt n, 1/sqrt n) is fixed and has no
+coefficient: without it every gradient would be zero for ever. So the number of trained
+parameters depends on neither rank nor width, and can be far below LoRA's of rank 1. Take it
+to keep thousands of small adapters of one base (a file is 8 k bytes per matrix and a seed),
+with a learning rate ten times LoRA's; take LoRA where r (m + n) numbers are no burden.
+
+NOLA is LoRA in a random subspace: dL/da_i = <dL/dA, A_i> / sqrt(k), so a step of it is
+LoRA's step projected on the span of the A_i, and k = r n one-hot bases give LoRA itself.
+
+Source: S. Koohpayegani et al., "NOLA: Compressing LoRA using Linear Combination of Random
+Basis", 2024, eq. 3 and its code (the factors 1 / sqrt(k) and A_0 are there alone).
+We differ in three points: all matrices combine the beginnings of one pair of bases, with
+coefficients and an A_0 of their own; the numbers come from a counter-based generator, equal
+on all devices and dtypes, where the code re-seeds torch's global one in every pass; and
+merging is right.
+
+m out, n in, r rank, k bases, * any leading dimensions (fused experts).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eckart.linear import Site, Term, low_rank
+from eckart.linear.basis import RandomBasis, Streamed, combine, uniform
+from eckart.recipe import Cost, Paper, Weights
+
+A_NAME, B_NAME = "nola_A", "nola_B"  # the bases: children of the model's root
+
+
+def frozen_start(seed: int, path: str, experts: int, n: int, rank: int) -> Tensor:
+    """A_0 of one site, transposed: [experts, n, r], U(-1/sqrt n, 1/sqrt n)."""
+    draw = uniform(seed, f"nola A_0 {path}", range(experts), range(n), range(rank))
+    return draw / math.sqrt(n)
+
+
+def quantise(c: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes (int8) and step [*, 1] of coefficients c [*, k]: symmetric, one step per vector.
+
+    c is codes * step to within step / 2; a vector of zeros has step 1.
+    """
+    largest = c.abs().amax(-1, keepdim=True)
+    step = torch.where(largest > 0, largest / (2 ** (bits - 1) - 1), 1.0)
+    return (c / step).round().to(torch.int8), step
+
+
+def rounded(c: Tensor, bits: int) -> Tensor:
+    """c [*, k] as `bits` keep it; the gradient passes straight through."""
+    if bits == 32:
+        return c
+    codes, step = quantise(c.detach(), bits)
+    return c + (codes * step - c.detach())
+
+
+class Combination(Term):
+    """scale * B A with A, B combined from random bases by coefficients a, b [*, k]."""
+
+    A0: Tensor
+
+    def __init__(
+        self,
+        k: int,
+        m: int,
+        n: int,
+        rank: int,
+        *,
+        path: str,
+        leading: tuple[int, ...] = (),
+        seed: int = 0,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        bits: int = 32,
+    ):
+        super().__init__()
+        self.m, self.n, self.rank, self.path, self.seed = m, n, rank, path, seed
+        self.scale, self.dropout, self.bits = scale, dropout, bits
+        self.a = nn.Parameter(torch.zeros(*leading, k))
+        self.b = nn.Parameter(torch.zeros(*leading, k))
+        start = frozen_start(seed, path, math.prod(leading), n, rank)
+        self.register_buffer("A0", start.view(*leading, n, rank), persistent=False)
+
+    @classmethod
+    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
+        *leading, k = tensors["a"]["shape"]
+        return cls(k, leading=tuple(leading), **scalars)
+
+    def bind(self, shared: Mapping[str, nn.Module], home: nn.Module, param: str) -> None:
+        self.__dict__["bases"] = {name: shared.get(name) for name in (A_NAME, B_NAME)}
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """B [*, m, r] and A [*, r, n], without the scale."""
+        A = self.A0 + self.combined(A_NAME, self.a, self.n)  # [*, n, r]
+        return self.combined(B_NAME, self.b, self.m), A.mT
+
+    def combined(self, name: str, coefficients: Tensor, length: int) -> Tensor:
+        """[*, length, r]: from the bases that are held, or drawn for the moment."""
+        c = rounded(coefficients, self.bits) / math.sqrt(coefficients.shape[-1])
+        held: Any = self.__dict__["bases"][name]
+        if held is None:
+            return Streamed.apply(c, self.seed, name, length, self.rank)
+        return combine(c, held.values[: c.shape[-1], :length, : self.rank])
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, A = self.pair()
+        return self.product(x, A, B)
+
+    def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """s B A drop(x)."""
+        x = x.to(A.dtype)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return low_rank(x, A, B, self.scale, mm=self.mm)
+
+    def back(self, x: Tensor) -> Tensor:  # [*, t, m] -> [*, t, n]
+        B, A = self.pair()
+        return low_rank(x.to(A.dtype), B.mT, A.mT, self.scale, mm=self.mm)
+
+    def columns(self, ids: Tensor) -> Tensor:  # [..] -> [.., m]
+        B, A = self.pair()
+        return self.mm(F.embedding(ids, A.mT) * self.scale, B.mT)
+
+    def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
+        B, A = self.pair()  # of all experts at once: the bases are read a single time
+        parts = [
+            self.product(x[a:b], A[e], B[e])
+            for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
+            if b > a
+        ]
+        return torch.cat(parts) if parts else x.new_zeros(0, self.m)
+
+    def dense(self) -> Tensor:  # [*, m, n]
+        B, A = self.factors()
+        return B @ A
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B, A = self.pair()
+        return self.scale * B, A
+
+    def rows(self) -> int:
+        return self.m
+
+    def extra_repr(self) -> str:
+        return f"{self.m} x {self.n}, rank {self.rank}, {self.a.shape[-1]} bases a side"
+
+
+@dataclass(frozen=True)
+class NOLA(Weights):
+    """Trains 2 k coefficients per matrix; the base stays as it is."""
+
+    rank: Annotated[int, Ge(1)] = 16
+    """r, the rank of the update; costs no parameters. Paper: 8 and 16; cut to min(m, n)."""
+
+    bases: Annotated[int, Ge(1)] = 512
+    """k, random matrices per factor. Paper: 512; from r n on, LoRA itself is smaller."""
+
+    scale: Annotated[float, Gt(0)] = 1.0
+    """s. The paper's scripts: 1 (GPT-2) and 0.25 (LLaMA), as alpha / r."""
+
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of inputs dropped in training."""
+
+    bits: Literal[4, 8, 32] = 32
+    """Bits that a coefficient is rounded to in every pass, its gradient straight through, so
+    that nothing is lost when it is stored in so many."""
+
+    hold: bool = True
+    """Keep one pair of bases in memory, k r (m + n) numbers for the largest m and n of the
+    model; false draws them again, piece by piece, in every pass, which is far slower."""
+
+    base: ClassVar = "frozen"
+    offers: ClassVar = ()
+    mission: ClassVar = True
+    default_lr: ClassVar = 1e-2
+    paper: ClassVar = Paper(
+        "NOLA: Compressing LoRA using Linear Combination of Random Basis",
+        "https://arxiv.org/abs/2310.02556",
+        "ICLR 2024",
+    )
+    promises: ClassVar = ("starts_at_base", "restores_base", "merges", "exports_low_rank")
+
+    def build(self, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
+        parts = super().build(sites)
+        if self.hold and sites:
+            k = max(self.at(site).bases for site in sites)
+            r = max(self.at(site).rank_at(site) for site in sites)
+            outputs, inputs = (max(site.shape[side] for site in sites) for side in (0, 1))
+            parts[""] = {
+                A_NAME: RandomBasis(sites[0].seed, A_NAME, k, inputs, r),
+                B_NAME: RandomBasis(sites[0].seed, B_NAME, k, outputs, r),
+            }
+        return parts
+
+    def build_one(self, site: Site) -> Mapping[str, nn.Module]:
+        term = Combination(
+            self.bases,
+            *site.shape,
+            self.rank_at(site),
+            path=site.path,
+            leading=site.leading,
+            seed=site.seed,
+            scale=self.scale,
+            dropout=self.dropout,
+            bits=self.bits,
+        )
+        return {"nola": term}
+
+    def rank_at(self, site: Site) -> int:
+        """r, where the map is not narrower."""
+        return min(self.rank, *site.shape)
+
+    def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
+        return {"weight_decay": 0.0}  # of a would lead to A_0, not to the base
+
+    def cost(self, m: int, n: int) -> Cost:
+        r = min(self.rank, m, n)  # the bases are combined once per pass: k r (m + n) FLOPs
+        return Cost(
+            parameters=2 * self.bases,
+            frozen=r * n,
+            shared=self.bases * r * (m + n) if self.hold else 0,
+            flops_per_token=2 * r * (m + n),
+        )

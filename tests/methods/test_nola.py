@@ -1,0 +1,237 @@
+"""What NOLA alone promises: LoRA in a random subspace that a seed describes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from torch.autograd import gradcheck
+
+from eckart.io import native, peft
+from eckart.linear import LowRank, find_sites
+from eckart.linear.basis import RandomBasis
+from eckart.methods.weights.nola import NOLA, Combination, frozen_start, quantise, rounded
+from eckart.recipe import Recipe, attach
+from tests.conftest import randomise, tiny
+from tests.laws.matrix import logits
+from tests.methods.lawful import assert_lawful, carried
+
+F64 = torch.float64
+M, N, R, K = 7, 9, 3, 5
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def term_with(A, B, k, m=M, n=N, r=R, **options):
+    """A term over given bases: A [k, n, r], B [k, m, r]."""
+    term = Combination(k, m, n, r, path="q", **options).double()
+    held = {"nola_A": A, "nola_B": B}
+    shared = {name: RandomBasis(0, name, *t.shape, stored=t) for name, t in held.items()}
+    term.bind(shared, nn.Linear(n, m), "weight")
+    with torch.no_grad():
+        term.a.copy_(draw(k, seed=7))
+        term.b.copy_(draw(k, seed=8))
+    return term
+
+
+@pytest.mark.parametrize("fields", [{"hold": False}, {"bits": 8}, {"bits": 4}])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma", "mixtral"])
+def test_every_variant_keeps_the_laws(fields, architecture):
+    targets = ("linear", "embedding") if architecture == "gemma" else ("linear",)
+    assert_lawful(NOLA(rank=3, bases=24, targets=targets, **fields), architecture)
+
+
+def test_formula_and_gradients_are_the_papers():
+    A, B = draw(K, N, R, seed=1), draw(K, M, R, seed=2)
+    term, s = term_with(A, B, K, scale=0.5), 0.5
+    a, b = (c.detach().clone().requires_grad_() for c in (term.a, term.b))
+    total_A, total_B = term.A0.mT.clone(), torch.zeros(M, R, dtype=F64)
+    for i in range(K):
+        total_A = total_A + a[i] * A[i].T / K**0.5
+        total_B = total_B + b[i] * B[i] / K**0.5
+    x, dy = draw(4, N, seed=3), draw(4, M, seed=4)
+    y = s * x @ total_A.T @ total_B.T
+    # fp64, sums of at most 45 products in another order
+    torch.testing.assert_close(term(x), y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(term.dense(), s * total_B @ total_A, rtol=0, atol=1e-12)
+    (term(x) * dy).sum().backward()
+    G = dy.T @ x
+    g_A, g_B = s * total_B.T @ G, s * G @ total_A.T
+    by_hand = [(g_A * A[i].T).sum() / K**0.5 for i in range(K)]
+    torch.testing.assert_close(term.a.grad, torch.stack(by_hand), rtol=0, atol=1e-12)
+    by_hand = [(g_B * B[i]).sum() / K**0.5 for i in range(K)]
+    torch.testing.assert_close(term.b.grad, torch.stack(by_hand), rtol=0, atol=1e-12)
+
+    def forward(a, b):
+        return torch.func.functional_call(term, {"a": a, "b": b}, x)
+
+    assert gradcheck(forward, (a, b))
+
+
+def test_only_b_moves_first():
+    term = term_with(draw(K, N, R, seed=1), draw(K, M, R, seed=2), K)
+    with torch.no_grad():
+        term.a.zero_(), term.b.zero_()
+    x = draw(4, N, seed=3)
+    assert not term(x).any()
+    (term(x) * draw(4, M)).sum().backward()
+    assert not term.a.grad.any() and term.b.grad.all()
+
+
+def test_one_hot_bases_train_as_lora():
+    W, x, y = draw(M, N), draw(12, N, seed=1), draw(12, M, seed=2)
+    kA, kB = R * N, R * M  # the larger count for both; the shorter factor ignores the rest
+    k = max(kA, kB)
+    A = torch.eye(k, kA, dtype=F64).unflatten(1, (N, R)) * k**0.5
+    B = torch.eye(k, kB, dtype=F64).unflatten(1, (M, R)) * k**0.5
+    nola = term_with(A, B, k)
+    with torch.no_grad():
+        nola.a.zero_(), nola.b.zero_()
+    lora = LowRank(torch.zeros(M, R, dtype=F64), nola.A0.mT.clone())
+    for _ in range(10):
+        for term in (nola, lora):
+            term.zero_grad()
+            (x @ W.T + term(x) - y).square().sum().backward()
+            with torch.no_grad():
+                for parameter in term.parameters():
+                    parameter -= 2e-3 * parameter.grad
+    assert lora.B.abs().max() > 0.1
+    torch.testing.assert_close(nola.dense(), lora.dense(), rtol=0, atol=1e-12)
+
+
+def test_update_has_the_promised_rank_and_entries():
+    model, handle, _ = carried(NOLA(rank=3, bases=64), "llama")
+    randomise(handle, std=1.0)
+    for by_name in handle.terms().values():
+        term = by_name["nola"]
+        assert torch.linalg.matrix_rank(term.dense().detach()) == 3
+        bound = 1 / term.n**0.5
+        assert term.A0.abs().max() <= bound and term.A0.std() > bound / 3
+    A, B = (handle.shared[name].values for name in ("nola_A", "nola_B"))
+    entries = A.numel()
+    assert abs(A.var() / 64 - 1 / (3 * 64)) < 0.03 / (3 * 64)
+    overlap = torch.corrcoef(torch.stack([A.flatten(), B.flatten()[:entries]]))[0, 1]
+    assert abs(overlap) < 5 / entries**0.5
+    starts = {tuple(t["nola"].A0.flatten()[:5].tolist()) for t in handle.terms().values()}
+    assert len(starts) == len(handle.terms())  # every site its own
+
+
+def test_held_and_streamed_compute_the_same():
+    outputs = []
+    for hold in (True, False):
+        model, handle, batch = carried(NOLA(rank=3, bases=40, hold=hold), "llama", F64)
+        randomise(handle)
+        assert bool(handle.shared) == hold
+        outputs.append(logits(model, batch))
+    # fp64: the same fp32 numbers of the basis, one product or several
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+
+
+def test_other_targets_change_no_update():
+    updates = []
+    for targets in (("attn.q",), ("attn", "mlp", "embedding")):
+        method = NOLA(rank=3, bases=20, targets=targets)
+        handle = attach(tiny("llama"), Recipe(method), seed=4)
+        term = handle.terms()["model.layers.0.self_attn.q_proj"]["nola"]
+        with torch.no_grad():
+            term.a.fill_(0.3), term.b.fill_(0.7)
+        updates.append(term.dense().detach())
+    # fp32; a longer basis is read with other strides, so in another order of the sum
+    torch.testing.assert_close(*updates, rtol=0, atol=1e-6)
+
+
+def test_neither_building_nor_training_draws_from_torch():
+    before = torch.get_rng_state()
+    for hold in (True, False):
+        model, handle, batch = carried(NOLA(rank=3, bases=20, hold=hold), "llama")
+        model(**batch)["loss"].backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_base_in_bf16_has_the_same_basis():
+    terms = []
+    for dtype in (torch.float32, torch.bfloat16):
+        handle = attach(tiny("llama", dtype), Recipe(NOLA(rank=3, bases=20)))
+        terms.append(handle)
+    for name in ("nola_A", "nola_B"):
+        one, other = (h.shared[name].values for h in terms)
+        assert one.dtype == other.dtype == torch.float32 and torch.equal(one, other)
+    (one, other) = (next(iter(h.terms().values()))["nola"].A0 for h in terms)
+    assert torch.equal(one, other)
+
+
+LOAD = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from eckart.io import native
+from tests.conftest import batch_for, tiny
+from tests.laws.matrix import logits
+model = tiny("llama")
+native.load(model, sys.argv[1])
+save_file({"logits": logits(model, batch_for("llama"))}, sys.argv[2])
+"""
+
+
+def test_a_small_file_gives_the_same_model_in_another_process(tmp_path):
+    model, handle, batch = carried(NOLA(rank=4, bases=48), "llama")
+    randomise(handle)
+    native.save(handle, tmp_path / "a")
+    out = tmp_path / "logits.safetensors"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "a", out], check=True, cwd=root)
+    assert torch.equal(load_file(out)["logits"], logits(model, batch))
+    size = sum(f.stat().st_size for f in (tmp_path / "a").iterdir())
+    assert size < len(handle.terms()) * (8 * 48 + 1024)
+
+
+def test_file_for_peft_is_plain_lora(tmp_path):
+    model, handle, batch = carried(NOLA(rank=4, bases=24, scale=0.5), "llama")
+    randomise(handle)
+    expected = logits(model, batch)
+    peft.save(handle, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    # fp32, the scale multiplied beforehand
+    torch.testing.assert_close(logits(loaded, batch), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_within_half_a_step(bits):
+    c = torch.stack([draw(200), torch.zeros(200, dtype=F64), 1e-9 * draw(200, seed=1)])
+    codes, step = quantise(c, bits)
+    assert codes.dtype == torch.int8 and codes.abs().max() == 2 ** (bits - 1) - 1
+    assert (c - codes * step).abs().le(step / 2 * (1 + 1e-12)).all()
+    assert step[1] == 1 and not codes[1].any()
+    free = c.clone().requires_grad_()
+    kept = rounded(free, bits)
+    torch.testing.assert_close(kept, codes * step, rtol=0, atol=1e-15)
+    kept.sum().backward()
+    assert torch.equal(free.grad, torch.ones_like(c))  # straight through
+
+
+def test_eight_bits_hardly_change_the_loss():
+    model, handle, batch = carried(NOLA(rank=4, bases=48), "llama")
+    randomise(handle, std=1.0)
+    before = model(**batch)["loss"].item()
+    for by_name in handle.terms().values():
+        by_name["nola"].bits = 8
+    after = model(**batch)["loss"].item()
+    assert after != before and abs(after / before - 1) < 0.01
+
+
+def test_start_is_uniform_and_its_own_for_every_site():
+    one, other = (frozen_start(0, path, 1, 400, 16) for path in ("q", "k"))
+    assert one.shape == (1, 400, 16) and not torch.equal(one, other)
+    site = find_sites(nn.Linear(5, 6), seed=3)[0]
+    assert torch.equal(NOLA(rank=4).build_one(site)["nola"].A0, frozen_start(3, "", 1, 5, 4)[0])
+    assert one.abs().max() <= 1 / 20 and abs(one.std() - 1 / (20 * 3**0.5)) < 1e-3
+    (site,) = find_sites(nn.Linear(5, 6))
+    assert NOLA(rank=9).build_one(site)["nola"].A0.shape == (5, 5)  # cut to min(m, n)
