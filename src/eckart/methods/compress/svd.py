@@ -34,8 +34,8 @@ def rank_for_size(keep: float, m: int, n: int) -> int:
 class SVD(Compress):
     """Replaces matrices by truncated SVDs, by size, by rank or by error."""
 
-    keep: Annotated[float, Gt(0), Le(1)] = 0.8
-    """Share of each matrix' elements that remains. Ignored where rank or error is given."""
+    keep: Annotated[float, Gt(0), Le(1)] | None = 0.8
+    """Share of each matrix' elements that remains, where neither rank nor error is given."""
 
     rank: Annotated[int, Ge(1)] | None = None
     """The same rank everywhere."""
@@ -66,9 +66,9 @@ class SVD(Compress):
         if self.error is not None:
             spectrum = s.reshape(-1, s.shape[-1]).square().sum(0).sqrt()
             return rank_for_energy(spectrum, 1 - self.error**2)
-        return rank_for_size(self.keep, *site.shape)
+        return rank_for_size(self.keep or 1.0, *site.shape)
 
     def cost(self, m: int, n: int) -> Cost:
         """Elements of the factors by size or rank; an error bound costs what the data say."""
-        r = min(self.rank or rank_for_size(self.keep, m, n), m, n)
+        r = min(self.rank or rank_for_size(self.keep or 1.0, m, n), m, n)
         return Cost(parameters=min(r * (m + n), m * n), flops_per_token=2 * min(r * (m + n), m * n))

@@ -1,0 +1,160 @@
+"""`eckart compress MODEL [DATA]`: fewer numbers in each matrix of a trained model.
+
+The whole model is loaded, its matrices replaced by what the method makes of them, measured
+on DATA where it is given, trained further where heal.steps asks for it, and saved as a
+factored folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from eckart.errors import UsageError
+from eckart.io.folder import write_folder
+from eckart.io.models import folder_of, holds_tokenizer, load_model, load_tokenizer, recognise
+from eckart.io.opening import Opened
+from eckart.io.presets import quiet
+from eckart.io.run import Run
+from eckart.io.text import Data
+from eckart.jobs import held_out, outcome, prepare, settle
+from eckart.jobs.config import Job
+from eckart.jobs.course import model_line
+from eckart.jobs.fit import fit
+from eckart.jobs.screen import Screen, amount
+from eckart.recipe import Compress, Handle, Recipe, attach
+
+LOADING = "import eckart.hf, then AutoModelForCausalLM.from_pretrained"
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Everything from a job to a compressed model; the object of --json."""
+    outcome.refuse_early(job)
+    screen, begun = Screen(quiet=job.flags.json), time.monotonic()
+    job = settle.precision(job, prepare.device())
+    method = sized(job)
+    model = load_model(model_of(job))
+    before = sum(p.numel() for p in model.parameters())
+    screen.line("model", model_line(Opened(model, None, str(job.model))), Path(str(job.model)).name)
+    tokenizer = tokenizer_of(job)
+    job, data = read(job, model, tokenizer, screen)
+    scores = {"before": held_out.measure(model, data, 8) if data else None, "after": None}
+
+    recipe = Recipe(weights=method, update=job.heal.update.method)  # type: ignore[arg-type]
+    calibration = prepare.calibration(job, model, data) if recipe.needs and data else None
+    handle = attach(model, recipe, calibration=calibration, seed=job.train.seed)
+    after = sum(p.numel() for p in model.parameters())
+    screen.line("method", sizes(handle, before, after), method.slug)
+    if job.flags.dry_run:
+        return document(job, screen, handle, scores, begun)
+
+    with Run.create(job.out, job.flags.overwrite) as run:
+        run.write_config(job.dump())
+        run.write_resolved(job.dump_resolved())
+        if data and job.heal.steps:
+            scores["compressed"] = held_out.measure(model, data, 8)
+            fit(healing(job, data, handle), run, handle, data, screen)
+        scores["after"] = held_out.measure(model, data, 8) if data else None
+        with write_folder(run.final, overwrite=True) as beside, quiet():
+            model.save_pretrained(beside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+        found = document(job, screen, handle, scores, begun, run)
+        run.record(
+            **{k: v for k, v in found.items() if k not in ("run", "exit")}, format="factored"
+        )
+    report(screen, found)
+    return found
+
+
+def model_of(job: Job) -> str:
+    """The model to compress. UsageError for what is none, or is none yet."""
+    source = recognise(job.model or "")
+    if source.kind in ("peft", "native"):
+        raise UsageError(
+            "this is an adapter, not a model",
+            [(source.path, f"for {source.base or 'a base it does not name'}")],
+            f"Merge it first: eckart convert {source.path} --to dense -o MERGED",
+        )
+    if source.kind in ("preset", "config"):
+        raise UsageError("this is a shape without weights", [(source.path, source.kind)])
+    return source.path
+
+
+def sized(job: Job) -> Compress:
+    """The method, with the job's size where it has fields for one."""
+    method = job.choices["compress"].method
+    assert isinstance(method, Compress)
+    names = {f.name for f in dataclasses.fields(method)}
+    budget = {k: v for k, v in dataclasses.asdict(job.compress).items() if k in names}
+    return dataclasses.replace(method, **budget)
+
+
+def tokenizer_of(job: Job) -> Any:
+    """The model's tokenizer, or None where there is none and no text is read."""
+    folder = folder_of(job.model or "")
+    return load_tokenizer(folder) if holds_tokenizer(folder) or job.data.train else None
+
+
+def read(job: Job, model: Any, tokenizer: Any, screen: Screen) -> tuple[Job, Data | None]:
+    """DATA, where it is given. UsageError where healing or the method needs it and it is not."""
+    if job.data.train:
+        job = settle.seq_len(job, prepare.context_of(model), prepare.device())
+        data = prepare.read_data(job, tokenizer, model)
+        name, _, summary = data.summary.partition(": ")
+        screen.line("data", summary, name)
+        return job, data
+    if job.heal.steps:
+        raise UsageError(
+            "healing trains on text",
+            [(f"heal.steps = {job.heal.steps}", "no DATA")],
+            "Type eckart compress MODEL DATA heal.steps=...",
+        )
+    return job, None
+
+
+def healing(job: Job, data: Data, handle: Handle) -> Job:
+    """The job as a training of the compressed model: heal's keys in train's place."""
+    train = dataclasses.replace(job.heal.train, steps=job.heal.steps)
+    job = dataclasses.replace(job, train=train)
+    job = settle.horizon(job, len(data.train), handle.recipe)
+    handle.steps, handle.lr = int(job.train.steps), float(job.train.lr)
+    return prepare.into_memory(job, handle, data)[0]
+
+
+def sizes(handle: Handle, before: int, after: int) -> str:
+    """`28 of 28 matrices; 2.2 M -> 1.6 M parameters (73 %)`."""
+    matrices = f"{len(handle.attached)} of {len(handle.sites)} matrices"
+    return f"{matrices}; {amount(before)} -> {amount(after)} parameters ({after / before:.0%})"
+
+
+def document(
+    job: Job,
+    screen: Screen,
+    handle: Handle,
+    scores: dict[str, Any],
+    begun: float,
+    run: Run | None = None,
+) -> dict[str, Any]:
+    """The object of --json."""
+    return {
+        "run": str(run.folder) if run else None,
+        "command": job.command,
+        "exit": 0,
+        "recipe": outcome.recipe_of(job),
+        "seconds": time.monotonic() - begun,
+        "parameters": outcome.parameters_of(handle),
+        "eval": scores,
+        "warnings": list(screen.warnings),
+    }
+
+
+def report(screen: Screen, found: dict[str, Any]) -> None:
+    """The last lines: what came out, and what to type next."""
+    folder = outcome.shown(found["run"])
+    before, after = found["eval"]["before"], found["eval"]["after"]
+    gained = f"held out {before['loss']:.3f} -> {after['loss']:.3f}; " if before and after else ""
+    screen.line("done", f"{gained}factored: {LOADING}", folder, result=True)
+    screen.line("next", f"eckart generate {folder}", result=True)
