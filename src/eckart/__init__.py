@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eckart.errors import EckartError as EckartError
-    from eckart.io import export as export
-    from eckart.io import load as load
+    from eckart.io.export import export as export
+    from eckart.io.export import load as load
     from eckart.jobs.training import trainer as trainer
     from eckart.methods import *  # noqa: F403
     from eckart.recipe import Recipe as Recipe
@@ -26,8 +26,8 @@ PUBLIC = {
     "Recipe": "eckart.recipe",
     "attach": "eckart.recipe",
     "attach_from": "eckart.recipe",
-    "export": "eckart.io",
-    "load": "eckart.io",
+    "export": "eckart.io.export",
+    "load": "eckart.io.export",
     "trainer": "eckart.jobs.training",
 }
 

@@ -13,7 +13,8 @@ configuration locked (recipe/lock.py), saved by anyone so that it loads again.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import FileError
-from eckart.io.models import listed
+from eckart.io.models import header, listed
 from eckart.recipe import Handle, attach_from, registry
 from eckart.recipe.attachment import revive
 from eckart.recipe.lock import MODEL_TYPE, lock_config
@@ -113,17 +114,22 @@ class FactoredQuantizer(HfQuantizer):
             config.__dict__.pop(key, None)
         return config
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] = (), **kwargs: Any
+    ) -> None:
         structure = fitted(self.quantization_config.structure, model)
         tie(model)
+        wanted = model.dtype
         with torch.device("cpu"):  # not meta: terms may draw tensors that are not saved
             self.handle = attach_from(model, structure)
             self.derived = derived(self.handle, structure)
         for site in self.handle.sites.values():
-            if not hasattr(site.module, site.param):  # dropped: no initial values to draw
-                site.module._is_hf_initialized = True
-        frozen = self.handle.weights.base == "frozen"
-        model._keep_in_fp32_modules_strict |= kept_in_fp32(self.handle) if frozen else set()
+            module: Any = site.module
+            if site.kind == "experts" and module._parameters.get(site.param) is None:
+                module._is_hf_initialized = True  # it would look for the matrix to draw it
+        if self.handle.weights.base == "dropped" and of_one_dtype(checkpoint_files or ()):
+            for part in self.handle.carried().values():
+                part.to(dtype=wanted)  # the terms are the map itself: read as a matrix would be
         dense = [f"{s.module_path}.{s.param}" for s in self.handle.sites.values()]
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {lock_pattern(n) for n in dense}
@@ -202,13 +208,10 @@ def derived(handle: Handle, structure: Mapping[str, Any]) -> dict[str, dict[str,
     return found
 
 
-def kept_in_fp32(handle: Handle) -> set[str]:
-    """Parts that were saved in fp32 beside a base of another dtype and stay so."""
-    return {
-        stem
-        for stem, part in handle.carried().items()
-        if any(tensor.dtype == torch.float32 for tensor in part.state_dict().values())
-    }
+def of_one_dtype(files: Sequence[str]) -> bool:
+    """Have all floating tensors of these files one dtype?"""
+    dtypes = {tensor["dtype"] for file in files for tensor in header(Path(file)).values()}
+    return len({name for name in dtypes if "F" in name}) <= 1  # F32, F16, BF16, F8_E4M3
 
 
 def lock_pattern(name: str) -> str:

@@ -14,6 +14,7 @@ import safetensors
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 import eckart
 from eckart.errors import FileError
@@ -27,7 +28,12 @@ FORMAT = 1
 DESCRIPTION, TENSORS = "eckart.json", "model.safetensors"
 
 
-def save(handle: Handle, folder: str | Path, overwrite: bool = False) -> None:
+def save(
+    handle: Handle,
+    folder: str | Path,
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Write what differs from the base; the same bytes for the same state.
 
     Raises UsageError where the folder holds something and `overwrite` is False.
@@ -35,6 +41,8 @@ def save(handle: Handle, folder: str | Path, overwrite: bool = False) -> None:
     with write_folder(folder, overwrite) as beside:
         write_json(beside / DESCRIPTION, describe(handle))
         write_tensors(beside / TENSORS, handle.named_state())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
 
 
 def describe(handle: Handle) -> dict[str, Any]:

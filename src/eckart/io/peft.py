@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from eckart.errors import FileError, UsageError
 from eckart.io.folder import write_folder, write_text
@@ -58,7 +59,11 @@ Entry = tuple[dict[str, Tensor], dict[str, Any]]  # one site: its tensors, its c
 
 
 def save(
-    handle: Handle, folder: str | Path, overwrite: bool = False, uniform: bool = False
+    handle: Handle,
+    folder: str | Path,
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    uniform: bool = False,
 ) -> None:
     """Write an adapter that stock PEFT loads to the same function.
 
@@ -73,6 +78,8 @@ def save(
     with write_folder(folder, overwrite) as beside:
         write_text(beside / DESCRIPTION, json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_tensors(beside / TENSORS, tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
 
 
 def obstacle(handle: Handle) -> str | None:
@@ -83,6 +90,8 @@ def obstacle(handle: Handle) -> str | None:
     if not handle.attached:
         return "nothing is attached"
     if native_entries(handle) is None:
+        if not weights.promised("exports_low_rank"):
+            return "it is not of low rank, and PEFT has no type for it"
         for path, by_name in handle.parts().items():
             for name, part in by_name.items():
                 if not isinstance(part, Term) or part.factors() is None:
@@ -109,7 +118,9 @@ def unreadable(site: Site, parts: Mapping[str, nn.Module]) -> str | None:
 
 def expected_trained(handle: Handle) -> list[str]:
     """Raw names of what an adapter's file holds: the terms', and whole modules trained beside."""
-    names = [f"{stem}.{key}" for stem, part in handle.carried().items() for key in part.state_dict()]
+    names = [
+        f"{stem}.{key}" for stem, part in handle.carried().items() for key in part.state_dict()
+    ]
     for name in handle.also_train:
         names += [f"{name}.{key}" for key in handle.model.get_submodule(name).state_dict()]
     return names
@@ -203,6 +214,8 @@ def describe(handle: Handle, entries: Mapping[str, Entry]) -> dict[str, Any]:
         config["lora_dropout"] = 0.0
         raw = [name for name, _ in handle.model.named_parameters()]
         config["target_parameters"] = short_names(experts, raw)
+    if any(site.kind == "conv1d" for site in sites):
+        config["fan_in_fan_out"] = True
     if by_peft:
         config["ensure_weight_tying"] = True
     if handle.also_train:
@@ -213,7 +226,6 @@ def describe(handle: Handle, entries: Mapping[str, Entry]) -> dict[str, Any]:
         "task_type": task_of(handle.model),
         "inference_mode": True,
         "bias": "none",
-        "fan_in_fan_out": any(s.kind == "conv1d" for s in sites),
         "target_modules": short_names(modules, all_modules),
         **config,
     }

@@ -101,7 +101,7 @@ def _reduce(self: Any) -> Any:
     return _revive, (own(self), dict(self.__dict__))
 
 
-def _revive(base: type, state: dict[str, Any]) -> Any:
-    config = base.__new__(locked_class(base))
+def _revive(base: Any, state: dict[str, Any]) -> Any:
+    config: Any = base.__new__(locked_class(base))
     config.__dict__.update(state)
     return config

@@ -1,0 +1,111 @@
+"""One way out and one way in for whatever was trained: `eckart.export` and `eckart.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from eckart.errors import FileError, UsageError, did_you_mean
+from eckart.io import dense, factored, native, peft
+from eckart.io.models import Source, load_model, recognise
+from eckart.recipe import Handle
+
+WRITERS: dict[str, Callable[..., None]] = {
+    "peft": peft.save,
+    "dense": dense.save,
+    "factored": factored.save,
+    "native": native.save,
+}
+
+
+def export(
+    handle: Handle,
+    folder: str | Path,
+    format: str = "peft",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Write a trained model; the live handle stays attached.
+
+    peft      an adapter that PEFT, vLLM and others load (`uniform=True`: one rank, no scale)
+    dense     an ordinary transformers model, terms merged (`dtype=torch.float32`)
+    factored  a transformers model with its terms apart; loads with `import eckart.hf`
+    native    an adapter that eckart.load reads, exact for every method
+
+    Raises UsageError for a format that this method cannot have, naming those it can.
+    """
+    if format not in WRITERS:
+        raise UsageError(
+            f"unknown format {format}", [("format", format)], did_you_mean(format, list(WRITERS))
+        )
+    reason = reasons(handle)[format]
+    if reason:
+        raise UsageError(
+            f"this cannot be written as {format}",
+            [(handle.weights.slug, reason)],
+            f"Possible: {', '.join(possible(handle))}.",
+        )
+    WRITERS[format](handle, folder, overwrite=overwrite, tokenizer=tokenizer, **options)
+
+
+def reasons(handle: Handle) -> dict[str, str | None]:
+    """For each format why a handle cannot be written so; None where it can."""
+    return {
+        "peft": peft.obstacle(handle),
+        "dense": dense.obstacle(handle),
+        "factored": factored.obstacle(handle),
+        "native": None,
+    }
+
+
+def possible(handle: Handle) -> list[str]:
+    """The formats that a handle can be written in."""
+    return [name for name, reason in reasons(handle).items() if reason is None]
+
+
+def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> Handle:
+    """Read what `export` (or PEFT) wrote: the handle of a model that carries it.
+
+    An adapter is attached to `model`, in place, or to the base that it names (`options` go to
+    its loading: dtype, task, device). A factored folder is a whole model. Raises UsageError
+    for an ordinary model, which transformers loads.
+    """
+    source = recognise(folder)
+    if source.kind == "run":
+        return load(Path(source.path) / "final", model, **options)
+    readers = {"native": native.load, "peft": peft.load}
+    if source.kind in readers:
+        base = model if model is not None else load_model(base_of(source), **options)
+        return readers[source.kind](base, source.path)
+    if source.kind != "factored":
+        raise UsageError(
+            "this carries nothing of eckart",
+            [(str(folder), f"a {source.kind}")],
+            "Load it with transformers, and attach a recipe with eckart.attach.",
+        )
+    if model is not None:
+        raise UsageError(
+            "this is a whole model, not an adapter", [(str(folder), "")], "Leave model= out."
+        )
+    from eckart import hf
+
+    handle = hf.handle_of(load_model(source.path, **options))
+    if handle is None:
+        raise FileError("the model came without its terms", [(str(folder), "")])
+    return handle
+
+
+def base_of(source: Source) -> str:
+    """The base that an adapter names. UsageError where it names none."""
+    if not source.base:
+        raise UsageError(
+            "the adapter does not say which base it is for",
+            [(source.path, "")],
+            "Type eckart.load(FOLDER, model=BASE).",
+        )
+    return source.base
