@@ -150,9 +150,17 @@ def linearize(
 
 
 @command
-def evaluate(words: ModelData = None, config: Config = None, json: Json = False) -> None:
-    """Measure a model, an adapter or a run on data: loss, perplexity, metrics."""
-    run_job("evaluate", words, config, {"json": json})
+def evaluate(
+    words: ModelData = None,
+    config: Config = None,
+    against: Annotated[
+        str | None,
+        option("--against", text="Another model on the same rows: drift.", metavar="OTHER"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure a model, an adapter or a run on data: loss, bits per byte, accuracy, intervals."""
+    run_job("evaluate", words, config, {"json": json}, {"against": against})
 
 
 @command
@@ -196,6 +204,25 @@ def generate(
 def demo(out: Out = None, json: Json = False, overwrite: Overwrite = False) -> None:
     """A first run: a few minutes, no network."""
     run_job("demo", None, None, {"out": out, "json": json, "overwrite": overwrite})
+
+
+@command
+def reproduce(
+    slugs: Annotated[list[str] | None, typer.Argument(metavar="[SLUG]...")] = None,
+    quick: Annotated[bool, option("--quick", text="See that it runs; no verdict.")] = False,
+    full: Annotated[bool, option("--full", text="All arms, longer, twice the seeds.")] = False,
+    processes: Annotated[int, option("--processes", text="Runs at once; 1.")] = 1,
+    out: Annotated[
+        str | None, option("-o", "--out", text="Keep the documents here.", metavar="FOLDER")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Test papers' claims on a small scale: confirmed, not seen or refuted. All without SLUG."""
+    budget = "quick" if quick else "full" if full else "default"
+    show(
+        call("reproduce", lambda job: job.run(slugs or (), budget, out, processes, json), json),
+        json,
+    )
 
 
 # typer loads pydantic to read any parameter that is not a bool, its own --help among them. This

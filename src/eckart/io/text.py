@@ -106,8 +106,9 @@ def read(
 
     `sources`: a path (file, folder, glob, hub id), the name of a corpus ("stdlib-code"), a
     {path, weight, name, encoding} entry, or a list of these. `eval`: the share held out (0 for
-    none), or sources of its own. `packing` fills blocks of seq_len tokens with examples that
-    do not attend to one another; ask `isolates_documents(model)` whether the model can.
+    none), or sources of its own; where `sources` is empty these are all there is. `packing`
+    fills blocks of seq_len tokens with examples that do not attend to one another; ask
+    `isolates_documents(model)` whether the model can.
 
     Documents longer than seq_len are cut into pieces; conversations and completions are cut
     off, and left out where nothing learnt remains. Raises FileError with file and line where a
@@ -172,7 +173,7 @@ def encode(
     for i, (source, kind, found) in enumerate(read_in):
         told = i >= len(given)  # a source named for evaluation
         kept, held = ([], found) if told else split(found, kind, share)
-        note = "for evaluation" if told else ""
+        note = "for evaluation" if told and given else ""
         left_out = cut_off = 0
         for part, learnt in ((kept, True), (held, False)):
             if not part:
@@ -191,8 +192,9 @@ def encode(
             amount = len(held) / len(found) if len(kept) < len(found) else share
             note = f"{amount:.1%} held out" if source.name in evaluation else "nothing held out"
         lines.append(described(source, kind, found, note, left_out, cut_off))
-    if not train:
-        raise FileError("nothing to train on", [(s.name, "no rows left") for s in given])
+    if not (train if given else evaluation):
+        what = "nothing to train on" if given else "nothing to measure on"
+        raise FileError(what, [(s.name, "no rows left") for s, _, _ in read_in])
     plain = kinds & {"messages", "instruction"} and not tokenizer.chat_template
     if plain:
         lines.append("the tokenizer has no chat template: a plain one is used (### User:)")
@@ -210,7 +212,7 @@ def encode(
         pad=pad,
         chat_template=PLAIN if plain else None,
         labels=tuple(classes),
-        train=concatenate_datasets(train),
+        train=concatenate_datasets(train) if train else Dataset.from_dict({}),
         evaluation=evaluation,
     )
 
