@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -43,7 +44,17 @@ class Difference:
     p: float  # two-sided, for a mean of 0
     sd: float
     seeds: int
-    visible: float  # the smallest true difference that is seen in 80 % of such experiments
+    comparisons: int = 1  # in the family that is corrected
+
+    @cached_property
+    def visible(self) -> float:
+        """The smallest true difference that is seen in 80 % of such experiments.
+
+        As it survives Bonferroni's correction, the worst that Holm's can ask.
+        """
+        if math.isnan(self.sd):
+            return math.nan
+        return visible(self.sd, self.seeds, ALPHA / self.comparisons)
 
     def verdict(self, p: float | None = None, alpha: float = ALPHA) -> Verdict:
         """Which side of 0 it lies on, if any; `p` as corrected for several comparisons."""
@@ -55,23 +66,21 @@ class Difference:
 def difference(values: Sequence[float], alpha: float = ALPHA, comparisons: int = 1) -> Difference:
     """The interval of a mean of paired differences at level 1 - alpha.
 
-    `comparisons` in the family make `visible` the difference that survives a Bonferroni
-    correction, the worst that Holm's can ask. Equal values are exact (a count of bytes): the
-    interval is a point. Values that are not finite give NaN, which is never a verdict.
+    Equal values are exact (a count of bytes): the interval is a point. Values that are not
+    finite give NaN, which is never a verdict.
     """
     d = np.asarray(values, dtype=float)
     n = len(d)
     if n < 2 or not np.isfinite(d).all():
         nan = math.nan
-        return Difference(float(d.mean()) if n else nan, nan, nan, nan, nan, n, nan)
+        return Difference(float(d.mean()) if n else nan, nan, nan, nan, nan, n)
     mean, sd = float(d.mean()), float(d.std(ddof=1))
     if np.ptp(d) <= 1e-12 * np.abs(d).max():  # rounding of equal numbers
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, 0.0, n, 0.0)
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, 0.0, n)
     half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * sd / math.sqrt(n)
     low, high = bootstrap_interval(d, alpha)
     p = float(stats.ttest_1samp(d, 0.0).pvalue)
-    smallest = visible(sd, n, alpha / comparisons)
-    return Difference(mean, min(mean - half, low), max(mean + half, high), p, sd, n, smallest)
+    return Difference(mean, min(mean - half, low), max(mean + half, high), p, sd, n, comparisons)
 
 
 def bootstrap_interval(values: np.ndarray[Any, Any], alpha: float = ALPHA) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Which learning rates to try: half-decades around a start, until the best one has worse neighbours.
+"""Which learning rates to try: half-decades, until the best one has worse neighbours.
 
 A point is a whole number j and stands for lr = start * 10^(j / 2). What to run next is a
 function of the scores so far, so an interrupted search goes on from what is stored.

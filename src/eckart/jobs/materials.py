@@ -1,0 +1,159 @@
+"""What experiments are made of: text as tensors, and small models trained once and kept.
+
+Text is taken as bytes (1 to 256, 0 ends a document), so that a loss in nats per token is one
+in nats per byte, whatever the corpus.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from eckart.claims import Batch, Splits, Task
+from eckart.errors import UsageError, did_you_mean
+from eckart.io.corpora import CORPORA, Corpus
+from eckart.io.folder import write_folder
+from eckart.io.models import load_model
+from eckart.io.presets import build_model, quiet
+from eckart.io.text import cache_folder
+from eckart.linear.sites import seeded_generator
+
+BYTES = 257
+HELD_OUT = 0.1  # of the documents; every second one of them is for validation
+EVALUATED = 128  # rows of each held-out part
+PRETRAINING_LR = 2e-3
+
+
+@cache
+def corpus(name: str) -> Corpus:
+    """A corpus that every machine has, read once."""
+    if name not in CORPORA:
+        raise UsageError("no such corpus", [(name, "")], did_you_mean(name, list(CORPORA)))
+    return CORPORA[name]()
+
+
+def splits_of(task: Task) -> Splits:
+    """The task's examples as tensors."""
+    return task.data() if callable(task.data) else text_splits(task.data, task.seq_len)
+
+
+@cache
+def text_splits(name: str, seq_len: int) -> Splits:
+    """A corpus in rows of seq_len bytes; whole documents are held out."""
+    train, held_out = corpus(name).split(HELD_OUT)
+    halves = [Corpus(name, held_out.documents[i::2]) for i in range(2)]
+    validation, test = (rows(half, seq_len, EVALUATED) for half in halves)
+    return Splits(rows(train, seq_len), validation, test)
+
+
+def rows(text: Corpus, seq_len: int, most: int | None = None) -> Batch:
+    """All documents one after the other, cut into rows [t, seq_len]; at most `most`, spread."""
+    joined = b"\0".join(document.encode() for _, document in text.documents)
+    ids = np.frombuffer(joined, dtype=np.uint8).astype(np.int64) + 1
+    whole = torch.from_numpy(ids[: len(ids) // seq_len * seq_len]).reshape(-1, seq_len)
+    if most is not None and len(whole) > most:
+        whole = whole[torch.linspace(0, len(whole) - 1, most).long()]
+    return {"input_ids": whole, "labels": whole}
+
+
+def chosen_rows(examples: Batch, count: int, *names: object) -> dict[str, torch.Tensor]:
+    """`count` examples drawn by the hash of the names, the same in every process."""
+    total = len(next(iter(examples.values())))
+    ids = torch.randint(total, (count,), generator=seeded_generator(0, *names))
+    return {key: tensor[ids] for key, tensor in examples.items()}
+
+
+def config_for(task: Task) -> PretrainedConfig:
+    """The transformers configuration of a task's model."""
+    text = {"vocab_size": BYTES} if isinstance(task.data, str) else {}
+    config = AutoConfig.for_model(task.kind, **text, **task.shape)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(task.data, str) and hasattr(config, name):
+            setattr(config, name, None)  # byte 0 and 1 of the text are no commands
+    return config
+
+
+def start_model(task: Task, seed: int) -> nn.Module:
+    """The task's start: the pretrained model, or random weights drawn from the seed."""
+    if task.pretrained is None:
+        return build_model(config_for(task), seed=seed, task=task.head).train()
+    folder = cache_folder() / "lab" / "models" / base_key(task)
+    if not (folder / "config.json").exists():
+        model = pretrain(task)
+        with write_folder(folder, overwrite=True) as beside, quiet():
+            model.save_pretrained(beside)
+    return copy.deepcopy(loaded(folder, task.head)).train()
+
+
+@cache
+def loaded(folder: Path, head: str) -> nn.Module:
+    """A pretrained start, read once by each process."""
+    return load_model(folder, task=head)
+
+
+def base_key(task: Task) -> str:
+    """The content that a pretrained start depends on, as a hash."""
+    facts = [
+        task.kind,
+        dict(task.shape),
+        task.pretrained,
+        corpus(str(task.pretrained)).sha256,
+        task.pretraining_steps,
+        task.seq_len,
+        torch.__version__,
+    ]
+    return digest(facts)
+
+
+def digest(facts: Any) -> str:
+    """A short SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def pretrain(task: Task) -> nn.Module:
+    """Train the task's model on its first corpus, by torch alone: no part under test is used."""
+    assert task.pretrained is not None
+    model = build_model(config_for(task), seed=0, task=task.head).train()
+    examples = text_splits(task.pretrained, task.seq_len).train
+    steps = task.pretraining_steps
+    optimizer = torch.optim.AdamW(
+        model.parameters(), PRETRAINING_LR, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_cosine(step, steps, 0.05, 0.1)
+    )
+    for step in range(steps):
+        batch = chosen_rows(examples, task.batch_size, "pretrain", step)
+        model(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model
+
+
+def warm_cosine(step: int, steps: int, warmup: float, floor: float = 0.0) -> float:
+    """The share of the learning rate at a step: a linear rise, then a cosine to the floor."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    along = (step - rise) / max(1, steps - rise)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, along)))
+
+
+def shrunk(task: Task, **changes: Any) -> Task:
+    """The task with other values for some of its fields."""
+    values: Mapping[str, Any] = {f.name: getattr(task, f.name) for f in fields(task)}
+    return Task(**{**values, **changes})

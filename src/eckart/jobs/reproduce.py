@@ -1,0 +1,320 @@
+"""`eckart reproduce`: each paper's claim on a small scale, confirmed, not seen or refuted.
+
+1 search    every arm's learning rate on seed 0: a short look at five, the best at full length,
+            and on until the best one has a worse neighbour on either side
+2 report    all arms at their best, several seeds, paired by the data's order
+3 judge     intervals of the differences within seeds, Holm over a claim's statements
+
+A run that has ended is kept (trials.py), so an interrupted command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eckart import claims
+from eckart.claims import Arm, Budget, Claim
+from eckart.errors import EckartError
+from eckart.io.folder import write_json, write_text
+from eckart.io.run import versions
+from eckart.jobs.judge import NO_VERDICT, Judged, Judgement, judge, number
+from eckart.jobs.lab import start_of
+from eckart.jobs.screen import clock
+from eckart.jobs.sweep import Plan, at_edge, best, lr_at, wanted
+from eckart.jobs.trials import Runner, Trial, runner, task_of
+from eckart.report.claims import page
+
+PLANS: Mapping[Budget, Plan] = {
+    "quick": Plan(window=1, purse=1, share=1.0),
+    "default": Plan(),
+    "full": Plan(window=7, purse=11, share=1.0),
+}
+SEARCH_SEED = 0  # the report's seeds are 1, 2, ...
+
+
+@dataclass
+class Search:
+    """One arm's search for its learning rate: scores by point, and the best."""
+
+    arm: Arm
+    start: float
+    short: dict[int, float] = field(default_factory=dict)
+    full: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def lr(self) -> float | None:
+        return lr_at(self.start, best(self.full)) if self.arm.search else None
+
+    @property
+    def edge(self) -> bool:
+        return self.arm.search and at_edge(self.full)
+
+
+def run(
+    slugs: Sequence[str] = (),
+    budget: Budget = "default",
+    out: str | None = None,
+    processes: int = 1,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Test the claims of these slugs (all without any); returns the --json document.
+
+    With `out`, each claim's document is written there as it ends, and claims.md over all
+    documents in that folder.
+    """
+    chosen = [(slug.replace("_", "-"), claims.load(slug)) for slug in slugs or claims.slugs()]
+    begun, documents = time.monotonic(), []
+    with runner(processes) as trials:
+        for slug, claim in chosen:
+            document = tested(slug, claim, budget, trials, quiet=json)
+            documents.append(document)
+            if out is not None:
+                keep(document, Path(out))
+            if not json:
+                print("\n".join(lines(document)), flush=True)
+    return {
+        "command": command(slugs, budget),
+        "exit": 0,
+        "seconds": round(time.monotonic() - begun, 1),
+        "claims": documents,
+    }
+
+
+def tested(
+    slug: str, claim: Claim, budget: Budget, trials: Runner, quiet: bool = False
+) -> dict[str, Any]:
+    """Run one claim's experiment; a claim that cannot be run has no verdict, and says why."""
+    progress = Progress(slug, claim, budget, quiet)
+    trials.progress = progress.show
+    begun = time.monotonic()
+    try:
+        searches = search(slug, claim, budget, trials)
+        results = report(slug, claim, budget, searches, trials)
+        judgement = judge(claim, results, budget, [s.arm.name for s in searches if s.edge])
+    except EckartError as fault:
+        return empty(slug, claim, budget, fault)
+    finally:
+        progress.end()
+    seconds = time.monotonic() - begun
+    return document(slug, claim, budget, searches, results, judgement, seconds)
+
+
+def search(slug: str, claim: Claim, budget: Budget, trials: Runner) -> list[Search]:
+    """The best learning rate of every arm, all arms' next points at once."""
+    searches = [Search(arm, start_of(arm)) for arm in claim.chosen(budget)]
+    plan = PLANS[budget]
+    if budget == "quick":  # where the search would begin
+        for s in searches:
+            s.full[0] = math.inf
+        return searches
+    while True:
+        asked: dict[Trial, tuple[dict[int, float], int]] = {}
+        for s in (s for s in searches if s.arm.search):
+            steps = task_of(claim, s.arm, budget).steps
+            looks, runs = wanted(s.short, s.full, plan)
+            for points, scores, length in (
+                (looks, s.short, max(1, round(steps * plan.share))),
+                (runs, s.full, steps),
+            ):
+                for j in points:
+                    lr = lr_at(s.start, j)
+                    trial = Trial(slug, s.arm.name, budget, SEARCH_SEED, lr, length)
+                    asked[trial] = (scores, j)
+        if not asked:
+            return searches
+        for trial, quantities in trials(list(asked)).items():
+            scores, j = asked[trial]
+            scores[j] = validation(quantities)
+
+
+def validation(quantities: Mapping[str, float]) -> float:
+    """What a learning rate is chosen by; a run that diverged is worse than any other."""
+    loss = quantities["validation"]
+    return math.inf if quantities.get("diverged") or not math.isfinite(loss) else loss
+
+
+def report(
+    slug: str, claim: Claim, budget: Budget, searches: Sequence[Search], trials: Runner
+) -> list[dict[str, dict[str, float]]]:
+    """Every arm at its best learning rate on every seed: per seed, arm -> quantities."""
+    asked = {
+        (seed, s.arm.name): Trial(
+            slug, s.arm.name, budget, seed, s.lr, task_of(claim, s.arm, budget).steps
+        )
+        for seed in range(1, seeds_of(claim, budget) + 1)
+        for s in searches
+    }
+    found = trials(list(asked.values()))
+    results: dict[int, dict[str, dict[str, float]]] = {}
+    for (seed, arm), trial in asked.items():
+        results.setdefault(seed, {})[arm] = found[trial]
+    return list(results.values())
+
+
+def seeds_of(claim: Claim, budget: Budget) -> int:
+    """Seeds of the report: as the claim says, twice as many with --full, 2 with --quick."""
+    return {"quick": 2, "default": claim.seeds, "full": 2 * claim.seeds}[budget]
+
+
+# --- what is handed back -------------------------------------------------------------------
+
+
+def document(
+    slug: str,
+    claim: Claim,
+    budget: Budget,
+    searches: Sequence[Search],
+    results: Sequence[Mapping[str, Mapping[str, float]]],
+    judgement: Judgement,
+    seconds: float,
+) -> dict[str, Any]:
+    """A claim's part of the --json document."""
+    return {
+        "name": slug,
+        "claim": claim.says,
+        "verdict": judgement.verdict,
+        "reason": judgement.reason,
+        "evidence": {
+            "statements": [s.plain() for s in judgement.statements],
+            "control": judgement.control.plain(),
+            "arms": [arm_facts(s, [r[s.arm.name] for r in results]) for s in searches],
+            "seeds": len(results),
+            "left_out": left_out(claim, budget, judgement),
+            "not_visible_at_this_scale": claim.unseen,
+            "budget": budget,
+            "seconds": round(seconds, 1),
+            "versions": versions(),
+        },
+        "smallest_visible_difference": number(judgement.visible),
+        "command": command([slug], budget),
+    }
+
+
+def empty(slug: str, claim: Claim, budget: Budget, fault: EckartError) -> dict[str, Any]:
+    """The document of a claim that could not be run."""
+    return {
+        "name": slug,
+        "claim": claim.says,
+        "verdict": NO_VERDICT,
+        "reason": fault.text().replace("\n", "; "),
+        "evidence": {"statements": [], "arms": [], "budget": budget},
+        "smallest_visible_difference": None,
+        "command": command([slug], budget),
+    }
+
+
+def arm_facts(found: Search, seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """An arm's learning rate, the curve it was chosen from, and its quantities over seeds."""
+    names = [n for n in seeds[0] if all(n in s for s in seeds)]
+    columns = {n: [s[n] for s in seeds] for n in names}
+    return {
+        "name": found.arm.name,
+        "lr": found.lr,
+        "at_edge": found.edge,
+        "lr_curve": {
+            f"{lr_at(found.start, j):g}": number(loss)
+            for j, loss in sorted(found.full.items())
+            if found.arm.search and math.isfinite(loss)
+        },
+        "quantities": {
+            name: {"mean": number(sum(c) / len(c)), "sd": number(spread(c))}
+            for name, c in columns.items()
+        },
+    }
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; NaN for one."""
+    n, mean = len(values), sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else math.nan
+
+
+def left_out(claim: Claim, budget: Budget, judgement: Judgement) -> list[str]:
+    """Arms and statements that this budget does not reach."""
+    ran = {arm.name for arm in claim.chosen(budget)}
+    return [a.name for a in claim.arms if a.name not in ran] + list(judgement.skipped)
+
+
+def command(slugs: Sequence[str], budget: Budget) -> str:
+    """What to type for this again."""
+    return " ".join(["eckart reproduce", *slugs, *([] if budget == "default" else [f"--{budget}"])])
+
+
+def keep(document: Mapping[str, Any], folder: Path) -> None:
+    """Write a claim's document into a folder, and the page over all that lie there."""
+    write_json(folder / f"{document['name']}.json", document)
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    write_text(folder / "claims.md", page(found))
+
+
+def lines(document: Mapping[str, Any]) -> list[str]:
+    """A claim for a person: the verdict, each statement with its numbers, what was left out."""
+    evidence = document["evidence"]
+    head = f"{document['verdict']:<10} {document['name']}   {document['claim']}"
+    found = [head] + ([f"{'':<10} {document['reason']}"] if document["reason"] else [])
+    rows = [(s["verdict"], s) for s in evidence["statements"]]
+    rows += [("control", evidence["control"])] if "control" in evidence else []
+    found += [f"{'':<10} {label:<10} {said(s)}" for label, s in rows]
+    if evidence["arms"]:
+        arms = [
+            f"{a['name']} {a['quantities']['loss']['mean']:.3f}"
+            + (f" (lr {a['lr']:.2g})" if a["lr"] else "")
+            for a in evidence["arms"]
+            if "loss" in a["quantities"]
+        ]
+        found += [f"{'':<10} {'loss':<10} {', '.join(arms)}"] if arms else []
+        more = f"{evidence['seeds']} seeds, {clock(evidence['seconds'])}"
+        more += f"; left out: {', '.join(evidence['left_out'])}" if evidence["left_out"] else ""
+        found.append(f"{'':<10} {more}")
+    return found
+
+
+def said(s: Mapping[str, Any]) -> str:
+    """`loss of a is lower than of b: by 0.031 [0.02, 0.042] nats, p 0.002; visible from 0.011`"""
+    low, high = s["interval"]
+    if low is None:
+        return f"{s['statement']}: {s['excess']}, no interval"
+    numbers = f"{s['excess']:+.4g} [{low:.4g}, {high:.4g}] {s['unit']}".rstrip()
+    return (
+        f"{s['statement']}: {numbers}, p {s['p_corrected']:.2g}; "
+        f"visible from {s['smallest_visible_difference']:.2g}"
+    )
+
+
+class Progress:
+    """One line on stderr that says what has ended and about how long the claim still takes."""
+
+    def __init__(self, slug: str, claim: Claim, budget: Budget, quiet: bool):
+        plan, arms = PLANS[budget], claim.chosen(budget)
+        searched = 0.0
+        if budget != "quick":  # two neighbours on average
+            looks = plan.window * plan.share if plan.share < 1 else plan.window
+            searched = looks + (plan.keep if plan.share < 1 else 0) + 2
+        self.planned = sum(seeds_of(claim, budget) + a.search * searched for a in arms)
+        self.quiet, self.live = quiet, sys.stderr.isatty()
+        self.begun, self.done = time.monotonic(), 0.0
+        self.steps = {a.name: task_of(claim, a, budget).steps for a in arms}
+
+    def show(self, trial: Trial, done: int, total: int) -> None:
+        self.done += trial.steps / self.steps[trial.arm]
+        if self.quiet:
+            return
+        pace = (time.monotonic() - self.begun) / self.done
+        left = clock(max(0.0, pace * (self.planned - self.done)))
+        text = f" {done}/{total}  {trial.described}  about {left} left"
+        print("\r\x1b[K" + text if self.live else text, end="" if self.live else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    def end(self) -> None:
+        if self.live and not self.quiet:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+__all__ = ["Judged", "run"]

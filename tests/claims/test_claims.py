@@ -1,0 +1,90 @@
+"""Every claim file is a protocol that can be run: names, references, and what it must say."""
+
+import ast
+import inspect
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from eckart import claims
+from eckart.jobs.lab import start_of
+from eckart.recipe import registry
+
+FOLDER = Path(claims.__file__).parent
+BUILT_IN = sorted(p.stem for p in FOLDER.glob("*.py") if p.name[0] != "_")
+BESIDE = {"lora_limits", "unified_study", "pissa"}  # papers that are no method of their own
+
+
+@pytest.fixture(params=BUILT_IN)
+def claim(request):
+    return claims.load(request.param)
+
+
+def test_a_claim_says_what_is_claimed_and_what_cannot_be_seen(claim):
+    assert claim.says and claim.says[0].islower() and not claim.says.endswith(".")
+    assert claim.unseen
+    assert claim.statements and claim.seeds >= 3
+
+
+def test_arms_have_names_of_their_own(claim):
+    names = [arm.name for arm in claim.arms]
+    assert len(set(names)) == len(names)
+    assert len({s.text for s in claim.statements}) == len(claim.statements)
+
+
+class Asked(Mapping):
+    """Results that answer every quantity of the arms that are there, and note which were asked."""
+
+    def __init__(self, claim):
+        self.names, self.seen = {arm.name for arm in claim.arms}, set()
+
+    def __getitem__(self, arm):
+        assert arm in self.names, f"no arm is called {arm}"
+        self.seen.add(arm)
+        return defaultdict(lambda: 1.0)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def read_by(statement, claim):
+    results = Asked(claim)
+    assert isinstance(statement.excess(results), float)
+    return results.seen
+
+
+def test_statements_read_arms_that_are_there(claim):
+    default = {arm.name for arm in claim.chosen("default")}
+    read = [read_by(statement, claim) for statement in claim.statements]
+    assert any(seen <= default for seen in read), "no statement is judged without --full"
+    assert read_by(claim.control, claim) <= default, "the control must be part of the default"
+
+
+def test_every_search_has_a_start(claim):
+    for arm in claim.arms:
+        start_of(arm)
+        assert arm.recipe is not None or arm.run is not None or not arm.search
+
+
+def test_functions_of_a_claim_can_be_found_by_a_worker(claim):
+    for arm in claim.arms:
+        for function in (arm.run, *arm.watch.values()):
+            if function is not None:
+                assert function.__qualname__ == function.__name__, "a top-level function"
+                assert inspect.getsourcefile(function)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_claim_belongs_to_a_method_or_a_paper_beside_them(name):
+    assert name in BESIDE or name.replace("_", "-") in registry.methods()
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_claim_file_names_its_source(name):
+    doc = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    assert "Source:" in doc
