@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
 from eckart.jobs.memory import described, room
 from eckart.jobs.screen import Screen, amount, rate
+from eckart.jobs.stages import Course, as_handle, carry_out, scores
 from eckart.recipe import Handle
 
 Write = Callable[[Run, Handle, Any], str]  # (run, handle, tokenizer) -> the format of final/
@@ -72,6 +74,56 @@ def course(
         found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
         run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
     outcome.report(screen, found, form, fitted)
+    return found
+
+
+def staged_course(
+    job: Job,
+    screen: Screen,
+    opened: Opened,
+    tokenizer: Any,
+    write: Write,
+    original: Callable[[], Any],
+) -> dict[str, Any]:
+    """As `course`, for a method that declares stages; each source of the data is a task.
+
+    `original` loads the model anew, for stages that start from it.
+    """
+    place = prepare.device()
+    opened.model.to(place)
+    prepare.require_fit(tokenizer, opened.model)
+    screen.line("model", model_line(opened), Path(opened.base).name)
+    job = settle.seq_len(job, prepare.context_of(opened.model), place)
+    tasks = prepare.read_tasks(job, tokenizer, opened.model)
+    for name, data in tasks.items():
+        screen.line("task", data.summary.partition(": ")[2], name)
+    weights: Any = job.choices["weights"].method
+    screen.line("stages", ", ".join(stage.name for stage in weights.stages), weights.slug)
+    first = next(iter(tasks.values()))
+    with outcome.open_run(job, first, {}, 0) as run:
+        begun = time.monotonic()
+        shared = Course(
+            job,
+            job.recipe(),
+            run.folder / "stages",
+            lambda: original().to(place),
+            tasks,
+            lambda model, data: prepare.calibration(job, model, data),
+            screen,
+        )
+        before = scores(shared, opened.model)
+        work, measured = carry_out(shared)
+        after = scores(shared, work.model)
+        handle = as_handle(work)
+        form = write(run, handle, tokenizer)
+        found = outcome.document(job, screen, outcome.parameters_of(handle), 0, run)
+        found |= {"seconds": time.monotonic() - begun, "tasks": measured}
+        found["eval"] = {"before": before, "after": after}
+        run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+    for name in tasks:
+        gained = f"held out {before[name]['loss']:.3f} -> {after[name]['loss']:.3f}"
+        screen.line("task", gained, name, result=True)
+    outcome.following(screen, found["run"], form)
     return found
 
 

@@ -15,7 +15,7 @@ from eckart.io.models import load_model, load_tokenizer, recognise
 from eckart.io.opening import Opened, open_model
 from eckart.jobs import prepare
 from eckart.jobs.config import Job
-from eckart.jobs.course import begin, course
+from eckart.jobs.course import begin, course, staged_course
 from eckart.jobs.outcome import write_final
 
 
@@ -25,6 +25,11 @@ def run(job: Job) -> dict[str, Any]:
     require_weights(job)
     tokenizer = load_tokenizer(job.model or "")
     opened = open_base(job, tokenizer)
+    weights: Any = job.choices["weights"].method
+    if weights.stages:
+        return staged_course(
+            job, screen, opened, tokenizer, write_final, lambda: open_base(job, tokenizer).model
+        )
     return course(job, screen, opened, tokenizer, write_final)
 
 

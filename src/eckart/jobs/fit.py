@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +51,22 @@ class Fitted:
 
 
 def fit(
-    job: Job, run: Run, handle: Handle, data: Data, screen: Screen, resume: Path | None = None
+    job: Job,
+    run: Run,
+    handle: Handle,
+    data: Data,
+    screen: Screen,
+    resume: Path | None = None,
+    moments: Mapping[str, Any] | None = None,
 ) -> Fitted:
     """Train to the last step, from a checkpoint where one is given; the best model stays.
 
+    `moments` is an earlier training's optimizer state by name; what still fits is taken over.
     Raises Interrupted with a checkpoint saved, Diverged with the module that went wrong,
     OutOfRoom where memory runs out.
     """
     trained = RunTraining(job, run, handle, data, screen)
+    trained.moments = dict(moments or {})
     first = step_of(resume)
     run.rewind(first)
     if resume and first >= int(job.train.steps):  # killed between the last step and the result

@@ -113,12 +113,13 @@ def document(
     after: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The object of --json. What a dry run cannot know is null."""
+    planned = None if job.train.steps == "auto" else int(job.train.steps)
     return {
         "run": str(run.folder) if run else None,
         "command": job.command,
         "exit": 0,
         "recipe": recipe_of(job),
-        "steps": fitted.steps if fitted else int(job.train.steps),
+        "steps": fitted.steps if fitted else planned,
         "seconds": fitted.seconds if fitted else None,
         "tokens_per_second": fitted.tokens_per_second if fitted else None,
         "peak_memory_bytes": fitted.peak_bytes if fitted else None,
@@ -140,9 +141,15 @@ def report(screen: Screen, found: Mapping[str, Any], form: str, fitted: Fitted) 
     memory = f"{measured}, {found['estimated_memory_bytes'] / GB:.3g} estimated"
     facts = [gained, memory, f"{form}: {LOADED_BY[form]}"]
     screen.line("done", "; ".join(f for f in facts if f), folder, result=True)
-    following = [f"eckart generate {folder}"]
-    following += [f"eckart convert {folder} --to dense"] if form != "dense" else []
-    screen.line("next", "   |   ".join(following), result=True)
+    following(screen, found["run"], form)
+
+
+def following(screen: Screen, run: str, form: str) -> None:
+    """What to type next."""
+    folder = shown(run)
+    words = [f"eckart generate {folder}"]
+    words += [f"eckart convert {folder} --to dense"] if form != "dense" else []
+    screen.line("next", "   |   ".join(words), result=True)
 
 
 def shown(folder: str) -> str:

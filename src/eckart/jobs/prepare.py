@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def read_data(job: Job, tokenizer: Any, model: nn.Module) -> Data:
         eval=held,
         format=job.data.format,
     )
+
+
+def read_tasks(job: Job, tokenizer: Any, model: nn.Module) -> dict[str, Data]:
+    """Each source of the data by itself, in the order given."""
+    found: dict[str, Data] = {}
+    for source in job.data.train:
+        alone = dataclasses.replace(job.data, train=(source,))
+        data = read_data(dataclasses.replace(job, data=alone), tokenizer, model)
+        found[next(iter(data.hashes))] = data
+    return found
 
 
 def require_fit(tokenizer: Any, model: Any) -> None:

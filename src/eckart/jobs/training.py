@@ -52,6 +52,7 @@ class Training(Cutting):
         args.logging_nan_inf_filter = False  # a loss that is not finite is an error here
         self.handle = handle
         self.applied_rates: list[float] = []
+        self.moments: dict[str, Any] = {}  # of an earlier training, by name, to go on with
         super().__init__(handle.model, args, **kwargs)
         self.due_cut = DueCut(handle)
         if handle.events.cuts:
@@ -63,6 +64,7 @@ class Training(Cutting):
         """The recipe's optimizer; made here, because Trainer takes none from outside under FSDP."""
         if self.optimizer is None:
             self.optimizer = self.handle.optimizer(self.args.learning_rate, self.clip)
+            self.optimizer.load_named_state_dict(still_fitting(self.moments, self.optimizer))
             self.optimizer.register_step_pre_hook(self._note_rates)
             self.optimizer.register_step_post_hook(self._check_norm)
         return self.optimizer
@@ -159,3 +161,27 @@ class Training(Cutting):
         for i, rate in enumerate(dict.fromkeys(self.applied_rates), 1):
             facts["learning_rate" if i == 1 else f"learning_rate_{i}"] = rate
         return facts
+
+
+def still_fitting(moments: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The saved entries of parameters whose state has the same shapes under the rule of today.
+
+    Learning rates are left out: they belong to the training that comes.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for path, value in moments.items():
+        name, _, key = path.rpartition("/")
+        if key != "lr":
+            entries.setdefault(name, {})[key] = value
+    found: dict[str, Any] = {}
+    for name, p, group in optimizer.named():
+        empty = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        wanted = group["rule"].on(p.shape, group["leading"]).start(empty, group["leading"])
+        entry = entries.get(name, {})
+        if all(key in entry and same_shape(entry[key], wanted[key]) for key in wanted):
+            found |= {f"{name}/{key}": value for key, value in entry.items()}
+    return found
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    return getattr(a, "shape", None) == getattr(b, "shape", None)

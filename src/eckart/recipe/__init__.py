@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Stage,
         Update,
         Weights,
+        Work,
     )
     from eckart.recipe.recipe import Recipe
 
@@ -45,6 +46,7 @@ _HOMES = {
         "Stage",
         "Update",
         "Weights",
+        "Work",
     ),
     "handle": ("Handle", "terms_off"),
     "recipe": ("Recipe",),

@@ -21,6 +21,7 @@ from eckart.recipe.fields import check_fields
 if TYPE_CHECKING:
     from eckart.linear import Site, Term
     from eckart.optim import Rule
+    from eckart.recipe.handle import Handle
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,24 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a one-shot stage is given, and with changes what it gives back.
+
+    `handle` is None where no terms are attached. `read` holds what the stages in
+    `stage.reads` gave as `output`: {stage name: {tensor name: tensor}}. `batches` gathers
+    calibration batches of the task's data.
+    """
+
+    stage: Stage
+    model: nn.Module
+    handle: Handle | None = None
+    task: str = ""
+    read: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    output: Mapping[str, Tensor] = field(default_factory=dict)
+    batches: Callable[[], list[dict[str, Any]]] = list
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of every method: plain, frozen, checked when it is built."""
 
@@ -153,6 +172,10 @@ class Method:
         """What happens at certain steps; none by default."""
         return ()
 
+    def operate(self, work: Work) -> Work:
+        """Carry out a stage of kind "operate", told by `work.stage.name`."""
+        raise NotImplementedError(f"{self.slug} does not say how to {work.stage.name}")
+
 
 @dataclass(frozen=True)
 class Weights(Method):
@@ -170,6 +193,7 @@ class Weights(Method):
     rest: ClassVar[Literal["frozen", "trained"]] = "frozen"  # what has no terms
     offers: ClassVar[tuple[str, ...]] = ("pairs",)  # to update rules: "pairs", "matrices"
     peft_type: ClassVar[str | None] = None
+    peft_shared: ClassVar[tuple[str, ...]] = ()  # tensors that PEFT keeps once, at the root
     default_lr: ClassVar[float] = 1e-3
 
     def build(self, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
@@ -214,6 +238,14 @@ class Weights(Method):
     def parts_from_peft(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         """The parts of one site from the tensors that `to_peft` names."""
         raise NotImplementedError
+
+    def to_peft_shared(self, shared: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """The tensors called `peft_shared`, from the modules at the model's root."""
+        return {}
+
+    def shared_from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        """The modules at the model's root from those tensors."""
+        return {}
 
 
 @dataclass(frozen=True)
