@@ -14,7 +14,7 @@ from typing import Any
 
 from eckart.io.opening import Opened
 from eckart.io.run import Run
-from eckart.jobs import held_out, outcome, prepare, settle
+from eckart.jobs import held_out, launch, outcome, prepare, settle
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
 from eckart.jobs.memory import described, room
@@ -27,10 +27,12 @@ Write = Callable[[Run, Handle, Any], str]  # (run, handle, tokenizer) -> the for
 
 def begin(job: Job) -> tuple[Job, Screen]:
     """What comes before anything is loaded: a free folder, a resumed run's own values."""
-    outcome.refuse_early(job)
+    if launch.is_first():
+        outcome.refuse_early(job)
     if job.flags.resume:
         job = settle.as_it_began(job, Path(job.flags.resume))
-    return settle.precision(job, prepare.device()), Screen(quiet=job.flags.json)
+    quiet = job.flags.json or not launch.is_first()
+    return settle.precision(job, prepare.device()), Screen(quiet)
 
 
 def course(
@@ -63,7 +65,7 @@ def course(
     parameters = outcome.parameters_of(handle)
     if job.flags.dry_run:
         return outcome.document(job, screen, parameters, estimate)
-    with outcome.open_run(job, data, parameters, estimate) as run:
+    with launch.shared(lambda: outcome.open_run(job, data, parameters, estimate)) as run:
         before = before or (run.facts.get("eval") or {}).get("before") or {}
         run.record(eval={"before": before, "after": None})
         fitted = fit(job, run, handle, data, screen, prepare.resume_from(job))
@@ -100,7 +102,7 @@ def staged_course(
     weights: Any = job.choices["weights"].method
     screen.line("stages", ", ".join(stage.name for stage in weights.stages), weights.slug)
     first = next(iter(tasks.values()))
-    with outcome.open_run(job, first, {}, 0) as run:
+    with launch.shared(lambda: outcome.open_run(job, first, {}, 0)) as run:
         begun = time.monotonic()
         shared = Course(
             job,

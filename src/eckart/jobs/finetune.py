@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from eckart.errors import UsageError
 from eckart.io.models import load_model, load_tokenizer, recognise
 from eckart.io.opening import Opened, open_model
-from eckart.jobs import prepare
+from eckart.jobs import launch, prepare
 from eckart.jobs.config import Job
 from eckart.jobs.course import begin, course, staged_course
 from eckart.jobs.outcome import write_final
@@ -21,6 +21,8 @@ from eckart.jobs.outcome import write_final
 
 def run(job: Job) -> dict[str, Any]:
     """Everything from a job to a finished run; the object of --json."""
+    if launch.is_needed(job):
+        return launch.in_processes(job)
     job, screen = begin(job)
     require_weights(job)
     tokenizer = load_tokenizer(job.model or "")

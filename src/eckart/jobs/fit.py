@@ -30,7 +30,7 @@ from eckart.errors import Diverged, Interrupted, OutOfRoom
 from eckart.io.run import Run
 from eckart.io.text import Data
 from eckart.jobs import held_out
-from eckart.jobs.checkpoints import TRAINER, load_model_state
+from eckart.jobs.checkpoints import TRAINER, everyone, load_model_state
 from eckart.jobs.config import Job
 from eckart.jobs.memory import Kept, held_state_bytes, model_bytes, model_device, size
 from eckart.jobs.screen import Progress, Screen
@@ -254,6 +254,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self.asked = any(everyone(self.asked))  # one process may hear of it a step before another
         if self.asked:
             control.should_save = control.should_training_stop = True
 

@@ -12,6 +12,7 @@ from eckart.io.export import export, possible
 from eckart.io.folder import refuse_occupied
 from eckart.io.run import Run
 from eckart.io.text import Data
+from eckart.jobs import launch
 from eckart.jobs.config import Job
 from eckart.jobs.fit import Fitted
 from eckart.jobs.memory import GB
@@ -69,7 +70,9 @@ def write(run: Run, handle: Handle, tokenizer: Any, *wanted: str) -> str:
     """Write the first of these formats that the method can have; one without terms is dense."""
     can = possible(handle)
     form = next(f for f in (wanted if handle.attached else ("dense",)) if f in can)
-    export(handle, run.final, form, tokenizer, overwrite=True)
+    if launch.is_first():
+        export(handle, run.final, form, tokenizer, overwrite=True)
+    launch.wait_for_all()
     return form
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from eckart.errors import FileError, UsageError
@@ -36,8 +37,6 @@ CALIBRATION = (8, 4)  # batches and rows in each, for methods that look at gradi
 
 def device() -> torch.device:
     """Where the model trains: this process's GPU, or the CPU."""
-    from accelerate import PartialState
-
     found: torch.device = PartialState().device
     return found
 
@@ -69,14 +68,16 @@ def entries(job: Job) -> list[dict[str, Any]]:
 def read_data(job: Job, tokenizer: Any, model: nn.Module) -> Data:
     """The job's data, packed where the model keeps packed documents apart."""
     held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
-    return read(
-        entries(job),
-        tokenizer,
-        int(job.data.seq_len),
-        packing=not hasattr(model, "num_labels") and isolates_documents(model),
-        eval=held,
-        format=job.data.format,
-    )
+    packing = not hasattr(model, "num_labels") and isolates_documents(model)
+    with PartialState().main_process_first():  # the others find it in the cache
+        return read(
+            entries(job),
+            tokenizer,
+            int(job.data.seq_len),
+            packing=packing,
+            eval=held,
+            format=job.data.format,
+        )
 
 
 def read_tasks(job: Job, tokenizer: Any, model: nn.Module) -> dict[str, Data]:

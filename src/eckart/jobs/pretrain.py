@@ -22,7 +22,7 @@ from eckart.io.opening import Opened
 from eckart.io.presets import build_model
 from eckart.io.reading import rows_of, sources_of
 from eckart.io.text import held_out_share, split
-from eckart.jobs import prepare
+from eckart.jobs import launch, prepare
 from eckart.jobs.config import Job
 from eckart.jobs.course import begin, course
 from eckart.jobs.outcome import write_whole
@@ -30,6 +30,8 @@ from eckart.jobs.outcome import write_whole
 
 def run(job: Job) -> dict[str, Any]:
     """Everything from a job to a finished run; the object of --json."""
+    if launch.is_needed(job):
+        return launch.in_processes(job)
     job, screen = begin(job)
     shape = shape_of(job)
     tokenizer = tokenizer_for(job, shape)

@@ -101,6 +101,7 @@ def rows_per_step(job: Job, rows: int) -> int:
         return int(batch_size) * parts
     # few data: at least eight steps an epoch, and powers of two, which split evenly
     usual = min(ROWS.get(job.command, 16), 1 << max(0, (rows // 8).bit_length() - 1))
+    usual = max(1, usual // job.train.processes)
     return max(parts, usual // parts * parts)
 
 

@@ -29,7 +29,7 @@ from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, 
 from eckart.io.run import Run, latest_checkpoint
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.io.text import Data
-from eckart.jobs import held_out, settle
+from eckart.jobs import held_out, launch, settle
 from eckart.jobs.checkpoints import OPTIMIZER, read_state
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
@@ -110,7 +110,9 @@ def carry_out(course: Course) -> tuple[Work, list[dict[str, Any]]]:
             work = (
                 train(course, found, place, work) if is_training(place) else operate(course, work)
             )
-            save(folder, work, scores(course, work.model) if place.last else {})
+            if launch.is_first():
+                save(folder, work, scores(course, work.model) if place.last else {})
+            launch.wait_for_all()
             course.screen.line("stage", "done", place.name)
         if place.last:
             after = read_json(folder / "state" / "scores.json")
@@ -169,8 +171,8 @@ def train(course: Course, found: list[Place], place: Place, work: Work) -> Work:
     checkpoint = latest_checkpoint(folder)
     handle = work.handle or carried(course, job, work, checkpoint)
     train_only(handle, place.stage.train)
-    run = Run.resume(folder) if (folder / "run.json").is_file() else Run.create(folder)
-    with run:
+    opened = Run.resume if (folder / "run.json").is_file() else Run.create
+    with launch.shared(lambda: opened(folder)) as run:
         run.write_resolved(job.dump_resolved())
         moments = {}
         if place.stage.optimizer == "migrate" and checkpoint is None:

@@ -1,0 +1,84 @@
+"""`train.processes=2`: two processes are one run, with the numbers of one process."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from eckart.io.run import latest_checkpoint, read_metrics
+from tests.journeys.runs import eckart, model_folder, texts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    model_folder(folder / "m")
+    texts(folder / "d.jsonl")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def words(place, out, *more):
+    return ["finetune", place / "m", place / "d.jsonl", "train.steps=10", "-o", out, *more]
+
+
+def test_two_processes_train_what_one_does(place, tmp_path):
+    one = eckart(*words(place, tmp_path / "one", "train.batch_size=4", "--json"))
+    two = eckart(
+        *words(place, tmp_path / "two", "train.batch_size=2", "train.processes=2", "--json")
+    )
+    assert one.code == two.code == 0, two.out + two.err
+    a, b = (load_file(tmp_path / n / "final" / "adapter_model.safetensors") for n in ("one", "two"))
+    for name, tensor in a.items():
+        # fp32: sums of two halves against one sum, divided by Adam where gradients are small
+        error = (b[name] - tensor).norm() / tensor.norm()
+        assert error < 1e-3, name
+    losses = [m["loss"] for m in read_metrics(tmp_path / "two") if "loss" in m]
+    assert losses == pytest.approx(
+        [m["loss"] for m in read_metrics(tmp_path / "one") if "loss" in m], abs=1e-4
+    )
+    assert two.document["eval"]["after"]["loss"] == pytest.approx(
+        one.document["eval"]["after"]["loss"], abs=1e-4
+    )
+
+
+def test_an_error_is_said_once_with_its_code(place, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "eckart", "finetune", str(place / "m"), str(tmp_path / "no.jsonl"),
+         "train.processes=2", "-o", str(tmp_path / "r")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 3
+    assert ran.stderr.count("no.jsonl") == 1 and "Traceback" not in ran.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_on_all_and_resumes(place, tmp_path):
+    out = tmp_path / "run"
+    typed = [sys.executable, "-m", "eckart", *map(str, words(place, out, "train.processes=2"))]
+    typed = [w.replace("train.steps=10", "train.steps=400") for w in typed]
+    process = subprocess.Popen(typed, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "/400  loss" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.stderr.read()
+    assert process.wait() == 130, said
+    assert json.loads((out / "run.json").read_text())["exit"] == 130
+    step = int(latest_checkpoint(out).name[5:])
+    assert 1 <= step < 400 and f"interrupted at step {step}" in said
+    ran = eckart("finetune", "--resume", out, f"train.steps={step + 3}")
+    assert ran.code == 0, ran.err
+    assert max(m["step"] for m in read_metrics(out)) == step + 3
