@@ -7,8 +7,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eckart.optim import SVD, Adam, LowRankOptimizer, NormGrowth, Refresh, Rescaled, Rule
+from eckart.optim import (
+    SVD,
+    Adam,
+    ErrorFeedback,
+    LowRankOptimizer,
+    NormGrowth,
+    Refresh,
+    Rescaled,
+    Rule,
+    Selected,
+)
 
+LIMITED = {"limiter": NormGrowth()}
 RULES = {
     "adamw": Rule(Adam(), weight_decay=0.1),
     "galore": Rule(Adam(eps_mode="hf"), SVD(2), Refresh(4), scale=0.25, weight_decay=0.1),
@@ -16,10 +27,12 @@ RULES = {
     "both": Rule(Adam(), SVD(2, "both"), Refresh(4, "rotate")),
     "rotate": Rule(Adam(), SVD(2), Refresh(3, "rotate")),
     "reset": Rule(Adam(), SVD(2), Refresh(3, "reset")),
-    "fira": Rule(Adam(), SVD(2), Refresh(4), Rescaled(), NormGrowth(), 0.25),
+    "fira": Rule(Adam(), SVD(2), Refresh(4), residual=Rescaled(), **LIMITED, scale=0.25),
     "fira, left": Rule(
-        Adam(), SVD(2, "left"), Refresh(4), Rescaled("exact", "matrix"), NormGrowth()
+        Adam(), SVD(2, "left"), Refresh(4), residual=Rescaled("exact", "matrix"), **LIMITED
     ),
+    "dct": Rule(Adam(), Selected(2), Refresh(1, "rotate"), ErrorFeedback()),
+    "dct, left": Rule(Adam(age_correct=True), Selected(2, "left"), Refresh(3, "rotate")),
 }
 
 

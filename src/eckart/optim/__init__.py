@@ -1,5 +1,6 @@
 """How does a gradient become a change? Optimizers put together from small parts."""
 
+from eckart.optim.fixed import Selected
 from eckart.optim.inner import SGD, Adafactor, Adam, Direction, Inner
 from eckart.optim.optimizer import LowRankOptimizer
 from eckart.optim.project import (
@@ -15,6 +16,7 @@ from eckart.optim.project import (
 from eckart.optim.refresh import Refresh
 from eckart.optim.residual import NormGrowth, Rescaled, Residual
 from eckart.optim.rule import Rule
+from eckart.optim.source import ErrorFeedback, Source
 from eckart.optim.storage import EightBit
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Basis",
     "Direction",
     "EightBit",
+    "ErrorFeedback",
     "Gram",
     "Identity",
     "Inner",
@@ -37,5 +40,7 @@ __all__ = [
     "Rescaled",
     "Residual",
     "Rule",
+    "Selected",
+    "Source",
     "Subspace",
 ]

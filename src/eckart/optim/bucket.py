@@ -18,9 +18,9 @@ from eckart.errors import UsageError
 from eckart.optim.inner import Direction
 from eckart.optim.part import CACHED, CHUNK, State, Tensors, multiply_
 from eckart.optim.project import Basis, add_up_, as_matrix, down, write_back
-from eckart.optim.refresh import counted
+from eckart.optim.refresh import counted, refresh
 from eckart.optim.rule import Rule
-from eckart.optim.sharded import Layout, layout_of, local, sum_
+from eckart.optim.sharded import Kind, Layout, layout_of, local, sum_
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Entry:
     state: State  # as saved: numbers and tensors, DTensors where the parameter is one
     tensors: dict[str, Tensor]  # the state's tensors, local
     base_seed: int = 0
+    fed: Tensor | None = None  # A, where the rule has a source
     low: Tensor | None = None  # the gradient as applied: R once projected, else G
 
     @property
@@ -43,7 +44,27 @@ class Entry:
 
     @property
     def basis(self) -> Basis:
-        return self.rule.projector.basis(self.tensors, self.view(self.param).shape)
+        projector = self.rule.projector
+        basis = projector.basis(self.tensors, self.local, self.size)
+        if self.layout is None or not projector.from_shards:
+            return basis
+        kinds: tuple[Kind, Kind] = ("left", "right")  # derived whole; this process has a part
+        parts = zip(basis, kinds, strict=True)
+        layout = self.layout
+        return Basis(*(None if t is None else local(layout.place(t, k)) for t, k in parts))
+
+    @property
+    def A(self) -> Tensor:
+        """What is projected: the gradient, or what the rule's source makes of it."""
+        return self.view(self.gradient) if self.fed is None else self.fed
+
+    @property
+    def whole_A(self) -> Tensor:
+        """The same, gathered where it is sharded."""
+        if self.layout is None:
+            return self.A
+        A = self.layout.gather(self.A, self.param)
+        return as_matrix(A, self.group["leading"])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,9 +98,9 @@ class Entry:
         t = local(t)
         return as_matrix(t, self.group["leading"]) if self.projected else t
 
-    def lower(self, gradient: Tensor) -> Tensor:
-        """left^T G right^T: only this process's part of the sum where such a side is sharded."""
-        return down(self.view(gradient), self.basis)
+    def lower(self, A: Tensor) -> Tensor:
+        """left^T A right^T: only this process's part of the sum where such a side is sharded."""
+        return down(A, self.basis)
 
     def like_param(self, t: Tensor) -> Tensor:
         """A full tensor in the parameter's dtype, laid out as the parameter is."""
@@ -107,15 +128,25 @@ class Bucket:
         return [entry.R for entry in self.entries]
 
     def project(self) -> None:
-        """R = left^T G right^T; G itself where nothing is projected."""
-        for entry in self.entries:
-            if not entry.projected:
+        """Refresh the bases that are due, then R = left^T A right^T; G where none is."""
+        source = self.rule.source
+        if not self.entries[0].projected:
+            for entry in self.entries:
                 entry.low = local(entry.gradient)
-            elif entry.low is None:
-                entry.low = entry.lower(entry.gradient)
+            return
+        if source is not None:
+            for entry in self.entries:
+                entry.fed = source.receive(entry)
+        refresh(self.entries)
+        for entry in self.entries:
+            if entry.low is None:
+                entry.low = entry.lower(entry.A)
         layout = self.entries[0].layout
         if layout is not None:
             sum_(self.low, layout.partial)
+        if source is not None:
+            for entry in self.entries:
+                source.settle(entry, entry.A)
 
     def norms(self) -> Tensor:
         """The norm of each local gradient as applied, times the root of its group's weight."""
@@ -127,23 +158,24 @@ class Bucket:
     def scale_(self, factor: Tensor) -> None:
         """Multiply the gradients as applied by a 0-dim tensor."""
         tensors = self.low
-        if self.rule.needs_gradient:
+        if self.rule.residual is not None:
             tensors = tensors + [local(e.gradient) for e in self.entries]
         torch._foreach_mul_(tensors, factor.to(tensors[0].device))
 
     def add(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """Add gradients of full shape to those as applied."""
         found = [e for e in self.entries if e.param in gradients]
-        extra = [e.like_param(gradients[e.param]) for e in found]
-        if self.rule.needs_gradient:
-            for e, g in zip(found, extra, strict=True):
+        extra = []
+        for e in found:
+            g = e.like_param(gradients[e.param])
+            if self.rule.residual is not None:
                 e.gradient.add_(g)
-        extra = [e.lower(g) if e.projected else local(g) for e, g in zip(found, extra, strict=True)]
+            extra.append(e.lower(e.view(g)) if e.projected else local(g))
         layout = self.entries[0].layout
         if layout is not None:
             sum_(extra, layout.partial)
-        for entry, g in zip(found, extra, strict=True):
-            entry.R.add_(g)
+        for entry, low in zip(found, extra, strict=True):
+            entry.R.add_(low)
 
     def apply(self) -> None:
         """Move the moments and the weights, then count the step."""

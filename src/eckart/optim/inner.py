@@ -52,6 +52,11 @@ class Inner(Part):
     elementwise: ClassVar[bool] = True  # may run on any shard of a tensor
     turns: ClassVar[bool] = True  # can its moments be rotated into another basis?
 
+    @property
+    def ages(self) -> bool:
+        """Does each direction count its own steps?"""
+        return False
+
     def init(self, R: Tensor) -> dict[str, Tensor]:
         """The state tensors for a gradient like R."""
         raise NotImplementedError
@@ -91,12 +96,19 @@ class Adam(Inner):
     torch: M / (sqrt(V / (1 - b2^t)) + eps), times 1 / (1 - b1^t): the bits of torch.optim.
     hf:    M / (sqrt(V) + eps), times sqrt(1 - b2^t) / (1 - b1^t): transformers' old AdamW,
            in which epsilon is larger in early steps; GaLore and Fira were published with it.
+
+    `age_correct`: where directions come and go one by one (a fixed basis), each has its own t.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     eps_mode: Literal["torch", "hf"] = "torch"
     state_dtype: Literal["param", "float32"] = "param"
+    age_correct: bool = False
+
+    @property
+    def ages(self) -> bool:
+        return self.age_correct
 
     def init(self, R: Tensor) -> dict[str, Tensor]:
         dtype = state_dtype(R, self.state_dtype)
@@ -115,9 +127,13 @@ class Adam(Inner):
         c1 = [1 - b1**t for t in counts]
         root_c2 = [(1 - b2**t) ** 0.5 for t in counts]
         hf = self.eps_mode == "hf"
+        if "age" in states[0]:
+            return Direction(
+                [self.aged(*args) for args in zip(R, states, strict=True)], None, [1.0] * len(R)
+            )
         correction = [c / c2 for c, c2 in zip(c1, root_c2, strict=True)] if hf else c1
         excess = None if hf else root_c2
-        if fused:
+        if fused and all(t.is_contiguous() for t in [*M, *V]):
             return Direction(self.fused(R, M, V, counts), None, correction, excess)
         torch._foreach_lerp_(M, R, 1 - b1)
         multiply_(V, b2)
@@ -128,12 +144,23 @@ class Adam(Inner):
         torch._foreach_add_(denominator, self.eps)
         return Direction(M, denominator, correction, excess)
 
+    def aged(self, R: Tensor, state: State) -> Tensor:
+        """N with each direction's own bias correction: it counts from when it was chosen."""
+        b1, b2 = self.betas
+        age = state["age"].add_(1).to(state["exp_avg"].dtype)  # [*, 1, r], or [*, r, 1]
+        c1, c2 = 1 - b1**age, 1 - b2**age
+        M = state["exp_avg"].lerp_(R, 1 - b1) / c1
+        V = state["exp_avg_sq"].mul_(b2).addcmul_(R, R, value=1 - b2) / c2
+        eps = self.eps / c2.sqrt() if self.eps_mode == "hf" else self.eps
+        return M / (V.sqrt() + eps)
+
     def fused(self, R: Tensors, M: Tensors, V: Tensors, counts: list[int]) -> Tensors:
         """N in one pass over R, M and V, by torch's kernel for whole Adam steps.
 
         The kernel moves a weight by -lr/c1 * M / (sqrt(V)/root_c2 + eps). From a weight of 0,
         lr = -c1 leaves N; in hf mode root_c2 is taken out of lr and of eps.
         """
+        R = [r.contiguous() for r in R]  # the kernel knows no strides
         N = [torch.zeros_like(r) for r in R]
         b1, b2 = self.betas
         for t in set(counts):
@@ -162,6 +189,8 @@ class Adam(Inner):
         c1, c2 = (1 - b**count for b in self.betas)
         V.copy_(turn.variance(V, M, c1, c2))
         M.copy_(turn.mean(M))
+        if "age" in state:
+            state["age"].copy_(turn.mean(state["age"]))
 
 
 @dataclass(frozen=True)

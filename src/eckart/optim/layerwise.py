@@ -59,7 +59,7 @@ class Projected:
             if self.refresh_from == "step":
                 return
             refresh([entry])
-        R = entry.lower(entry.gradient)
+        R = entry.lower(entry.A)
         if entry.name in self.low:
             self.low[entry.name] += R
         else:
@@ -76,7 +76,6 @@ class Projected:
             )
         self.moved.add(entry.name)
         bucket = Bucket([entry])
-        refresh([entry])
         bucket.project()
         bucket.apply()
         entry.param.grad = None

@@ -21,7 +21,6 @@ from eckart.optim import named
 from eckart.optim.bucket import Bucket, Entry, buckets, entry_of
 from eckart.optim.layerwise import Projected, check_layerwise
 from eckart.optim.part import State
-from eckart.optim.refresh import refresh
 from eckart.optim.rule import Rule, check_same
 from eckart.optim.sharded import local, sum_
 
@@ -111,7 +110,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.projected.average(moving)
         if not (self.skip_nonfinite and self.nonfinite(moving)):
             for bucket in moving:
-                refresh(bucket.entries)
                 bucket.project()
             if self.clip is not None:
                 self.grad_norm = clip_(moving, self.clip)

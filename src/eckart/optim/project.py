@@ -125,10 +125,21 @@ def polish(Q: Tensor) -> Tensor:
     return 1.5 * Q - 0.5 * Q @ (Q.mT @ Q)
 
 
-def usable(G: Tensor) -> Tensor:
-    """Which of the matrices [*, m, n] can give a basis: finite and not zero; bool [*]."""
-    norm = torch.linalg.vector_norm(G, dim=(-2, -1))
-    return norm.isfinite() & (norm > 0)
+def usable(energy: Tensor) -> Tensor:
+    """Which matrices can give a basis, by their squared norms: neither zero nor not finite."""
+    return energy.isfinite() & (energy > 0)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a projector has to find new bases from, for k matrices of one shape."""
+
+    G: Tensor  # [k, *, m, n] in fp32 or fp64, finite; rows may be those of this shard alone
+    old: Mapping[str, Tensor]  # the state tensors so far [k, *, ...]
+    seeds: list[int]  # k numbers from names and steps, for what is drawn
+    first: bool  # the old basis says nothing yet
+    size: tuple[int, int]  # m and n of the whole matrices
+    total: Callable[[Tensor], Tensor]  # sums what shards of the rows contribute
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,8 @@ class Projector(Part):
     identity: ClassVar[bool] = False
     names: ClassVar[tuple[str, ...]] = ("left", "right")  # of its state tensors, if present
     from_gram: ClassVar[bool] = False  # is the right basis a function of G^T G?
+    from_shards: ClassVar[bool] = False  # can it find a right basis with shards of the rows?
+    decomposes: ClassVar[bool] = True  # and so must wait for the device at a search
 
     def takes(self, shape: Sequence[int], leading: int) -> bool:
         """Can a parameter of this shape be projected?"""
@@ -151,19 +164,17 @@ class Projector(Part):
         """The state tensors of a basis to start from, for W [*, m, n]: some coordinates."""
         raise NotImplementedError
 
-    def basis(self, state: Mapping[str, Tensor], shape: Sequence[int]) -> Basis:
-        """The basis that the state tensors stand for, for a matrix of this local shape."""
+    def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Basis:
+        """The basis that the state tensors stand for, in the dtype and place of `like`."""
         return Basis(state.get("left"), state.get("right"))
 
-    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
-        """New state tensors for the matrices G [k, *, m, n], in fp32 or fp64 and finite.
-
-        `seeds` are k numbers from the parameters' names and steps, for what is drawn. In
-        the `first` search the old basis says nothing.
-        """
+    def find(self, search: Search) -> Found:
+        """New state tensors [k, *, ...]; where it is known by the way, also R, as "low"."""
         raise NotImplementedError
 
-    def turn(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Turn:
+    def turn(
+        self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Turn:
         """How moments go over from one basis to another."""
         left = new["left"].mT @ old["left"] if "left" in old else None
         right = old["right"] @ new["right"].mT if "right" in old else None
@@ -186,6 +197,7 @@ class Identity(Projector):
     """No projection."""
 
     identity: ClassVar[bool] = True
+    names: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -235,8 +247,8 @@ class SVD(Subspace):
 
     from_gram: ClassVar[bool] = True
 
-    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
-        left, right = self.ranks(*G.shape[-2:])
+    def find(self, search: Search) -> Found:
+        G, (left, right) = search.G, self.ranks(*search.size)
         U, _, Vh = torch.linalg.svd(G, full_matrices=False)
         return parts(
             lambda: fix_signs(polish(U[..., :left]), -2),
@@ -259,8 +271,8 @@ class Gram(Subspace):
 
     from_gram: ClassVar[bool] = True
 
-    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
-        left, right = self.ranks(*G.shape[-2:])
+    def find(self, search: Search) -> Found:
+        G, (left, right) = search.G, self.ranks(*search.size)
         return parts(
             lambda: top_eigenvectors(G @ G.mT, left),
             lambda: top_eigenvectors(G.mT @ G, right).mT,
@@ -279,11 +291,11 @@ class Randomised(Subspace):
     oversample: int = 8
     power: int = 1
 
-    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
-        left, right = self.ranks(*G.shape[-2:])
+    def find(self, search: Search) -> Found:
+        G, (left, right) = search.G, self.ranks(*search.size)
         return parts(
-            lambda: self.columns(G.mT, left, seeds),
-            lambda: self.columns(G, right, seeds).mT,
+            lambda: self.columns(G.mT, left, search.seeds),
+            lambda: self.columns(G, right, search.seeds).mT,
             left,
             right,
         )
@@ -309,11 +321,10 @@ class Iteration(Subspace):
 
     power: int = 1
 
-    def find(self, G: Tensor, old: Mapping[str, Tensor], seeds: list[int], first: bool) -> Found:
-        if first:
-            exact = SVD(self.rank, self.side, self.basis_dtype)
-            return exact.find(G, old, seeds, first)
-        left, right = self.ranks(*G.shape[-2:])
+    def find(self, search: Search) -> Found:
+        if search.first:
+            return SVD(self.rank, self.side, self.basis_dtype).find(search)
+        G, old, (left, right) = search.G, search.old, self.ranks(*search.size)
         return parts(
             lambda: self.columns(G.mT, old["left"].to(G.dtype)),
             lambda: self.columns(G, old["right"].to(G.dtype).mT).mT,

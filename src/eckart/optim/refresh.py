@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.part import CHUNK, Part, State
-from eckart.optim.project import as_matrix, usable
+from eckart.optim.project import Found, Search, usable
 from eckart.optim.sharded import Layout, local, sum_, whole
 
 if TYPE_CHECKING:
@@ -65,11 +65,13 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
     if layout is not None and layout.gram_suffices and projector.from_gram:
         ok, found = found_from_gram(entries, layout)
     else:
-        ok, G = gathered(entries)
-        found = projector.find(G, old, [e.seed for e in entries], first)
+        ok, found = found_from_gradients(entries, layout, old, first)
     new = {name: chosen(ok, found[name], old[name]) for name in names}
-    # the one host read; a decomposition has synchronised anyway
-    fresh = ok.reshape(len(entries), -1).any(1).tolist()
+    if projector.decomposes or rule.refresh.every > 1:
+        # the one host read; a decomposition has synchronised anyway
+        fresh = ok.reshape(len(entries), -1).any(1).tolist()
+    else:
+        fresh = [True] * len(entries)  # where it is not, old and new are equal
     for i, entry in enumerate(entries):
         step = entry.state["step"]
         entry.state["due"] = rule.refresh.next(step, entry.name) if fresh[i] else step + 1
@@ -80,27 +82,42 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
         for name, t in after.items():
             placed = t if layout is None else local(layout.place(t, rule.kind(name)))
             entry.tensors[name].copy_(placed)
+        if "low" in found and (layout is None or layout.gram_suffices):  # else R of the whole
+            entry.low = found["low"][i].to(entry.A.dtype)
 
 
-def gathered(entries: list[Entry]) -> tuple[Tensor, Tensor]:
-    """Which gradients can give a basis, bool [k, *], and all of them [k, *, m, n], whole and
-    at least in fp32; those that cannot are zero, as one NaN would end a batch."""
-    leading = entries[0].group["leading"]
-    G = torch.stack([as_matrix(whole(e.gradient), leading) for e in entries])
+def found_from_gradients(
+    entries: list[Entry], layout: Layout | None, old: dict[str, Tensor], first: bool
+) -> tuple[Tensor, Found]:
+    """Which gradients can give a basis, bool [k, *], and the bases of all.
+
+    Gradients are gathered where they are sharded, unless shards of rows are enough.
+    """
+    projector = entries[0].rule.projector
+    rows = layout is not None and layout.gram_suffices and projector.from_shards
+    groups = layout.groups("rows") if layout is not None and rows else ()
+
+    def total(t: Tensor) -> Tensor:
+        sum_([t], groups)
+        return t
+
+    G = torch.stack([e.A if rows else e.whole_A for e in entries])  # [k, *, m, n]
     G = G.to(torch.promote_types(G.dtype, torch.float32))
-    ok = usable(G)
-    return ok, torch.where(ok[..., None, None], G, 0)
+    ok = usable(total(G.square().sum((-2, -1))))
+    G = torch.where(ok[..., None, None], G, 0)  # a NaN would end a batched decomposition
+    seeds = [e.seed for e in entries]
+    return ok, projector.find(Search(G, old, seeds, first, entries[0].size, total))
 
 
-def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same and the bases, from C = sum over shards of G^T G: n x n numbers travel.
+def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found]:
+    """The same from C = sum over shards of G^T G: n x n numbers travel.
 
     In fp64, since the Gram matrix squares the condition number.
     """
-    G = torch.stack([e.view(e.gradient) for e in entries]).double()  # [k, m of this shard, n]
+    G = torch.stack([e.A for e in entries]).double()  # [k, m of this shard, n]
     C = G.mT @ G
     sum_([C], layout.groups("rows"))
-    ok = usable(C)
+    ok = usable(C.diagonal(dim1=-2, dim2=-1).sum(-1))
     C = torch.where(ok[..., None, None], C, 0)
     rank = entries[0].tensors["right"].shape[-2]
     return ok, {"right": entries[0].rule.projector.find_right(C, rank)}
@@ -112,11 +129,10 @@ def renew_moments(entry: Entry, old: dict[str, Tensor], new: dict[str, Tensor]) 
     if counted(entry.state) == 0:
         return  # nothing has been seen yet
     if refresh.moments == "rotate":
-        turn = entry.rule.projector.turn(old, new)
+        turn = entry.rule.projector.turn(old, new, entry.size)
         inner.rotate(entry.tensors, turn, counted(entry.state))
     if refresh.moments == "reset":
-        names = entry.rule.projector.names
-        inner.reset({k: t for k, t in entry.tensors.items() if k not in names})
+        inner.reset(entry.rule.moments(entry.tensors))
         entry.state["start"] = entry.state["step"]
 
 

@@ -25,6 +25,17 @@ from eckart.optim.project import Identity, Projector, as_matrix
 from eckart.optim.refresh import Refresh
 from eckart.optim.residual import NormGrowth, Residual
 from eckart.optim.sharded import Kind, Layout
+from eckart.optim.source import Source
+
+KINDS: dict[str, Kind] = {
+    "left": "left",
+    "right": "right",
+    "index": "small",
+    "age": "small",
+    "limiter": "small",
+    "error": "param",
+    "error_ends": "left",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Rule(Part):
     inner: Inner = field(default_factory=Adam)
     projector: Projector = field(default_factory=Identity)
     refresh: Refresh = field(default_factory=Refresh)
+    source: Source | None = None  # what is projected; None: the gradient
     residual: Residual | None = None  # what becomes of G outside the subspace
     limiter: NormGrowth | None = None  # on that residual
     scale: float = 1.0  # on the projected-back update, beside the learning rate
@@ -50,6 +62,13 @@ class Rule(Part):
                 "these moments cannot be rotated into another basis",
                 [("inner rule", type(self.inner).__name__)],
                 "Take on_refresh=keep or on_refresh=reset.",
+            )
+        chosen = self.projector.identity or "index" in self.projector.names
+        if self.inner.ages and not chosen:
+            raise UsageError(
+                "directions have ages only in a fixed basis, where they come one by one",
+                [("projector", type(self.projector).__name__)],
+                "Leave age_correct out.",
             )
         if self.residual is not None and getattr(self.projector, "side", None) == "both":
             raise UsageError(
@@ -65,6 +84,7 @@ class Rule(Part):
             self,
             projector=Identity(),
             refresh=Refresh(),
+            source=None,
             residual=None,
             limiter=None,
             scale=1.0,
@@ -75,6 +95,11 @@ class Rule(Part):
         if self.projector.identity or self.projector.takes(shape, leading):
             return self
         return self.plain
+
+    def moments(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a parameter's state tensors, those that belong to the inner rule."""
+        others = {*self.projector.names, "limiter", "error", "error_ends"}
+        return {name: t for name, t in tensors.items() if name not in others}
 
     def sides(self, shape: Sequence[int], leading: int = 0) -> tuple[bool, bool]:
         """Is the left, is the right side of this parameter projected?"""
@@ -87,8 +112,7 @@ class Rule(Part):
         """How the state tensor of this name is laid out where the parameter is sharded."""
         if self.projector.identity:
             return "param"
-        kinds: dict[str, Kind] = {"left": "left", "right": "right", "limiter": "small"}
-        return kinds.get(key, "low")
+        return KINDS.get(key, "low")
 
     def start(self, p: Tensor, leading: int = 0, layout: Layout | None = None) -> State:
         """The state of a parameter before its first step, laid out as the parameter is."""
@@ -98,6 +122,12 @@ class Rule(Part):
             p = p.new_empty(1).to_local().expand(p.shape)  # type: ignore[attr-defined]
         W = as_matrix(p, leading)
         tensors = self.projector.init(W) | self.inner.init(self.projector.low(W))
+        if self.inner.ages:
+            left, right = self.projector.ranks(*W.shape[-2:])
+            shape = (left, 1) if left else (1, right)
+            tensors["age"] = W.new_zeros(*W.shape[:-2], *shape, dtype=torch.int32)
+        if self.source is not None:
+            tensors |= self.source.init(W)
         if self.limiter is not None:
             tensors["limiter"] = W.new_zeros(
                 W.shape[:-2], dtype=torch.promote_types(W.dtype, torch.float32)
@@ -113,8 +143,9 @@ class Rule(Part):
 
     @property
     def needs_gradient(self) -> bool:
-        """Does the update itself need all of G, beside R?"""
-        return self.residual is not None
+        """Does the update need all of G, so that R alone must not be kept?"""
+        every_step = not self.projector.identity and self.refresh.every == 1
+        return self.residual is not None or self.source is not None or every_step
 
 
 def difference(saved: Any, current: Any, path: str = "rule") -> list[tuple[str, str]]:

@@ -105,6 +105,16 @@ class Layout:
         ]
         return distribute_tensor(t, self.mesh, placements, src_data_rank=None)
 
+    def gather(self, t: Tensor, p: Tensor) -> Tensor:
+        """The whole tensor of which this process has the part t, split as the parameter is."""
+        from torch.distributed.tensor import DTensor
+
+        part = t.reshape(local(p).shape)
+        kept = DTensor.from_local(
+            part, self.mesh, self.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+        return kept.full_tensor()
+
 
 def layout_of(name: str, p: Tensor, leading: int, left: bool, right: bool) -> Layout | None:
     """The layout of a parameter; None where it is whole on this process."""

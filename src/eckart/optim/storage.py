@@ -120,3 +120,28 @@ class EightBit(Inner):
             self.store(found, moments)
             return found
         return moments
+
+
+def pack_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Each row of x [*, m, n] in 8 or 4 bits between its least and its greatest entry.
+
+    Codes uint8 [*, m, n], or [*, m, ceil(n / 2)] with two 4-bit codes a byte, low half first;
+    ends fp32 [*, m, 2]. Rounded to nearest: the error is at most (greatest - least) / 510
+    (/ 30 in 4 bits).
+    """
+    x = x.float()
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    width = torch.where(high > low, high - low, 1.0)  # a constant row is its own least entry
+    codes = ((x - low) / width * (2**bits - 1)).round().to(torch.uint8)
+    if bits == 4:
+        codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    return codes, torch.cat([low, high], -1)
+
+
+def unpack_rows(codes: Tensor, ends: Tensor, bits: int, n: int) -> Tensor:
+    """The fp32 rows [*, m, n] that `pack_rows` stored."""
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :n]
+    low, high = ends[..., :1], ends[..., 1:]
+    return low + codes * ((high - low) / (2**bits - 1))

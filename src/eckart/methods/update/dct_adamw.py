@@ -1,0 +1,105 @@
+"""DCT-AdamW: Adam in the directions of a fixed cosine basis that the gradient uses most.
+
+    S = A Q;  idx = the r columns of S with the largest sums of magnitudes, ascending
+    R = S[:, idx];   A = G + E,   E = A - R Q[:, idx]^T     (E only with error feedback)
+    moments follow their direction: kept where it stays, 0 where it is new
+    W = (1 - lr wd) W - lr  M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)  Q[:, idx]^T
+
+There is no decomposition: one Q serves all matrices of a width, r integers are stored for
+each, and the subspace is chosen anew at every step. Take it where GaLore's decompositions
+cost too much or its subspace ages; take Fira for the rest of the gradient without an E of
+the weights' size.
+
+Source: I. Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
+Optimization of Large Language Models", arXiv 2505.17967, Alg. 1 (DCT-AdamW). We differ from
+its code in four points: moments always follow their direction (its default leaves them in
+place while the directions below them change); error feedback in 4 and 8 bits uses all
+levels; the basis is DCT-II, whose rows have a fast transform (its default is DCT-III, here
+basis="dct3"); with `every` above 1 a choice lasts exactly that many steps.
+
+m out, n in, r rank, Q [n, n] (the left side, where m < n, is the transpose of all this).
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from eckart.optim import Adam, ErrorFeedback, Refresh, Rule, Selected
+from eckart.recipe.method import Cost, Paper, Update
+
+
+@dataclass(frozen=True)
+class DCTAdamW(Update):
+    """Adam in r cosine directions per matrix, chosen anew at every step."""
+
+    rank: Annotated[int, Ge(1)] = 128
+    """Directions that are kept. Paper: 32 to 512. Cut to min(m, n)."""
+
+    every: Annotated[int, Ge(1)] = 1
+    """Steps between two choices of directions. Paper: 1."""
+
+    basis: Literal["dct2", "dct3", "hadamard", "random"] = "dct2"
+    """The fixed basis: rows or columns of the DCT-II matrix (code: columns, dct3), a Hadamard
+    matrix (powers of two only), or a random orthogonal one."""
+
+    route: Literal["matmul", "fft"] = "matmul"
+    """How dct2 coordinates are computed: one product, or n log n by a fast transform."""
+
+    ell_norm: Literal[1, 2] = 1
+    """Directions are ranked by sums of magnitudes (1) or of squares (2) of their coordinates.
+    Code: 1."""
+
+    error_feedback: bool = False
+    """Keep what the chosen directions cannot hold and add it to the next gradient. Needs
+    memory of the weights' size. Paper: on; code: off."""
+
+    error_bits: Literal[32, 8, 4] = 32
+    """Bits of that memory per weight. Paper: 8 or 4."""
+
+    on_refresh: Literal["rotate", "keep", "reset"] = "rotate"
+    """The moments at a new choice: they follow their direction (paper), stay in their place,
+    or are forgotten."""
+
+    age_correct: bool = False
+    """Correct the bias of each direction's moments by its own age. The first step of a new
+    direction is else about three times too long. Paper: off."""
+
+    side: Literal["auto", "reverse", "left", "right"] = "auto"
+    """Which side is projected: auto the short one, reverse the long one."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment. Code: Adam's."""
+
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment. Code: 1e-8."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a weight lost per step, times the learning rate."""
+
+    wants: ClassVar = "matrices"
+    default_lr: ClassVar = 0.001
+    mission: ClassVar = True
+    paper: ClassVar = Paper(
+        "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large "
+        "Language Models",
+        "https://arxiv.org/abs/2505.17967",
+        "ICLR 2026",
+    )
+
+    def rule(self) -> Rule:
+        return Rule(
+            inner=Adam(self.betas, self.eps, age_correct=self.age_correct),
+            projector=Selected(
+                self.rank, self.side, kind=self.basis, norm=self.ell_norm, route=self.route
+            ),
+            refresh=Refresh(self.every, self.on_refresh),
+            source=ErrorFeedback(self.error_bits) if self.error_feedback else None,
+            weight_decay=self.weight_decay,
+        )
+
+    def plain(self) -> Rule:
+        return self.rule().plain
+
+    def cost(self, m: int, n: int) -> Cost:
+        return Cost(state=self.rule().state_elements(m, n))

@@ -1,0 +1,143 @@
+"""Fixed orthogonal bases, the same for all matrices of one width: which of their directions a
+gradient uses is all that is stored, r indices for a matrix.
+
+Q [n, n] has the directions as columns. Rows of A have coordinates S = A Q; those r columns of
+S that are largest are kept, so that R needs no second product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eckart.errors import UsageError
+from eckart.optim.project import Basis, Found, Search, Subspace, Turn, gaussian
+
+Kind = Literal["dct2", "dct3", "hadamard", "random"]
+
+
+class Moves(NamedTuple):
+    """From one choice of directions to another: what stays takes its moments along, what is
+    new starts at 0. No arithmetic, so an unchanged choice changes no bit."""
+
+    old: Tensor  # [*, r] ascending
+    new: Tensor  # [*, r] ascending
+    axis: int  # of the moments, along which the directions lie
+
+    def mean(self, M: Tensor) -> Tensor:
+        place = torch.searchsorted(self.old, self.new).clamp(max=self.old.shape[-1] - 1)
+        stays = self.old.gather(-1, place) == self.new
+        place, stays = (t.unsqueeze(-3 - self.axis).expand_as(M) for t in (place, stays))
+        return torch.where(stays, M.gather(self.axis, place), 0)
+
+    def variance(self, V: Tensor, M: Tensor, c1: float, c2: float) -> Tensor:
+        return self.mean(V)
+
+
+@dataclass(frozen=True)
+class Selected(Subspace):
+    """The r directions of a fixed basis with the largest coordinates (DCT-AdamW, Trion).
+
+    `norm` ranks by the sum of magnitudes over the long side (1) or of squares (2); ties go
+    to the lower index. `route` fft computes a dct2 in n log n by Makhoul's algorithm.
+    """
+
+    kind: Kind = "dct2"
+    norm: Literal[1, 2] = 1
+    route: Literal["matmul", "fft"] = "matmul"
+    names: ClassVar[tuple[str, ...]] = ("index",)
+    decomposes: ClassVar[bool] = False
+    from_shards: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.route == "fft" and self.kind != "dct2":
+            raise UsageError(
+                "only the dct2 basis has an fft route",
+                [("basis", self.kind)],
+                "Take route=matmul, or basis=dct2.",
+            )
+        if self.side == "both":
+            raise UsageError("a fixed basis serves one side", [("side", "both")], "Take side=auto.")
+
+    def init(self, W: Tensor) -> Found:
+        rank = max(self.ranks(*W.shape[-2:]))
+        index = torch.arange(rank, dtype=torch.int32, device=W.device)
+        return {"index": index.expand(*W.shape[:-2], rank).clone()}
+
+    def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Basis:
+        on_left = self.ranks(*size)[0] > 0
+        Q = directions(self.kind, size[0] if on_left else size[1], like.dtype, like.device)
+        rows = Q.mT[state["index"].long()]  # [*, r, n]
+        return Basis(rows.mT, None) if on_left else Basis(None, rows)
+
+    def find(self, search: Search) -> Found:
+        left, right = self.ranks(*search.size)
+        A = search.G.mT if left else search.G  # [k, *, long side, n]
+        if self.route == "fft":
+            S = dct2(A)
+        else:
+            S = A @ directions(self.kind, A.shape[-1], A.dtype, A.device)
+        score = search.total((S.abs() if self.norm == 1 else S * S).sum(-2))  # [k, *, n]
+        order = score.sort(dim=-1, descending=True, stable=True).indices
+        index = order[..., : left or right].sort(-1).values
+        R = S.gather(-1, index.unsqueeze(-2).expand(*S.shape[:-1], index.shape[-1]))
+        return {"index": index, "low": R.mT if left else R}
+
+    def turn(
+        self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Turn:
+        return Moves(old["index"], new["index"], -2 if self.ranks(*size)[0] else -1)
+
+
+@cache
+def directions(kind: Kind, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthogonal matrix Q [n, n]; computed in fp64, then cast."""
+    if kind == "hadamard":
+        if n & (n - 1):
+            raise UsageError(
+                "a Hadamard basis needs a power of two",
+                [("width of the projected side", str(n))],
+                "Take basis=dct2.",
+            )
+        Q = torch.ones(1, 1, dtype=torch.float64)
+        while len(Q) < n:
+            Q = torch.cat([torch.cat([Q, Q], 1), torch.cat([Q, -Q], 1)])
+        Q = Q / math.sqrt(n)
+    elif kind == "random":
+        Q = torch.linalg.qr(gaussian(n, n, seed=n).double())[0]
+    else:
+        C = cosines(n)
+        Q = C.T if kind == "dct2" else C
+    return Q.to(device, dtype).contiguous()
+
+
+def cosines(n: int) -> Tensor:
+    """The orthonormal DCT-II matrix C [n, n] in fp64: row i is direction i.
+
+    The angle is reduced as an integer: cos of a large one would lose a digit for each of its
+    own.
+    """
+    i = torch.arange(n)
+    angle = i[:, None] * (2 * i + 1) % (4 * n)
+    C = torch.cos(angle.double() * (math.pi / (2 * n))) * math.sqrt(2 / n)
+    C[0] *= math.sqrt(0.5)
+    return C
+
+
+def dct2(A: Tensor) -> Tensor:
+    """A C^T for rows of A [*, n], by one real FFT of the same length (Makhoul 1980)."""
+    n = A.shape[-1]
+    spread = torch.cat([A[..., ::2], A[..., 1::2].flip(-1)], -1)
+    F = torch.fft.rfft(spread)  # [*, n // 2 + 1]
+    k = torch.arange(F.shape[-1], device=A.device, dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(k), -math.pi * k / (2 * n)) * math.sqrt(2 / n)
+    F = F * turn.to(F.dtype)
+    S = torch.cat([F.real, -F.imag[..., 1 : (n + 1) // 2].flip(-1)], -1)
+    S[..., 0] *= math.sqrt(0.5)
+    return S

@@ -1,0 +1,249 @@
+"""What DCT-AdamW alone promises, against its algorithm written here afresh."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from eckart.methods.update.dct_adamw import DCTAdamW
+from eckart.optim import SGD, Adam, ErrorFeedback, LowRankOptimizer, Refresh, Rule, Selected
+
+F64 = torch.float64
+
+
+def gradients(shape, steps, seed=0, dtype=F64):
+    """A slowly changing gradient, so that some directions stay and others come and go."""
+    g = torch.Generator().manual_seed(seed)
+    trend = torch.randn(shape, generator=g, dtype=F64)
+    return [(trend + torch.randn(shape, generator=g, dtype=F64)).to(dtype) for _ in range(steps)]
+
+
+def start(shape, seed=5):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def train(rule, W, grads, lr=0.05):
+    p = nn.Parameter(W.clone())
+    optimizer = LowRankOptimizer([("w", p)], lr=lr, rule=rule)
+    states = []
+    for G in grads:
+        p.grad = G.clone()
+        optimizer.step()
+        kept = optimizer.state[p].items()
+        states.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kept})
+    return p.detach(), states
+
+
+def dct(n):
+    """C [n, n] entry by entry."""
+    i, j = torch.meshgrid(torch.arange(n, dtype=F64), torch.arange(n, dtype=F64), indexing="ij")
+    C = (2 / n) ** 0.5 * torch.cos(torch.pi * i * (2 * j + 1) / (2 * n))
+    C[0] /= 2**0.5
+    return C
+
+
+def by_the_paper(W, grads, method, lr=0.05):
+    """On the right side; the moments live in dicts, a direction's index their key."""
+    (b1, b2), n = method.betas, W.shape[1]
+    Q = dct(n).T if method.basis == "dct2" else dct(n)
+    W, E, M, V, age = W.clone(), torch.zeros_like(W), {}, {}, {}
+    for t, G in enumerate(grads, 1):
+        W = W * (1 - lr * method.weight_decay)
+        A = G + E if method.error_feedback else G
+        if (t - 1) % method.every == 0:
+            S = A @ Q
+            score = S.abs().sum(0) if method.ell_norm == 1 else (S**2).sum(0)
+            index = sorted(score.argsort(descending=True)[: method.rank].tolist())
+            M = {j: M.get(j, torch.zeros(len(W), dtype=F64)) for j in index}
+            V = {j: V.get(j, torch.zeros(len(W), dtype=F64)) for j in index}
+            age = {j: age.get(j, 0) for j in index}
+        E = A.clone()
+        for j in index:
+            R = A @ Q[:, j]
+            E -= torch.outer(R, Q[:, j])
+            age[j] += 1
+            k = age[j] if method.age_correct else t
+            M[j] = b1 * M[j] + (1 - b1) * R
+            V[j] = b2 * V[j] + (1 - b2) * R**2
+            U = M[j] / (1 - b1**k) / ((V[j] / (1 - b2**k)).sqrt() + method.eps)
+            W = W - lr * torch.outer(U, Q[:, j])
+    return W, E
+
+
+@pytest.mark.parametrize("basis", ["dct2", "dct3"])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("ell_norm", [1, 2])
+@pytest.mark.parametrize(
+    "error_feedback, age_correct", [(False, False), (True, False), (True, True)]
+)
+def test_follows_the_papers_algorithm(basis, every, ell_norm, error_feedback, age_correct):
+    method = DCTAdamW(
+        rank=4, basis=basis, every=every, ell_norm=ell_norm,
+        error_feedback=error_feedback, age_correct=age_correct, weight_decay=0.1,
+    )  # fmt: skip
+    grads, rule = gradients((9, 7), 15), method.rule()
+    if every > 1:  # the algorithm starts its periods at the first step, not by name
+        rule = Rule(
+            rule.inner, rule.projector, Refresh(every, "rotate", stagger=False), rule.source,
+            weight_decay=0.1,
+        )  # fmt: skip
+    W, states = train(rule, start((9, 7)), grads)
+    wanted, E = by_the_paper(start((9, 7)), grads, method)
+    torch.testing.assert_close(W, wanted, rtol=0, atol=1e-12)  # fp64, 15 steps
+    if error_feedback:
+        torch.testing.assert_close(states[-1]["error"], E, rtol=0, atol=1e-12)
+    chosen = [set(state["index"].tolist()) for state in states]
+    assert any(a & b and a != b for a, b in pairwise(chosen))  # else alignment was not tried
+
+
+def test_the_fft_route_takes_the_same_steps():
+    grads = gradients((9, 7), 15)
+    a, _ = train(DCTAdamW(rank=3).rule(), start((9, 7)), grads)
+    b, _ = train(DCTAdamW(rank=3, route="fft").rule(), start((9, 7)), grads)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("age_correct", [False, True])
+def test_a_transposed_run_is_the_run_transposed(age_correct):
+    grads = gradients((9, 7), 15)
+    rule = DCTAdamW(rank=3, error_feedback=True, age_correct=age_correct, weight_decay=0.1).rule()
+    W, _ = train(rule, start((9, 7)), grads)
+    turned, _ = train(rule, start((9, 7)).T, [G.T for G in grads])
+    torch.testing.assert_close(W, turned.T, rtol=0, atol=1e-10)
+
+
+def test_at_full_rank_it_is_adam_in_rotated_coordinates_and_nothing_is_left():
+    grads = gradients((9, 7), 15)
+    W, states = train(DCTAdamW(rank=7, error_feedback=True).rule(), start((9, 7)), grads)
+    C = dct(7)
+    p = nn.Parameter(start((9, 7)) @ C.T)
+    reference = torch.optim.AdamW([p], lr=0.05, weight_decay=0)
+    for G in grads:
+        p.grad = G @ C.T
+        reference.step()
+    torch.testing.assert_close(W @ C.T, p.detach(), rtol=0, atol=1e-10)
+    assert states[-1]["error"].abs().max() < 1e-12
+
+
+def test_with_sgd_inside_nothing_is_lost():
+    """What was applied and what is kept add up to all gradients."""
+    grads = gradients((9, 7), 15)
+    rule = Rule(SGD(), Selected(2), Refresh(1), ErrorFeedback())
+    W, states = train(rule, start((9, 7)), grads)
+    applied = (start((9, 7)) - W) / 0.05
+    torch.testing.assert_close(applied + states[-1]["error"], sum(grads), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("bits, most", [(8, 0.05), (4, 0.4)])
+def test_error_feedback_in_few_bits_stays_near(bits, most):
+    """Adam's steps are of one size, so the paths part by what was rounded, not more."""
+    grads = gradients((64, 48), 20)
+    runs = [
+        train(DCTAdamW(rank=8, error_feedback=True, error_bits=b).rule(), start((64, 48)), grads)
+        for b in (32, bits)
+    ]
+    exact, few = (W - start((64, 48)) for W, _ in runs)
+    none, _ = train(DCTAdamW(rank=8).rule(), start((64, 48)), grads)
+    gap = (few - exact).norm() / exact.norm()
+    assert gap < most and gap < (none - start((64, 48)) - exact).norm() / exact.norm()
+
+
+def test_a_zero_gradient_keeps_directions_and_moments():
+    grads = gradients((9, 7), 5)
+    grads[3] = torch.zeros(9, 7, dtype=F64)
+    _, states = train(DCTAdamW(rank=3).rule(), start((9, 7)), grads)
+    assert torch.equal(states[3]["index"], states[2]["index"])
+    torch.testing.assert_close(states[3]["exp_avg"], 0.9 * states[2]["exp_avg"])
+
+
+def test_a_new_direction_is_too_long_unless_its_age_counts():
+    grads = gradients((9, 7), 150, seed=3)
+    longest = []
+    for age_correct in (False, True):
+        p = nn.Parameter(start((9, 7)))
+        rule = DCTAdamW(rank=3, age_correct=age_correct, betas=(0.5, 0.99)).rule()
+        optimizer = LowRankOptimizer([p], lr=1.0, rule=rule)
+        steps = []
+        for G in grads:
+            before, p.grad = p.detach().clone(), G
+            optimizer.step()
+            coordinates = (before - p.detach()) @ dct(7).T
+            steps.append(coordinates.abs().max())
+        longest.append(max(steps[100:]))
+    # (1 - b1) / sqrt(1 - b2) = 5 times as long, less what the second moment's own bias takes
+    assert longest[0] > 3 and longest[1] < 2
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (7, 9)])
+@pytest.mark.parametrize("error_bits", [32, 8, 4])
+def test_cost_is_what_is_stored(shape, error_bits):
+    method = DCTAdamW(rank=3, error_feedback=True, error_bits=error_bits, age_correct=True)
+    _, states = train(method.rule(), start(shape), gradients(shape, 2))
+    tensors = {k: v for k, v in states[-1].items() if isinstance(v, torch.Tensor)}
+    assert tensors["index"].dtype == torch.int32 and tensors["index"].shape == (3,)
+    assert method.cost(*shape).state == sum(v.numel() for v in tensors.values())
+
+
+@pytest.mark.parametrize("error_bits", [32, 4])
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+def test_a_resumed_run_is_the_uninterrupted_one(dtype, error_bits):
+    grads = gradients((9, 7), 12, dtype=dtype)
+    rule = DCTAdamW(rank=3, error_feedback=True, error_bits=error_bits, age_correct=True).rule()
+    wanted, states = train(rule, start((9, 7)).to(dtype), grads)
+    p = nn.Parameter(start((9, 7)).to(dtype))
+    optimizer = LowRankOptimizer([("w", p)], lr=0.05, rule=rule)
+    for step, G in enumerate(grads):
+        if step == 6:
+            saved = optimizer.named_state_dict()
+            optimizer = LowRankOptimizer([("w", p)], lr=0.05, rule=rule)
+            optimizer.load_named_state_dict(saved)
+        p.grad = G.clone()
+        optimizer.step()
+    assert torch.equal(p.detach(), wanted)
+    assert optimizer.state[p]["step"] == 12
+    for key, value in states[-1].items():
+        assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), key
+
+
+def test_hooks_make_the_same_steps():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(6, 9, dtype=F64), nn.Linear(9, 7, dtype=F64)) for _ in "ab"]
+    models[1].load_state_dict(models[0].state_dict())
+    rule = DCTAdamW(rank=3, error_feedback=True).rule()
+    a, b = (LowRankOptimizer(m.named_parameters(), 0.02, rule=rule) for m in models)
+    b.attach_layerwise("first")
+    for step in range(8):
+        x = torch.randn(8, 6, dtype=F64, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip(models, (a, b), strict=True):
+            (model(x) ** 2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_experts_choose_one_by_one():
+    each = [gradients((8, 5), 6, seed=i) for i in range(3)]
+    rule = DCTAdamW(rank=2, error_feedback=True, age_correct=True).rule()
+    W = start((3, 8, 5))
+    p = nn.Parameter(W.clone())
+    optimizer = LowRankOptimizer([{"params": [("w", p)], "leading": 1}], lr=0.05, rule=rule)
+    for row in zip(*each, strict=True):
+        p.grad = torch.stack(row)
+        optimizer.step()
+    for i in range(3):
+        wanted, _ = train(rule, W[i], each[i])
+        torch.testing.assert_close(p[i].detach(), wanted, rtol=0, atol=1e-13)
+
+
+def test_plain_parameters_are_torchs_adamw_bit_for_bit():
+    grads = gradients((9, 7), 12)
+    W, _ = train(DCTAdamW(weight_decay=0.1).plain(), start((9, 7)), grads)
+    p = nn.Parameter(start((9, 7)))
+    reference = torch.optim.AdamW([p], lr=0.05, weight_decay=0.1)
+    for G in grads:
+        p.grad = G
+        reference.step()
+    assert torch.equal(W, p.detach())
+    assert isinstance(DCTAdamW().plain().inner, Adam)
