@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import FileError
 from eckart.io.models import header, listed
+from eckart.io.native import readable
 from eckart.recipe import Handle, attach_from, registry
 from eckart.recipe.attachment import revive
 from eckart.recipe.lock import MODEL_TYPE, lock_config
@@ -117,10 +118,11 @@ class FactoredQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] = (), **kwargs: Any
     ) -> None:
-        structure = fitted(self.quantization_config.structure, model)
         tie(model)
         wanted = model.dtype
-        with torch.device("cpu"):  # not meta: terms may draw tensors that are not saved
+        # On the CPU, not meta: terms may draw tensors that are not saved.
+        with torch.device("cpu"), readable(Path("config.json")):
+            structure = fitted(self.quantization_config.structure, model)
             self.handle = attach_from(model, structure)
             self.derived = derived(self.handle, structure)
         for site in self.handle.sites.values():

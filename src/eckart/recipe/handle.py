@@ -61,7 +61,30 @@ class Handle:
     # --- attaching -------------------------------------------------------------------------
 
     def install(self, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
-        """Freeze or drop the base as the method says and put the parts into their sites."""
+        """Freeze or drop the base as the method says and put the parts into their sites.
+
+        A failure on the way leaves the model as it was.
+        """
+        before = dict(self.model.named_parameters())
+        try:
+            self.put_in(parts)
+        except BaseException:
+            self.undo(before)
+            raise
+
+    def undo(self, before: Mapping[str, nn.Parameter]) -> None:
+        """Make the model what it was when these were its parameters: dropped ones come back."""
+        self.detach()
+        for name, parameter in before.items():
+            path, _, leaf = name.rpartition(".")
+            self.model.get_submodule(path)._parameters[leaf] = parameter
+            parameter.requires_grad_(self.required[name])
+        with torch.no_grad():
+            for path, original in self.originals.items():
+                self.sites[path].raw.copy_(original)
+
+    def put_in(self, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
+        """What `install` does, without a way back."""
         weights, drop = self.weights, self.weights.base == "dropped"
         if weights.rest == "frozen" and EVERYTHING not in weights.targets:
             for parameter in self.model.parameters():
