@@ -14,7 +14,6 @@ forward stays the DoRA of one weight.
 m out, n in, r rank, * any leading dimensions (fused experts).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -24,6 +23,8 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from eckart.linear import Gain, LowRank, Site, Term
+from eckart.linear.factored import fresh_pair
+from eckart.linear.scaling import fields_of, peft_entries, scale_of
 from eckart.recipe import Cost, Paper, Weights
 
 
@@ -75,13 +76,8 @@ class DoRA(Weights):
     promises: ClassVar = ("starts_at_base", "restores_base", "merges")
 
     def build_one(self, site: Site) -> Mapping[str, nn.Module]:
-        (m, n), r = site.shape, min(self.rank, *site.shape)
-        scale = self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
-        B, A = torch.zeros(*site.leading, m, r), torch.zeros(*site.leading, r, n)
-        if site.kind == "embedding":
-            B.normal_(generator=site.generator)
-        else:
-            A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=site.generator)
+        scale = scale_of(self.alpha, self.rank, self.scaling)
+        B, A = fresh_pair(site, min(self.rank, *site.shape))
         lora = LowRank(B, A, scale, dropout=self.dropout)
         g = row_norms(site.weight(torch.float32).cpu(), B, A, scale)
         return {"lora": lora, "magnitude": Magnitude(g)}
@@ -91,31 +87,16 @@ class DoRA(Weights):
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         term, magnitude = parts["lora"], parts["magnitude"]
         assert isinstance(term, LowRank) and isinstance(magnitude, Magnitude)
-        rank = term.A.shape[-2]
-        stable = self.scaling == "rslora"
-        config = {
-            "r": rank,
-            "lora_alpha": term.scale * (math.sqrt(rank) if stable else rank),
-            "use_rslora": stable,
-            "use_dora": True,
-            "lora_dropout": self.dropout,
-        }
+        config = {**peft_entries(term, self.scaling), "use_dora": True}
         tensors = {"lora_A": term.A, "lora_B": term.B, "lora_magnitude_vector": magnitude.g}
         return tensors, config
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self | None:
-        if not config.get("use_dora"):
-            return None
-        return cls(
-            rank=config.get("r", 8),
-            alpha=float(config.get("lora_alpha", 8)),
-            scaling="rslora" if config.get("use_rslora") else "lora",
-            dropout=float(config.get("lora_dropout", 0.0)),
-        )
+        return cls(**fields_of(config)) if config.get("use_dora") else None
 
     def parts_from_peft(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-        scale = self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        scale = scale_of(self.alpha, self.rank, self.scaling)
         lora = LowRank(tensors["lora_B"], tensors["lora_A"], scale, dropout=self.dropout)
         return {"lora": lora, "magnitude": Magnitude(tensors["lora_magnitude_vector"])}
 

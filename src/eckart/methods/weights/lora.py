@@ -25,26 +25,14 @@ from torch import Tensor, nn
 
 from eckart.decompose import truncated_svd
 from eckart.linear import LowRank, Site
+from eckart.linear.factored import fresh_pair
+from eckart.linear.scaling import fields_of, peft_entries, scale_of
 from eckart.recipe import Cost, Paper, Weights
-
-
-def scale_of(alpha: float, rank: int, scaling: str) -> float:
-    """s: alpha / r, or alpha / sqrt(r) where the scaling is rank-stabilised."""
-    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
-
-
-def kaiming(site: Site, rank: int) -> tuple[Tensor, Tensor]:
-    """B [*, m, r] = 0, A [*, r, n] ~ U(-1/sqrt n, 1/sqrt n). For embeddings A = 0, B ~ N(0, 1)."""
-    m, n = site.shape
-    B, A = torch.zeros(*site.leading, m, rank), torch.zeros(*site.leading, rank, n)
-    if site.kind == "embedding":  # a lookup sees one column of A: a random A would be sparse noise
-        return B.normal_(generator=site.generator), A
-    return B, A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=site.generator)
 
 
 def gaussian(site: Site, rank: int) -> tuple[Tensor, Tensor]:
     """B = 0, A ~ N(0, 1/r^2)."""
-    B, A = kaiming(site, rank)
+    B, A = fresh_pair(site, rank)
     if site.kind == "embedding":
         return B, A
     return B, A.normal_(0.0, 1 / rank, generator=site.generator)
@@ -73,7 +61,7 @@ def olora(site: Site, rank: int) -> tuple[Tensor, Tensor]:
 
 
 STARTS = {
-    "kaiming": kaiming,
+    "kaiming": fresh_pair,
     "gaussian": gaussian,
     "orthogonal": orthogonal,
     "pissa": pissa,
@@ -135,26 +123,11 @@ class LoRA(Weights):
         assert isinstance(term, LowRank)
         if term.B0 is not None:  # exact at twice the rank: the house's general form
             return None
-        rank = term.A.shape[-2]
-        stable = self.scaling == "rslora"
-        config = {
-            "r": rank,
-            "lora_alpha": term.scale * (math.sqrt(rank) if stable else rank),
-            "use_rslora": stable,
-            "lora_dropout": self.dropout,
-        }
-        return {"lora_A": term.A, "lora_B": term.B}, config
+        return {"lora_A": term.A, "lora_B": term.B}, peft_entries(term, self.scaling)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self | None:
-        if config.get("use_dora"):
-            return None
-        return cls(
-            rank=config.get("r", 8),
-            alpha=float(config.get("lora_alpha", 8)),
-            scaling="rslora" if config.get("use_rslora") else "lora",
-            dropout=float(config.get("lora_dropout", 0.0)),
-        )
+        return None if config.get("use_dora") else cls(**fields_of(config))
 
     def parts_from_peft(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         scale = scale_of(self.alpha, self.rank, self.scaling)
