@@ -1,5 +1,6 @@
 """The search, the verdicts and the keeping of runs, on arms whose numbers are known."""
 
+import dataclasses
 import json
 import math
 import os
@@ -248,13 +249,13 @@ def test_two_processes_give_the_same_document(planted):
 
 
 def test_a_changed_claim_file_runs_its_own_arms_again(planted):
-    trial = trials.Trial("planted", "good", "default", 1, 1e-3, 200)
-    before = trials.file_of(trial)
-    assert trials.file_of(trials.Trial("planted", "good", "default", 2, 1e-3, 200)) != before
+    trial = trials.ClaimTrial("planted", "good", "default", 1, 1e-3, 200)
+    before = trial.file
+    assert dataclasses.replace(trial, seed=2).file != before
     trials.hash_of.cache_clear()
     with open(planted / "planted.py", "a") as file:
         file.write("\n# another thought\n")
-    assert trials.file_of(trial) != before
+    assert trial.file != before
 
 
 def test_arms_of_other_claims_with_the_same_content_share_their_runs():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from eckart.claims import END, UNTOUCHED, Arm, Batch, Task, Trained, Watches
 from eckart.errors import UsageError
 from eckart.jobs.materials import chosen_rows, splits_of, start_model, warm_cosine
-from eckart.jobs.memory import held_state_bytes
+from eckart.jobs.memory import activation_bytes, held_state_bytes, model_bytes, size
 from eckart.recipe import Handle, Recipe, attach
 from eckart.recipe.groups import default_lr
 
@@ -75,11 +75,14 @@ class Bench:
             )
             return self.loop(handle, rate, steps, at_steps(watch or {}, steps))
 
+    def rate(self, step: int, steps: int) -> float:
+        """The share of the learning rate at a step."""
+        return warm_cosine(step, steps, self.task.warmup, self.task.floor)
+
     def loop(self, handle: Handle, lr: float, steps: int, watch: Watches) -> Trained:
         """The bare loop; a loss that is not finite ends it."""
         optimizer = handle.optimizer(lr, self.task.clip)
-        shape = lambda step: warm_cosine(step, steps, self.task.warmup, self.task.floor)  # noqa: E731
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step, steps))
         trained = Trained(handle.model, handle, optimizer, 0, [], {})
         begun = time.monotonic()
         for step in range(steps):
@@ -110,11 +113,15 @@ class Bench:
         if diverged:
             found.update(loss=ceiling, validation=ceiling)
         last = losses[-max(1, len(losses) // 10) :]
+        gradients = sum(size(p) for p in trained.handle.trainable().values())
+        held = sum(model_bytes(trained.handle).values()) + gradients
+        state = held_state_bytes(trained.optimizer)
         return {
             **found,
             "train": ceiling if diverged else sum(last) / len(last),
             "parameters": float(sum(p.numel() for p in trained.handle.trainable().values())),
-            "state_bytes": float(held_state_bytes(trained.optimizer)),
+            "state_bytes": float(state),
+            "peak_bytes": float(held + state + activation_bytes(trained.model, self.batch(0))),
             "steps_done": float(trained.step),
             "diverged": float(diverged),
         }

@@ -26,9 +26,10 @@ from eckart.io.folder import write_json, write_text
 from eckart.io.run import versions
 from eckart.jobs.judge import NO_VERDICT, Judged, Judgement, judge, number
 from eckart.jobs.lab import start_of
+from eckart.jobs.runner import Quantities, Runner, Trial, runner
 from eckart.jobs.screen import clock
 from eckart.jobs.sweep import Plan, at_edge, best, lr_at, wanted
-from eckart.jobs.trials import Runner, Trial, runner, task_of
+from eckart.jobs.trials import ClaimTrial, task_of
 from eckart.report.claims import page
 
 PLANS: Mapping[Budget, Plan] = {
@@ -115,7 +116,7 @@ def search(slug: str, claim: Claim, budget: Budget, trials: Runner) -> list[Sear
             s.full[0] = math.inf
         return searches
     while True:
-        asked: dict[Trial, tuple[dict[int, float], int]] = {}
+        asked: dict[ClaimTrial, tuple[dict[int, float], int]] = {}
         for s in (s for s in searches if s.arm.search):
             steps = task_of(claim, s.arm, budget).steps
             looks, runs = wanted(s.short, s.full, plan)
@@ -125,11 +126,11 @@ def search(slug: str, claim: Claim, budget: Budget, trials: Runner) -> list[Sear
             ):
                 for j in points:
                     lr = lr_at(s.start, j)
-                    trial = Trial(slug, s.arm.name, budget, SEARCH_SEED, lr, length)
+                    trial = ClaimTrial(slug, s.arm.name, budget, SEARCH_SEED, lr, length)
                     asked[trial] = (scores, j)
         if not asked:
             return searches
-        for trial, quantities in trials(list(asked)).items():
+        for trial, quantities in trials({t: t for t in asked}).items():
             scores, j = asked[trial]
             scores[j] = validation(quantities)
 
@@ -145,16 +146,15 @@ def report(
 ) -> list[dict[str, dict[str, float]]]:
     """Every arm at its best learning rate on every seed: per seed, arm -> quantities."""
     asked = {
-        (seed, s.arm.name): Trial(
+        (seed, s.arm.name): ClaimTrial(
             slug, s.arm.name, budget, seed, s.lr, task_of(claim, s.arm, budget).steps
         )
         for seed in range(1, seeds_of(claim, budget) + 1)
         for s in searches
     }
-    found = trials(list(asked.values()))
     results: dict[int, dict[str, dict[str, float]]] = {}
-    for (seed, arm), trial in asked.items():
-        results.setdefault(seed, {})[arm] = found[trial]
+    for (seed, arm), quantities in trials(asked).items():
+        results.setdefault(seed, {})[arm] = quantities
     return list(results.values())
 
 
@@ -302,7 +302,8 @@ class Progress:
         self.begun, self.done = time.monotonic(), 0.0
         self.steps = {a.name: task_of(claim, a, budget).steps for a in arms}
 
-    def show(self, trial: Trial, done: int, total: int) -> None:
+    def show(self, trial: Trial, _: Quantities, done: int, total: int) -> None:
+        assert isinstance(trial, ClaimTrial)
         self.done += trial.steps / self.steps[trial.arm]
         if self.quiet:
             return

@@ -1,0 +1,188 @@
+"""Figures as SVG that takes its colours from the page: one drawing for light and dark.
+
+matplotlib draws with stand-in colours, which become CSS variables: --ink for text and axes,
+--faint for the grid, --c0 to --c7 for curves. Text stays text, so it can be searched, read
+aloud and printed. The same figure is the same bytes every time.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure as Canvas
+
+INK, FAINT = "#010101", "#020202"
+CURVES = tuple(f"#0301{i:02x}" for i in range(8))
+VARIABLES = {INK: "--ink", FAINT: "--faint"} | {c: f"--c{i}" for i, c in enumerate(CURVES)}
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")  # curves differ by more than their colour
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.4,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of points, with a band where there is one."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    marks: bool = False
+    color: int | None = None  # None: the next one
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its title and what it shows in words."""
+
+    title: str
+    alt: str
+    svg: str = field(repr=False)
+
+
+def curves(
+    title: str,
+    drawn: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    alt: str = "",
+) -> Figure:
+    """Lines over a common axis. A value that is not finite leaves a gap."""
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(6.4, 3.4), layout="constrained")
+        axes = canvas.add_subplot()
+        for i, c in enumerate(drawn):
+            color = CURVES[(i if c.color is None else c.color) % len(CURVES)]
+            mark = MARKS[i % len(MARKS)] if c.marks or len(c.x) < 3 else None
+            axes.plot(c.x, c.y, color=color, marker=mark, label=c.label)
+            if c.low is not None and c.high is not None:
+                axes.fill_between(c.x, c.low, c.high, color=color, alpha=0.15, linewidth=0)
+        if log_x:
+            axes.set_xscale("log")
+        if log_y:
+            axes.set_yscale("log")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if len(drawn) > 1:
+            axes.legend(ncols=1 if len(drawn) < 6 else 2)
+        return finished(canvas, title, alt or spoken(title, drawn, y_label))
+
+
+def spoken(title: str, drawn: Sequence[Curve], y_label: str) -> str:
+    """What a set of curves shows, for who cannot see it: where each begins and ends."""
+    ends = [f"{c.label} from {c.y[0]:.3g} to {c.y[-1]:.3g}" for c in drawn if len(c.y)]
+    return f"{title}. {y_label}: {'; '.join(ends)}."
+
+
+def bars(title: str, groups: Mapping[str, Mapping[str, float]], x_label: str) -> Figure:
+    """Horizontal bars: group -> category -> value, one colour per category."""
+    names = list(groups)
+    categories = list(dict.fromkeys(c for values in groups.values() for c in values))
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        height = 0.9 + 0.42 * len(names)
+        canvas = Canvas(figsize=(6.4, max(1.8, height)), layout="constrained")
+        axes = canvas.add_subplot()
+        for i, category in enumerate(categories):
+            left = [sum(groups[n].get(c, 0.0) for c in categories[:i]) for n in names]
+            widths = [groups[n].get(category, 0.0) for n in names]
+            color = CURVES[i % len(CURVES)]
+            axes.barh(names, widths, 0.6, left=left, color=color, label=category)
+        axes.invert_yaxis()
+        axes.set_xlabel(x_label)
+        if len(categories) > 1:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3)
+        parts = [
+            f"{name}: " + ", ".join(f"{c} {v:.3g}" for c, v in groups[name].items())
+            for name in names
+        ]
+        return finished(canvas, title, f"{title}, {x_label}. {'; '.join(parts)}.")
+
+
+def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], x_label: str) -> Figure:
+    """Means with their intervals, one under the other, and a line at 0."""
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        canvas = Canvas(figsize=(6.4, max(1.6, 0.9 + 0.4 * len(rows))), layout="constrained")
+        axes = canvas.add_subplot()
+        for i, (_, mean, low, high) in enumerate(rows):
+            axes.plot([low, high], [i, i], color=CURVES[0], linewidth=2)
+            axes.plot([mean], [i], color=CURVES[0], marker="o")
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(x_label)
+        said = [
+            f"{label} {mean:.3g} from {low:.3g} to {high:.3g}" for label, mean, low, high in rows
+        ]
+        return finished(canvas, title, f"{title}, {x_label}. {'; '.join(said)}.")
+
+
+def heat(
+    title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]
+) -> Figure:
+    """A number for each row and column, shaded from the least to the greatest."""
+    known = [v for row in values for v in row if v == v]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        canvas = Canvas(figsize=(6.4, 1.0 + 0.32 * len(rows)), layout="constrained")
+        axes = canvas.add_subplot()
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if value != value:
+                    continue
+                share = (value - low) / (high - low) if high > low else 0.5
+                axes.fill_between(
+                    [j - 0.5, j + 0.5], i - 0.5, i + 0.5, color=CURVES[0],
+                    alpha=0.1 + 0.6 * share, linewidth=0,
+                )  # fmt: skip
+                axes.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=9)
+        axes.set_xticks(range(len(columns)), columns, rotation=45 if len(columns) > 8 else 0)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        alt = f"{title}: {len(rows)} by {len(columns)} values from {low:.3g} to {high:.3g}."
+        return finished(canvas, title, alt)
+
+
+def finished(canvas: Any, title: str, alt: str) -> Figure:
+    """The canvas as SVG for a page: variables for colours, a title, no size of its own."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # ids repeat, and differ by figure
+        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for stand_in, variable in VARIABLES.items():
+        svg = svg.replace(stand_in, f"var({variable})")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg", '<svg role="img"', 1)
+    head = svg.index(">") + 1
+    svg = f"{svg[:head]}<title>{escape(title)}</title><desc>{escape(alt)}</desc>{svg[head:]}"
+    return Figure(title, alt, svg)

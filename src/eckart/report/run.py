@@ -1,0 +1,281 @@
+"""The page of a training run: what happened, what was learned, what it cost, why it was so.
+
+Every part is left out where its facts are: a run of ten steps has a page too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eckart.report.figures import Curve, Figure, bars, curves, heat
+from eckart.report.html import Section, Table, Text, html
+
+Spectra = Mapping[str, Sequence[float]]  # site or role -> singular values, largest first
+MB = 1e6
+ENERGY = 0.9
+
+
+def page(
+    facts: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    *,
+    command: str = "",
+    spectra: Mapping[int, Spectra] | None = None,
+    overlaps: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    coverage: Mapping[str, Mapping[str, int]] | None = None,
+    memory: Mapping[str, Mapping[str, float]] | None = None,
+    samples: Sequence[tuple[str, str, str]] = (),
+    resolved: Sequence[tuple[str, str, str]] = (),
+) -> str:
+    """One self-contained HTML page of a run.
+
+    `facts`: run.json (name, recipe, seconds, eval {before, after}, warnings, versions, ...).
+    `metrics`: rows of metrics.jsonl; their keys are step, loss, eval_loss, learning_rate*,
+    grad_norm, update_norm, penalty, and others, which get a figure of their own.
+    `spectra`: step -> site -> singular values of what was learned (the last step is drawn).
+    `overlaps`: site -> [(step, share of the old subspace in the new one)] at refreshes.
+    `coverage`: role -> {trained, projected, frozen, unreachable} elements.
+    `memory`: {"estimated": {category: bytes}, "measured": {category: bytes}}.
+    `samples`: (prompt, before, after). `resolved`: (key, value, reason; "" where given).
+    """
+    sections = [
+        Section("Training", training(metrics)),
+        Section("What was learned", learned(spectra or {}, overlaps or {})),
+        Section("What was trained", reached(coverage or {})),
+        Section("Memory", remembered(memory or {})),
+        Section("Samples", [sample(*s) for s in samples]),
+        Section("Every choice and its reason", choices(resolved)),
+        Section("This run", [about(facts)]),
+    ]
+    return html(str(facts.get("name") or facts.get("run") or "run"), lead(facts), sections, command)
+
+
+def lead(facts: Mapping[str, Any]) -> str:
+    """One sentence: what was trained and what came of it."""
+    recipe, score = facts.get("recipe") or {}, facts.get("eval") or {}
+    named = recipe.items() if isinstance(recipe, Mapping) else [("recipe", recipe)]
+    parts = [", ".join(f"{axis} {words(choice)}" for axis, choice in named if choice)]
+    before, after = score.get("before") or {}, score.get("after") or {}
+    if "loss" in before and "loss" in after:
+        parts.append(f"held-out loss {before['loss']:.3f} → {after['loss']:.3f}")
+    if facts.get("seconds"):
+        parts.append(f"{facts['seconds']:.0f} s")
+    return "; ".join(p for p in parts if p)
+
+
+def words(choice: Any) -> str:
+    """A choice's name."""
+    return str(choice.get("name", "")) if isinstance(choice, Mapping) else str(choice)
+
+
+# --- sections ------------------------------------------------------------------------------
+
+DRAWN = {  # title -> the metrics in it, the label of the axis, is it logarithmic?
+    "Loss": (("loss", "eval_loss"), "nats per token", False),
+    "Learning rate": (("learning_rate",), "learning rate", False),
+    "Gradient and update norms": (("grad_norm", "update_norm"), "norm", True),
+    "Penalty": (("penalty",), "penalty", False),
+}
+NAMES = {"loss": "training", "eval_loss": "held out", "grad_norm": "gradient"}
+NO_FIGURE = {"step", "epoch", "seconds", "total_flos"}
+
+
+def training(metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Loss, rate and norms over steps, then whatever else was logged."""
+    found: list[Figure] = []
+    taken: set[str] = set(NO_FIGURE)
+    for title, (stems, label, logarithmic) in DRAWN.items():
+        keys = [k for k in keys_of(metrics) if any(k == s or k.startswith(s + "_") for s in stems)]
+        keys = [k for k in keys if k not in taken]
+        taken.update(keys)
+        drawn = [c for key in keys if (c := curve(metrics, key)) is not None]
+        if drawn:
+            positive = all(y > 0 for c in drawn for y in c.y)
+            found.append(curves(title, drawn, "step", label, log_y=logarithmic and positive))
+    rest = [k for k in keys_of(metrics) if k not in taken]
+    for key in rest:
+        if (c := curve(metrics, key)) is not None and len(c.x) > 1:
+            found.append(curves(key.replace("_", " "), [c], "step", key.replace("_", " ")))
+    return found
+
+
+def keys_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in metrics for key in row))
+
+
+def curve(metrics: Sequence[Mapping[str, Any]], key: str) -> Curve | None:
+    """One metric over steps; None where it is no number."""
+    points = [
+        (row["step"], row[key])
+        for row in metrics
+        if isinstance(row.get(key), int | float) and not isinstance(row.get(key), bool)
+    ]
+    if not points:
+        return None
+    x, y = zip(*points, strict=True)
+    return Curve(NAMES.get(key, key.replace("_", " ")), x, y)
+
+
+def learned(
+    spectra: Mapping[int, Spectra], overlaps: Mapping[str, Sequence[tuple[int, float]]]
+) -> list[Figure | Table]:
+    """Singular values of the change, its effective rank over time and by place, overlaps."""
+    found: list[Figure | Table] = []
+    if spectra:
+        last = spectra[max(spectra)]
+        by_role = grouped(last)
+        drawn = [
+            Curve(role, range(1, len(values) + 1), relative(values))
+            for role, values in by_role.items()
+            if values and values[0] > 0
+        ]
+        if drawn:
+            title = "Singular values of what was learned"
+            found.append(curves(title, drawn, "index", "share of the largest", log_y=True))
+        if len(spectra) > 1:
+            steps = sorted(spectra)
+            roles = list(by_role)
+            over = [
+                Curve(r, steps, [effective_rank(grouped(spectra[s]).get(r, ())) for s in steps])
+                for r in roles
+            ]
+            found.append(curves("Effective rank", over, "step", "effective rank"))
+        found += by_place(last)
+        rows = [
+            [
+                site,
+                f"{len(v)}",
+                f"{effective_rank(v):.1f}",
+                f"{stable_rank(v):.1f}",
+                f"{at_energy(v)}",
+            ]
+            for site, v in last.items()
+        ]
+        head = ["matrix", "values", "effective rank", "stable rank", f"rank for {ENERGY:.0%}"]
+        found.append(Table(head, rows, "By matrix"))
+    if overlaps:
+        drawn = [
+            Curve(site, [s for s, _ in points], [v for _, v in points], marks=True)
+            for site, points in list(overlaps.items())[:8]
+        ]
+        title = "Overlap of a subspace with the one before"
+        found.append(curves(title, drawn, "step", "share that stays"))
+    return found
+
+
+def by_place(last: Spectra) -> list[Figure]:
+    """Effective rank by layer and role, where the names tell both."""
+    cells: dict[str, dict[int, float]] = {}
+    for site, values in last.items():
+        layer = next((int(part) for part in site.split(".") if part.isdigit()), None)
+        if layer is not None:
+            cells.setdefault(role(site), {})[layer] = effective_rank(values)
+    layers = sorted({layer for row in cells.values() for layer in row})
+    if len(cells) < 2 or not layers:
+        return []
+    values = [[row.get(layer, float("nan")) for layer in layers] for row in cells.values()]
+    title = "Effective rank by layer and role"
+    return [
+        heat(
+            title, list(cells), [f"layer {i}" if i == layers[0] else f"{i}" for i in layers], values
+        )
+    ]
+
+
+def role(site: str) -> str:
+    """The last word of a path, which says what a matrix is for."""
+    return site.rsplit(".", 1)[-1]
+
+
+def grouped(spectra: Spectra) -> dict[str, list[float]]:
+    """Mean singular values over the matrices of one role, up to the shortest of them."""
+    rows: dict[str, list[Sequence[float]]] = {}
+    for site, values in spectra.items():
+        rows.setdefault(role(site), []).append(values)
+    return {
+        name: [sum(column) / len(column) for column in zip(*group, strict=False)]
+        for name, group in rows.items()
+    }
+
+
+def relative(values: Sequence[float]) -> list[float]:
+    """As shares of the largest; what is zero but for rounding is left out of a log plot."""
+    return [v / values[0] if v > 1e-7 * values[0] else float("nan") for v in values]
+
+
+def effective_rank(values: Sequence[float]) -> float:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+    from math import exp, log
+
+    total = sum(values)
+    if total <= 0:
+        return 0.0
+    shares = [v / total for v in values if v > 0]
+    return exp(-sum(p * log(p) for p in shares))
+
+
+def stable_rank(values: Sequence[float]) -> float:
+    """Squared Frobenius over squared spectral norm."""
+    top = max(values, default=0.0)
+    return sum(v * v for v in values) / top**2 if top > 0 else 0.0
+
+
+def at_energy(values: Sequence[float], share: float = ENERGY) -> int:
+    """How many leading values hold a share of the sum of squares."""
+    total, held = sum(v * v for v in values), 0.0
+    for count, v in enumerate(values, 1):
+        held += v * v
+        if held >= share * total:
+            return count if total > 0 else 0
+    return len(values)
+
+
+def reached(coverage: Mapping[str, Mapping[str, int]]) -> list[Figure | Table]:
+    """Elements by role and fate; shares in the figure, counts in the table."""
+    if not coverage:
+        return []
+    states = ("trained", "projected", "frozen", "unreachable")
+    whole = {name: sum(row.values()) or 1 for name, row in coverage.items()}
+    shares = {
+        name: {s: 100 * row[s] / whole[name] for s in states if row.get(s)}
+        for name, row in coverage.items()
+    }
+    rows = [[name, *(f"{row.get(s, 0):,}" for s in states)] for name, row in coverage.items()]
+    return [
+        bars("Share by role", shares, "% of the role's elements"),
+        Table(["role", *states], rows),
+    ]
+
+
+def remembered(memory: Mapping[str, Mapping[str, float]]) -> list[Figure | Table]:
+    """Bytes by category, estimated beside measured."""
+    if not memory:
+        return []
+    drawn = {n: {c: b / MB for c, b in parts.items() if b} for n, parts in memory.items()}
+    categories = list(dict.fromkeys(c for parts in memory.values() for c in parts))
+    rows = [[c, *(f"{memory[n].get(c, 0) / MB:,.2f}" for n in memory)] for c in categories]
+    rows.append(["sum", *(f"{sum(memory[n].values()) / MB:,.2f}" for n in memory)])
+    return [bars("Tensor bytes", drawn, "MB"), Table(["MB", *memory], rows)]
+
+
+def sample(prompt: str, before: str, after: str) -> Text:
+    return Text(f"{prompt}\n\n--- before\n{before}\n\n--- after\n{after}", as_is=True)
+
+
+def choices(resolved: Sequence[tuple[str, str, str]]) -> list[Table]:
+    rows = [[key, value, reason or "as given"] for key, value, reason in resolved]
+    return [Table(["key", "value", "reason"], rows)] if rows else []
+
+
+def about(facts: Mapping[str, Any]) -> Table:
+    """What run.json says beside what the sections show."""
+    rows = [
+        [
+            key,
+            ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else text,
+        ]
+        for key, value in facts.items()
+        if value not in (None, "", [], {}) and (text := str(value))
+    ]
+    return Table(["fact", "value"], rows)
