@@ -184,3 +184,31 @@ def test_a_rate_that_is_too_high_ends_with_the_module_and_the_last_good_checkpoi
     assert f"last good checkpoint  {tmp_path / 'r' / 'checkpoints' / 'step-'}" in ran.err
     assert "train.lr=5e+29" in ran.err
     assert json.loads((tmp_path / "r" / "run.json").read_text())["exit"] == 5
+
+
+def test_the_page_of_a_run_is_whole_in_itself(first_run, place):
+    page = (place / "run" / "report.html").read_text()
+    assert "Singular values of what was learned" in page
+    assert "the model&#39;s context" in page or "the model's context" in page
+    assert 'src="http' not in page and 'href="http' not in page
+
+
+def test_a_distillation_of_a_model_that_changes_itself_keeps_a_teacher(place, tmp_path):
+    words = ("method=dense", "objective=distill", "train.steps=3", "train.lr=1e-3")
+    ran = eckart("finetune", place / "m", place / "d.jsonl", *words, "-o", tmp_path / "r")
+    assert ran.code == 0, ran.err
+    assert "teacher 0.00013" in ran.err
+    alone = eckart("finetune", place / "m", place / "d.jsonl", *words[:1], *words[2:], "--dry-run")
+    assert "teacher" not in alone.err
+
+
+def test_an_encoder_is_not_asked_to_go_on_from_text(place, tmp_path):
+    from eckart.io.corpora import bytes_tokenizer
+    from tests.conftest import tiny
+
+    folder = tmp_path / "bert"
+    tiny("bert").save_pretrained(folder)
+    bytes_tokenizer().save_pretrained(folder)
+    ran = eckart("finetune", folder, place / "d.jsonl", "-o", tmp_path / "r")
+    assert ran.code == 2 and "reads text and does not go on from it" in ran.err
+    assert not (tmp_path / "r").exists()

@@ -18,6 +18,7 @@ from eckart.jobs import held_out, launch, outcome, prepare, settle
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
 from eckart.jobs.memory import described, room
+from eckart.jobs.page import write_page
 from eckart.jobs.screen import Screen, amount, rate
 from eckart.jobs.stages import Course, as_handle, carry_out, scores
 from eckart.recipe import Handle
@@ -75,6 +76,8 @@ def course(
         form = write(run, handle, tokenizer)
         found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
         run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+        if launch.is_first():
+            write_page(run, job, handle, {"estimated": parts, "measured": fitted.memory})
     outcome.report(screen, found, form, fitted)
     return found
 

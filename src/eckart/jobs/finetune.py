@@ -52,9 +52,22 @@ def open_base(job: Job, tokenizer: PreTrainedTokenizerBase) -> Opened:
     dtype, seed = prepare.dtype_of(job), job.train.seed
     labels = prepare.labels_of(job)
     if not labels:
-        return open_model(source.path, dtype, seed=seed)
+        opened = open_model(source.path, dtype, seed=seed)
+        require_decoder(opened)
+        return opened
     model = load_model(source.path, dtype, "classification", seed, **labelled(labels, tokenizer))
     return Opened(model, None, source.path)
+
+
+def require_decoder(opened: Opened) -> None:
+    """Raise UsageError for an encoder: it sees the words that it would have to guess."""
+    made_as = getattr(opened.model.config, "architectures", None) or []
+    if any(name.endswith("ForMaskedLM") for name in made_as) and not opened.model.config.is_decoder:
+        raise UsageError(
+            "this model reads text and does not go on from it",
+            [(opened.base, made_as[0])],
+            "Give it rows of text and label, or take a decoder (llama, gpt2, qwen, ...).",
+        )
 
 
 def labelled(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

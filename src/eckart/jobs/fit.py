@@ -47,7 +47,11 @@ class Fitted:
     best_step: int | None  # where the result is from, when it is not the last step
     seconds: float  # of this process, evaluations included
     tokens_per_second: float
-    peak_bytes: int
+    memory: dict[str, int]  # tensor bytes at their highest, by category
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
 
 
 def fit(
@@ -72,7 +76,7 @@ def fit(
     if resume and first >= int(job.train.steps):  # killed between the last step and the result
         trained.state = TrainerState.load_from_json(str(resume / TRAINER))
         load_model_state(handle, resume)
-        return Fitted(first, take_best(trained), 0.0, 0.0, 0)
+        return Fitted(first, take_best(trained), 0.0, 0.0, {})
     begun = time.monotonic()
     try:
         with listening(trained.interrupt):
@@ -86,8 +90,8 @@ def fit(
     steps, seconds = trained.state.global_step, time.monotonic() - begun
     if trained.interrupt.asked and steps < int(job.train.steps):
         raise interrupted(job, run, steps)
-    tokens, peak = trained.tokens(steps - first), trained.peak()
-    return Fitted(steps, take_best(trained), seconds, tokens / seconds, peak)
+    tokens, memory = trained.tokens(steps - first), trained.memory()
+    return Fitted(steps, take_best(trained), seconds, tokens / seconds, memory)
 
 
 def take_best(trained: RunTraining) -> int | None:
@@ -201,14 +205,17 @@ class RunTraining(Training):
         rows = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
         return rows * self.args.world_size * self.data.tokens / max(1, len(self.data.train))
 
-    def peak(self) -> int:
+    def memory(self) -> dict[str, int]:
         """Tensor bytes at their highest: the allocator's on a GPU, counted elsewhere."""
         device = model_device(self.handle.model)
         if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        held = sum(model_bytes(self.handle).values()) + held_state_bytes(self.inner_optimizer)
-        gradients = sum(size(p) for p in self.handle.trainable().values())
-        return held + gradients + self.kept_bytes
+            return {"allocated": torch.cuda.max_memory_allocated(device)}
+        return {
+            **model_bytes(self.handle),
+            "gradients": sum(size(p) for p in self.handle.trainable().values()),
+            "state": held_state_bytes(self.inner_optimizer),
+            "activations": self.kept_bytes,
+        }
 
 
 # --- callbacks -----------------------------------------------------------------------------

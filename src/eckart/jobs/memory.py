@@ -25,12 +25,15 @@ GB = 1e9
 
 
 def model_bytes(handle: Handle) -> dict[str, int]:
-    """Weights and factors as they are now; shared storage is counted once."""
+    """Weights, factors and a teacher as they are now; shared storage is counted once."""
     own = {id(t) for by_name in handle.parts().values() for p in by_name.values() for t in held(p)}
     own |= {id(t) for module in handle.shared.values() for t in held(module)}
     counted = {id(t): t for t in held(handle.model)}
     factors = sum(size(t) for key, t in counted.items() if key in own)
-    return {"weights": sum(size(t) for t in counted.values()) - factors, "factors": factors}
+    parts = {"weights": sum(size(t) for t in counted.values()) - factors, "factors": factors}
+    if handle.teacher is not None:
+        parts["teacher"] = sum(size(t) for t in held(handle.teacher))
+    return parts
 
 
 def held(module: nn.Module) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eckart.errors import FileError, UsageError
 from eckart.io.encoding import class_names
 from eckart.io.formats import format_of
-from eckart.io.opening import Opened
+from eckart.io.opening import Opened, open_model
 from eckart.io.packing import isolates_documents, order
 from eckart.io.reading import rows_of, sources_of
 from eckart.io.run import latest_checkpoint
@@ -143,7 +143,29 @@ def carry(job: Job, opened: Opened, data: Data) -> Handle:
         )
     handle.steps, handle.lr = int(job.train.steps), float(job.train.lr)
     handle.warmup = settle.warmup_steps(job.train)
+    if wants_teacher(handle):
+        handle.teacher = teacher(job, handle)
     return handle
+
+
+def wants_teacher(handle: Handle) -> bool:
+    """Does an objective compare with the base where that itself is changed?"""
+    changed = handle.weights.base != "frozen" or bool(handle.originals)
+    return changed and any(o.needs_reference for o in handle.recipe.objective)
+
+
+def teacher(job: Job, handle: Handle) -> nn.Module:
+    """The model as it was before, loaded once more. UsageError where it began as a shape."""
+    if job.command == "pretrain":
+        raise UsageError(
+            "there is no model to stay close to",
+            [(o.slug, "compares with a reference") for o in handle.recipe.objective],
+            "Type eckart finetune MODEL DATA, or leave the objective out.",
+        )
+    before = open_model(job.model or "", dtype_of(job), seed=job.train.seed).model
+    before.to(model_device(handle.model)).eval().requires_grad_(False)
+    model: nn.Module = before
+    return model
 
 
 def resume_from(job: Job) -> Path | None:
@@ -223,7 +245,8 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
     parts["gradients"] = sum(size(p) for p in handle.trainable().values())
     parts["state"] = state_bytes(optimizer)
     place = model_device(handle.model)
-    free = room(place)[0] + parts["weights"] + parts["factors"]  # these are held already
+    held = ("weights", "factors", "teacher")  # already there
+    free = room(place)[0] + sum(parts.get(name, 0) for name in held)
     measured: dict[bool, int] = {}
 
     def per_row(checkpointing: bool) -> int:

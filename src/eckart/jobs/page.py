@@ -1,0 +1,57 @@
+"""The page of a run: its facts gathered, drawn by `report`, written as report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from eckart.io.folder import write_text
+from eckart.io.run import Run
+from eckart.jobs.config import Job
+from eckart.recipe import Handle
+
+ABOUT = ("command", "steps", "seconds", "tokens_per_second", "format", "seed", "data", "versions")
+LISTED = 300  # characters of a value
+
+
+def write_page(run: Run, job: Job, handle: Handle, memory: Mapping[str, Mapping[str, int]]) -> None:
+    """Write report.html. Reads run.json and metrics.jsonl as they are by now."""
+    from eckart.report import page  # brings matplotlib, at the end of a run alone
+
+    facts = run.facts
+    kept = {k: facts[k] for k in (*ABOUT, "recipe", "eval", "warnings") if facts.get(k)}
+    text = page(
+        {"name": run.folder.name, **kept},
+        run.metrics(),
+        command=f"eckart {job.command} -c {run.folder / 'resolved.yaml'}",
+        spectra={int(facts.get("steps") or 0): spectra(handle)} if handle.attached else {},
+        coverage=handle.coverage.by_role,
+        memory=memory,
+        resolved=[
+            (key, str(value)[:LISTED], job.settled.get(key, ""))
+            for key, value in job.everything().items()
+        ],
+    )
+    write_text(run.report, text)
+
+
+@torch.no_grad()
+def spectra(handle: Handle) -> dict[str, list[float]]:
+    """Singular values of what each site learned, largest first; where it is a thin product."""
+    found: dict[str, list[float]] = {}
+    for path, by_name in handle.terms().items():
+        pairs = [term.factors() if term.linear else None for term in by_name.values()]
+        if pairs and all(pair is not None and pair[0].ndim == 2 for pair in pairs):
+            B = torch.cat([pair[0] for pair in pairs if pair], dim=-1)  # [m, r]
+            A = torch.cat([pair[1] for pair in pairs if pair], dim=-2)  # [r, n]
+            found[path] = product_spectrum(B, A).tolist()
+    return found
+
+
+def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
+    """Singular values of B A without forming it: [m, r], [r, n] -> [min(m, r, n)] fp64."""
+    R_B = torch.linalg.qr(B.double().cpu(), mode="r").R
+    R_A = torch.linalg.qr(A.double().cpu().mT, mode="r").R
+    return torch.linalg.svdvals(R_B @ R_A.mT)
