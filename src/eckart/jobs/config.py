@@ -19,7 +19,7 @@ from eckart.jobs.check import checked, expected
 from eckart.jobs.job import AUTO, NO_FLAGS, NONE, PLAIN, Choice, Flags, Healing, Job, value_at
 from eckart.jobs.merge import AXES, BUDGET, Given, fields_of, merge
 from eckart.jobs.refuse import refuse_alternatives, unknown_key
-from eckart.jobs.tree import SECTIONS, Budget, Data, Eval, Heal, Source, Train
+from eckart.jobs.tree import SECTIONS, Budget, Convert, Data, Eval, Heal, Source, Train
 from eckart.jobs.words import COMMAND_LINE, Key, Setting, read_file, read_words
 from eckart.recipe import registry
 from eckart.recipe.registry import DEFAULTS, FULL, REQUIRED, Entry
@@ -84,6 +84,7 @@ def resolve(
         eval=section(Eval, given, ("eval",)),
         compress=budget(given, choices["compress"].method),
         heal=healing(given, entries, train),
+        convert=section(Convert, given, ("convert",)),
         options=dict(options or {}),
         flags=flags,
         settled=settled,

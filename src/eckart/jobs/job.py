@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eckart.jobs.emit import emit, nested, plain
-from eckart.jobs.merge import AXES, BUDGET
-from eckart.jobs.tree import SECTIONS, Budget, Data, Eval, Train
+from eckart.jobs.merge import AXES, BUDGET, OWN
+from eckart.jobs.tree import SECTIONS, Budget, Convert, Data, Eval, Train
 from eckart.jobs.words import Key
 from eckart.recipe import registry
 
@@ -72,6 +72,7 @@ class Job:
     eval: Eval
     compress: Budget
     heal: Healing
+    convert: Convert
     options: Mapping[str, Any] = field(default_factory=dict)  # a command's own flags
     flags: Flags = field(default=NO_FLAGS, compare=False)
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # key -> value
@@ -120,8 +121,8 @@ class Job:
             if choice != NONE:
                 keys += [f"{axis}.{n}" for n in fields_in(choice)]
         keys += [f"objective.{c.name}.{n}" for c in self.objectives for n in fields_in(c)]
-        if self.command == "compress":
-            keys += [f"compress.{n}" for n in BUDGET] + ["heal.steps"]
+        keys += [f"{self.command}.{n}" for n in OWN.get(self.command, ())]
+        keys += ["heal.steps"] if self.command == "compress" else []
         keys += [key for key in (*self.given, *self.settled) if key.startswith("heal.")]
         if "train.steps" in self.settled:
             keys.remove("train.epochs")  # the steps stand for them now

@@ -11,6 +11,8 @@ from eckart.recipe.registry import Entry
 
 AXES = ("weights", "update", "precision", "attention", "objective", "compress", "compose")
 BUDGET = ("keep", "rank", "error", "samples")  # compress.X that hold whatever the method
+CONVERT = ("rank", "max_drift", "base", "dtype")
+OWN = {"compress": BUDGET, "convert": CONVERT}  # after these commands X stands for COMMAND.X
 OPTIONAL = ("attention", "objective")  # axes where `none` is a choice
 METHOD: tuple[Key, ...] = (("method",), ("method", "name"))
 EXCLUSIVE: tuple[tuple[Key, ...], ...] = (
@@ -75,8 +77,8 @@ def write_out(
             found.append(named_setting(s, prefix) if s.key in (prefix, (*prefix, "name")) else s)
         elif s.key == ("data",):
             found.append(s.moved("data", "train"))
-        elif command == "compress" and len(s.key) == 1 and s.key[0] in BUDGET:
-            found.append(s.moved("compress", *s.key))
+        elif len(s.key) == 1 and s.key[0] in OWN.get(command, ()):
+            found.append(s.moved(command, *s.key))
         else:
             found.append(s)
     return found, current

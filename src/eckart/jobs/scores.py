@@ -81,7 +81,8 @@ def score_batch(
     labels: Tensor = inputs.pop("labels")
     if labels.ndim == 1:  # classes: one label a row
         labels = torch.tensor(classes, device=device)[labels] if classes else labels
-        at, where = slice(None), torch.arange(len(labels), device=device)
+        at: Any = slice(None)
+        where = torch.arange(len(labels), device=device)
     else:  # the next token of each position
         at, labels = labels[:, 1:] != IGNORE, labels[:, 1:]  # [b, t-1]
         where = at.nonzero()[:, 0]  # [k], the row of each label

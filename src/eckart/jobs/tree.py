@@ -116,10 +116,25 @@ class Heal(Section):
     """Optimizer steps; 0 for none."""
 
 
+@dataclass(frozen=True)
+class Convert(Section):
+    """How a model or adapter is written in another form; `convert.` may be left out there."""
+
+    rank: Annotated[int, Ge(1)] | None = None
+    """The rank of an approximation, where no exact form is wanted or there is none."""
+    max_drift: Annotated[float, Gt(0)] | None = None
+    """The KL in nats per token that an approximation may cost; gives the smallest such rank."""
+    base: str | None = None
+    """The base: of an adapter whose own is elsewhere now, or the model to write a difference to."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The number format of a dense result; auto keeps the base's."""
+
+
 SECTIONS: dict[str, type[Section]] = {
     "data": Data,
     "train": Train,
     "eval": Eval,
     "compress": Budget,
     "heal": Heal,
+    "convert": Convert,
 }

@@ -1,0 +1,36 @@
+"""How large a rank must be: by the error it leaves, or by a test of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def tail_errors(s: Tensor) -> Tensor:
+    """Relative Frobenius error of the best approximation at every rank 0..k, fp64 [k + 1].
+
+    s [*, k] are the singular values, largest first; of leading dimensions the errors are joint
+    (one rank for all experts). An all-zero matrix has no error at any rank.
+    """
+    squares = s.double().square().reshape(-1, s.shape[-1]).sum(0)  # [k]
+    left = squares.flip(0).cumsum(0).flip(0)  # [k], what ranks 0..k-1 leave out
+    left = torch.cat([left, left.new_zeros(1)])
+    return (left / left[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+
+
+def smallest_rank(good: Callable[[int], bool], most: int) -> int | None:
+    """The smallest rank from 1 to `most` that is good, given that larger ones are no worse.
+
+    Doubles until one is good, then bisects: 2 log2(rank) tests. None where `most` is not good.
+    """
+    low, high = 0, 1  # low is not good
+    while not good(high):
+        if high >= most:
+            return None
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if good(middle) else (middle, high)
+    return high

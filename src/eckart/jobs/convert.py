@@ -1,0 +1,365 @@
+"""`eckart convert SOURCE --to FORMAT`: write a run, an adapter or a model in another form.
+
+Exact before approximate: where the form can hold the same function it is written so, and
+`rank` or `max_drift` only matter where it cannot, or where a smaller rank is asked for. What
+was written is loaded again and measured against the source on text before it is put in place.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eckart.decompose.ranks import smallest_rank
+from eckart.errors import EckartError, FileError, UsageError, did_you_mean
+from eckart.io.export import export, reasons
+from eckart.io.folder import refuse_occupied, write_folder
+from eckart.io.models import load_model, load_tokenizer, recognise
+from eckart.io.opening import ADAPTERS, Opened, open_model
+from eckart.jobs import prepare
+from eckart.jobs.approximate import Approximation, of_model, of_update
+from eckart.jobs.config import OUT, Job
+from eckart.jobs.drift import Text
+from eckart.jobs.finetune import require_weights
+from eckart.jobs.outcome import shown
+from eckart.jobs.screen import Screen, amount
+from eckart.linear import Term
+from eckart.recipe import Handle
+from eckart.recipe.fingerprint import fingerprint
+
+FORMATS = {
+    "peft": "plain PEFT loads it",
+    "lora": "plain PEFT, vLLM and llama.cpp load it",
+    "dense": "plain transformers loads it",
+    "factored": "import eckart.hf, then transformers loads it",
+    "native": "eckart.load() loads it",
+}
+RANKED = ("peft", "lora", "factored")  # forms that an approximation can have
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Everything from a source to a folder in another form; the object of --json."""
+    begun, screen = time.monotonic(), Screen(quiet=job.flags.json)
+    to = form_of(job)
+    out = target_of(job, to)
+    refuse_occupied(out.absolute(), job.flags.overwrite)
+    source = open_source(job, to)
+    screen.line("source", described(source), shown(str(job.model)))
+    text = text_of(job, source, screen)
+    handle, approximation, rank = source.handle, None, job.convert.rank
+    reason = inexact(source, to, rank)
+    if reason:
+        require_size(job, to, reason)
+        approximation = approximated(job, source, to)
+        rank = rank or rank_within(job, approximation, source, text)
+        say_errors(screen, approximation, rank)
+        handle = approximation.at(rank)
+    assert handle is not None
+    with write_folder(out, job.flags.overwrite) as beside:
+        write(job, handle, to, beside, screen)
+        drift = text.drift(reopened(beside), source.model) if text else None
+        require_near(job, drift)
+        size = sum(f.stat().st_size for f in beside.rglob("*"))
+    report(screen, job, to, out, drift, exact=approximation is None)
+    return {
+        "command": "convert",
+        "exit": 0,
+        "source": job.model,
+        "to": to,
+        "out": str(out),
+        "exact": approximation is None,
+        "rank": rank if approximation else None,
+        "weight_error": approximation.errors(rank) if approximation and rank else {},
+        "drift": drift,
+        "bytes": size,
+        "seconds": time.monotonic() - begun,
+        "warnings": list(screen.warnings),
+    }
+
+
+# --- what is asked -------------------------------------------------------------------------
+
+
+def form_of(job: Job) -> str:
+    """--to, checked. UsageError for none, an unknown one, or sizes where nothing is sized."""
+    to = job.options.get("to")
+    choices = "\n".join(f"  --to {name:<9} {what}" for name, what in FORMATS.items())
+    if not to:
+        raise UsageError("eckart convert needs --to", fix=f"Choices:\n{choices}")
+    if to not in FORMATS:
+        raise UsageError(
+            f"no such form {to}     --to",
+            fix=did_you_mean(to, list(FORMATS), f"Choices:\n{choices}"),
+        )
+    for key in ("rank", "max_drift"):
+        value = getattr(job.convert, key)
+        if value is not None and to not in RANKED:
+            raise UsageError(
+                f"{key} means nothing for --to {to}",
+                [(f"{key} = {value}", "command line"), (f"--to {to}", "always exact")],
+                f"Leave {key} out, or type --to lora.",
+            )
+    if job.convert.dtype != "auto" and to != "dense":
+        raise UsageError(
+            "dtype is for --to dense",
+            [(f"dtype = {job.convert.dtype}", "command line")],
+            "Leave it out: adapters keep the numbers they were trained in.",
+        )
+    return to
+
+
+def target_of(job: Job, to: str) -> Path:
+    """-o, or SOURCE's own name with the form behind it."""
+    if job.out != OUT:
+        return Path(job.out)
+    source = Path(str(job.model))
+    place = source.parent if source.exists() else Path()
+    return place / f"{source.name}-{to}"
+
+
+def open_source(job: Job, to: str) -> Opened:
+    """The source with its terms, on the base that it names or that is given."""
+    require_weights(job)
+    source, base = str(job.model), job.convert.base
+    found = recognise(source)
+    if found.kind == "run":
+        found = recognise(f"{found.path}/final")
+    if base and found.kind in ADAPTERS:
+        model = load_model(base)
+        opened = Opened(model, ADAPTERS[found.kind](model, found.path), base)
+    else:
+        opened = open_model(source)
+    if found.kind == "factored":
+        from eckart.hf import handle_of
+
+        opened = Opened(opened.model, handle_of(opened.model), str(found.path))
+        if opened.handle and to in ("peft", "lora", "native"):
+            opened = on_its_base(opened, opened.handle, base)
+    opened.model.to(prepare.device()).eval()
+    return opened
+
+
+def on_its_base(source: Opened, handle: Handle, base: str | None) -> Opened:
+    """A factored model as an adapter on its base, which its folder does not name.
+
+    Raises UsageError where none is given or it has none, FileError where it is another one.
+    """
+    if handle.weights.base == "dropped":
+        raise UsageError(
+            "a compressed model is no adapter",
+            [(source.base, f"{handle.weights.slug}: its matrices are gone")],
+            "Type --to dense or --to factored.",
+        )
+    if base is None:
+        raise UsageError(
+            "a factored model does not name its base",
+            [(source.base, f"{handle.weights.slug} on a base")],
+            "Type base=BASE with the model that it was made from.",
+        )
+    found = fingerprint(load_model(base))
+    if found != handle.fingerprint:
+        raise FileError(
+            "this is another base",
+            [
+                (base, f"fingerprint {found[:12]}"),
+                (source.base, f"made on {handle.fingerprint[:12]}"),
+            ],
+            "Type base=BASE with the model that it was made from.",
+        )
+    model: Any = handle.model
+    model.config._name_or_path = base  # what an adapter will name
+    return Opened(model, handle, base)
+
+
+def described(source: Opened) -> str:
+    """`lora on m; 14 matrices`, or how large the model is."""
+    if source.handle is None:
+        return f"a model of {amount(sum(p.numel() for p in source.model.parameters()))} parameters"
+    terms = source.handle.attached
+    on = f" on {shown(source.base)}" if source.handle.weights.base == "frozen" else ""
+    return f"{source.handle.weights.slug}{on}; {len(terms)} matrices"
+
+
+def text_of(job: Job, source: Opened, screen: Screen) -> Text | None:
+    """What drift is measured on; None, and said, where the source has no tokenizer."""
+    try:
+        tokenizer = load_tokenizer(str(job.model))
+    except EckartError:
+        if job.convert.max_drift is not None:
+            raise
+        screen.warn("no tokenizer beside the model: the drift is not measured")
+        return None
+    prepare.require_fit(tokenizer, source.model)
+    given = prepare.entries(job) if job.data.train else ()
+    return Text(tokenizer, prepare.context_of(source.model), given)
+
+
+# --- exact, or how far from it -------------------------------------------------------------
+
+
+def inexact(source: Opened, to: str, rank: int | None) -> str | None:
+    """Why the form cannot hold the same function (at this rank); None where it can."""
+    handle = source.handle
+    if handle is None:
+        if to in ("dense", "native"):
+            what = "is one already" if to == "dense" else "is no adapter"
+            raise UsageError(
+                f"there is nothing to convert to {to}",
+                [(source.base, f"an ordinary model {what}")],
+                "An adapter from a difference: --to lora base=BASE rank=16",
+            )
+        return "it is an ordinary model, with whole matrices"
+    form = "peft" if to == "lora" else to
+    reason = reasons(handle)[form]
+    if reason is None and (to == "lora" or (to == "peft" and rank is not None)):
+        largest = largest_rank(handle)
+        if largest is None:
+            reason = f"{handle.weights.slug} is no product of two thin matrices"
+        elif rank is not None and largest > rank:
+            reason = f"its rank is {largest}"
+    if reason and to not in RANKED:
+        raise UsageError(
+            f"this cannot be written as {to}",
+            [(handle.weights.slug, reason)],
+            "Type --to native, which is exact for every method.",
+        )
+    if reason and to == "factored":
+        raise UsageError("this cannot be written as factored", [(handle.weights.slug, reason)])
+    return reason
+
+
+def largest_rank(handle: Handle) -> int | None:
+    """The largest rank of a site's exact factors; None where a part has none."""
+    ranks = []
+    for by_name in handle.parts().values():
+        factors = [p.factors() if isinstance(p, Term) else None for p in by_name.values()]
+        pairs = [pair for pair in factors if pair is not None]
+        if len(pairs) < len(factors):
+            return None
+        ranks.append(sum(A.shape[-2] for _, A in pairs))
+    return max(ranks, default=0)
+
+
+def require_size(job: Job, to: str, reason: str) -> None:
+    """Raise UsageError where an approximation is needed and nothing says how good."""
+    if job.convert.rank is None and job.convert.max_drift is None:
+        raise UsageError(
+            f"--to {to} has no exact form here",
+            [(str(job.model), reason)],
+            "Type rank=16 for an approximation of that rank, or max_drift=0.01 for the smallest\n"
+            "rank whose words are within 0.01 nats a token.",
+        )
+
+
+def approximated(job: Job, source: Opened, to: str) -> Approximation:
+    """The approximation of any rank that this form asks for."""
+    if to == "factored":
+        return of_model(lambda: load_model(str(job.model)).to(prepare.device()).eval())
+    base = job.convert.base or (source.base if source.handle else None)
+    if base is None:
+        raise UsageError(
+            "an adapter is a difference from a base",
+            [(str(job.model), "an ordinary model, which names none")],
+            "Type base=BASE with the model that it was made from.",
+        )
+    model: Any = load_model(base)
+    mine, theirs = type(source.model).__name__, type(model).__name__
+    if mine != theirs or model.config.hidden_size != source.model.config.hidden_size:
+        raise FileError(
+            "these two are not one architecture",
+            [(str(job.model), mine), (base, theirs)],
+            "Type base=BASE with the model that it was made from.",
+        )
+    return of_update(source.model, source.handle, model.to(prepare.device()).eval())
+
+
+def rank_within(job: Job, found: Approximation, source: Opened, text: Text | None) -> int:
+    """The smallest rank whose drift is allowed. UsageError where none is."""
+    assert text is not None and job.convert.max_drift is not None
+    allowed, last = job.convert.max_drift, 0.0
+
+    def good(rank: int) -> bool:
+        nonlocal last
+        last = text.drift(found.at(rank).model, source.model)["kl"]
+        return bool(last <= allowed)
+
+    rank = smallest_rank(good, found.most)
+    if rank is None:
+        left = [(name, "changed, and no matrix") for name in found.left[:3]]
+        raise UsageError(
+            "no rank is within max_drift",
+            [(f"max_drift = {allowed:g}", f"{last:.3g} at the largest, {found.most}"), *left],
+            "Type --to native or --to dense, which are exact.",
+        )
+    return rank
+
+
+def require_near(job: Job, drift: dict[str, Any] | None) -> None:
+    """Raise UsageError where what was written is further away than allowed."""
+    allowed = job.convert.max_drift
+    if drift and allowed is not None and drift["kl"] > allowed:
+        raise UsageError(
+            "the drift is larger than allowed",
+            [(f"rank = {job.convert.rank}", f"KL {drift['kl']:.3g} nats a token"),
+             (f"max_drift = {allowed:g}", "command line")],
+            "Type a larger rank, or leave rank out: the smallest that fits is found.",
+        )  # fmt: skip
+
+
+# --- writing and saying --------------------------------------------------------------------
+
+
+def write(job: Job, handle: Handle, to: str, folder: Path, screen: Screen) -> None:
+    """The handle in its form, with the source's tokenizer; what was warned of is said."""
+    try:
+        tokenizer = load_tokenizer(str(job.model))
+    except EckartError:
+        tokenizer = None
+    options: dict[str, Any] = {}
+    if to == "dense" and job.convert.dtype != "auto":
+        options["dtype"] = getattr(torch, job.convert.dtype)
+    if to == "lora":
+        options["uniform"] = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        export(handle, folder, "peft" if to == "lora" else to, tokenizer=tokenizer, **options)
+    for warning in caught:
+        if "rounding" in str(warning.message):
+            what = str(warning.message).partition(":")[0]
+            screen.warn(f"{what}; type dtype=float32, or --to peft")
+
+
+def reopened(folder: Path) -> Any:
+    """The written model, read as anyone would."""
+    model: nn.Module = open_model(folder).model
+    return model.to(prepare.device()).eval()
+
+
+def say_errors(screen: Screen, found: Approximation, rank: int) -> None:
+    """How far each role's matrices are from their best approximation's target."""
+    if found.left:
+        screen.warn(f"{len(found.left)} more tensors have changed and stay as in the base:")
+        screen.line("", ", ".join(found.left[:5]) + (", ..." if len(found.left) > 5 else ""))
+    screen.line("rank", f"relative error of the {found.of}, by role", f"{rank}")
+    rows = found.by_role(rank)
+    width = max(len(role) for role in rows)
+    for role, (middle, worst, path) in sorted(rows.items()):
+        screen.line("", f"{role:<{width}}   {middle:.3f}   at most {worst:.3f} at {path}")
+
+
+def report(
+    screen: Screen, job: Job, to: str, out: Path, drift: dict[str, Any] | None, exact: bool
+) -> None:
+    """The last lines: how near it is, and what to type next."""
+    if drift:
+        near = f"KL {drift['kl']:.2g} nats a token; the same first choice at "
+        near += f"{100 * drift['same_first_choice']:.1f} % of {drift['tokens']:,} tokens"
+        screen.line("drift", f"{near} ({drift['text']})", result=True)
+    kind = "exact" if exact else "approximate"
+    screen.line("done", f"{kind}; {to}: {FORMATS[to]}", shown(str(out)), result=True)
+    screen.line("next", f"eckart generate {shown(str(out))}", result=True)
