@@ -17,6 +17,7 @@ from torch import nn
 
 from eckart.decompose.ranks import smallest_rank
 from eckart.errors import EckartError, FileError, UsageError, did_you_mean
+from eckart.io import peft
 from eckart.io.export import export, reasons
 from eckart.io.folder import refuse_occupied, write_folder
 from eckart.io.models import load_model, load_tokenizer, recognise
@@ -32,14 +33,15 @@ from eckart.linear import Term
 from eckart.recipe import Handle
 from eckart.recipe.fingerprint import fingerprint
 
+PLAIN = peft.GENERAL.lower()  # PEFT's files as the least of readers take them: one rank, no scale
 FORMATS = {
     "peft": "plain PEFT loads it",
-    "lora": "plain PEFT, vLLM and llama.cpp load it",
+    PLAIN: "plain PEFT, vLLM and llama.cpp load it",
     "dense": "plain transformers loads it",
     "factored": "import eckart.hf, then transformers loads it",
     "native": "eckart.load() loads it",
 }
-RANKED = ("peft", "lora", "factored")  # forms that an approximation can have
+RANKED = ("peft", PLAIN, "factored")  # forms that an approximation can have
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def open_source(job: Job, to: str) -> Opened:
         from eckart.hf import handle_of
 
         opened = Opened(opened.model, handle_of(opened.model), str(found.path))
-        if opened.handle and to in ("peft", "lora", "native"):
+        if opened.handle and to in ("peft", PLAIN, "native"):
             opened = on_its_base(opened, opened.handle, base)
     opened.model.to(prepare.device()).eval()
     return opened
@@ -214,9 +216,9 @@ def inexact(source: Opened, to: str, rank: int | None) -> str | None:
                 "An adapter from a difference: --to lora base=BASE rank=16",
             )
         return "it is an ordinary model, with whole matrices"
-    form = "peft" if to == "lora" else to
+    form = "peft" if to == PLAIN else to
     reason = reasons(handle)[form]
-    if reason is None and (to == "lora" or (to == "peft" and rank is not None)):
+    if reason is None and (to == PLAIN or (to == "peft" and rank is not None)):
         largest = largest_rank(handle)
         if largest is None:
             reason = f"{handle.weights.slug} is no product of two thin matrices"
@@ -323,11 +325,11 @@ def write(job: Job, handle: Handle, to: str, folder: Path, screen: Screen) -> No
     options: dict[str, Any] = {}
     if to == "dense" and job.convert.dtype != "auto":
         options["dtype"] = getattr(torch, job.convert.dtype)
-    if to == "lora":
+    if to == PLAIN:
         options["uniform"] = True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        export(handle, folder, "peft" if to == "lora" else to, tokenizer=tokenizer, **options)
+        export(handle, folder, "peft" if to == PLAIN else to, tokenizer=tokenizer, **options)
     for warning in caught:
         if "rounding" in str(warning.message):
             what = str(warning.message).partition(":")[0]
