@@ -12,6 +12,7 @@ from transformers import Trainer
 from eckart.io.run import latest_checkpoint
 from eckart.jobs import cut
 from eckart.jobs.checkpoints import read_state
+from eckart.linear import LowRank
 from eckart.recipe import Recipe, attach, attach_from, registry
 from tests.conftest import tiny
 from tests.jobs.loops import LR, SEED, collate, logged, mixed, order, rows
@@ -159,6 +160,25 @@ def test_a_run_stopped_on_either_side_of_the_cut_ends_the_same(
     again.model.to(torch.float64)
     training(again, tmp_path).train(resume_from_checkpoint=True)
     assert_same(again, reference[1])
+
+
+def test_a_core_and_its_moments_lose_rows_and_columns_together():
+    g = torch.Generator().manual_seed(0)
+    B, A, R = (torch.randn(*shape, generator=g) for shape in ((5, 4), (4, 6), (4, 4)))
+    term, index = LowRank(B, A, R=R), torch.tensor([0, 3])
+    moments = {f"x.{n}/exp_avg": t + 1 for n, t in {"B": B, "A": A, "R": R}.items()}
+    found = cut.cut_term_moments(term, index, "x", moments)
+    term.select(index)
+    assert torch.equal(term.dense(), B[:, index] @ R[index][:, index] @ A[index])
+    assert torch.equal(found["x.R/exp_avg"], R[index][:, index] + 1)
+    assert torch.equal(found["x.B/exp_avg"], B[:, index] + 1)
+
+
+def test_state_of_another_shape_starts_afresh():
+    term = LowRank(torch.zeros(5, 4), torch.zeros(4, 6))
+    moments = {"x.B/exp_avg": torch.zeros(5, 2), "x.B/step": 3, "x.B/lr": 0.1, "y.B/step": 3}
+    found = cut.cut_term_moments(term, torch.tensor([1]), "x", moments)
+    assert found == {"x.B/exp_avg": None, "x.B/step": None}
 
 
 def in_one_of_two(rank: int, out: Path, stop_before_cut: bool) -> Any:

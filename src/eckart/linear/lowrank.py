@@ -137,6 +137,15 @@ class LowRank(Term):
     def rows(self) -> int:
         return self.B.shape[-2]
 
+    def select(self, kept: Tensor) -> None:
+        super().select(kept)
+        if self.R is not None:  # a core has the components along both of its axes
+            R = self.R.detach()
+            for axis in (-2, -1):
+                R = R.index_select(axis, kept.to(R.device))
+            trained = isinstance(self.R, nn.Parameter)
+            self.R = nn.Parameter(R, self.R.requires_grad) if trained else R
+
     def extra_repr(self) -> str:
         m, n, r = self.B.shape[-2], self.A.shape[-1], self.A.shape[-2]
         return f"{m} x {n}, rank {r}, scale {self.scale:g}"
