@@ -24,14 +24,15 @@ DATA = "pydoc-prose"
 WORDS = (
     "method=lora",
     "weights.rank=16",
-    "train.steps=120",
+    "train.steps=300",
     "train.batch_size=8",
     "train.lr=1e-2",
     "data.seq_len=128",
-    "eval.every=60",
-    "train.save_every=60",
+    "data.eval=0.05",
+    "eval.every=100",
+    "train.save_every=100",
 )
-PROMPT = "The statement is"
+PROMPT = "When the function is called,"
 TOKENS = 40
 
 
@@ -39,22 +40,21 @@ def run(job: Job) -> dict[str, Any]:
     """Fine-tune the shipped model and show what changed; the object of --json."""
     screen = Screen(quiet=job.flags.json)
     made = json.loads((BASE / "MADE.json").read_text())
-    screen.line("demo", f"{made['what']}, made by: {made['command']}")
+    screen.line("demo", f"{made['what']}\nmade by {made['command']}")
     flags = Flags(out=job.flags.out, json=job.flags.json, overwrite=job.flags.overwrite)
     before = sample(BASE)
     found = finetune.run(resolve("finetune", str(BASE), DATA, list(WORDS), flags=flags))
     after = sample(found["run"])
-    screen.line("before", PROMPT + before, result=True)
-    screen.line("after", PROMPT + after, result=True)
-    typed = " ".join(("eckart finetune", "MODEL", "DATA", *WORDS[:2]))
+    screen.line("before", before, result=True)
+    screen.line("after", after, result=True)
     screen.line(
-        "yours", f"{typed}   (MODEL a folder or hub id, DATA a .jsonl or .txt)", result=True
+        "yours", "eckart finetune MODEL DATA   (a folder or hub id; .jsonl, .txt)", result=True
     )
     return {**found, "command": "demo", "samples": {"before": before, "after": after}}
 
 
 def sample(source: str | Path) -> str:
-    """What a model adds to the prompt, on one line."""
+    """The prompt and what a model adds to it, on one line."""
     model = open_model(source).model.eval()
     text = complete(model, load_tokenizer(source), [PROMPT], TOKENS, temperature=0.7)[0]
-    return " ".join(text.split())
+    return " ".join((PROMPT + text).split())
