@@ -81,6 +81,13 @@ def test_healing_without_data_is_refused_before_anything_is_written(place):
     assert not (place / "none").exists()
 
 
+def test_a_size_that_saves_nothing_is_refused(place):
+    run = eckart("compress", place / "m", "keep=1.0", "-o", place / "none")
+    assert run.code == 2
+    assert "no matrix would become smaller" in run.err and "  keep = 1.0" in run.err
+    assert not (place / "none").exists()
+
+
 def test_an_adapter_is_not_compressed(place):
     eckart("finetune", place / "m", place / "d.jsonl", "train.steps=2", "-o", place / "a")
     run = eckart("compress", place / "a" / "final", "-o", place / "none")

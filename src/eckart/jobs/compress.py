@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.io.folder import write_folder
+from eckart.io import factored
 from eckart.io.models import folder_of, holds_tokenizer, load_model, load_tokenizer, recognise
 from eckart.io.opening import Opened
-from eckart.io.presets import quiet
 from eckart.io.run import Run
 from eckart.io.text import Data
 from eckart.jobs import held_out, outcome, prepare, settle
@@ -47,6 +46,12 @@ def run(job: Job) -> dict[str, Any]:
     handle = attach(model, recipe, calibration=calibration, seed=job.train.seed)
     after = sum(p.numel() for p in model.parameters())
     screen.line("method", sizes(handle, before, after), method.slug)
+    if not handle.attached:
+        raise UsageError(
+            "no matrix would become smaller",
+            [(f"{key} = {value}", "") for key, value in budget_of(job).items()],
+            "Type a smaller keep= or rank=, or a larger error=.",
+        )
     if job.flags.dry_run:
         return document(job, screen, handle, scores, begun)
 
@@ -57,10 +62,7 @@ def run(job: Job) -> dict[str, Any]:
             scores["compressed"] = held_out.measure(model, data, 8)
             fit(healing(job, data, handle), run, handle, data, screen)
         scores["after"] = held_out.measure(model, data, 8) if data else None
-        with write_folder(run.final, overwrite=True) as beside, quiet():
-            model.save_pretrained(beside)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(beside)
+        factored.save(handle, run.final, overwrite=True, tokenizer=tokenizer)
         found = document(job, screen, handle, scores, begun, run)
         run.record(
             **{k: v for k, v in found.items() if k not in ("run", "exit")}, format="factored"
@@ -87,9 +89,14 @@ def sized(job: Job) -> Compress:
     """The method, with the job's size where it has fields for one."""
     method = job.choices["compress"].method
     assert isinstance(method, Compress)
+    return dataclasses.replace(method, **budget_of(job))
+
+
+def budget_of(job: Job) -> dict[str, Any]:
+    """The keys of the job's size that the method has."""
+    method: Any = job.choices["compress"].method
     names = {f.name for f in dataclasses.fields(method)}
-    budget = {k: v for k, v in dataclasses.asdict(job.compress).items() if k in names}
-    return dataclasses.replace(method, **budget)
+    return {k: v for k, v in dataclasses.asdict(job.compress).items() if k in names}
 
 
 def tokenizer_of(job: Job) -> Any:
