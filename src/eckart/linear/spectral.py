@@ -46,23 +46,31 @@ class Spectral(Factored):
         """B [*, m, r] and A [*, r, n], without s."""
         return self.B, self.A
 
+    def gates(self) -> Tensor:
+        """scale * s, [*, r]."""
+        return self.scale * self.s
+
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.frames()
-        return B * (self.scale * self.s).unsqueeze(-2), A
+        return B * self.gates().unsqueeze(-2), A
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [*, t, n] -> [*, t, m]
         B, A = self.frames()
-        return spectral(x.to(A.dtype), A, self.s, B, self.scale, self.mm)
+        return spectral(x.to(A.dtype), A, self.gates(), B, self.mm)
+
+    def back(self, x: Tensor) -> Tensor:  # [*, t, m] -> [*, t, n]
+        B, A = self.frames()
+        return spectral(x.to(A.dtype), B.mT, self.gates(), A.mT, self.mm)
 
     def columns(self, ids: Tensor) -> Tensor:  # [..] -> [.., m]
         B, A = self.frames()
-        return self.mm(F.embedding(ids, A.mT) * (self.scale * self.s), B.mT)
+        return self.mm(F.embedding(ids, A.mT) * self.gates(), B.mT)
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
-        B, A = self.frames()
+        (B, A), gates = self.frames(), self.gates()
         x = x.to(A.dtype)
         parts = [
-            spectral(x[a:b], A[e], self.s[e], B[e], self.scale, self.mm)
+            spectral(x[a:b], A[e], gates[e], B[e], self.mm)
             for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
             if b > a
         ]
@@ -72,12 +80,9 @@ class Spectral(Factored):
         return self.frames()[0].shape[-2]
 
 
-def spectral(
-    x: Tensor, A: Tensor, s: Tensor, B: Tensor, scale: float = 1.0, mm: Product = plain_mm
-) -> Tensor:
-    """scale * B (s * (A x)): x [*, t, n] -> [*, t, m].
+def spectral(x: Tensor, A: Tensor, s: Tensor, B: Tensor, mm: Product = plain_mm) -> Tensor:
+    """B (s * (A x)): x [*, t, n] -> [*, t, m], s [*, r].
 
-    ds_i = scale * b_i^T G a_i comes from two thin products, never from G = dL/dW itself.
+    ds_i = b_i^T G a_i comes from two thin products, never from G = dL/dW itself.
     """
-    h = mm(x, A.mT) * (scale * s).unsqueeze(-2)  # [*, t, r]
-    return mm(h, B.mT)
+    return mm(mm(x, A.mT) * s.unsqueeze(-2), B.mT)

@@ -128,7 +128,7 @@ class Handle:
         if not parts:
             return
         for part in parts.values():
-            part.to(device=site.raw.device)
+            part.to(device=site.raw.device).train(site.module.training)
             self.declare_gradient_rule(part)
         install(site, parts, drop)
         self.attached[site.path] = list(parts)
