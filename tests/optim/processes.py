@@ -10,6 +10,7 @@ from torch import nn
 from eckart.optim import (
     SVD,
     Adam,
+    Blocks,
     ErrorFeedback,
     LowRankOptimizer,
     NormGrowth,
@@ -32,6 +33,7 @@ RULES = {
         Adam(), SVD(2, "left"), Refresh(4), residual=Rescaled("exact", "matrix"), **LIMITED
     ),
     "dct": Rule(Adam(), Selected(2), Refresh(1, "rotate"), ErrorFeedback()),
+    "lisa": Rule(Adam(), blocks=Blocks(count=2, every=3)),
     "dct, left": Rule(Adam(age_correct=True), Selected(2, "left"), Refresh(3, "rotate")),
 }
 
@@ -99,7 +101,7 @@ def ddp(rule, layerwise):
     if layerwise:
         optimizer.attach_layerwise(average_over=dist.group.WORLD)
         DDP._set_params_and_buffers_to_ignore_for_model(model, optimizer.layerwise_names)
-    wrapped = DDP(model)
+    wrapped = DDP(model, find_unused_parameters=rule == "lisa")
     batches = [x.chunk(2)[dist.get_rank()] for x in data(10)]
     norms = train(wrapped, optimizer, batches, accumulate=2)
     return [p.detach() for p in model.parameters()], norms, optimizer.named_state_dict()
@@ -112,7 +114,7 @@ if __name__ == "__main__":
         "fsdp2": {rule: fsdp2(rule, False, 10) for rule in RULES},
         "fsdp2, resumed": {rule: fsdp2(rule, False, 5) for rule in RULES},
         "fsdp2, layer by layer": {rule: fsdp2(rule, True, 5) for rule in freed},
-        "ddp": {rule: ddp(rule, False) for rule in ("adamw", "galore", "both", "fira")},
+        "ddp": {rule: ddp(rule, False) for rule in ("adamw", "galore", "both", "fira", "lisa")},
         "ddp, layer by layer": {rule: ddp(rule, True) for rule in ("galore", "both")},
     }
     torch.save(runs, f"{sys.argv[1]}.{os.environ['RANK']}")

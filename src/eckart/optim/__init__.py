@@ -1,5 +1,6 @@
 """How does a gradient become a change? Optimizers put together from small parts."""
 
+from eckart.optim.blocks import Blocks
 from eckart.optim.fixed import Selected
 from eckart.optim.inner import SGD, Adafactor, Adam, Direction, Inner
 from eckart.optim.optimizer import LowRankOptimizer
@@ -25,6 +26,7 @@ __all__ = [
     "Adafactor",
     "Adam",
     "Basis",
+    "Blocks",
     "Direction",
     "EightBit",
     "ErrorFeedback",

@@ -16,10 +16,11 @@ Named = tuple[str, Tensor, dict[str, Any]]  # name, parameter, its group
 
 
 def pack(params: Iterable[Named], states: MutableMapping[Tensor, State]) -> dict[str, Any]:
-    """{"<name>/<key>": full tensor or number}, "<name>/lr" among them."""
+    """{"<name>/<key>": full tensor or number}; of its group "lr" and "taken" are among them."""
     flat: dict[str, Any] = {}
     for name, p, group in params:
         flat[f"{name}/lr"] = float(group["lr"])
+        flat[f"{name}/taken"] = group["taken"]
         for key, value in states.get(p, {}).items():
             flat[f"{name}/{key}"] = whole(value) if isinstance(value, Tensor) else value
     return flat
@@ -41,8 +42,8 @@ def unpack(flat: Mapping[str, Any], params: Iterable[Named]) -> dict[Tensor, Sta
     states: dict[Tensor, State] = {}
     for name, entry in found.items():
         p, group = here[name]
-        if "lr" in entry:
-            group["lr"] = entry.pop("lr")
+        for key in ("lr", "taken"):
+            group[key] = entry.pop(key, group[key])
         if entry:
             states[p] = fitted(name, p, group, entry)
     return states

@@ -64,6 +64,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.penalties: list[Penalty] = []
         self.projected: Projected | None = None  # layer-wise mode
         self.bound: dict[str, Tensor] = {}  # the parameters of the last step
+        self.resting: set[str] = set()  # parameters whose block does not train now
         super().__init__(
             params,
             {
@@ -72,10 +73,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "weight_decay": None,
                 "clip_weight": 1.0,
                 "leading": 0,
+                "taken": 0,  # steps of the optimizer, whether or not a parameter took part
             },
         )
         if layerwise:
             self.attach_layerwise()
+        # a wrapper (DDP, FSDP2) must see all that ever trains: there, after the first step
+        self.rest(tell_autograd=not (dist.is_available() and dist.is_initialized()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters get names where they have none."""
@@ -92,6 +96,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             taken.add(name)
         super().add_param_group({**param_group, "params": pairs})
         group = self.param_groups[-1]
+        if group["rule"].blocks != self.param_groups[0]["rule"].blocks:
+            raise UsageError(
+                "all groups must train the same blocks",
+                [(group["param_names"][0], str(group["rule"].blocks))],
+            )
         if group["weight_decay"] is None:
             group["weight_decay"] = group["rule"].weight_decay
 
@@ -109,23 +118,32 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.projected is not None:
             self.projected.average(moving)
         if not (self.skip_nonfinite and self.nonfinite(moving)):
-            for bucket in moving:
-                bucket.project()
-            if self.clip is not None:
-                self.grad_norm = clip_(moving, self.clip)
-            for bucket in moving:
-                bucket.add(penalties)
-                bucket.apply()
+            self.move(moving, penalties)
         if self.projected is not None:
             self.projected.clear()
             self.bind_hooks()
+        self.rest()
         return loss
+
+    def move(self, moving: list[Bucket], penalties: Mapping[Tensor, Tensor]) -> None:
+        """What a step does to the parameters that have a gradient."""
+        for bucket in moving:
+            bucket.project()
+        if self.clip is not None:
+            self.grad_norm = clip_(moving, self.clip)
+        for bucket in moving:
+            bucket.add(penalties)
+            bucket.apply()
+        for group in self.param_groups:
+            group["taken"] += 1
 
     def entries(self) -> Iterator[Entry]:
         """Parameters with a gradient, or with a projected one from layer-wise hooks."""
         self.rebind()
         kept = {} if self.projected is None else self.projected.low
         for name, p, group in self.named():
+            if name in self.resting:
+                p.grad = None
             if p.grad is None and name not in kept:
                 continue
             entry = entry_of(name, p, group, self.state[p], self.seed)
@@ -218,6 +236,24 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.projected is not None:
             self.projected.clear()
 
+    # -- blocks -----------------------------------------------------------------------
+
+    def rest(self, tell_autograd: bool = True) -> None:
+        """Before the forward pass of a step: which parameters train, and at a new period what
+        becomes of the moments of blocks."""
+        blocks, taken = self.param_groups[0]["rule"].blocks, self.param_groups[0]["taken"]
+        if blocks is None:
+            return
+        self.resting = blocks.resting([name for name, _, _ in self.named()], taken, self.seed)
+        for name, p, _ in self.named():
+            if tell_autograd:
+                p.requires_grad_(name not in self.resting)
+            if name in self.resting:
+                p.grad = None
+        if blocks.begins(taken):
+            for name in blocks.forgotten([name for name, _, _ in self.named()], self.resting):
+                self.reset_state(p for n, p, _ in self.named() if n == name)
+
     # -- state ------------------------------------------------------------------------
 
     def named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -264,6 +300,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for p, entry in named.unpack(flat, self.named()).items():
             self.state[p] = entry
         self.rebind()
+        self.rest()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the rules described as plain data."""
@@ -301,6 +338,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             state[params[i]] = {k: named.copy_to(v, params[i]) for k, v in entry.items()}
         self.__setstate__({"state": state, "param_groups": groups})
         self.rebind()
+        self.rest()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import UsageError
+from eckart.optim.blocks import Blocks
 from eckart.optim.inner import Adam, Inner
 from eckart.optim.part import Part, State
 from eckart.optim.project import Identity, Projector, as_matrix
@@ -52,6 +53,7 @@ class Rule(Part):
     source: Source | None = None  # what is projected; None: the gradient
     residual: Residual | None = None  # what becomes of G outside the subspace
     limiter: NormGrowth | None = None  # on that residual
+    blocks: Blocks | None = None  # which parameters train at a time; None: all
     scale: float = 1.0  # on the projected-back update, beside the learning rate
     weight_decay: float = 0.0  # decoupled; a group's own value wins
     decay: Literal["before", "after"] = "before"  # the update, as torch does, or after it

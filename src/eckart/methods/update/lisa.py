@@ -1,0 +1,93 @@
+"""LISA: all parameters are trained, but only a few blocks of the model at a time.
+
+    every K steps:  draw gamma of the N blocks, uniformly, without replacement
+    at each step:   AdamW on embeddings, head, last norm and the drawn blocks; the others are
+                    frozen: no gradient, no moments, no decay
+
+At any time the memory is that of the rest and gamma blocks. Take it to fine-tune everything
+at about LoRA's memory; with a large vocabulary most of that goes to embeddings and head,
+which `train_rest` leaves out. Take GaLore or Fira to move all blocks at every step.
+
+Source: R. Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large
+Language Model Fine-Tuning", NeurIPS 2024, Alg. 1; that moments start afresh in each period
+is how its experiments were run. We differ from its code in two points: it keeps the state of
+all blocks it has ever drawn, so that the memory grows to Adam's; and it draws from a global
+generator, while ours is a function of seed and period, the same on every process and after
+a resume.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from eckart.optim import Adam, Blocks, Rule
+from eckart.recipe.method import Cost, Paper, Update
+
+
+@dataclass(frozen=True)
+class LISA(Update):
+    """AdamW on a few blocks that are drawn anew every K steps, and on all that is no block."""
+
+    blocks: Annotated[int, Ge(0)] = 2
+    """gamma, blocks that train at a time. Paper: 2, sometimes 4."""
+
+    every: Annotated[int, Ge(1)] = 20
+    """K, steps between two draws. Paper: 3 to 80; code: 20."""
+
+    moments: Literal["reset", "carry", "keep"] = "reset"
+    """A block's moments: forgotten at each draw (paper), kept while it is drawn again, or
+    kept for good (memory grows to that of Adam)."""
+
+    reset_rest: bool = False
+    """Forget the moments of embeddings, head and last norm, too, at each draw."""
+
+    train_rest: bool = True
+    """Train what is in no block: embeddings, head, last norm. Paper: yes."""
+
+    once: bool = False
+    """Keep the first draw for the whole run."""
+
+    block_paths: tuple[str, ...] = ()
+    """The blocks' modules, where the longest numbered list of the model is not meant."""
+
+    block_weights: tuple[float, ...] = ()
+    """How likely each block is to be drawn, in any unit. Paper: all alike."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment. Paper: Adam's."""
+
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a weight lost per step that it trains, times the learning rate."""
+
+    wants: ClassVar = "matrices"
+    default_lr: ClassVar = 5e-5
+    mission: ClassVar = True
+    paper: ClassVar = Paper(
+        "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
+        "https://arxiv.org/abs/2403.17919",
+        "NeurIPS 2024",
+    )
+
+    def rule(self) -> Rule:
+        return Rule(
+            Adam(self.betas, self.eps),
+            blocks=Blocks(
+                count=self.blocks,
+                every=self.every,
+                moments=self.moments,
+                reset_rest=self.reset_rest,
+                train_rest=self.train_rest,
+                once=self.once,
+                paths=self.block_paths,
+                weights=self.block_weights,
+            ),
+            weight_decay=self.weight_decay,
+        )
+
+    def cost(self, m: int, n: int) -> Cost:
+        """While its block trains; nothing at other times."""
+        return Cost(state=2 * m * n)

@@ -1,0 +1,104 @@
+"""Which blocks of a model train at a time: a schedule over parameters, drawn without state.
+
+A block is what stands under one number of the model's longest numbered list (`layers.7.`);
+all that is in no block (embeddings, head, last norm) is the rest. The draw for a period is
+a function of seed and period alone, so it is the same on all processes and after a resume.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+from zlib import crc32
+
+import torch
+
+from eckart.errors import UsageError
+from eckart.optim.part import Part
+
+NUMBERED = re.compile(r"^(.*?)(?:^|\.)(\d+)\.")  # the outermost number in a name
+
+
+@dataclass(frozen=True)
+class Blocks(Part):
+    """`count` blocks, drawn anew every `every` steps, and the rest of the model.
+
+    `moments` of a block: forgotten at each new period ("reset"), kept while it is drawn again
+    and again ("carry"), or kept for good, standing still while it rests ("keep"). The rest's
+    are kept, or forgotten with `reset_rest`. `once`: the first draw stays. `paths` names the
+    blocks' modules where the longest list is not meant; `weights` makes some more likely.
+    """
+
+    count: int = 2
+    every: int = 20
+    moments: Literal["reset", "carry", "keep"] = "reset"
+    reset_rest: bool = False
+    train_rest: bool = True
+    once: bool = False
+    paths: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def resting(self, names: Sequence[str], step: int, seed: int) -> set[str]:
+        """The parameters of these that do not train at a step, counted from 0."""
+        members = self.members(tuple(names))
+        drawn = self.drawn(len({b for b in members.values() if b is not None}), step, seed)
+        return {n for n, b in members.items() if not (self.train_rest if b is None else b in drawn)}
+
+    def forgotten(self, names: Sequence[str], resting: set[str]) -> set[str]:
+        """The parameters of these whose moments end when a period begins."""
+        members = self.members(tuple(names))
+        rest = {n for n, b in members.items() if b is None and self.reset_rest}
+        inside = {n for n, b in members.items() if b is not None}
+        ends = {"reset": inside, "carry": inside & resting, "keep": set()}
+        return rest | ends[self.moments]
+
+    def drawn(self, blocks: int, step: int, seed: int) -> set[int]:
+        """The blocks that train at this step."""
+        if self.count == 0:
+            return set()
+        period = 0 if self.once else step // self.every
+        generator = torch.Generator().manual_seed(crc32(f"{seed}/blocks/{period}".encode()))
+        weights = torch.tensor(self.weights or [1.0] * blocks)
+        return set(torch.multinomial(weights, self.count, generator=generator).tolist())
+
+    def begins(self, step: int) -> bool:
+        """Does a new period begin with this step?"""
+        return step % self.every == 0 and (step == 0 or not self.once)
+
+    def members(self, names: tuple[str, ...]) -> Mapping[str, int | None]:
+        """The block of each parameter, as a number from 0; None for the rest."""
+        found = membership(self.paths, names)
+        blocks = len(self.paths) or len({b for b in found.values() if b is not None})
+        if self.count > blocks:
+            raise UsageError(
+                "more blocks are to be trained than there are",
+                [("blocks", f"{self.count} of {blocks}")],
+                f"Type update.blocks={blocks}, or name them in update.block_paths.",
+            )
+        return found
+
+
+@lru_cache(maxsize=8)
+def membership(paths: tuple[str, ...], names: tuple[str, ...]) -> Mapping[str, int | None]:
+    """The block of each parameter: one of the paths, or of the longest numbered list."""
+    homes = [home_of(name, paths) for name in names]
+    order: Sequence[str] = paths
+    if not paths:
+        lists: dict[str, set[str]] = {}
+        for home in filter(None, homes):
+            lists.setdefault(home.rpartition(".")[0], set()).add(home)
+        longest = max(lists.values(), key=len, default=set())
+        order = sorted(longest, key=lambda home: int(home.rpartition(".")[2]))
+    number = {home: i for i, home in enumerate(order)}
+    return {n: number.get(h) if h else None for n, h in zip(names, homes, strict=True)}
+
+
+def home_of(name: str, paths: tuple[str, ...]) -> str | None:
+    """The module that would be this parameter's block."""
+    if paths:
+        return next((path for path in paths if name.startswith(f"{path}.")), None)
+    found = NUMBERED.match(name)
+    return name[: found.end() - 1] if found else None
