@@ -71,6 +71,7 @@ __all__ = [
     "Stage",
     "Update",
     "Weights",
+    "Work",
     "attach",
     "attach_from",
     "terms_off",

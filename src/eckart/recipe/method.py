@@ -328,7 +328,8 @@ class Objective(Method):
 class Compress(Weights):
     """How do the weights of a trained model become fewer, in one shot?
 
-    The terms can be trained afterwards. `build` gives the terms that stand in for each dense matrix; {} keeps a site dense.
+    `build` gives the terms that stand in for each dense matrix; {} keeps a site dense. The
+    terms can be trained afterwards.
     """
 
     axis: ClassVar[str] = "compress"
