@@ -20,12 +20,12 @@ def mix(x):
 
 def test_entries_are_two_rounds_of_splitmix64_in_python_integers():
     first, second = (key & MASK for key in basis.keys_of(7, "a tensor"))
-    i, j, k = range(3, 5), range(2**27, 2**27 + 3), range(1000, 1004)
+    i, j, k = range(3, 5), range(2**23, 2**23 + 3), range(1000, 1004)
     got = uniform(7, "a tensor", i, j, k)
     for a, x in enumerate(i):
         for b, y in enumerate(j):
             for c, z in enumerate(k):
-                place = x << 47 | y << 19 | z
+                place = x << 44 | y << 20 | z
                 bits = mix((mix(place ^ first) + second) & MASK) >> 40
                 assert got[a, b, c].item() == bits / 2**23 - 1
 
@@ -35,7 +35,16 @@ def test_numbers_stay_what_files_were_written_with():
     assert [round(v, 7) for v in drawn.tolist()] == PINNED
 
 
-PINNED = [0.746099, -0.7324188, -0.8944346, 0.9056017, -0.7860003, 0.2896465, -0.4249222, 0.898923]
+PINNED = [
+    0.746099,
+    -0.7324188,
+    0.199054,
+    -0.9780833,
+    -0.8725537,
+    -0.5374578,
+    -0.5164475,
+    -0.7889583,
+]
 
 
 def test_keys_and_places_give_unrelated_uniform_numbers():

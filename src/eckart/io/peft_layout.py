@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from eckart.linear import Site
 from eckart.linear.sites import expert_parameters
 
+DESCRIPTION, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ROOT_PREFIX = "base_model."  # of tensors that all modules share
 WITH_WEIGHT = ("lora_A", "lora_B")  # layers in PEFT, so their tensors are called `.weight`
+TIED_BY_PEFT = ("embed_tokens",)  # embeddings whose head PEFT adapts too when asked
 EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
 

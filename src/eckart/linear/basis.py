@@ -52,12 +52,12 @@ def uniform(
 ) -> Tensor:
     """Entries [i, j, k] of a tensor, in [-1, 1), fp32: any piece, anywhere, the same numbers.
 
-    i and k below 2^16 and 2^19, j below 2^28. The keys enter through xor and a sum between
-    two rounds, so that no tensor is a shifted window of another.
+    i and k below 2^20, j below 2^24. The keys enter through xor and a sum between two
+    rounds, so that no tensor is a shifted window of another.
     """
     first, second = keys_of(seed, name)
     place = [torch.arange(r.start, r.stop, device=device) for r in (i, j, k)]
-    counter = (place[0][:, None, None] << 47) | (place[1][:, None] << 19) | place[2]
+    counter = (place[0][:, None, None] << 44) | (place[1][:, None] << 20) | place[2]
     bits = shifted(mix(mix(counter ^ first) + second), 40)
     return bits.float() * 2.0**-23 - 1  # 24 bits: exact in fp32
 

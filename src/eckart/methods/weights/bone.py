@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from eckart.errors import UsageError
+from eckart.errors import FileError, UsageError
 from eckart.linear import Site, Term, plain_mm
 from eckart.recipe import Cost, Paper, Weights
 
@@ -295,7 +295,11 @@ class Bone(Weights):
         )
 
     def parts_from_peft(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-        return {"bone": self.term(tensors["miss_block"], *site.shape)}
+        block, expected = tensors["miss_block"], self.block_shape(*site.shape)
+        if block.shape != expected:
+            fault = f"shape {list(block.shape)}, expected {list(expected)}"
+            raise FileError("the adapter does not fit the model", [(site.path, fault)])
+        return {"bone": self.term(block, *site.shape)}
 
     def cost(self, m: int, n: int) -> Cost:
         shape = self.block_shape(m, n)
