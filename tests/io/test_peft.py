@@ -228,6 +228,11 @@ def test_uniform_files_have_one_rank_and_no_scale(tmp_path):
     assert_same_logits(tiny.logits(theirs), tiny.logits(handle.model))
 
 
+def test_what_is_no_plain_product_has_no_uniform_file(tmp_path):
+    with pytest.raises(UsageError, match="not of low rank"):
+        ours.save(attached(tiny.llama(), METHODS["dora"]), tmp_path / "a", uniform=True)
+
+
 def test_names_are_shortened_only_where_they_mean_the_same():
     paths = ["a.0.q", "a.1.q", "a.0.v", "b.0.v", "v"]
     assert short_names(["a.0.q", "a.1.q"], paths) == ["q"]
