@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -353,6 +355,9 @@ def call(module: str, action: Callable[[Any], Any], as_json: bool) -> Any:
         leave(module, Interrupted("interrupted"), as_json)
     except EckartError as error:
         leave(module, error, as_json)
+    except BrokenPipeError:  # `| head` has read enough: what is left has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(128 + signal.SIGPIPE) from None
     except Exception as fault:
         leave(module, as_error(fault), as_json)
 
