@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from eckart import Recipe, attach
 from eckart.errors import UsageError
 from eckart.methods.update.lisa import LISA
+from eckart.methods.weights.dense import Dense
 from eckart.optim import LowRankOptimizer
+from tests import tiny
 
 N, D, V = 6, 4, 11  # blocks, width, vocabulary
 
@@ -217,6 +220,23 @@ def test_the_learning_rate_follows_the_schedule_through_a_switch():
             assert change == pytest.approx(0.1**step, rel=1e-2)
         schedule.step()
         optimizer.zero_grad()
+
+
+def test_a_handle_saves_blocks_that_rest():
+    """What is trained in turn is trained: a checkpoint without it would lose steps."""
+    model = tiny.llama()
+    handle = attach(model, Recipe(weights=Dense(), update=LISA(blocks=1, every=1)))
+    trained = set(handle.trainable())
+    optimizer = handle.optimizer(lr=0.01)
+    assert set(handle.named_state()) == trained == {name for name, _ in model.named_parameters()}
+    assert sum(p.requires_grad for p in model.parameters()) < len(trained)
+    first = [p for n, p in model.named_parameters() if n.startswith("model.layers.0.")]
+    rested = {all(not p.requires_grad for p in first)}
+    for _ in range(6):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+        optimizer.step()
+        rested.add(all(not p.requires_grad for p in first))
+    assert rested == {True, False}
 
 
 def test_blocks_may_be_named():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,7 @@ class Handle:
         self.shared: dict[str, nn.Module] = {}  # children of the root that terms refer to
         self.events = EventHook(recipe.choices, self.terms, seed)
         self.penalty = torch.zeros(())  # of the last step
+        self.resting: Callable[[], set[str]] = set  # trained in turn, and not now
         self.loss_was_asked = False  # since the last step; see guard.py
         if self.data_objectives:
             guard_steps(self)
@@ -176,8 +177,10 @@ class Handle:
         return {**stems, **self.shared}
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What is trained, by raw parameter name; a tied parameter once."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """What is trained, now or in turn, by raw parameter name; a tied parameter once."""
+        resting = self.resting()
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if p.requires_grad or name in resting}
 
     def named_state(self) -> dict[str, Tensor]:
         """What differs from the base, by raw name: trained tensors and the terms' buffers."""
@@ -235,6 +238,7 @@ class Handle:
         """
         rate = lr or self.lr or default_lr(self.recipe)
         optimizer = LowRankOptimizer(groups(self, rate), lr=rate, clip=clip, seed=self.seed)
+        self.resting = lambda: optimizer.resting
         if layerwise:
             optimizer.attach_layerwise()
         if self.penalties:
