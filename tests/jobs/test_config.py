@@ -176,6 +176,7 @@ def test_healing_trains_like_the_job_where_it_says_nothing_else():
 
 def test_resume_reads_what_the_run_was_given(tmp_path):
     (tmp_path / "config.yaml").write_text(finetune("train.lr=1e-3", "train.steps=4").dump())
+    (tmp_path / "run.json").write_text("{}")
     job = resolve("finetune", words=["train.lr=1e-4"], flags=Flags(resume=str(tmp_path)))
     assert (job.model, job.train.lr, job.train.steps) == ("m", 1e-4, 4)
 
@@ -187,7 +188,7 @@ ROUND = {
     "objectives": ["objective=[orthogonality,{name: distill, weight: 0.25}]"],
     "words": ["out=0001", "train.clip=none", "track=[a,b]", "data.eval=[x,y]"],
     "epochs": ["train.epochs=2.5", "precision=fp32", "attention=none"],
-    "mixture": ["data=[a,{path: b, weight: 0.5}]"],
+    "mixture": ["data=[a,{path: b, weight: 0.5},{path: c, encoding: latin-1}]"],
     "heal": ["heal.steps=5", "heal.weights=lora", "heal.weights.rank=2", "heal.train.lr=0.1"],
 }
 

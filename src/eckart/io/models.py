@@ -264,6 +264,12 @@ def folder_of(source: str | Path) -> Path:
         )
     if found.kind == "run":
         return folder_of(Path(found.path) / "final")
+    if found.kind == "preset":
+        raise UsageError(
+            "this is a shape without weights",
+            [(found.path, "preset")],
+            f"Start from random weights: eckart pretrain {found.path} DATA",
+        )
     return Path(found.path)
 
 

@@ -222,7 +222,7 @@ def decoded(content: bytes, file: Path, encoding: str, line: int = 1) -> str:
         raise FileError(
             f"this is not {encoding.upper()}",
             [(f"{file}, line {line}", f"byte 0x{content[fault.start]:02x}")],
-            f"Name the encoding: data={{path: {file}, encoding: latin-1}}.",
+            f"Name the encoding: 'data=[{{path: {file}, encoding: latin-1}}]'",
         ) from fault
     except LookupError as fault:
         raise UsageError("no such encoding", [(encoding, str(file))]) from fault
@@ -266,7 +266,9 @@ def json_rows(file: Path, encoding: str) -> Iterator[Row]:
             "this file is not JSON", [(where, f"column {fault.colno}: {fault.msg}")], fix
         ) from fault
     rows = content["data"] if isinstance(content, dict) and "data" in content else content
-    if not isinstance(rows, list) or not rows:
+    if rows == []:
+        raise FileError("the file is empty", [(str(file), "a list without rows")])
+    if not isinstance(rows, list):
         raise FileError("this JSON is not a list of rows", [(str(file), type(rows).__name__)])
     for i, fields in enumerate(rows, 1):
         yield keyed(fields, f"{file}, row {i}")

@@ -74,9 +74,7 @@ class Run:
         else:
             folder = Path(out).absolute()
             recover(folder)
-            if (folder / ".lock").exists():
-                os.close(lock(folder))
-            refuse_occupied(folder, overwrite)
+            refuse_taken(folder, overwrite)
             with speaking(folder):
                 replaced = move_aside(folder) if folder.is_dir() and any(folder.iterdir()) else None
                 folder.mkdir(parents=True, exist_ok=True)
@@ -91,20 +89,7 @@ class Run:
     @classmethod
     def resume(cls, folder: str | Path) -> Run:
         """Open an existing run to go on with it. Raises FileError where it is no run."""
-        path = Path(folder).absolute()
-        if not (path / "run.json").is_file():
-            choices = (
-                [p.name for p in path.parent.iterdir() if (p / "run.json").is_file()]
-                if path.parent.is_dir()
-                else []
-            )
-            raise FileError(
-                "no run in this folder",
-                [(str(folder), "has no run.json")],
-                did_you_mean(path.name, choices, "Type --resume FOLDER with a run's folder.")
-                if choices
-                else "Type --resume FOLDER with a run's folder.",
-            )
+        path = require_run(folder)
         run = cls(path, lock(path))
         run._drop_torn_line()
         run.record(exit=None)
@@ -216,6 +201,27 @@ class Run:
             os.rename(self._replaced, self.folder)
         else:
             shutil.rmtree(self._replaced, ignore_errors=True)
+
+
+def require_run(folder: str | Path) -> Path:
+    """The absolute path of a run's folder. Raises FileError where it is none."""
+    path = Path(folder).absolute()
+    if (path / "run.json").is_file():
+        return path
+    runs = [p.parent.name for p in path.parent.glob("*/run.json")]
+    otherwise = "Type --resume FOLDER with a run's folder."
+    raise FileError(
+        "no run in this folder",
+        [(str(folder), "has no run.json")],
+        did_you_mean(path.name, runs, otherwise) if runs else otherwise,
+    )
+
+
+def refuse_taken(folder: Path, overwrite: bool) -> None:
+    """Raise UsageError where another run is being written, or something stands in the way."""
+    if (folder / ".lock").exists():
+        os.close(lock(folder))
+    refuse_occupied(folder, overwrite)
 
 
 def lock(folder: Path) -> int:

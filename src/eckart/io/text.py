@@ -252,11 +252,13 @@ def split(found: Sequence[Row], kind: str, share: float) -> tuple[list[Row], lis
 
 def tail_cut(row: Row, share: float) -> tuple[Row, Row]:
     """A document without its last part, and that part, cut at the start of a line."""
-    text = row.fields["text"] if isinstance(row.fields.get("text"), str) else ""
+    text = row.fields.get("text")
+    if not isinstance(text, str):
+        return row, replace(row, fields={"text": ""})  # what is wrong with it is said later
     at = round(len(text) * (1 - share))
     at = text.rfind("\n", 0, at) + 1 or at
     return (
-        replace(row, fields={**row.fields, "text": text[:at] if text else row.fields.get("text")}),
+        replace(row, fields={**row.fields, "text": text[:at]}),
         replace(row, fields={**row.fields, "text": text[at:]}),
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from eckart.errors import UsageError
+from eckart.io.run import require_run
 from eckart.jobs.check import checked, expected
 from eckart.jobs.job import AUTO, NO_FLAGS, NONE, PLAIN, Choice, Flags, Healing, Job, value_at
 from eckart.jobs.merge import AXES, BUDGET, Given, fields_of, merge
@@ -56,7 +57,7 @@ def resolve(
     config.yaml below all of them. Raises UsageError (a key, value, method or combination that
     cannot be, with place and nearest valid one) or FileError (a file that cannot be read).
     """
-    resumed = [Path(flags.resume) / "config.yaml"] if flags.resume else []
+    resumed = [require_run(flags.resume) / "config.yaml"] if flags.resume else []
     layers = [read_file(file) for file in (*resumed, *files)]
     layers.append([*positional(model, data, flags), *read_words(words)])
     given = merge(layers, command)
@@ -263,8 +264,9 @@ def sources(setting: Setting) -> tuple[Source, ...]:
             for k, v in fields.items()
         }
         for key, part in parts.items():
-            if key[0] not in ("path", "weight"):
-                raise unknown_key(part, ["data.train.path", "data.train.weight"], SCHEMA)
+            names = [f.name for f in dataclasses.fields(Source)]
+            if key[0] not in names:
+                raise unknown_key(part, [f"data.train.{name}" for name in names], SCHEMA)
         if ("path",) not in parts:
             raise UsageError(
                 f"a source without a path     {setting.place}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import yaml
@@ -13,7 +14,9 @@ from eckart.jobs.tree import Source
 def plain(value: Any) -> Any:
     """Lists, dicts and scalars, as YAML has them."""
     if isinstance(value, Source):
-        return value.path if value.weight == 1 else {"path": value.path, "weight": value.weight}
+        given = {f.name: getattr(value, f.name) for f in fields(value)}
+        unusual = {f.name: given[f.name] for f in fields(value)[1:] if given[f.name] != f.default}
+        return {"path": value.path, **unusual} if unusual else value.path
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
     if isinstance(value, Mapping):

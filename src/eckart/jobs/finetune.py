@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from eckart.errors import UsageError
+from eckart.errors import FileError, UsageError
 from eckart.io.models import load_model, load_tokenizer, recognise
 from eckart.io.opening import Opened, open_model
 from eckart.jobs import launch, prepare
@@ -36,10 +36,11 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def require_weights(job: Job) -> None:
-    """Raise UsageError for a configuration, which has no weights."""
+    """Raise UsageError for a preset, FileError for a folder that lacks its weights."""
     source = recognise(job.model or "")
     if source.kind in ("preset", "config"):
-        raise UsageError(
+        error = UsageError if source.kind == "preset" else FileError
+        raise error(
             "this is a shape without weights",
             [(source.path, source.kind)],
             f"Start from random weights: eckart pretrain {source.path} DATA",

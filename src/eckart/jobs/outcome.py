@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.io.export import export, possible
-from eckart.io.folder import refuse_occupied
-from eckart.io.run import Run
+from eckart.io.run import Run, refuse_taken
 from eckart.io.text import Data
 from eckart.jobs import launch
 from eckart.jobs.config import Job
@@ -21,9 +20,9 @@ from eckart.recipe import Handle
 
 
 def refuse_early(job: Job) -> None:
-    """Raise UsageError for an occupied run folder before anything is loaded."""
+    """Raise UsageError for a run folder that is taken, before anything is loaded."""
     if not job.flags.resume and not job.out.endswith("{name}"):
-        refuse_occupied(Path(job.out).absolute(), job.flags.overwrite)
+        refuse_taken(Path(job.out).absolute(), job.flags.overwrite)
 
 
 def open_run(job: Job, data: Data, parameters: Mapping[str, Any], estimate: int) -> Run:

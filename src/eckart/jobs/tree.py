@@ -30,6 +30,8 @@ class Source(Section):
     """A file, a folder or a hub id; a path that exists never touches the network."""
     weight: Annotated[float, Gt(0)] = 1.0
     """Share of the rows drawn from it, relative to the others'."""
+    encoding: str = "utf-8"
+    """How its text files are encoded."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Data(Section):
     """What is trained on and held out."""
 
     train: tuple[Source, ...] = ()
-    """A path, a list of paths, or a list of {path: ..., weight: ...} to mix."""
+    """A path, a list of paths, or a list of {path: ..., weight: ..., encoding: ...} to mix."""
     eval: Annotated[float, Interval(ge=0, lt=1)] | tuple[str, ...] = 0.02
     """The share of rows held out, or paths of held-out files; 0 for none."""
     format: str = "auto"
