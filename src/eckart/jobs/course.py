@@ -14,6 +14,7 @@ from typing import Any
 
 from eckart.io.opening import Opened
 from eckart.io.run import Run
+from eckart.io.text import Data
 from eckart.jobs import held_out, launch, outcome, prepare, settle
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
@@ -48,7 +49,7 @@ def course(
     job = settle.seq_len(job, prepare.context_of(opened.model), place)
     data = prepare.read_data(job, tokenizer, opened.model)
     name, _, summary = data.summary.partition(": ")
-    screen.line("data", f"{summary}\n{len(data.train):,} rows of {data.seq_len} tokens", name)
+    screen.line("data", "\n".join([summary, *rows_lines(data)]), name)
 
     before = held_out.measure(opened.model, data, 8) if not job.flags.resume else {}
     job = settle.horizon(job, len(data.train), job.recipe())
@@ -140,6 +141,13 @@ def model_line(opened: Opened) -> str:
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
     carried = f", going on with {opened.handle.weights.slug}" if opened.handle else ""
     return f"{amount(count)} parameters, {short}{carried}"
+
+
+def rows_lines(data: Data) -> list[str]:
+    """How much is trained on, and how it begins: the loss is taken between « and »."""
+    begin = " ".join(data.example.split())
+    begin = begin if len(begin) <= 80 else begin[:79] + "…"
+    return [f"{len(data.train):,} rows of {data.seq_len} tokens, the first: {begin}"]
 
 
 def method_name(job: Job) -> str:

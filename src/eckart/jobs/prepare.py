@@ -19,7 +19,7 @@ from eckart.io.reading import rows_of, sources_of
 from eckart.io.run import latest_checkpoint
 from eckart.io.text import Data, read
 from eckart.jobs import settle
-from eckart.jobs.checkpoints import read_state
+from eckart.jobs.checkpoints import load_model_state, read_state
 from eckart.jobs.config import Job
 from eckart.jobs.memory import (
     activation_bytes,
@@ -62,7 +62,7 @@ def labels_of(job: Job) -> tuple[str, ...]:
 
 def entries(job: Job) -> list[dict[str, Any]]:
     """The data's sources as `io.text` takes them."""
-    return [{"path": s.path, "weight": s.weight} for s in job.data.train]
+    return [dataclasses.asdict(source) for source in job.data.train]
 
 
 def read_data(job: Job, tokenizer: Any, model: nn.Module) -> Data:
@@ -188,7 +188,7 @@ def require_unfinished(job: Job) -> None:
 
 
 def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:
-    """The terms of a checkpoint, their values still to be loaded; no calibration is repeated."""
+    """The terms of a checkpoint with its values; no calibration is repeated."""
     structure = read_state(checkpoint)["structure"]
     found = fingerprint(model)
     if structure["fingerprint"] != found:
@@ -200,7 +200,9 @@ def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:
             ],
             "Put the model back that the run's config.yaml names.",
         )
-    return attach_from(model, structure, recipe=recipe)
+    handle = attach_from(model, structure, recipe=recipe)
+    load_model_state(handle, checkpoint)  # before a forward pass measures what one row takes
+    return handle
 
 
 def gone_on(adapter: Handle, job: Job, recipe: Recipe) -> Handle:
