@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import tiny
 from transformers import AutoModelForCausalLM
 
 import eckart
-import tiny
 from eckart.errors import UsageError
 from eckart.io import dense
 

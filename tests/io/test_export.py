@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tests import tiny
 
 import eckart
-import tiny
 from eckart.errors import UsageError
 from eckart.io.corpora import bytes_tokenizer
 from eckart.io.export import WRITERS, possible

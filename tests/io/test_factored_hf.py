@@ -9,6 +9,7 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import tiny
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,7 +24,6 @@ from transformers import (
 
 import eckart
 import eckart.hf
-import tiny
 from eckart.errors import FileError, UsageError
 from eckart.io import factored
 from eckart.io.corpora import bytes_tokenizer

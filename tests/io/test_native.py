@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
-import tiny
 from eckart.errors import FileError, UsageError
 from eckart.io import native
 from eckart.linear import Structured

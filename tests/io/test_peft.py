@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests import tiny
 from torch import nn
 
 import eckart
-import tiny
 from eckart.errors import FileError, UsageError
 from eckart.io import peft as ours
 from eckart.io.peft_layout import meant, short_names, to_patterns

@@ -1,6 +1,6 @@
 """Wrote native_1/, adapters of format version 1. Kept to show how; never to be run again.
 
-    PYTHONPATH=src:tests python tests/io/golden/make_native_1.py
+    PYTHONPATH=src:. python tests/io/golden/make_native_1.py
 
 A base of 8 x 8 maps, an adapter that keeps the base (lora) and one that drops it (lowrank),
 and the logits they gave.
@@ -9,9 +9,9 @@ and the logits they gave.
 from pathlib import Path
 
 from safetensors.torch import save_file
+from tests import tiny
 
 import eckart
-import tiny
 from eckart.io import native
 
 FOLDER = Path(__file__).parent / "native_1"
