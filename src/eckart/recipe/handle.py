@@ -117,6 +117,8 @@ class Handle:
         self.coverage = cover(self)
         if self.attached:
             lock(self.model, self.structure())
+        if any(self.sites[path].kind == "embedding" for path in self.attached):
+            self.model.__dict__["resize_token_embeddings"] = refuse_resizing
 
     def install_one(self, site: Site, parts: dict[str, nn.Module], drop: bool) -> None:
         """One site: a changed base first (its original kept), then the terms."""
@@ -332,6 +334,7 @@ class Handle:
         self.shared.clear()
         guarded.discard(self)
         unlock(self.model)
+        self.model.__dict__.pop("resize_token_embeddings", None)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.required.get(name, True))
 
@@ -347,6 +350,15 @@ def terms_off(model: nn.Module) -> Iterator[None]:
     finally:
         for record in sums:
             record.enabled = True
+
+
+def refuse_resizing(*_: Any, **__: Any) -> None:
+    """Stands for a model's own method while its embedding carries terms of the old size."""
+    raise UsageError(
+        "the embedding carries terms of its present size",
+        [("resize_token_embeddings", "would leave them behind")],
+        "Resize first, then attach.",
+    )
 
 
 def put_dense(site: Site, matrix: Tensor) -> None:

@@ -1,0 +1,156 @@
+"""Targets mean what they say, and a word that means nothing is answered with what would."""
+
+import pytest
+import torch
+from torch import nn
+
+import eckart
+from eckart.errors import UsageError
+from eckart.methods.weights.lora import LoRA
+from eckart.recipe import Recipe, attach
+from eckart.recipe.targets import select, sites_of
+from tests.conftest import ARCHITECTURES, tiny
+
+ATTENTION = {
+    "llama": {"attn.q", "attn.k", "attn.v", "attn.o"},
+    "gpt2": {"attn.qkv", "attn.o"},
+    "bert": {"attn.q", "attn.k", "attn.v", "attn.o"},
+    "t5": {"attn.q", "attn.k", "attn.v", "attn.o"},
+    "vit": {"attn.q", "attn.k", "attn.v", "attn.o"},
+}
+
+
+def chosen(architecture, *targets):
+    return [site.path for site in select(sites_of(tiny(architecture)), targets)]
+
+
+@pytest.mark.parametrize("architecture", ATTENTION)
+def test_roles_are_found_in_every_family(architecture):
+    roles = {site.role for site in sites_of(tiny(architecture))}
+    assert ATTENTION[architecture] <= roles
+    assert any(role.startswith("mlp") for role in roles)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_default_takes_every_map_of_the_blocks_and_no_other(architecture):
+    model = tiny(architecture)
+    sites = sites_of(model)
+    inside = [s for s in sites if any(part.isdigit() for part in s.path.split("."))]
+    expected = [
+        s.path
+        for s in inside
+        if s.kind != "embedding" and "relative" not in s.path and s.role != "router"
+    ]
+    assert chosen(architecture, "linear") == chosen(architecture, "all") == expected
+
+
+def test_names_globs_patterns_and_ranges():
+    q = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    assert chosen("llama", "q_proj") == chosen("llama", "attn.q") == q
+    assert chosen("llama", "layers.1.self_attn.q_proj") == q[1:]
+    assert chosen("llama", "layers.*.self_attn.q_proj") == q
+    assert chosen("llama", r"re:0.*q_proj$") == q[:1]
+    assert all("layers.1." in path for path in chosen("llama", "layers.1-1"))
+    assert len(chosen("llama", "layers.1-1")) == 7
+    assert chosen("llama", "embedding") == ["model.embed_tokens"]
+    assert chosen("llama", "head") == ["lm_head"]
+
+
+def test_a_tied_group_is_one_site_by_either_name():
+    assert chosen("t5", "embedding") == chosen("t5", "lm_head") == ["shared"]
+    assert chosen("gemma", "lm_head") == ["model.embed_tokens"]
+
+
+def test_a_target_without_a_match_lists_what_would_match():
+    with pytest.raises(UsageError) as error:
+        attach(tiny("llama"), Recipe(weights=LoRA(rank=2, targets=("q_prj",))))
+    assert str(error.value).splitlines() == [
+        "no map matches a target",
+        "  weights.targets = q_prj  matches no map of this model",
+        "  attn.k                   2 maps",
+        "  attn.o                   2 maps",
+        "  attn.q                   2 maps",
+        "  attn.v                   2 maps",
+        "  embedding                1 maps",
+        "  head                     1 maps",
+        "  mlp.down                 2 maps",
+        "  mlp.gate                 2 maps",
+        "  mlp.up                   2 maps",
+        "  names                    down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, "
+        "q_proj, up_proj, v_proj",
+        "Type weights.targets=[q_proj].",
+    ]
+
+
+def test_overrides_change_fields_where_they_match():
+    weights = LoRA(
+        rank=4, overrides=({"match": "layers.1-1", "rank": 2}, {"match": "attn.v", "rank": 1})
+    )
+    terms = attach(tiny("llama"), Recipe(weights=weights)).terms()
+    ranks = {path: by_name["lora"].A.shape[0] for path, by_name in terms.items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 4
+    assert ranks["model.layers.1.self_attn.q_proj"] == 2
+    assert ranks["model.layers.1.self_attn.v_proj"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ({"match": "layers.7-9", "rank": 2}, "no map matches a target"),
+        ({"match": "attn", "rnak": 2}, "Did you mean rank?"),
+        ({"rank": 2}, "an override needs `match`"),
+        ({"match": "attn.k", "rank": 17}, "At most 16 fits there."),
+    ],
+)
+def test_overrides_that_cannot_work_say_why(override, said):
+    with pytest.raises(UsageError) as error:
+        attach(tiny("llama"), Recipe(weights=LoRA(rank=2, overrides=(override,))))
+    assert said in str(error.value)
+
+
+def test_a_rank_too_large_everywhere_is_refused_and_cut_where_only_some_are_narrow():
+    with pytest.raises(UsageError) as error:
+        attach(tiny("llama"), Recipe(weights=LoRA(rank=33)))
+    assert "so at most 32 at every site" in str(error.value)
+    assert "Type weights.rank=32, or less." in str(error.value)
+    handle = attach(tiny("llama"), Recipe(weights=LoRA(rank=20)))
+    assert handle.coverage.cut == 4  # k and v of two layers are 16 x 32
+    assert "rank cut at 4 narrower maps" in str(handle.coverage)
+
+
+def test_a_map_read_past_its_module_is_refused_by_name():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+    with pytest.raises(UsageError) as error:
+        attach(Block(), Recipe(weights=LoRA(rank=2, targets=("out_proj",))))
+    assert "attention.out_proj" in str(error.value)
+    assert "terms on this map would never run" in str(error.value)
+
+
+def test_a_grouped_convolution_is_refused():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(UsageError, match="a grouped convolution has no single matrix"):
+        attach(model, Recipe(weights=LoRA(rank=2, targets=("conv",))))
+
+
+def test_resizing_an_embedding_that_carries_terms_is_refused():
+    model = tiny("llama")
+    handle = attach(model, Recipe(weights=LoRA(rank=2, targets=("embedding",))))
+    with pytest.raises(UsageError, match="Resize first, then attach"):
+        model.resize_token_embeddings(80)
+    handle.remove()
+    model.resize_token_embeddings(80)
+    assert model.get_input_embeddings().weight.shape[0] == 80
+
+
+def test_a_tied_matrix_is_not_dropped():
+    recipe = Recipe(weights=eckart.LowRank(targets=("embedding",)))
+    model = tiny("gemma")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UsageError, match="a tied matrix cannot be replaced"):
+        attach(model, recipe)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
