@@ -21,8 +21,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from eckart.recipe import Handle
 
-GB = 1e9
-
 
 def model_bytes(handle: Handle) -> dict[str, int]:
     """Weights, factors and a teacher as they are now; shared storage is counted once."""
@@ -119,6 +117,18 @@ def room(device: torch.device) -> tuple[int, int]:
 
 
 def described(parts: Mapping[str, int], total: int) -> str:
-    """`1.15 GB of 16: weights 0.27, factors 0.08, ...`"""
-    listed = ", ".join(f"{name} {part / GB:.2g}" for name, part in parts.items() if part)
-    return f"{sum(parts.values()) / GB:.3g} GB of {total / GB:.0f}: {listed}"
+    """`1.15 GB of 16 GB: weights 0.27, factors 0.08, ...`; parts in the unit of the sum."""
+    whole = sum(parts.values())
+    scale = unit(whole)[0]
+    listed = ", ".join(f"{name} {part / scale:.2g}" for name, part in parts.items() if part)
+    return f"{in_words(whole)} of {in_words(total)}: {listed}"
+
+
+def in_words(count: int) -> str:
+    """1.15 GB, or 37.9 MB."""
+    scale, name = unit(count)
+    return f"{count / scale:.3g} {name}"
+
+
+def unit(count: int) -> tuple[float, str]:
+    return (1e9, "GB") if count >= 1e9 else (1e6, "MB")

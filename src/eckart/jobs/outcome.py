@@ -14,7 +14,7 @@ from eckart.io.text import Data
 from eckart.jobs import launch
 from eckart.jobs.config import Job
 from eckart.jobs.fit import Fitted
-from eckart.jobs.memory import GB
+from eckart.jobs.memory import in_words
 from eckart.jobs.screen import Screen
 from eckart.recipe import Handle
 
@@ -139,8 +139,8 @@ def report(screen: Screen, found: Mapping[str, Any], form: str, fitted: Fitted) 
     gained = f"held out {before['loss']:.3f} -> {after['loss']:.3f}" if before and after else ""
     if fitted.best_step and fitted.best_step != fitted.steps:
         gained += f" (best, step {fitted.best_step})"
-    measured = f"{fitted.peak_bytes / GB:.3g} GB measured"
-    memory = f"{measured}, {found['estimated_memory_bytes'] / GB:.3g} estimated"
+    measured, estimated = fitted.peak_bytes, found["estimated_memory_bytes"]
+    memory = f"{in_words(measured)} measured, {in_words(estimated)} estimated" if measured else ""
     facts = [gained, memory, f"{form}: {LOADED_BY[form]}"]
     screen.line("done", "; ".join(f for f in facts if f), folder, result=True)
     following(screen, found["run"], form)
