@@ -32,30 +32,12 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from eckart.decompose import fix_signs
+from eckart.decompose import truncated_svd
 from eckart.errors import UsageError
 from eckart.linear import LowRank, Site
 from eckart.recipe import Cost, Paper, Weights
 
 Start = tuple[Tensor, Tensor, Tensor]  # B [*, m, r], R [*, r, r], A [*, r, n]
-
-
-def leading_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U [*, m, r], s [*, r], Vt [*, r, n] of the r largest singular values, in fp32.
-
-    Eigenvectors of the Gram matrix of the short side in fp64, then a thin QR and an r x r
-    SVD, which make both sides orthonormal even where M has no rank r. Ten times cheaper
-    than the full SVD that would be cut to r; exact, unlike random sketches of a flat
-    spectrum, and a matrix of signs has one.
-    """
-    wide = M.shape[-2] < M.shape[-1]
-    X = (M.mT if wide else M).double()  # [*, long, short]
-    V = torch.linalg.eigh(X.mT @ X)[1].flip(-1)[..., :rank]  # [*, short, r], largest first
-    Q, core = torch.linalg.qr(X @ V)
-    U, s, Vt = torch.linalg.svd(core)
-    U, Vt = Q @ U, Vt @ V.mT
-    U, Vt = fix_signs(*((Vt.mT, U.mT) if wide else (U, Vt)))
-    return U.float(), s.float(), Vt.float()
 
 
 def first_update(G: Tensor, eta: float, rule: str) -> Tensor:
@@ -77,19 +59,19 @@ def from_update(site: Site, rank: int, rule: str) -> Start:
     reached = G.abs().amax((-2, -1)) > 0  # [*]
     update = first_update(G, site.horizon.first_lr, rule)
     M = torch.where(reached[..., None, None], update, site.weight(torch.float32))
-    U, s, Vt = leading_svd(M, rank)
+    U, s, Vt = truncated_svd(M, rank)
     return U, torch.diag_embed(s * reached[..., None]), Vt
 
 
 def from_weight(site: Site, rank: int) -> Start:
     """The leading singular vectors of W, and R = 0."""
-    U, s, Vt = leading_svd(site.weight(torch.float32), rank)
+    U, s, Vt = truncated_svd(site.weight(torch.float32), rank)
     return U, torch.diag_embed(torch.zeros_like(s)), Vt
 
 
 def as_lora_xs(site: Site, rank: int) -> Start:
     """LoRA-XS as published: B = U S, A = V^T of W, R ~ N(0, 1e-5^2)."""
-    U, s, Vt = leading_svd(site.weight(torch.float32), rank)
+    U, s, Vt = truncated_svd(site.weight(torch.float32), rank)
     R = torch.randn(*s.shape, rank, generator=site.generator) * 1e-5
     return U * s.unsqueeze(-2), R.to(U.device), Vt
 

@@ -32,8 +32,9 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eckart.linear import Site, Term, low_rank
+from eckart.linear import Site, low_rank
 from eckart.linear.basis import RandomBasis, Streamed, combine, uniform
+from eckart.linear.factored import Factored
 from eckart.recipe import Cost, Paper, Weights
 
 A_NAME, B_NAME = "nola_A", "nola_B"  # the bases: children of the model's root
@@ -63,7 +64,7 @@ def rounded(c: Tensor, bits: int) -> Tensor:
     return c + (codes * step - c.detach())
 
 
-class Combination(Term):
+class Combination(Factored):
     """scale * B A with A, B combined from random bases by coefficients a, b [*, k]."""
 
     A0: Tensor
@@ -98,10 +99,9 @@ class Combination(Term):
     def bind(self, shared: Mapping[str, nn.Module], home: nn.Module, param: str) -> None:
         self.__dict__["bases"] = {name: shared.get(name) for name in (A_NAME, B_NAME)}
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """B [*, m, r] and A [*, r, n], without the scale."""
+    def factors(self) -> tuple[Tensor, Tensor]:
         A = self.A0 + self.combined(A_NAME, self.a, self.n)  # [*, n, r]
-        return self.combined(B_NAME, self.b, self.m), A.mT
+        return self.scale * self.combined(B_NAME, self.b, self.m), A.mT
 
     def combined(self, name: str, coefficients: Tensor, length: int) -> Tensor:
         """[*, length, r]: from the bases that are held, or drawn for the moment."""
@@ -112,39 +112,17 @@ class Combination(Term):
         return combine(c, held.values[: c.shape[-1], :length, : self.rank])
 
     def forward(self, x: Tensor) -> Tensor:
-        B, A = self.pair()
-        return self.product(x, A, B)
-
-    def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """s B A drop(x)."""
-        x = x.to(A.dtype)
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return low_rank(x, A, B, self.scale, mm=self.mm)
-
-    def back(self, x: Tensor) -> Tensor:  # [*, t, m] -> [*, t, n]
-        B, A = self.pair()
-        return low_rank(x.to(A.dtype), B.mT, A.mT, self.scale, mm=self.mm)
-
-    def columns(self, ids: Tensor) -> Tensor:  # [..] -> [.., m]
-        B, A = self.pair()
-        return self.mm(F.embedding(ids, A.mT) * self.scale, B.mT)
+        return super().forward(F.dropout(x, self.dropout, self.training))
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
-        B, A = self.pair()  # of all experts at once: the bases are read a single time
+        B, A = self.factors()  # of all experts at once: the bases are read a single time
+        x = F.dropout(x.to(A.dtype), self.dropout, self.training)
         parts = [
-            self.product(x[a:b], A[e], B[e])
+            low_rank(x[a:b], A[e], B[e], mm=self.mm)
             for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
             if b > a
         ]
         return torch.cat(parts) if parts else x.new_zeros(0, self.m)
-
-    def dense(self) -> Tensor:  # [*, m, n]
-        B, A = self.factors()
-        return B @ A
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        B, A = self.pair()
-        return self.scale * B, A
 
     def rows(self) -> int:
         return self.m
