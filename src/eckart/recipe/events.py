@@ -52,8 +52,8 @@ class EventHook:
         """Run the events of one moment and reset moments where they say so."""
         for event in self.events:
             if event.when == when and event.at(self.step):
-                event.run(self.now(event.name))
-                if event.moments == "reset":
+                done = event.run(self.now(event.name))
+                if event.moments == "reset" and done is not False:
                     reset_moments(optimizer, self.terms())
 
     def now(self, name: str) -> Now:

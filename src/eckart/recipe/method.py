@@ -63,12 +63,12 @@ class Event:
     """Something that happens at certain optimizer steps, changing tensors in place.
 
     `at` is asked with the number of completed steps. `moments` says what becomes of the
-    optimizer state of the parameters named in `run`'s answer (None: all of its terms').
+    optimizer state of all terms' parameters, unless `run` answers False: nothing was done.
     """
 
     name: str
     at: Callable[[int], bool]
-    run: Callable[[Now], None]
+    run: Callable[[Now], bool | None]
     when: Literal["before", "after"] = "after"
     moments: Literal["keep", "reset"] = "keep"
 

@@ -1,0 +1,335 @@
+"""CoDyRA: gated LoRA for a stream of tasks; weak components are dropped, strong ones merged.
+
+    y = W x + sum_past w b a x + B diag(w) A x      B [m, r], w [r], A [r, n] trained
+
+    per step of the sparse half:   w <- shrink(w, kappa)           components with w = 0 are out
+    after each task:               S = {i: w_i != 0} joins the past; B = 0, A and w drawn anew
+
+For fine-tuning one model on task after task without replay: the fewer components a task keeps,
+the less it overwrites. Each matrix finds its own rank. Inference costs nothing extra once
+merged. Take LoRA for a single task. An "adaptive rank" should be reported beside random
+pruning to the same ranks: as published, survival is decided mostly by the random first w.
+
+    importance  gate        kappa on |w|: as published
+                normalised  kappa on |w_i| |b_i| |a_i|, the size of the component's own update;
+                            |w| alone bounds nothing, since w b a = (w / c) (c b) a
+                spectral    kappa on the singular values of B diag(w) A, at level changes: the
+                            proximal step of the nuclear norm, whatever the basis
+
+Source: H. Lu et al., "Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual
+Learning Vision-Language Models with Dynamic Rank-Selective LoRA", 2024, eq. 5 to 7.
+We differ in four points, all by default and all to be undone by a field. The soft threshold is
+the paper's; the code's (shrink=official) also zeroes what it has just brought below kappa. The
+threshold reaches its last level whatever the number of steps (schedule=even). Gates start at
+1 and not at N(0, 1) (gates=normal), and are weighed by their components. W is not
+overwritten: the past is a frozen low-rank sum of its own, so the base can be had back bit by
+bit and all tasks exported as one LoRA. The published setting is importance=gate,
+shrink=official, schedule=official, gates=normal, with AdamW's second beta at 0.9999.
+
+m out, n in, r rank, R rank of the past, T steps of a task, * any leading dimensions (experts).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor, nn
+
+from eckart.decompose import fix_signs, recompress
+from eckart.errors import UsageError
+from eckart.linear import Site, seeded_generator
+from eckart.linear.factored import fresh_pair
+from eckart.linear.spectral import Spectral
+from eckart.recipe import Cost, Event, Handle, Now, Paper, Stage, Weights, Work
+from eckart.recipe.coverage import cover
+from eckart.recipe.lock import lock
+
+# --- thresholds ----------------------------------------------------------------------------
+
+
+def soft(w: Tensor, kappa: Tensor | float) -> Tensor:
+    """sign(w) max(|w| - kappa, 0): argmin_v (v - w)^2 / 2 + kappa |v|. Continuous."""
+    return w.sign() * (w.abs() - kappa).clamp_min(0)
+
+
+def official(w: Tensor, kappa: Tensor | float) -> Tensor:
+    """As the official code: what soft leaves below kappa is zeroed, a dead zone of 2 kappa."""
+    left = soft(w, kappa)
+    return torch.where(left.abs() < kappa, 0.0, left)
+
+
+SHRINKS = {"soft": soft, "official": official}
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """kappa after each step 0..T-1 of a task: zero at first, then growing level by level."""
+
+    steps: int
+    dense: float
+    levels: int
+    largest: float
+    schedule: str
+
+    def level(self, step: int) -> int:
+        """0 in the dense part; levels - 1 at most."""
+        T, K = self.steps, self.levels
+        if self.schedule == "even":
+            first = math.ceil(self.dense * T)
+            found = 0 if step < first else K * (step - first + 1) // (T - first)
+        else:  # one level up at the start of every step that q divides
+            first = math.ceil(self.dense * T)
+            q = int((T - self.dense * T) / K)
+            found = 0 if q == 0 or step < first else step // q - (first - 1) // q
+        return min(K - 1, found)
+
+    def kappa(self, step: int) -> float:
+        """The threshold after this step; the official code begins one step late."""
+        if self.schedule == "official" and step <= self.dense * self.steps:
+            return 0.0
+        return self.largest * self.level(step) / max(1, self.levels - 1)
+
+    def gathered(self, step: int) -> float:
+        """The sum of thresholds since the level last changed, where it changes; else 0."""
+        if not self.changes(step):
+            return 0.0
+        total, i = self.kappa(step), step - 1
+        while i >= 0 and not self.changes(i):
+            total, i = total + self.kappa(i), i - 1
+        return total
+
+    def changes(self, step: int) -> bool:
+        """Does the next step have another level? True in the last one."""
+        return step == self.steps - 1 or self.level(step + 1) != self.level(step)
+
+
+def shrunk_product(B: Tensor, w: Tensor, A: Tensor, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
+    """U, (s - kappa)_+, V^T of B diag(w) A: singular value thresholding by thin factors.
+
+    B [*, m, r], w [*, r], A [*, r, n]; two QRs and an r x r SVD, never an m x n matrix.
+    """
+    Qb, Rb = torch.linalg.qr(B * w.unsqueeze(-2))
+    Qa, Ra = torch.linalg.qr(A.mT)
+    U, s, Vt = torch.linalg.svd(Rb @ Ra.mT)
+    U, Vt = fix_signs(Qb @ U, Vt @ Qa.mT)
+    return U, (s - kappa).clamp_min(0), Vt
+
+
+# --- the term ------------------------------------------------------------------------------
+
+
+class Gated(Spectral):
+    """B diag(s) A for the task at hand, and the frozen sum of the tasks before it."""
+
+    B_past: Tensor  # [*, m, R]
+    A_past: Tensor  # [*, R, n]
+    task: int
+
+    def __init__(self, B: Tensor, s: Tensor, A: Tensor):
+        super().__init__(B, s, A)
+        self.register_buffer("B_past", B.new_zeros(*B.shape[:-1], 0))
+        self.register_buffer("A_past", A.new_zeros(*A.shape[:-2], 0, A.shape[-1]))
+        self.task = 0  # tasks that are in the past
+
+    def frames(self) -> tuple[Tensor, Tensor]:
+        if self.B_past.shape[-1] == 0:
+            return self.B, self.A
+        return torch.cat([self.B, self.B_past], -1), torch.cat([self.A, self.A_past], -2)
+
+    def gates(self) -> Tensor:
+        ones = self.s.new_ones(*self.s.shape[:-1], self.B_past.shape[-1])
+        return torch.cat([self.s, ones], -1)
+
+    def live(self) -> Tensor:
+        """Which components do something, in any expert: bool [r]."""
+        here = (self.s != 0) & (self.B != 0).any(-2) & (self.A != 0).any(-1)
+        return here.reshape(-1, here.shape[-1]).any(0)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The past and what is live of the present: rank R + |S|."""
+        keep = self.live()
+        B = self.B[..., keep] * self.s[..., None, keep]
+        return torch.cat([B, self.B_past], -1), torch.cat([self.A[..., keep, :], self.A_past], -2)
+
+    @torch.no_grad()
+    def shrink(self, kappa: float, how: str, importance: str) -> None:
+        """One proximal step on the gates."""
+        if importance == "spectral":
+            for tensor, new in zip(
+                (self.B, self.s, self.A), shrunk_product(self.B, self.s, self.A, kappa), strict=True
+            ):
+                tensor.copy_(new)
+            return
+        limit: Tensor | float = kappa
+        if importance == "normalised":  # 0 / 0: a component without factors goes out
+            limit = kappa / (self.B.norm(dim=-2) * self.A.norm(dim=-1))
+        self.s.copy_(SHRINKS[how](self.s, limit))
+
+    @torch.no_grad()
+    def begin_task(self, B: Tensor, s: Tensor, A: Tensor) -> None:
+        """Move what is live into the past, at most of full rank, and start afresh."""
+        past_B, past_A = self.factors()
+        most = min(past_B.shape[-2], past_A.shape[-1])
+        if past_B.shape[-1] > most:  # more columns than a matrix has directions: the same sum
+            past_B, past_A, _ = recompress(past_B, past_A, most)
+        self.B_past, self.A_past = past_B.clone(), past_A.clone()
+        for tensor, new in ((self.B, B), (self.s, s), (self.A, A)):
+            tensor.copy_(new)
+        self.task += 1
+
+
+@dataclass(frozen=True)
+class CoDyRA(Weights):
+    """Trains gated components, task by task; the base stays as it is."""
+
+    rank: Annotated[int, Ge(1)] = 16
+    """r, components that each task starts with. Paper: 16."""
+
+    importance: Literal["normalised", "gate", "spectral"] = "normalised"
+    """What the threshold is held against; paper: gate."""
+
+    shrink: Literal["soft", "official"] = "soft"
+    """The paper's soft threshold or its code's. Spectral is always soft."""
+
+    gates: Literal["ones", "normal"] = "ones"
+    """w at the start of a task: 1, or N(0, 1) as in the official code."""
+
+    threshold: Annotated[float, Ge(0)] = 5e-3
+    """kappa of the last level, per step. Paper: 5e-3; its sum over a task is what counts."""
+
+    levels: Annotated[int, Ge(1)] = 50
+    """Levels between 0 and the last threshold."""
+
+    dense: Annotated[float, Ge(0), Le(1)] = 0.5
+    """Share of a task's steps before the first threshold. Paper: 0.5."""
+
+    schedule: Literal["even", "official"] = "even"
+    """even: reaches the last level in any number of steps; official: none in a short task."""
+
+    base: ClassVar = "frozen"
+    offers: ClassVar = ()
+    mission: ClassVar = True
+    default_lr: ClassVar = 1e-3
+    paper: ClassVar = Paper(
+        "Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual Learning "
+        "Vision-Language Models with Dynamic Rank-Selective LoRA",
+        "https://arxiv.org/abs/2412.01004",
+    )
+    promises: ClassVar = ("starts_at_base", "restores_base", "merges", "exports_low_rank")
+    stages: ClassVar = (
+        Stage("learn", "train", repeat="tasks"),
+        Stage("keep", "operate", repeat="tasks"),
+    )
+
+    def build_one(self, site: Site) -> Mapping[str, nn.Module]:
+        return {"codyra": Gated(*self.fresh(site, site.generator))}
+
+    def fresh(self, site: Site, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """B, w, A at the start of a task: their product is 0."""
+        r = min(self.rank, *site.shape)
+        B, A = fresh_pair(site, r, generator)
+        w = torch.ones(*site.leading, r)
+        return B, w.normal_(generator=generator) if self.gates == "normal" else w, A
+
+    def events(self) -> Iterable[Event]:
+        # Spectral rewrites B and A: what the optimizer remembers belongs to others.
+        moments: Literal["keep", "reset"] = "reset" if self.importance == "spectral" else "keep"
+        return (Event("shrink the gates", always, self.sparsify, moments=moments),)
+
+    def sparsify(self, now: Now) -> bool:
+        """The threshold of the step just done; False where there was none."""
+        if now.steps is None:
+            raise UsageError(
+                "codyra needs the number of steps",
+                [("attach(...)", "steps= is missing")],
+                "Pass attach(..., steps=).",
+            )
+        plan = self.thresholds(now.steps)
+        step = now.step - 1
+        kappa = plan.gathered(step) if self.importance == "spectral" else plan.kappa(step)
+        if kappa == 0:
+            return False
+        for by_name in now.terms.values():
+            for term in by_name.values():
+                if isinstance(term, Gated):
+                    term.shrink(kappa, self.shrink, self.importance)
+        return True
+
+    def thresholds(self, steps: int) -> Thresholds:
+        """The plan of one task."""
+        return Thresholds(steps, self.dense, self.levels, self.threshold, self.schedule)
+
+    def operate(self, work: Work) -> Work:
+        """After each task, the last one too: what is live joins the past."""
+        assert work.handle is not None
+        ranks = ranks_of(work.handle)
+        next_task(work.handle)
+        return dataclasses.replace(work, output=ranks)
+
+    def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
+        """No decay on gates: it would be a second shrink."""
+        return {"weight_decay": 0.0} if name.endswith(".s") else {}
+
+    def cost(self, m: int, n: int) -> Cost:
+        """In the first task; each past component adds m + n frozen numbers."""
+        r = min(self.rank, m, n)
+        return Cost(parameters=r * (m + n + 1), flops_per_token=2 * r * (m + n) + r)
+
+
+def always(step: int) -> bool:
+    """At every step."""
+    return True
+
+
+def gated(handle: Handle) -> dict[str, Gated]:
+    """The terms of this method by site."""
+    found = {path: by_name.get("codyra") for path, by_name in handle.terms().items()}
+    return {path: term for path, term in found.items() if isinstance(term, Gated)}
+
+
+def ranks_of(handle: Handle) -> dict[str, Tensor]:
+    """|S|, the components of the present task that are live, by site."""
+    return {path: term.live().sum() for path, term in gated(handle).items()}
+
+
+def next_task(handle: Handle, steps: int | None = None) -> None:
+    """Keep what the task learnt and start another one; make a new optimizer afterwards.
+
+    Shapes of frozen tensors grow, so no wrapper (DDP, FSDP) may hold the model. `steps` is the
+    next task's horizon; a trainer that knows it may set it later.
+    """
+    method = handle.weights
+    assert isinstance(method, CoDyRA)
+    for path, term in gated(handle).items():
+        site = handle.sites[path]
+        generator = seeded_generator(site.seed, path, "task", term.task + 1)
+        term.begin_task(*method.at(site).fresh(site, generator))
+    handle.events.step, handle.steps = 0, steps
+    handle.coverage = cover(handle)
+    lock(handle.model, handle.structure())
+
+
+def retention(scores: Tensor, before: Tensor) -> dict[str, float]:
+    """The numbers of continual learning; scores [N, N]: row t after task t, column j task j.
+
+    `before` [N] is the base model's row; higher is better. transfer: on tasks not yet seen;
+    average; last: after all tasks; forgetting: from a task's best to its last; backward: the
+    same from its own row. A score of zero counts as any other.
+    """
+    N = scores.shape[0]
+    unseen = [scores[:j, j].mean() for j in range(1, N)]
+    ahead = torch.stack(unseen).mean() if unseen else scores.new_tensor(float("nan"))
+    last, own = scores[-1, :-1], scores.diagonal()[:-1]
+    drop = scores[:, :-1].amax(0) - last
+    return {
+        "base": float(before.mean()),
+        "transfer": float(ahead),
+        "average": float(scores.mean()),
+        "last": float(scores[-1].mean()),
+        "forgetting": float(drop.mean()),
+        "backward": float((last - own).mean()),
+    }
