@@ -1,0 +1,147 @@
+"""A new method is one file in a folder: listed, validated, trained, resumed, exported.
+
+No other line of the package changes; here the folder is a temporary one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from eckart.io.opening import open_model
+from eckart.recipe import registry
+from tests.journeys.runs import eckart, model_folder, texts
+from tests.tiny import logits
+
+METHOD = '''
+"""Half: a low-rank update whose A is frozen at its random start.
+
+    y = W x + B A x        A [r, n] frozen, B [m, r] trained, zero at first
+
+Take it when only half of LoRA's numbers may be trained.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge
+
+from eckart.linear import LowRank
+from eckart.recipe import Cost, Paper, Weights
+
+
+@dataclass(frozen=True)
+class Half(Weights):
+    """Trains one thin factor."""
+
+    rank: Annotated[int, Ge(1)] = 4
+    """r, the rank of the update."""
+
+    default_lr: ClassVar = 0.02
+    paper: ClassVar = Paper("Half", "https://example.org/half")
+    promises: ClassVar = ("starts_at_base", "restores_base", "merges", "exports_low_rank")
+
+    def build_one(self, site):
+        (m, n), r = site.shape, self.rank
+        A = torch.randn(*site.leading, r, n, generator=site.generator) / n**0.5
+        return {"thin": LowRank(torch.zeros(*site.leading, m, r), A, trained=("B",))}
+
+    def cost(self, m, n):
+        return Cost(parameters=self.rank * m, frozen=self.rank * n)
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("new")
+    (folder / "methods" / "weights").mkdir(parents=True)
+    (folder / "methods" / "weights" / "half.py").write_text(textwrap.dedent(METHOD).lstrip())
+    model_folder(folder / "m")
+    texts(folder / "d.jsonl")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def dropped_in(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ECKART_METHODS", str(place / "methods"))
+    assert "half" in registry.methods()
+
+
+def finetune(place, out, *words):
+    return eckart("finetune", place / "m", place / "d.jsonl", "method=half", *words, "-o", out)
+
+
+@pytest.fixture(scope="module")
+def whole_run(place):
+    os.environ["ECKART_METHODS"] = str(place / "methods")
+    return finetune(place, place / "run", "train.steps=8", "train.save_every=4")
+
+
+def test_it_is_listed_with_its_fields(place):
+    listed = eckart("methods", "half")
+    assert listed.code == 0 and "weights.rank = 4" in listed.out
+    assert "Take it when only half of LoRA's numbers may be trained." in listed.out
+
+
+def test_its_fields_are_validated(place):
+    wrong = finetune(place, place / "none", "weights.rnak=3")
+    assert wrong.code == 2 and "Did you mean weights.rank?" in wrong.err
+    wrong = finetune(place, place / "none", "weights.rank=0")
+    assert wrong.code == 2 and not (place / "none").exists()
+
+
+def test_it_trains_and_its_default_rate_is_taken(whole_run, place):
+    assert whole_run.code == 0, whole_run.err
+    facts = json.loads((place / "run" / "run.json").read_text())
+    assert facts["eval"]["after"]["loss"] < facts["eval"]["before"]["loss"]
+    assert "lr: 0.02  # the default of half" in (place / "run" / "resolved.yaml").read_text()
+
+
+def test_a_killed_run_goes_on_to_the_same_tensors(whole_run, place):
+    code = (
+        "import os, signal, sys\n"
+        "from eckart.jobs import fit\n"
+        "from eckart.cli import main\n"
+        "step = fit.Interrupt.on_step_end\n"
+        "def killed(self, args, state, control, **k):\n"
+        "    if state.global_step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, args, state, control, **k)\n"
+        "fit.Interrupt.on_step_end = killed\n"
+        "main()\n"
+    )
+    words = ["finetune", place / "m", place / "d.jsonl", "method=half", "train.steps=8",
+             "train.save_every=4", "-o", place / "killed"]  # fmt: skip
+    ended = subprocess.run([sys.executable, "-c", code, *map(str, words)], check=False)
+    assert ended.returncode == -9
+    resumed = eckart("finetune", "--resume", place / "killed")
+    assert resumed.code == 0, resumed.err
+    ours = open_model(place / "killed").model.state_dict()
+    theirs = open_model(place / "run").model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_its_result_loads_in_plain_peft_as_lora(whole_run, place):
+    from peft import PeftModel
+
+    from eckart.io.models import load_model
+
+    theirs = PeftModel.from_pretrained(load_model(place / "m"), place / "run" / "final")
+    # fp32; a low-rank update becomes LoRA's factors exactly, summed in another order
+    torch.testing.assert_close(
+        logits(theirs), logits(open_model(place / "run").model), rtol=0, atol=2e-6
+    )
+
+
+def test_it_converts_to_a_dense_model(whole_run, place):
+    done = eckart("convert", place / "run", "--to", "dense", "-o", place / "dense")
+    assert done.code == 0, done.err
+    merged, adapted = open_model(place / "dense").model, open_model(place / "run").model
+    # fp32 rounding of merged weights of order 0.1 through two layers
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=2e-6)

@@ -1,0 +1,190 @@
+"""What attach() hands around: products, events, objectives, horizons, and what it refuses."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from eckart.errors import FileError, UsageError
+from eckart.methods.objective.distill import Distill
+from eckart.methods.objective.orthogonality import Orthogonality
+from eckart.methods.update.adamw import AdamW
+from eckart.methods.update.galore import GaLore
+from eckart.methods.weights.dense import Dense
+from eckart.methods.weights.dora import DoRA
+from eckart.methods.weights.lora import LoRA
+from eckart.recipe import Event, Precision, Recipe, attach, terms_off
+from tests.conftest import batch_for, randomise, tiny
+from tests.laws.matrix import logits, steps
+
+
+def counting_mm(x, w):
+    counting_mm.calls.append((tuple(x.shape), tuple(w.shape)))
+    return x @ w
+
+
+@dataclass(frozen=True)
+class Counting(Precision):
+    """A precision whose product leaves a trace."""
+
+    def mm(self):
+        return counting_mm
+
+
+@dataclass(frozen=True)
+class Scheduled(LoRA):
+    """LoRA that halves B after its second step, forgets its moments then, and notes draws."""
+
+    drawn: ClassVar[list] = []
+
+    def events(self):
+        def halve(now):
+            for by_name in now.terms.values():
+                by_name["lora"].B.data.mul_(0.5)
+
+        def note(now):
+            self.drawn.append((now.step, torch.rand(1, generator=now.generator).item()))
+
+        yield Event("halve", lambda step: step == 2, halve, moments="reset")
+        yield Event("note", lambda step: step % 2 == 0, note, when="before")
+
+
+@pytest.mark.parametrize("weights", [LoRA(rank=2), DoRA(rank=2)])
+def test_a_precision_computes_the_products_of_sites_and_terms(weights):
+    counting_mm.calls = []
+    model = tiny("llama", torch.float64)
+    handle = attach(model, Recipe(weights=weights, precision=Counting()))
+    model.to(torch.float64)
+    randomise(handle)
+    y = logits(model, batch_for("llama"))
+    shapes = {w for _, w in counting_mm.calls}
+    assert (32, 32) in shapes and (32, 2) in shapes and (2, 48) in shapes
+    assert len(counting_mm.calls) == 14 * 3  # base, A and B of each map
+    for path in handle.attached:
+        handle.sites[path].module._sum.mm = torch.matmul
+    # the same numbers by another order of sums, in fp64
+    torch.testing.assert_close(logits(model, batch_for("llama")), y, rtol=0, atol=1e-12)
+
+
+def test_events_run_at_the_optimizers_steps_and_reset_moments():
+    Scheduled.drawn.clear()
+    model = tiny("llama")
+    handle = attach(model, Recipe(weights=Scheduled(rank=2)))
+    optimizer = handle.optimizer(lr=1e-2)
+    batch = batch_for("llama")
+    steps(handle, optimizer, [batch] * 2)
+    B = handle.terms()["model.layers.0.self_attn.q_proj"]["lora"].B
+    assert handle.events.step == 2 and B not in optimizer.state
+    assert [step for step, _ in Scheduled.drawn] == [0]
+    plain = attach(tiny("llama"), Recipe(weights=LoRA(rank=2)))
+    steps(plain, plain.optimizer(lr=1e-2), [batch] * 2)
+    twice = plain.terms()["model.layers.0.self_attn.q_proj"]["lora"].B
+    assert torch.equal(B, 0.5 * twice)
+    steps(handle, optimizer, [batch])
+    first = dict(Scheduled.drawn)
+    Scheduled.drawn.clear()
+    again = attach(tiny("llama"), Recipe(weights=Scheduled(rank=2)))
+    steps(again, again.optimizer(lr=1e-2), [batch] * 3)
+    assert dict(Scheduled.drawn) == first and len(set(first.values())) == 2
+
+
+def test_a_penalty_adds_its_gradient_once_and_after_clipping():
+    batch, weight = batch_for("llama"), 0.3
+    handles = {}
+    for name, objective in (("plain", ()), ("penalised", (Orthogonality(weight=weight),))):
+        model = tiny("llama", torch.float64)
+        handles[name] = attach(model, Recipe(weights=LoRA(rank=4), objective=objective))
+        model.to(torch.float64)
+        randomise(handles[name])
+    moved = {}
+    for name, handle in handles.items():
+        seen = {}
+        optimizer = handle.optimizer(lr=1.0, clip=1e-3)
+        before = {n: p.detach().clone() for n, p in handle.trainable().items()}
+        for _ in range(3):  # accumulation: the penalty must not count three times
+            (handle.loss(batch, handle.model(**batch)) / 3).backward()
+        if name == "penalised":
+            expected = {
+                n: g
+                for p, g in handle.penalty_gradients().items()
+                for n, q in handle.trainable().items()
+                if q is p
+            }
+            assert len(expected) == len(handle.trainable())
+        for group in optimizer.param_groups:  # what reaches the rule, seen through Adam's state
+            assert group["lr"] == 1.0
+        optimizer.step()
+        for n, p in handle.trainable().items():
+            seen[n] = optimizer.state[p]["exp_avg"] / 0.1
+        moved[name] = (before, seen)
+    for n, g in expected.items():
+        difference = moved["penalised"][1][n] - moved["plain"][1][n]
+        torch.testing.assert_close(difference, g, rtol=1e-9, atol=1e-12)
+
+
+def test_distillation_of_a_fresh_adapter_costs_nothing_and_pulls_back_later():
+    model, batch = tiny("llama"), batch_for("llama")
+    handle = attach(model, Recipe(weights=LoRA(rank=4), objective=(Distill(weight=1.0),)))
+    outputs = model(**batch)
+    assert handle.loss(batch, outputs).abs() < 1e-6  # the base against itself, fp32
+    randomise(handle, std=0.3)
+    base = tiny("llama")
+    with terms_off(model):
+        assert torch.equal(model(**batch).logits, base(**batch).logits)
+    losses = steps(handle, handle.optimizer(lr=1e-2), [batch] * 12)
+    assert 0 < losses[-1] < 0.7 * losses[0]
+
+
+def test_distillation_without_a_reference_says_so():
+    with pytest.raises(UsageError) as error:
+        model, batch = tiny("llama"), batch_for("llama")
+        handle = attach(model, Recipe(weights=Dense(), objective=(Distill(),)))
+        handle.loss(batch, model(**batch))
+    assert "teacher" in str(error.value)
+
+
+def test_a_loop_that_leaves_the_objective_out_is_stopped():
+    model, batch = tiny("llama"), batch_for("llama")
+    handle = attach(model, Recipe(weights=LoRA(rank=2), objective=(Distill(),)))
+    optimizer = torch.optim.SGD(handle.trainable().values(), lr=0.1)
+    model(**batch).loss.backward()
+    with pytest.raises(UsageError, match="this loop leaves the objective out"):
+        optimizer.step()
+
+
+def test_illegal_combinations_are_refused_when_the_recipe_is_built():
+    with pytest.raises(UsageError) as error:
+        Recipe(weights=LoRA(), update=GaLore())
+    assert str(error.value).splitlines() == [
+        "these two do not combine",
+        "  update = galore  projects the gradients of whole matrices",
+        "  weights = lora   trains no whole matrix",
+        "Type weights=dense update=galore, or update=adamw.",
+    ]
+    with pytest.raises(UsageError, match="adamw is not a choice for weights"):
+        Recipe(weights=AdamW())
+
+
+def test_saved_tensors_that_do_not_fit_are_named():
+    handle = attach(tiny("llama"), Recipe(weights=LoRA(rank=2, targets=("attn.q",))))
+    state = {name: tensor.clone() for name, tensor in handle.named_state().items()}
+    name = "model.layers.0.self_attn.q_proj.lora.A"
+    lost = state.pop(name)
+    with pytest.raises(FileError, match=r"q_proj\.lora\.A +is missing"):
+        handle.load_named_state(state)
+    with pytest.raises(FileError, match=r"shape \(3, 32\), expected \(2, 32\)"):
+        handle.load_named_state({**state, name: torch.zeros(3, 32)})
+    with pytest.raises(FileError, match=r"stray +has no place"):
+        handle.load_named_state({**state, name: lost, "stray": lost})
+
+
+def test_coverage_counts_every_element_once():
+    model = tiny("gemma")
+    handle = attach(model, Recipe(weights=LoRA(rank=2)))
+    assert handle.coverage.parameters == sum(p.numel() for p in model.parameters())
+    assert handle.coverage.total("trained") == sum(p.numel() for p in handle.trainable().values())
+    dense = attach(tiny("llama"), Recipe(weights=Dense(), update=GaLore(rank=2)))
+    assert dense.coverage.total("projected") == sum(
+        site.raw.numel() for site in dense.sites.values() if site.role[:3] in ("att", "mlp")
+    )
