@@ -4,6 +4,7 @@ from eckart.optim.blocks import Blocks
 from eckart.optim.fixed import Selected
 from eckart.optim.inner import SGD, Adafactor, Adam, Direction, Inner
 from eckart.optim.optimizer import LowRankOptimizer
+from eckart.optim.pair import Factor, Moments, PairRule, Spectrum, spectrum, sylvester
 from eckart.optim.project import (
     SVD,
     Basis,
@@ -30,12 +31,15 @@ __all__ = [
     "Direction",
     "EightBit",
     "ErrorFeedback",
+    "Factor",
     "Gram",
     "Identity",
     "Inner",
     "Iteration",
     "LowRankOptimizer",
+    "Moments",
     "NormGrowth",
+    "PairRule",
     "Projector",
     "Randomised",
     "Refresh",
@@ -44,5 +48,8 @@ __all__ = [
     "Rule",
     "Selected",
     "Source",
+    "Spectrum",
     "Subspace",
+    "spectrum",
+    "sylvester",
 ]

@@ -5,7 +5,7 @@ Where they are projected they also share their shape, so that refreshes can be b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -76,6 +76,11 @@ class Entry:
     def local(self) -> Tensor:
         """The parameter on this process."""
         return local(self.param)
+
+    @property
+    def rests(self) -> bool:
+        """Has it no gradient at this step?"""
+        return self.param.grad is None
 
     @property
     def seed(self) -> int:
@@ -177,8 +182,11 @@ class Bucket:
         for entry, low in zip(found, extra, strict=True):
             entry.R.add_(low)
 
-    def apply(self) -> None:
-        """Move the moments and the weights, then count the step."""
+    def apply(self, leave: Container[str] = ()) -> None:
+        """Move the moments and the weights, then count the step; leave some out by name."""
+        self.entries = [e for e in self.entries if e.name not in leave]
+        if not self.entries:
+            return
         for part in self.parts():
             move(part)
             for entry in part:

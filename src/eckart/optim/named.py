@@ -40,19 +40,44 @@ def unpack(flat: Mapping[str, Any], params: Iterable[Named]) -> dict[Tensor, Sta
     if strangers:
         raise FileError("the optimizer's state does not fit the model", strangers)
     states: dict[Tensor, State] = {}
+    partners = {
+        name: (place, pair) for _, group in here.values() for pair in group["pairs"]
+        for place, name in enumerate(pair[:2])
+    }  # fmt: skip
     for name, entry in found.items():
         p, group = here[name]
         for key in ("lr", "taken"):
             group[key] = entry.pop(key, group[key])
         if entry:
-            states[p] = fitted(name, p, group, entry)
+            place, pair = partners.get(name, (0, None))
+            both = [here[n][0] for n in pair[:2]] if pair and group["rule"].pair else None
+            wanted = first_state(p, group, both, place)
+            states[p] = fitted(name, p, group, entry, wanted)
     return states
 
 
-def fitted(name: str, p: Tensor, group: Mapping[str, Any], entry: State) -> State:
+def first_state(
+    p: Tensor, group: Mapping[str, Any], pair: list[Tensor] | None, place: int
+) -> State:
+    """What the parameter's state would be before its first step, without memory. `pair` are
+    the factors B, A of which it is the one at `place`."""
+    rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
+    state = rule.start(hollow(p), leading)
+    if rule.pair is not None:
+        if pair is None:
+            return state | rule.inner.init(hollow(p))
+        state |= rule.pair.init(hollow(pair[0]), hollow(pair[1]), rule.inner)[place]
+    return state
+
+
+def hollow(p: Tensor) -> Tensor:
+    """A tensor like the whole of p on the meta device."""
+    return torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+
+def fitted(name: str, p: Tensor, group: Mapping[str, Any], entry: State, wanted: State) -> State:
     """A saved state laid out as the parameter is; FileError where keys or shapes differ."""
     rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
-    wanted = rule.start(torch.empty(p.shape, dtype=p.dtype, device="meta"), leading)
     facts = [(f"{name}/{key}", "missing") for key in wanted if key not in entry]
     for key, value in entry.items():
         if isinstance(value, Tensor):
@@ -68,7 +93,7 @@ def fitted(name: str, p: Tensor, group: Mapping[str, Any], entry: State) -> Stat
     layout = layout_of(name, p, leading, *rule.sides(p.shape, leading))
     return {
         key: layout.place(copy_to(value, p), rule.kind(key))
-        if layout is not None and isinstance(value, Tensor)
+        if layout is not None and isinstance(value, Tensor) and rule.pair is None
         else copy_to(value, p)
         for key, value in entry.items()
     }

@@ -20,6 +20,7 @@ from eckart.errors import UsageError
 from eckart.optim import named
 from eckart.optim.bucket import Bucket, Entry, buckets, entry_of
 from eckart.optim.layerwise import Projected, check_layerwise
+from eckart.optim.pair import Pair, move_pairs, prepare
 from eckart.optim.part import State
 from eckart.optim.rule import Rule, check_same
 from eckart.optim.sharded import local, sum_
@@ -33,7 +34,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     `params`: parameters, (name, parameter) pairs, or groups. A group is a dict with
     `params` and any of `rule`, `lr`, `weight_decay` (the rule's where it is left out),
     `clip_weight` (how often its squared norm counts in the clipped norm) and `leading`
-    (1 for fused experts [e, m, n]; else all dimensions after the first are columns).
+    (1 for fused experts [e, m, n]; else all dimensions after the first are columns). Rules
+    for factor pairs need `pairs`, a list of (name of B, name of A, scale).
 
     Names place the refreshes and seed what is random, and state is saved under them;
     parameters without names are called by their place.
@@ -73,6 +75,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "weight_decay": None,
                 "clip_weight": 1.0,
                 "leading": 0,
+                "pairs": (),
                 "taken": 0,  # steps of the optimizer, whether or not a parameter took part
             },
         )
@@ -133,7 +136,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.grad_norm = clip_(moving, self.clip)
         for bucket in moving:
             bucket.add(penalties)
-            bucket.apply()
+        pairs = self.pairs(moving)
+        move_pairs(pairs)
+        paired = {e.name for pair in pairs for e in (pair.B, pair.A)}
+        for bucket in moving:
+            bucket.apply(leave=paired)
         for group in self.param_groups:
             group["taken"] += 1
 
@@ -236,23 +243,42 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.projected is not None:
             self.projected.clear()
 
-    # -- blocks -----------------------------------------------------------------------
+    # -- pairs and blocks -------------------------------------------------------------
+
+    def pairs(self, moving: list[Bucket]) -> list[Pair]:
+        """The factor pairs that move now, with their state. Where only one factor has a
+        gradient and the other does not rest, but is frozen, it is no pair."""
+        found = {e.name: e for b in moving for e in b.entries if e.rule.pair is not None}
+        if not found:
+            return []
+        for name, p, group in self.named():
+            if name in self.resting:
+                found[name] = entry_of(name, p, group, self.state[p], self.seed)
+        listed = [pair for group in self.param_groups for pair in group["pairs"]]
+        pairs = [Pair(found[b], found[a], s) for b, a, s in listed if b in found and a in found]
+        prepare(pairs, [e for e in found.values() if e.param.grad is not None])
+        return [pair for pair in pairs if not (pair.B.rests and pair.A.rests)]
 
     def rest(self, tell_autograd: bool = True) -> None:
         """Before the forward pass of a step: which parameters train, and at a new period what
         becomes of the moments of blocks."""
         blocks, taken = self.param_groups[0]["rule"].blocks, self.param_groups[0]["taken"]
-        if blocks is None:
-            return
-        self.resting = blocks.resting([name for name, _, _ in self.named()], taken, self.seed)
+        names = [name for name, _, _ in self.named()]
+        resting = set() if blocks is None else blocks.resting(names, taken, self.seed)
+        for group in self.param_groups:
+            rule = group["rule"].pair
+            place = "BA".find(rule.rests(taken)) if rule is not None and rule.rests(taken) else -1
+            resting |= {pair[place] for pair in group["pairs"] if place >= 0}
+        if tell_autograd and (resting or self.resting):
+            for name, p, _ in self.named():
+                p.requires_grad_(name not in resting)
+        self.resting = resting
         for name, p, _ in self.named():
-            if tell_autograd:
-                p.requires_grad_(name not in self.resting)
-            if name in self.resting:
+            if name in resting:
                 p.grad = None
-        if blocks.begins(taken):
-            for name in blocks.forgotten([name for name, _, _ in self.named()], self.resting):
-                self.reset_state(p for n, p, _ in self.named() if n == name)
+        if blocks is not None and blocks.begins(taken):
+            forgotten = blocks.forgotten(names, resting)
+            self.reset_state(p for name, p, _ in self.named() if name in forgotten)
 
     # -- state ------------------------------------------------------------------------
 
@@ -282,9 +308,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if is_projected(p, group):
             self.reset_state([p])  # its basis was found for another shape
         else:
-            state = self.state[p]
+            state, rule = self.state[p], group["rule"]
             moments = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-            state |= group["rule"].inner.select(moments, p.shape, axis, index)
+            if rule.pair is None:
+                state |= rule.inner.select(moments, p.shape, axis, index)
+            else:
+                state |= rule.pair.select(moments, p.shape, axis, index)
 
     def named_state_dict(self) -> dict[str, Any]:
         """The state under the parameters' names: {"<name>/<key>": tensor or number}.

@@ -21,6 +21,7 @@ from torch import Tensor
 from eckart.errors import UsageError
 from eckart.optim.blocks import Blocks
 from eckart.optim.inner import Adam, Inner
+from eckart.optim.pair import PairRule
 from eckart.optim.part import Part, State
 from eckart.optim.project import Identity, Projector, as_matrix
 from eckart.optim.refresh import Refresh
@@ -54,6 +55,7 @@ class Rule(Part):
     residual: Residual | None = None  # what becomes of G outside the subspace
     limiter: NormGrowth | None = None  # on that residual
     blocks: Blocks | None = None  # which parameters train at a time; None: all
+    pair: PairRule | None = None  # how factors B, A move together; others follow the rest
     scale: float = 1.0  # on the projected-back update, beside the learning rate
     weight_decay: float = 0.0  # decoupled; a group's own value wins
     decay: Literal["before", "after"] = "before"  # the update, as torch does, or after it
@@ -89,6 +91,7 @@ class Rule(Part):
             source=None,
             residual=None,
             limiter=None,
+            pair=None,
             scale=1.0,
         )
 
@@ -118,6 +121,8 @@ class Rule(Part):
 
     def start(self, p: Tensor, leading: int = 0, layout: Layout | None = None) -> State:
         """The state of a parameter before its first step, laid out as the parameter is."""
+        if self.pair is not None:
+            return {"step": 0}  # the rest is made when both factors are there
         if self.projector.identity:
             return {"step": 0} | self.inner.init(p)
         if layout is not None:

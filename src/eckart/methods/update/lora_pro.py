@@ -1,0 +1,196 @@
+"""LoRA-Pro: move the factors so that the matrix moves as full fine-tuning would move it.
+
+A change (hA, hB) of the factors of W = W0 + s B A moves W by E = s (B hA + hB A). Among all
+such moves the one nearest to G = dL/dW, the gradient that LoRA never forms, is reached by
+
+    hA = 1/s^2 (B^T B)^-1 gA + X A
+    hB = 1/s^2 (I - B (B^T B)^-1 B^T) gB (A A^T)^-1 - B X
+
+for every X [r, r], where gA = s B^T G, gB = s G A^T are LoRA's gradients. X changes the
+factors, not W; the one that leaves them nearest to their gradients solves
+
+    (B^T B) X + X (A A^T) = -1/s^2 (B^T B)^-1 gA A^T.
+
+Adam comes before that, on E itself: its moments are as large as W (moment_space="full"),
+and its direction N is turned into factor gradients s B^T N and s N A^T again. Take it where
+LoRA falls behind full fine-tuning and there is room for two moments of the frozen matrix;
+take AltLoRA where there is not. Learning rates are those of full fine-tuning.
+
+Source: Z. Wang et al., "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", ICLR 2025,
+theorems 2.1 to 2.3 and Alg. 1. We differ from its code in four points: the scale is that of
+each module (there 2, whatever it is); the step count begins at 1 (there 2); moments are
+fp32 from the first step on; and it is an ordinary optimizer with the pairs named.
+
+m out, n in, r rank; B [m, r], A [r, n].
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from eckart.optim import (
+    SGD,
+    Adam,
+    Factor,
+    Inner,
+    Moments,
+    PairRule,
+    Rule,
+    spectrum,
+    sylvester,
+)
+from eckart.recipe.method import Cost, Paper, Update
+
+Choice = Literal["sylvester", "zero", "symmetric"]
+ROWS = 1024  # rows of E and N that exist at a time
+
+
+def adjusted(
+    B: Tensor,
+    A: Tensor,
+    gB: Tensor,
+    gA: Tensor,
+    s: Tensor,
+    choice: Choice = "sylvester",
+    damping: float = 1e-8,
+    relative: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(hB, hA) of theorem 2.1, with the X that `choice` names; all [*, ., .] in one dtype.
+
+    Inverses are damped. At B = 0 that gives the limit: hA = 0, as gA = 0, and X = 0.
+    """
+    BB, AA = spectrum(B.mT @ B), spectrum(A @ A.mT)  # [*, r, r]
+    PB, PA = BB.inverse(damping, relative), AA.inverse(damping, relative)
+    hA = PB @ gA / s**2  # [*, r, n]
+    outside = gB - B @ (PB @ (B.mT @ gB))  # what B's columns do not reach
+    hB = outside @ PA / s**2  # [*, m, r]
+    if choice == "zero":
+        return hB, hA
+    C = hA @ A.mT
+    X = sylvester(BB, AA, -C) if choice == "sylvester" else -0.5 * C @ PA
+    return hB - B @ X, hA + X @ A
+
+
+@dataclass(frozen=True)
+class FullMoves(PairRule):
+    """The rule above. `moments` is where the inner rule's state lives: with the move of the
+    whole matrix ("full") or with the adjusted factor gradients ("factored")."""
+
+    choice: Choice = "sylvester"
+    damping: float = 1e-8
+    relative: bool = False
+    moments: Literal["full", "factored"] = "full"
+
+    def init(self, B: Tensor, A: Tensor, inner: Inner) -> tuple[Moments, Moments]:
+        B, A = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (B, A))
+        if self.moments == "factored":
+            return inner.init(B), inner.init(A)
+        return inner.init(B.new_empty(*B.shape[:-1], A.shape[-1])), {}
+
+    def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
+        gB, gA = B.grad, A.grad
+        if self.moments == "full":
+            gB, gA = self.through_moments(B, A, s, inner)
+        hB, hA = self.adjust(B, A, gB, gA, s, self.choice)
+        if self.moments == "factored":
+            hB, hA = stepped(B, hB, inner), stepped(A, hA, inner)
+        B.move(hB)
+        A.move(hA)
+
+    def adjust(
+        self, B: Factor, A: Factor, gB: Tensor, gA: Tensor, s: Tensor, choice: Choice
+    ) -> tuple[Tensor, Tensor]:
+        damping, relative = self.damping, self.relative
+        return adjusted(B.value, A.value, gB, gA, s, choice, damping, relative)
+
+    def through_moments(
+        self, B: Factor, A: Factor, s: Tensor, inner: Inner
+    ) -> tuple[Tensor, Tensor]:
+        """Factor gradients of the inner rule's direction for E, Alg. 1 lines 6 to 9.
+
+        E and its direction N exist for some rows at a time: B^T N adds up over rows.
+        """
+        hB, hA = self.adjust(B, A, B.grad, A.grad, s, "zero")
+        gB, gA = torch.zeros_like(hB), torch.zeros_like(hA)
+        for i, entry in enumerate(B.entries):
+            state, count = entry.tensors, B.counts[i]
+            wide = torch.promote_types(entry.param.dtype, torch.float32)
+            b, a, hb, ha = (t[i].to(wide) for t in (B.value, A.value, hB, hA))
+            for start in range(0, b.shape[-2], ROWS):
+                rows = (..., slice(start, start + ROWS), slice(None))
+                E = s[i].to(wide) * (b[rows] @ ha + hb[rows] @ a)  # [*, rows, n]
+                moments = {name: t[rows] for name, t in state.items()}
+                direction = inner.step([E], [moments], [count], fused=True)
+                N = direction.tensors()[0] / direction.correction[0]
+                gA[i] += s[i] * (b[rows].mT @ N)
+                gB[i][rows] = (s[i] * (N @ a.mT)).to(gB.dtype)
+        return gB, gA
+
+
+def stepped(factor: Factor, h: Tensor, inner: Inner) -> Tensor:
+    """The inner rule's direction for one factor's gradients, element by element."""
+    states = [e.tensors for e in factor.entries]
+    direction = inner.step(list(h), states, factor.counts)
+    pairs = zip(direction.tensors(), direction.correction, strict=True)
+    return torch.stack([(n / c).to(h.dtype) for n, c in pairs])
+
+
+@dataclass(frozen=True)
+class LoRAPro(Update):
+    """Adam's move of the whole matrix, carried out as nearly as two thin factors can."""
+
+    choice: Literal["sylvester", "zero", "symmetric"] = "sylvester"
+    """X: nearest to the factors' gradients (paper), none, or an even split. It moves the
+    factors, not the matrix."""
+
+    moment_space: Literal["full", "factored"] = "full"
+    """Adam's moments: of the whole matrix's move (paper; as large as the frozen matrix), or of
+    each factor's, which gives up on the matrix moving as Adam would move it."""
+
+    inner: Literal["adam", "sgd"] = "adam"
+    """The rule for the moves. Paper: both."""
+
+    damping: Annotated[float, Ge(0)] = 1e-8
+    """Added to B^T B and A A^T where they are inverted. Code: 1e-8."""
+
+    damping_mode: Literal["abs", "rel"] = "abs"
+    """Damping as it is (code), or times the mean eigenvalue, which is safer where B is tiny."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment. Paper: Adam's."""
+
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment. Paper: 1e-8."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a factor lost per step, times the learning rate. Paper: 0."""
+
+    wants: ClassVar = "pairs"
+    default_lr: ClassVar = 2e-5
+    mission: ClassVar = True
+    paper: ClassVar = Paper(
+        "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?",
+        "https://arxiv.org/abs/2407.18242",
+        "ICLR 2025",
+    )
+
+    def rule(self) -> Rule:
+        relative = self.damping_mode == "rel"
+        if self.inner == "sgd":  # has no moments: the gradients themselves are adjusted
+            pair = FullMoves(self.choice, self.damping, relative, "factored")
+            return Rule(SGD(), pair=pair, weight_decay=self.weight_decay)
+        pair = FullMoves(self.choice, self.damping, relative, self.moment_space)
+        return Rule(self.adam(), pair=pair, weight_decay=self.weight_decay)
+
+    def plain(self) -> Rule:
+        return Rule(self.adam(), weight_decay=self.weight_decay)
+
+    def adam(self) -> Adam:
+        return Adam(self.betas, self.eps)
+
+    def cost(self, m: int, n: int) -> Cost:
+        """Of the matrix that a pair belongs to; with moment_space=factored, of each factor."""
+        return Cost(state=0 if self.inner == "sgd" else 2 * m * n)
