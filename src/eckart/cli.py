@@ -209,6 +209,41 @@ def demo(out: Out = None, json: Json = False, overwrite: Overwrite = False) -> N
 
 
 @command
+def bench(
+    words: ModelData = None,
+    config: Config = None,
+    methods: Annotated[
+        str | None, option("--methods", text="For example lora:rank=4,dense+galore", metavar="A,B")
+    ] = None,
+    budget: Annotated[
+        str | None, option("--budget", text="steps=300, tokens=1e6, seconds=60 or bytes=2GB.")
+    ] = None,
+    match: Annotated[
+        str | None, option("--match", text="parameters: ranks to train as many as the baseline.")
+    ] = None,
+    seeds: Annotated[int | None, option("--seeds", text="Seeds of the report; 5.")] = None,
+    choose: Annotated[int | None, option("--choose", text="Seeds that choose a rate; 2.")] = None,
+    window: Annotated[int | None, option("--window", text="Rates tried first; 5.")] = None,
+    purse: Annotated[int | None, option("--purse", text="Rates tried at most; 9.")] = None,
+    margin: Annotated[
+        float | None, option("--margin", text="Nats that make no difference; half an sd.")
+    ] = None,
+    processes: Annotated[int | None, option("--processes", text="Runs at once; 1.")] = None,
+    out: Out = None,
+    seed: Seed = None,
+    json: Json = False,
+    resume: Resume = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare methods with the same tuning: paired seeds, intervals, a report."""
+    options = {
+        "methods": methods, "budget": budget, "match": match, "seeds": seeds, "choose": choose,
+        "window": window, "purse": purse, "margin": margin, "processes": processes,
+    }  # fmt: skip
+    run_job("bench", words, config, job_flags(out, seed, False, json, resume, overwrite), options)
+
+
+@command
 def reproduce(
     slugs: Annotated[list[str] | None, typer.Argument(metavar="[SLUG]...")] = None,
     quick: Annotated[bool, option("--quick", text="See that it runs; no verdict.")] = False,

@@ -147,7 +147,7 @@ class Bench:
         if arm.recipe is None:
             return self.evaluate(model)
         watch = {step: keep_loss(step) for step in arm.loss_at} | dict(arm.watch)
-        options = {"also_train": arm.also_train} if arm.also_train else {}
+        options: dict[str, Any] = {"also_train": arm.also_train} if arm.also_train else {}
         return self.train(model, arm.recipe, watch=watch, **options).quantities
 
 

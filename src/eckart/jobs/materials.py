@@ -64,7 +64,7 @@ def rows(text: Corpus, seq_len: int, most: int | None = None) -> Batch:
     ids = np.frombuffer(joined, dtype=np.uint8).astype(np.int64) + 1
     whole = torch.from_numpy(ids[: len(ids) // seq_len * seq_len]).reshape(-1, seq_len)
     if most is not None and len(whole) > most:
-        whole = whole[torch.linspace(0, len(whole) - 1, most).long()]
+        whole = whole[torch.linspace(0, len(whole) - 1, most).to(torch.int64)]
     return {"input_ids": whole, "labels": whole}
 
 
@@ -88,13 +88,15 @@ def config_for(task: Task) -> PretrainedConfig:
 def start_model(task: Task, seed: int) -> nn.Module:
     """The task's start: the pretrained model, or random weights drawn from the seed."""
     if task.pretrained is None:
-        return build_model(config_for(task), seed=seed, task=task.head).train()
+        drawn: nn.Module = build_model(config_for(task), seed=seed, task=task.head)
+        return drawn.train()
     folder = cache_folder() / "lab" / "models" / base_key(task)
     if not (folder / "config.json").exists():
-        model = pretrain(task)
+        model: Any = pretrained(task)
         with write_folder(folder, overwrite=True) as beside, quiet():
             model.save_pretrained(beside)
-    return copy.deepcopy(loaded(folder, task.head)).train()
+    fresh: nn.Module = copy.deepcopy(loaded(folder, task.head))
+    return fresh.train()
 
 
 @cache
@@ -122,7 +124,7 @@ def digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def pretrain(task: Task) -> nn.Module:
+def pretrained(task: Task) -> nn.Module:
     """Train the task's model on its first corpus, by torch alone: no part under test is used."""
     assert task.pretrained is not None
     model = build_model(config_for(task), seed=0, task=task.head).train()

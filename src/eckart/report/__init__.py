@@ -1,22 +1,18 @@
 """Results as pages: one self-contained HTML per run and per comparison, a page of the claims."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eckart.report.comparison import page as comparison
+    from eckart.report.bench import page as comparison
     from eckart.report.run import page as page
 
 __all__ = ["comparison", "page"]
+HOMES = {"page": "run", "comparison": "bench"}  # name -> the file whose `page` it is
 
 
 def __getattr__(name: str) -> Any:
     """Found when it is used: drawing needs matplotlib, the page of the claims does not."""
-    if name == "page":
-        from eckart.report.run import page
-
-        return page
-    if name == "comparison":
-        from eckart.report.comparison import page
-
-        return page
+    if name in HOMES:
+        return import_module(f"eckart.report.{HOMES[name]}").page
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 INK, FAINT = "#010101", "#020202"
 CURVES = tuple(f"#0301{i:02x}" for i in range(8))
@@ -86,6 +87,8 @@ def curves(
                 axes.fill_between(c.x, c.low, c.high, color=color, alpha=0.15, linewidth=0)
         if log_x:
             axes.set_xscale("log")
+        elif all(float(x).is_integer() for c in drawn for x in c.x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log_y:
             axes.set_yscale("log")
         axes.set_xlabel(x_label)
@@ -180,6 +183,7 @@ def finished(canvas: Any, title: str, alt: str) -> Figure:
     for stand_in, variable in VARIABLES.items():
         svg = svg.replace(stand_in, f"var({variable})")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names of parts, the same in every figure
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = svg.replace("<svg", '<svg role="img"', 1)

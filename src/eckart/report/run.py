@@ -6,6 +6,7 @@ Every part is left out where its facts are: a run of ten steps has a page too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import exp, log, nan
 from typing import Any
 
 from eckart.report.figures import Curve, Figure, bars, curves, heat
@@ -174,13 +175,9 @@ def by_place(last: Spectra) -> list[Figure]:
     layers = sorted({layer for row in cells.values() for layer in row})
     if len(cells) < 2 or not layers:
         return []
-    values = [[row.get(layer, float("nan")) for layer in layers] for row in cells.values()]
-    title = "Effective rank by layer and role"
-    return [
-        heat(
-            title, list(cells), [f"layer {i}" if i == layers[0] else f"{i}" for i in layers], values
-        )
-    ]
+    names = [f"layer {layer}" if layer == layers[0] else f"{layer}" for layer in layers]
+    ranks = [[row.get(layer, nan) for layer in layers] for row in cells.values()]
+    return [heat("Effective rank by layer and role", list(cells), names, ranks)]
 
 
 def role(site: str) -> str:
@@ -201,13 +198,11 @@ def grouped(spectra: Spectra) -> dict[str, list[float]]:
 
 def relative(values: Sequence[float]) -> list[float]:
     """As shares of the largest; what is zero but for rounding is left out of a log plot."""
-    return [v / values[0] if v > 1e-7 * values[0] else float("nan") for v in values]
+    return [v / values[0] if v > 1e-7 * values[0] else nan for v in values]
 
 
 def effective_rank(values: Sequence[float]) -> float:
     """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
-    from math import exp, log
-
     total = sum(values)
     if total <= 0:
         return 0.0

@@ -1,0 +1,364 @@
+"""`eckart bench MODEL DATA --methods a,b,c`: is one method better than another, on this data?
+
+1 equal purses   every contestant, the plain baseline among them, is given the same grid of
+                 learning rates in half-decades, longer where its best lies at an edge
+2 selection      by held-out loss on the selection's seeds; no test row is read
+3 report         at the best rate on other seeds, on test rows, all paired by the data's order
+4 verdicts       intervals of paired differences, Holm's correction, a margin; "no difference
+                 seen" is a normal answer
+
+    OUT/run.json results.jsonl table.csv bench.json    the same bytes after any interruption
+    OUT/costs.json report.html                         and what depends on the machine
+    OUT/trials/                                        a file for each run that has ended
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from eckart.errors import UsageError
+from eckart.io.folder import write_text
+from eckart.io.run import Run
+from eckart.jobs import lengths, outcome, prepare, settle
+from eckart.jobs.board import Board
+from eckart.jobs.contest import (
+    BenchTrial,
+    Contestant,
+    contestants,
+    ground,
+    starts_at_random,
+)
+from eckart.jobs.job import Job
+from eckart.jobs.lengths import Length
+from eckart.jobs.runner import Quantities, Runner, runner
+from eckart.jobs.screen import Screen
+from eckart.jobs.standing import Record, ranking, table
+from eckart.jobs.sweep import Plan, lr_at, wanted
+from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.groups import default_lr
+
+HELD_OUT = 0.1  # unless data.eval says otherwise: half to choose by, half to report on
+FEWEST = 4  # held-out rows
+OWN_KEYS = ("weights", "update", "precision", "attention", "objective", "train.lr")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A bench's own flags."""
+
+    methods: str = ""
+    window: int = 5
+    purse: int = 9
+    choose: int = 2
+    seeds: int = 5
+    margin: float | None = None
+    budget: str = ""
+    match: str = "none"
+    processes: int = 1
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The flags that were typed, over those that a resumed bench began with."""
+        typed = {name: value for name, value in job.options.items() if value is not None}
+        begun: dict[str, Any] = {}
+        if job.flags.resume:
+            file = Path(job.flags.resume) / "run.json"
+            begun = json.loads(file.read_text()).get("options", {}) if file.is_file() else {}
+        found = cls(**{**begun, **typed})
+        for name, least in (("window", 1), ("choose", 1), ("seeds", 2), ("processes", 1)):
+            if getattr(found, name) < least:
+                raise UsageError(
+                    f"--{name} is too small",
+                    [(f"--{name} {getattr(found, name)}", f"at least {least}")],
+                )
+        if found.match not in ("none", "parameters"):
+            raise UsageError(f"--match {found.match} is unknown", fix="Type --match parameters.")
+        return found
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The whole comparison; the object of --json."""
+    options = Options.of(job)
+    job, screen = begin(job)
+    entered = contestants(options.methods, job)
+    screen.line("compare", ", ".join(c.name for c in entered[1:]), f"against {entered[0].name}")
+    shared = ground(entered[0].job)
+    rows = held_out_rows(shared.data)
+    screen.line("data", f"{len(shared.data.train):,} rows; {rows:,} held out, half to choose by")
+    job = settle.horizon(job, len(shared.data.train), entered[0].recipe)
+    if options.match == "parameters":
+        entered = lengths.matched(entered, shared.model)
+    with open_run(job, options) as run:
+        planned = lengths.plan(job, entered, options.budget, run.folder / "pace.json")
+        document = compare(job, options, entered, planned, run, screen)
+        write(run, document)
+        run.record(recipe={c.name: str(c.recipe) for c in entered})
+    tell(screen, document)
+    return document
+
+
+def begin(job: Job) -> tuple[Job, Screen]:
+    """What can be refused before anything is loaded; what was open, settled."""
+    outcome.refuse_early(job)
+    for key in job.given:
+        if key == "train.lr" or key.split(".")[0] in OWN_KEYS:
+            raise UsageError(
+                "every contestant has its own choices",
+                [(key, "belongs to all of them here")],
+                "Write fields after the method: --methods lora:rank=4,dora. "
+                "Learning rates are searched.",
+            )
+    if "data.eval" not in job.given:
+        job = job.settle("data.eval", HELD_OUT, "half to choose by, half to report on")
+    if starts_at_random(job) and job.train.steps == "auto" and not job.train.epochs:
+        job = job.settle("train.steps", 300, "enough to tell methods apart")
+    return settle.precision(job, prepare.device()), Screen(quiet=job.flags.json)
+
+
+def held_out_rows(data: Any) -> int:
+    """How many rows are held out; UsageError where there are too few to choose and report."""
+    rows = sum(len(part) for part in data.evaluation.values())
+    if rows < FEWEST:
+        raise UsageError(
+            "too few rows are held out",
+            [("data.eval", f"{rows} rows; half choose the learning rate, half report")],
+            "Type data.eval=0.3, or name a file of its own: data.eval=[held_out.jsonl]",
+        )
+    return rows
+
+
+def open_run(job: Job, options: Options) -> Run:
+    """The bench's folder, new or gone on with."""
+    if job.flags.resume:
+        found = Run.resume(job.flags.resume)
+    else:
+        found = Run.create(job.out, job.flags.overwrite)
+    found.write_config(job.dump())
+    found.record(command="bench", options=options.__dict__, seed=job.train.seed)
+    return found
+
+
+# --- the comparison ------------------------------------------------------------------------
+
+
+def compare(
+    job: Job,
+    options: Options,
+    entered: Sequence[Contestant],
+    planned: Mapping[str, Length],
+    run: Run,
+    screen: Screen,
+) -> dict[str, Any]:
+    """Search, report, judge."""
+    shared = ground(entered[0].job)
+    content = fingerprint(shared.model) + shared.data.sha256
+    records = [Record(c.name, default_lr(c.recipe)) for c in entered]
+    jobs = {c.name: c.job for c in entered}
+
+    def trial(name: str, seed: int, lr: float) -> BenchTrial:
+        length = planned[name]
+        place = str(run.folder / "trials")
+        return BenchTrial(name, jobs[name], seed, lr, length.steps, length.rows, content, place)
+
+    board = Board(records, options, job.train.seed + options.choose, screen.quiet)
+    with board, runner(lengths.processes(options.processes, shared.model), board.ended) as trials:
+        start = trials({"untouched": trial(entered[0].name, 0, 0.0)})["untouched"]["loss"]
+        search(records, options, job.train.seed, trial, trials)
+        report(records, options, job.train.seed, trial, trials)
+    untouched = None if starts_at_random(job) else start
+    return {
+        "run": str(run.folder),
+        "command": "bench",
+        "exit": 0,
+        "baseline": entered[0].name,
+        "untouched": start,
+        "margin": options.margin,
+        "methods": [
+            row | {"recipe": str(c.recipe), "costs": costs(r, planned[r.name], shared.data)}
+            for row, r, c in zip(
+                table(records, untouched, options.margin), records, entered, strict=True
+            )
+        ],
+        "ranking": ranking(records),
+        "held_fixed": held_fixed(job, planned, entered),
+        "repeat": repeat(job, options),
+        "warnings": screen.warnings,
+    }
+
+
+def search(
+    records: Sequence[Record], options: Options, seed: int, trial: Any, trials: Runner
+) -> None:
+    """Fill every contestant's grid, all their next points at once."""
+    plan = Plan(options.window, options.purse, share=1.0)
+    seeds = range(seed, seed + options.choose)
+    while True:
+        asked = {
+            (i, j, s): trial(r.name, s, lr_at(r.start, j))
+            for i, r in enumerate(records)
+            for j in wanted({}, r.means, plan)[1]
+            for s in seeds
+        }
+        if not asked:
+            return
+        for (i, j, s), quantities in trials(asked).items():
+            records[i].scores.setdefault(j, {})[s] = validation(quantities)
+
+
+def report(
+    records: Sequence[Record], options: Options, seed: int, trial: Any, trials: Runner
+) -> None:
+    """Every contestant at its best rate, on seeds that chose nothing."""
+    first = seed + options.choose
+    asked = {
+        (i, s): trial(r.name, s, r.lr)
+        for s in range(first, first + options.seeds)
+        for i, r in enumerate(records)
+    }
+    for (i, s), quantities in trials(asked).items():
+        records[i].test[s] = quantities["loss"]
+        for name in ("seconds", "peak_bytes", "parameters", "state_bytes"):
+            mine = records[i].costs
+            mine[name] = mine.get(name, 0.0) + quantities[name] / options.seeds
+
+
+def validation(quantities: Quantities) -> float:
+    return math.inf if quantities["diverged"] else quantities["validation"]
+
+
+def costs(r: Record, length: Length, data: Any) -> dict[str, Any]:
+    """The four budgets of one run, whichever of them was the limit."""
+    return {
+        "steps": length.steps,
+        "tokens": length.steps * length.rows * data.seq_len,
+        "seconds": r.costs["seconds"],
+        "peak_bytes": int(r.costs["peak_bytes"]),
+        "state_bytes": int(r.costs["state_bytes"]),
+        "trained_parameters": int(r.costs["parameters"]),
+    }
+
+
+def held_fixed(
+    job: Job, planned: Mapping[str, Length], entered: Sequence[Contestant]
+) -> dict[str, str]:
+    """What all contestants had in common, each said once."""
+    steps = {planned[c.name].steps for c in entered}
+    rows = {planned[c.name].rows for c in entered}
+    return {
+        "model": str(job.model),
+        "data": ", ".join(s.path for s in job.data.train),
+        "steps": " to ".join(str(s) for s in sorted(steps)[:: max(1, len(steps) - 1)]),
+        "rows in a batch": " to ".join(str(s) for s in sorted(rows)[:: max(1, len(rows) - 1)]),
+        "schedule": f"{job.train.schedule}, warm-up {job.train.warmup:g}",
+        "clip": str(job.train.clip),
+        "precision": "fp32",
+        "data order and initial values": "by seed, the same for all",
+    }
+
+
+def repeat(job: Job, options: Options) -> str:
+    """What to type to do it again."""
+    default = Options()
+    flags = [
+        f"--{name} {value}"
+        for name, value in options.__dict__.items()
+        if name not in ("methods", "processes") and value != getattr(default, name)
+    ]
+    data = ",".join(s.path for s in job.data.train)
+    keys = [f"{k}={v}" for k, v in job.given.items() if k not in ("model", "data.train", "out")]
+    words = ["eckart bench", str(job.model), data, f"--methods {options.methods}", *flags, *keys]
+    return " ".join(words)
+
+
+# --- what is written and said --------------------------------------------------------------
+
+TIMED = ("seconds",)
+COLUMNS = (
+    "name", "verdict", "lr", "test", "sd", "difference", "low", "high", "p_corrected",
+    "smallest_visible", "trained_parameters", "steps", "tokens", "peak_bytes", "trials",
+)  # fmt: skip
+
+
+def write(run: Run, document: Mapping[str, Any]) -> None:
+    """Everything in the folder. What a clock decides is kept apart from what it does not."""
+    from eckart.report import comparison
+
+    timeless = without_time(document)
+    lines = [json.dumps(row, sort_keys=True) + "\n" for row in timeless["methods"]]
+    write_text(run.folder / "results.jsonl", "".join(lines))
+    write_text(run.folder / "bench.json", json.dumps(timeless, indent=2, ensure_ascii=False) + "\n")
+    write_text(run.folder / "table.csv", as_csv(timeless["methods"]))
+    timed = {row["name"]: row["costs"] for row in document["methods"]}
+    write_text(run.folder / "costs.json", json.dumps(timed, indent=2) + "\n")
+    write_text(run.report, comparison(document))
+
+
+def without_time(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document without what differs between two equal benches: times, and the folder."""
+    methods = [
+        row | {"costs": {k: v for k, v in row["costs"].items() if k not in TIMED}}
+        for row in document["methods"]
+    ]
+    return {k: v for k, v in document.items() if k != "run"} | {"methods": methods}
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        d = row["difference"] or {}
+        low, high = d.get("interval", ["", ""])
+        known = {
+            **row["costs"], **row, **d,
+            "test": row["test"]["mean"], "sd": row["test"]["sd"],
+            "difference": d.get("mean"), "low": low, "high": high,
+        }  # fmt: skip
+        writer.writerow(["" if known.get(c) is None else known[c] for c in COLUMNS])
+    return out.getvalue()
+
+
+def tell(screen: Screen, document: Mapping[str, Any]) -> None:
+    """The table, on stdout."""
+    if screen.quiet:
+        return
+    print(as_text(document))
+    folder = outcome.shown(document["run"])
+    screen.line("done", f"{folder}/report.html   {folder}/table.csv", result=True)
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """Aligned columns, the baseline first."""
+    head = ["method", "test loss", "difference [95 %]", "p", "lr", "trained", "peak MB", "s",
+            "verdict"]  # fmt: skip
+    rows = [head]
+    for row in document["methods"]:
+        d, c = row["difference"], row["costs"]
+        between = "" if not d or d["interval"][0] is None else (
+            f"{d['mean']:+.4f} [{d['interval'][0]:+.4f}, {d['interval'][1]:+.4f}]"
+        )  # fmt: skip
+        sd = row["test"]["sd"]
+        rows.append(
+            [
+                row["name"],
+                f"{row['test']['mean']:.4f}" + (f" ±{sd:.4f}" if sd is not None else ""),
+                between,
+                "" if not d or d["p_corrected"] is None else f"{d['p_corrected']:.2g}",
+                f"{row['lr']:.2g}" + (" edge" if row["at_edge"] else ""),
+                f"{c['trained_parameters']:,}",
+                f"{c['peak_bytes'] / 1e6:.1f}",
+                f"{c['seconds']:.1f}",
+                row["verdict"] + (f": {row['reason']}" if row.get("reason") else ""),
+            ]
+        )
+    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
+    )
