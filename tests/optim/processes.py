@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from eckart.methods.update.altlora import AltLoRA
+from eckart.methods.update.lora_pro import LoRAPro
 from eckart.optim import (
     SVD,
     Adam,
@@ -20,6 +22,7 @@ from eckart.optim import (
     Selected,
 )
 
+UNUSED = ("lisa", "altlora, alternate")  # leave parameters without a gradient
 LIMITED = {"limiter": NormGrowth()}
 RULES = {
     "adamw": Rule(Adam(), weight_decay=0.1),
@@ -34,6 +37,9 @@ RULES = {
     ),
     "dct": Rule(Adam(), Selected(2), Refresh(1, "rotate"), ErrorFeedback()),
     "lisa": Rule(Adam(), blocks=Blocks(count=2, every=3)),
+    "lora-pro": LoRAPro(damping=1e-3).rule(),
+    "altlora": AltLoRA(plus=True, damping=1e-3).rule(),
+    "altlora, alternate": AltLoRA(schedule="alternate", turn=2, damping=1e-3).rule(),
     "dct, left": Rule(Adam(age_correct=True), Selected(2, "left"), Refresh(3, "rotate")),
 }
 
@@ -63,7 +69,9 @@ def train(model, optimizer, batches, accumulate=1):
 
 
 def optimizer_of(model, rule, **options):
-    return LowRankOptimizer(model.named_parameters(), 0.02, rule=RULES[rule], clip=0.5, **options)
+    """The second weight [9, 5] and the first [5, 6] stand in for a pair B, A."""
+    group = {"params": list(model.named_parameters()), "pairs": [("2.weight", "0.weight", 0.5)]}
+    return LowRankOptimizer([group], 0.02, rule=RULES[rule], clip=0.5, **options)
 
 
 def fsdp2(rule, layerwise, stop):
@@ -101,7 +109,7 @@ def ddp(rule, layerwise):
     if layerwise:
         optimizer.attach_layerwise(average_over=dist.group.WORLD)
         DDP._set_params_and_buffers_to_ignore_for_model(model, optimizer.layerwise_names)
-    wrapped = DDP(model, find_unused_parameters=rule == "lisa")
+    wrapped = DDP(model, find_unused_parameters=rule in UNUSED)
     batches = [x.chunk(2)[dist.get_rank()] for x in data(10)]
     norms = train(wrapped, optimizer, batches, accumulate=2)
     return [p.detach() for p in model.parameters()], norms, optimizer.named_state_dict()
@@ -114,7 +122,10 @@ if __name__ == "__main__":
         "fsdp2": {rule: fsdp2(rule, False, 10) for rule in RULES},
         "fsdp2, resumed": {rule: fsdp2(rule, False, 5) for rule in RULES},
         "fsdp2, layer by layer": {rule: fsdp2(rule, True, 5) for rule in freed},
-        "ddp": {rule: ddp(rule, False) for rule in ("adamw", "galore", "both", "fira", "lisa")},
+        "ddp": {
+            rule: ddp(rule, False)
+            for rule in ("adamw", "galore", "both", "fira", "lisa", "altlora, alternate")
+        },
         "ddp, layer by layer": {rule: ddp(rule, True) for rule in ("galore", "both")},
     }
     torch.save(runs, f"{sys.argv[1]}.{os.environ['RANK']}")

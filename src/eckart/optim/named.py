@@ -51,8 +51,11 @@ def unpack(flat: Mapping[str, Any], params: Iterable[Named]) -> dict[Tensor, Sta
         if entry:
             place, pair = partners.get(name, (0, None))
             both = [here[n][0] for n in pair[:2]] if pair and group["rule"].pair else None
-            wanted = first_state(p, group, both, place)
-            states[p] = fitted(name, p, group, entry, wanted)
+            check_fits(name, entry, first_state(p, group, both, place))
+            if both:  # a pair's state is whole on every process
+                states[p] = {key: copy_to(value, p) for key, value in entry.items()}
+            else:
+                states[p] = placed(name, p, group, entry)
     return states
 
 
@@ -75,9 +78,8 @@ def hollow(p: Tensor) -> Tensor:
     return torch.empty(p.shape, dtype=p.dtype, device="meta")
 
 
-def fitted(name: str, p: Tensor, group: Mapping[str, Any], entry: State, wanted: State) -> State:
-    """A saved state laid out as the parameter is; FileError where keys or shapes differ."""
-    rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
+def check_fits(name: str, entry: State, wanted: State) -> None:
+    """Raise FileError where keys are missing or shapes differ."""
     facts = [(f"{name}/{key}", "missing") for key in wanted if key not in entry]
     for key, value in entry.items():
         if isinstance(value, Tensor):
@@ -90,12 +92,17 @@ def fitted(name: str, p: Tensor, group: Mapping[str, Any], entry: State, wanted:
             facts,
             "Resume with the update rule it was saved under, or start the optimizer fresh.",
         )
+
+
+def placed(name: str, p: Tensor, group: Mapping[str, Any], entry: State) -> State:
+    """A copy of a saved state, laid out as the parameter is."""
+    rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
     layout = layout_of(name, p, leading, *rule.sides(p.shape, leading))
+    copies = {key: copy_to(value, p) for key, value in entry.items()}
+    if layout is None:
+        return copies
     return {
-        key: layout.place(copy_to(value, p), rule.kind(key))
-        if layout is not None and isinstance(value, Tensor) and rule.pair is None
-        else copy_to(value, p)
-        for key, value in entry.items()
+        k: layout.place(v, rule.kind(k)) if isinstance(v, Tensor) else v for k, v in copies.items()
     }
 
 

@@ -1,0 +1,179 @@
+"""AltLoRA: each factor of an adapter moves as if the other were fixed, with its momentum.
+
+With B fixed, the A-move that comes nearest to the full gradient G of W = W0 + s B A, and the
+other way round, are
+
+    hA = 1/s^2 (B^T B + d I)^-1 gA        s B hA is G, projected on B's columns
+    hB = 1/s^2 gB (A A^T + d I)^-1        s hB A is G, projected on A's rows
+
+where gA = s B^T G, gB = s G A^T are LoRA's gradients. A's momentum was written for the B of
+its last step and is carried to the B of this one, so that B M_A changes least:
+
+    M_A = b1 (B^T B + d I)^-1 B^T B_old M_A + (1 - b1) hA      A -= lr / (1 - b1^t) M_A
+    M_B = b1 M_B A_old A^T (A A^T + d I)^-1 + (1 - b1) hB      B -= lr / (1 - b1^t) M_B
+
+AltLoRA+ (`plus`) divides each step by the root of a second moment of h, element by element.
+The state is that of LoRA with Adam, and one copy of the factors. Without `plus` the matrix
+moves the same way however B A is split. Take it for LoRA-Pro's aim at LoRA's memory.
+
+Source: X. Yu et al., "AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation
+with Alternating Projections", arXiv 2505.12455, Alg. 1 and 2. We differ from its code in
+four points: 1/s^2 is part of h (`scale_grad`); AltLoRA+ keeps the carried momentum, as the
+paper has it (`store_unaligned`); the learning rate is the group's, so schedules work; and in
+alternate mode the resting factor really rests.
+
+m out, n in, r rank; B [m, r], A [r, n].
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from eckart.optim import Adam, Factor, Inner, Moments, PairRule, Rule, spectrum
+from eckart.recipe.method import Cost, Paper, Update
+
+
+def projected(F: Tensor, g: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
+    """(F^T F + d I)^-1 g and that inverse, for the fixed factor F [*, m, r] and g [*, r, n]."""
+    P = spectrum(F.mT @ F).inverse(damping, relative)  # [*, r, r]
+    return P @ g, P
+
+
+def carried(P: Tensor, F: Tensor, F_old: Tensor, M: Tensor) -> Tensor:
+    """P F^T F_old M: the M' with F M' nearest to F_old M; M [*, r, n]."""
+    return P @ (F.mT @ F_old) @ M
+
+
+@dataclass(frozen=True)
+class Alternating(PairRule):
+    """The rule above. `turn` is how many steps each factor trains at a time while the other
+    rests, beginning with A; 0 trains both at every step, A first."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float | None = None  # of AltLoRA+'s second moment; None: there is none
+    damping: float = 1e-5
+    relative: bool = False
+    turn: int = 0
+    scale_grad: bool = True
+    store_unaligned: bool = False
+
+    def init(self, B: Tensor, A: Tensor, inner: Inner) -> tuple[Moments, Moments]:
+        wide = torch.promote_types(B.dtype, torch.float32)
+
+        def moments(own: Tensor, other: Tensor) -> Moments:
+            state = {"exp_avg": torch.zeros_like(own, dtype=wide)}
+            if self.eps is not None:
+                state["exp_avg_sq"] = torch.zeros_like(own, dtype=wide)
+            return state | {"other": torch.zeros_like(other, dtype=wide)}  # at the last step
+
+        return moments(B, A), moments(A, B)
+
+    def rests(self, step: int) -> str:
+        if not self.turn:
+            return ""
+        return "B" if step // self.turn % 2 == 0 else "A"
+
+    def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
+        if not A.rests:
+            self.move_one(A, B.value, s)
+        if not B.rests:
+            self.move_one(B, A.value, s, flip=True)  # preconditioned with the new A
+
+    def move_one(self, factor: Factor, fixed: Tensor, s: Tensor, flip: bool = False) -> None:
+        """Move A [k, *, r, n] with B fixed; flipped, B with A fixed: all of it transposed."""
+
+        def turned(t: Tensor) -> Tensor:
+            return t.mT if flip else t
+
+        b1, b2 = self.betas
+        F, F_old = turned(fixed), turned(factor.state("other"))
+        h, P = projected(F, turned(factor.grad), self.damping, self.relative)
+        if self.scale_grad:
+            h = h / s**2
+        M = turned(factor.state("exp_avg"))
+        step = b1 * carried(P, F, F_old, M) + (1 - b1) * h
+        factor.keep("exp_avg", turned(b1 * M + (1 - b1) * h if self.store_unaligned else step))
+        factor.keep("other", fixed)
+        step = turned(step) / factor.corrections(b1)
+        if self.eps is not None:
+            V = b2 * factor.state("exp_avg_sq") + (1 - b2) * turned(h) ** 2
+            factor.keep("exp_avg_sq", V)
+            step = step / (V.sqrt() + self.eps)
+        alive = (fixed != 0).any(-1, keepdim=True).any(-2, keepdim=True)
+        factor.move(torch.where(alive, step, 0), decay="after")
+
+    def select(self, state: Moments, shape: torch.Size, axis: int, index: Tensor) -> Moments:
+        """The other factor's copy has the rank along its other axis."""
+        other = state.pop("other").index_select(
+            -1 if axis % len(shape) == len(shape) - 2 else -2, index
+        )
+        return super().select(state, shape, axis, index) | {"other": other}
+
+
+@dataclass(frozen=True)
+class AltLoRA(Update):
+    """Projections of the full gradient on one factor at a time, with carried momentum."""
+
+    plus: bool = False
+    """AltLoRA+: divide by the root of a second moment, as Adam does. Learning rates are then
+    near Adam's, and the split of B A matters."""
+
+    schedule: Literal["joint", "alternate"] = "joint"
+    """joint: both factors at every step, A first (code). alternate: in turns, the other one
+    rests and costs no gradient (paper)."""
+
+    turn: Annotated[int, Ge(1)] = 1
+    """Steps each factor trains at a time under schedule=alternate. Paper: 1; code: 10."""
+
+    damping: Annotated[float, Ge(0)] = 1e-5
+    """d, added to B^T B and A A^T where they are inverted. Runs of the paper: 1e-5."""
+
+    damping_mode: Literal["abs", "rel"] = "abs"
+    """Damping as it is (code), or times the mean eigenvalue, which is safer where B is tiny."""
+
+    scale_grad: bool = True
+    """Divide by s^2, which makes h the projection it stands for; the code leaves it to the
+    learning rate."""
+
+    store_unaligned: bool = False
+    """AltLoRA+ as in the code: the momentum that is kept is not carried along."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the momentum and, with `plus`, of the second moment. Runs: (0.9, 0.999)."""
+
+    eps: Annotated[float, Gt(0)] = 1e-4
+    """Added to the root of the second moment. Runs: 1e-4."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a factor lost per step, times the learning rate. Runs: 1e-5."""
+
+    wants: ClassVar = "pairs"
+    default_lr: ClassVar = 1e-3
+    mission: ClassVar = True
+    paper: ClassVar = Paper(
+        "AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation with "
+        "Alternating Projections",
+        "https://arxiv.org/abs/2505.12455",
+    )
+
+    def rule(self) -> Rule:
+        pair = Alternating(
+            betas=self.betas,
+            eps=self.eps if self.plus else None,
+            damping=self.damping,
+            relative=self.damping_mode == "rel",
+            turn=self.turn if self.schedule == "alternate" else 0,
+            scale_grad=self.scale_grad,
+            store_unaligned=self.store_unaligned,
+        )
+        return Rule(Adam(self.betas), pair=pair, weight_decay=self.weight_decay)
+
+    def plain(self) -> Rule:
+        return Rule(Adam(self.betas), weight_decay=self.weight_decay)
+
+    def cost(self, m: int, n: int) -> Cost:
+        """Of a factor: its moments; the copy of its partner counts as the partner's."""
+        return Cost(state=(3 if self.plus else 2) * m * n)

@@ -1,0 +1,277 @@
+"""What AltLoRA alone promises: its projections, and its algorithms written here afresh."""
+
+import pytest
+import torch
+from torch import nn
+
+from eckart import Recipe, attach
+from eckart.methods.update.altlora import AltLoRA, carried, projected
+from eckart.methods.weights.lora import LoRA
+from eckart.optim import LowRankOptimizer
+from tests import tiny
+
+F64 = torch.float64
+M, N, R, S = 9, 7, 3, 1.7
+
+
+def problem(seed=0, shapes=((M, R), (R, N))):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(s, generator=g, dtype=F64) for s in shapes)
+
+
+def gradients(steps, shape=(M, N), seed=7):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g, dtype=F64) for _ in range(steps)]
+
+
+def optimizer_of(B, A, method, lr=0.01, scale=S, **options):
+    groups = [{"params": [("B", B), ("A", A)], "pairs": [("B", "A", scale)], **options}]
+    return LowRankOptimizer(groups, lr=lr, rule=method.rule())
+
+
+def factors(B, A):
+    return nn.Parameter(B.clone()), nn.Parameter(A.clone())
+
+
+def train(method, B, A, grads, lr=0.01, after=lambda optimizer, step: optimizer):
+    """B and A after steps in which dL/dW is given."""
+    p, q = factors(B, A)
+    optimizer = optimizer_of(p, q, method, lr)
+    for step, G in enumerate(grads):
+        optimizer = after(optimizer, step)
+        p.grad = S * G @ q.detach().mT if p.requires_grad else None
+        q.grad = S * p.detach().mT @ G if q.requires_grad else None
+        optimizer.step()
+    return p.detach(), q.detach(), optimizer
+
+
+def by_the_paper(B, A, grads, method, lr):
+    """Alg. 1 and 2 with dense inverses, one factor after the other."""
+    b1, b2, d = *method.betas, method.damping
+    eye, c = torch.eye(R, dtype=F64), S**2 if method.scale_grad else 1.0
+    MA, MB, VA, VB = (torch.zeros_like(t) for t in (A, B, A, B))
+    B_old, A_old, tA, tB = torch.zeros_like(B), torch.zeros_like(A), 0, 0
+    keep = 1 - lr * method.weight_decay
+    for step, G in enumerate(grads):
+        gB, gA = S * G @ A.T, S * B.T @ G
+        turn = step // method.turn % 2 if method.schedule == "alternate" else None
+        if turn != 1:
+            P = torch.linalg.inv(B.T @ B + d * eye)
+            h, tA = P @ gA / c, tA + 1
+            used = b1 * P @ B.T @ B_old @ MA + (1 - b1) * h
+            MA = b1 * MA + (1 - b1) * h if method.store_unaligned else used
+            VA = b2 * VA + (1 - b2) * h**2
+            move = used / (1 - b1**tA)
+            A = keep * (A - lr * (move / (VA.sqrt() + method.eps) if method.plus else move))
+            B_old = B
+        if turn != 0:
+            P = torch.linalg.inv(A @ A.T + d * eye)
+            h, tB = gB @ P / c, tB + 1
+            used = b1 * MB @ A_old @ A.T @ P + (1 - b1) * h
+            MB = b1 * MB + (1 - b1) * h if method.store_unaligned else used
+            VB = b2 * VB + (1 - b2) * h**2
+            move = used / (1 - b1**tB)
+            B = keep * (B - lr * (move / (VB.sqrt() + method.eps) if method.plus else move))
+            A_old = A
+    return B, A
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("schedule, turn", [("joint", 1), ("alternate", 1), ("alternate", 3)])
+@pytest.mark.parametrize("parity", [False, True])
+@pytest.mark.parametrize("zero", [False, True])
+def test_follows_the_papers_algorithms(plus, schedule, turn, parity, zero):
+    method = AltLoRA(
+        plus=plus, schedule=schedule, turn=turn, scale_grad=not parity,
+        store_unaligned=parity and plus, weight_decay=0.1,
+    )  # fmt: skip
+    B, A = problem()
+    B = torch.zeros_like(B) if zero else B
+    found = train(method, B, A, gradients(8))
+    wanted = by_the_paper(B, A, gradients(8), method, 0.01)
+    # an eigendecomposition against dense inverses that reach 1e5 where B has left zero
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-8, atol=1e-8)
+
+
+def test_each_move_is_the_gradient_projected_on_the_fixed_factor():
+    B, A = problem()
+    G = gradients(1)[0]
+    hA = projected(B, S * B.T @ G, 0.0, False)[0] / S**2
+    hB = projected(A.T, (S * G @ A.T).T, 0.0, False)[0].T / S**2
+    Q_B, Q_A = torch.linalg.qr(B)[0], torch.linalg.qr(A.T)[0]
+    torch.testing.assert_close(S * B @ hA, Q_B @ Q_B.T @ G, rtol=0, atol=1e-10)
+    torch.testing.assert_close(S * hB @ A, G @ Q_A @ Q_A.T, rtol=0, atol=1e-10)
+
+
+def test_momentum_is_carried_to_where_it_means_nearly_the_same():
+    (B_old, A), (B, _) = problem(0), problem(1)
+    P = projected(B, A, 0.0, False)[1]
+    found = carried(P, B, B_old, A)
+    wanted = torch.linalg.lstsq(B, B_old @ A).solution
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(carried(projected(B, A, 0.0, False)[1], B, B, A), A)
+
+
+@pytest.mark.parametrize("plus, invariant", [(False, True), (True, False)])
+def test_the_matrix_moves_the_same_way_however_it_is_split(plus, invariant):
+    """Momentum included, without damping; not with an element-wise second moment."""
+    B, A = problem()
+    T = torch.eye(R, dtype=F64) + 0.3 * problem(5, ((R, R),))[0]
+    method = AltLoRA(plus=plus, damping=0.0)
+    one = train(method, B, A, gradients(10))
+    other = train(method, B @ T, torch.linalg.inv(T) @ A, gradients(10))
+    gap = (one[0] @ one[1] - other[0] @ other[1]).abs().max()
+    assert (gap < 1e-6) == invariant
+
+
+def test_a_badly_balanced_start_changes_nothing():
+    B, A = problem()
+    method = AltLoRA(damping=0.0)
+    one, other = train(method, B, A, gradients(10)), train(method, B / 10, 10 * A, gradients(10))
+    torch.testing.assert_close(one[0] @ one[1], other[0] @ other[1], rtol=0, atol=1e-6)
+
+
+def test_without_momentum_it_is_scaled_gradient_descent():
+    """Riemannian LoRA, with the new A in B's step."""
+    B, A = problem()
+    G, lr = gradients(1)[0], 0.01
+    found = train(AltLoRA(betas=(0.0, 0.999)), B, A, [G], lr)
+    eye = 1e-5 * torch.eye(R, dtype=F64)
+    A_new = A - lr * torch.linalg.inv(B.T @ B + eye) @ B.T @ G / S
+    B_new = B - lr * G @ A.T @ torch.linalg.inv(A_new @ A_new.T + eye) / S
+    torch.testing.assert_close(found[1], A_new, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[0], B_new, rtol=0, atol=1e-12)
+
+
+def test_with_a_square_b_the_a_step_is_full_gradient_descent():
+    B, A = problem(0, ((R, R), (R, N)))
+    G = gradients(1, (R, N))[0]
+    method = AltLoRA(schedule="alternate", damping=0.0)
+    B1, A1, _ = train(method, B, A, [G])
+    torch.testing.assert_close(S * (B1 @ A1 - B @ A), -0.01 * G, rtol=0, atol=1e-12)
+
+
+def test_the_resting_factor_rests():
+    B, A = problem()
+    p, q = factors(B, A)
+    optimizer = optimizer_of(p, q, AltLoRA(schedule="alternate", turn=2))
+    turns = []
+    for G in gradients(6):
+        turns.append("A" if q.requires_grad else "B")
+        assert p.requires_grad != q.requires_grad
+        before = p.detach().clone(), q.detach().clone()
+        if p.requires_grad:
+            p.grad = S * G @ q.detach().T
+        else:
+            q.grad = S * p.detach().T @ G
+        optimizer.step()
+        assert torch.equal(p, before[0]) == (turns[-1] == "A")
+        assert torch.equal(q, before[1]) == (turns[-1] == "B")
+    assert turns == list("AABBAA")
+    assert optimizer.state[q]["step"] == 4 and optimizer.state[p]["step"] == 2
+
+
+def test_at_b_zero_a_stays_and_the_step_counts():
+    B, A = problem()
+    p, q = factors(torch.zeros_like(B), A)
+    optimizer = optimizer_of(p, q, AltLoRA())
+    p.grad, q.grad = S * gradients(1)[0] @ A.T, 1e-3 * torch.ones_like(A)  # not even 0
+    optimizer.step()
+    assert torch.equal(q, A) and optimizer.state[q]["step"] == 1
+    assert p.abs().max() > 0
+
+
+def test_schedulers_change_the_step():
+    B, A = problem()
+    moved = []
+    for factor in (1.0, 0.1):
+        p, q = factors(B, A)
+        optimizer = optimizer_of(p, q, AltLoRA(plus=True), lr=1e-3)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, f=factor: f)
+        q.grad, p.grad = S * B.T @ gradients(1)[0], S * gradients(1)[0] @ A.T
+        optimizer.step()
+        moved.append(q.detach() - A)
+    torch.testing.assert_close(moved[1], 0.1 * moved[0], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_cost_is_what_is_stored(plus):
+    B, A = problem()
+    method = AltLoRA(plus=plus)
+    *_, optimizer = train(method, B, A, gradients(1))
+    held = [v for state in optimizer.state.values() for v in state.values()]
+    measured = sum(v.numel() for v in held if isinstance(v, torch.Tensor))
+    assert measured == method.cost(M, R).state + method.cost(R, N).state
+    assert measured <= 3 * R * (M + N)
+
+
+@pytest.mark.parametrize("schedule", ["joint", "alternate"])
+def test_resumes_bit_for_bit(schedule):
+    B, A = problem()
+    method = AltLoRA(plus=True, schedule=schedule, turn=2)
+
+    def anew(optimizer, step):
+        if step != 5:
+            return optimizer
+        saved, (p, q) = optimizer.named_state_dict(), optimizer.param_groups[0]["params"]
+        for t in (p, q):
+            t.requires_grad_(True)
+        other = optimizer_of(p, q, method)
+        other.load_named_state_dict(saved)
+        return other
+
+    whole, cut = (train(method, B, A, gradients(9), after=f) for f in (lambda o, s: o, anew))
+    assert torch.equal(whole[0], cut[0]) and torch.equal(whole[1], cut[1])
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_a_selection_keeps_what_the_other_components_were(plus):
+    """State is cut along the rank: rows for A, columns for B, and the copies alike."""
+    B, A = problem()
+    B1, A1, optimizer = train(AltLoRA(plus=plus), B, A, gradients(4))
+    before = {k: v for k, v in optimizer.named_state_dict().items() if isinstance(v, torch.Tensor)}
+    index = torch.tensor([2, 0])
+    optimizer.select_state("B", 1, index)
+    optimizer.select_state("A", 0, index)
+    after = optimizer.named_state_dict()
+    for key, value in before.items():
+        rows = key in ("A/exp_avg", "A/exp_avg_sq", "B/other")
+        assert torch.equal(after[key], value[index] if rows else value[:, index]), key
+    small = factors(B1[:, index], A1[index])
+    fresh = optimizer_of(*small, AltLoRA(plus=plus))
+    fresh.load_named_state_dict(after)
+
+
+def test_experts_move_one_by_one():
+    B, A = problem()
+    B3, A3 = torch.stack([B, 2 * B]), torch.stack([A, A - 1])
+    p, q = factors(B3, A3)
+    optimizer = optimizer_of(p, q, AltLoRA(plus=True), leading=1)
+    grads = [torch.stack([G, -G]) for G in gradients(3)]
+    for G in grads:
+        p.grad, q.grad = S * G @ q.detach().mT, S * p.detach().mT @ G
+        optimizer.step()
+    for i in range(2):
+        b, a, _ = train(AltLoRA(plus=True), B3[i], A3[i], [G[i] for G in grads])
+        torch.testing.assert_close(p[i].detach(), b, rtol=0, atol=1e-12)
+        torch.testing.assert_close(q[i].detach(), a, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("plus, schedule, lr", [(False, "joint", 0.5), (True, "alternate", 1e-2)])
+def test_trains_an_adapter_from_zero(plus, schedule, lr):
+    model = tiny.llama()
+    update = AltLoRA(plus=plus, schedule=schedule, damping_mode="rel", damping=1e-3)
+    handle = attach(model, Recipe(weights=LoRA(rank=2), update=update))
+    trained = set(handle.trainable())
+    optimizer = handle.optimizer(lr=lr)
+    ids = torch.randint(tiny.VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert set(handle.trainable()) == trained
+    assert losses[-1] < losses[0] - 0.02
