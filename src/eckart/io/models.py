@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.errors import FileError, UsageError, did_you_mean
+from eckart.errors import EckartError, FileError, UsageError, did_you_mean
 from eckart.io.presets import PRESETS, build_model, config_of, fill, quiet, task_class
 
 __all__ = [
@@ -304,7 +304,9 @@ def load_model(
                 **({"device_map": device} if device is not None else {}),
                 **config,
             )
-        except (OSError, ValueError, KeyError) as fault:
+        except (EckartError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as fault:  # a damaged config.json makes transformers raise anything
             reason = str(fault).strip().splitlines()[0] if str(fault).strip() else repr(fault)
             raise FileError("the model cannot be loaded", [(str(folder), reason)]) from fault
     problems(model, report, folder, task)

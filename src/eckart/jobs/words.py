@@ -125,7 +125,7 @@ def read_word(word: str) -> list[Setting]:
     """One word's settings: several where its value is a mapping, `heal={steps: 50}`."""
     if not is_setting(word):
         raise UsageError(
-            f"{word} is not key=value     {COMMAND_LINE}",
+            f"{word if word.isprintable() else repr(word)} is not key=value     {COMMAND_LINE}",
             fix="Type a key and its value: train.lr=1e-3",
         )
     key, _, text = word.partition("=")
