@@ -12,9 +12,12 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from eckart.errors import FileError
+from eckart.io.folder import close_with_manifest, write_json
 from eckart.io.run import checkpoint_folders, latest_checkpoint
-from eckart.jobs.checkpoints import load_model_state
-from tests.jobs.loops import LR, handle_of, logged, mixed
+from eckart.io.tensors import write_tensors
+from eckart.jobs.checkpoints import apart, load_model_state, whole
+from tests.jobs.loops import LR, collate, handle_of, logged, mixed, rows
+from tests.processes import in_processes
 
 ROOT = Path(__file__).parents[2]
 SAVES = {"save_strategy": "steps", "save_steps": 3}
@@ -151,3 +154,57 @@ def test_a_new_best_is_saved_whenever_it_comes(tmp_path):
     trained.evaluate = lambda **k: {**evaluate(**k), "eval_loss": next(scores)}
     trained.train()
     assert "step-2" in [p.name for p in checkpoint_folders(tmp_path)]
+
+
+def sharded(rank: int, out: Path) -> dict[str, torch.Tensor]:
+    """Two steps under FSDP2, a checkpoint, and two more in a fresh model that loaded it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, batch = init_device_mesh("cpu", (2,)), collate(rows(4))
+
+    def made():
+        handle = handle_of()
+        for layer in handle.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(handle.model, mesh=mesh)
+        return handle, handle.optimizer(lr=LR, clip=0.5)
+
+    def step(handle, optimizer):
+        handle.model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    handle, optimizer = made()
+    for _ in range(2):
+        step(handle, optimizer)
+    moments, numbers = apart(optimizer.named_state_dict())
+    tensors = whole(handle.named_state())
+    if rank == 0:
+        out.mkdir()
+        write_tensors(out / "model.safetensors", tensors)
+        write_json(out / "state.json", {"structure": handle.structure()})
+        close_with_manifest(out)
+    torch.distributed.barrier()
+    again, other = made()
+    load_model_state(again, out)
+    other.load_named_state_dict({**moments, **numbers})
+    for pair in ((handle, optimizer), (again, other)):
+        for _ in range(2):
+            step(*pair)
+    return {"whole": whole(handle.named_state()), "loaded": whole(again.named_state())}
+
+
+def test_a_sharded_model_saves_whole_tensors_and_takes_them_back(tmp_path):
+    found = in_processes(sharded, tmp_path / "step-2")
+    alone = handle_of()
+    optimizer = alone.optimizer(lr=LR, clip=0.5)
+    for _ in range(4):
+        alone.model(**collate(rows(4)))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for by_rank in found:
+        for name, tensor in by_rank["whole"].items():
+            assert torch.equal(by_rank["loaded"][name], tensor), name
+            # fp64: the same batch on both, averaged
+            torch.testing.assert_close(tensor, alone.named_state()[name], rtol=0, atol=1e-9)

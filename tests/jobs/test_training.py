@@ -173,8 +173,29 @@ def test_micro_batches_of_unequal_length_weigh_by_their_tokens(tmp_path):
         torch.testing.assert_close(in_parts[name], tensor, rtol=0, atol=1e-9)
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
+def test_a_loss_that_is_not_finite_names_the_weight(tmp_path):
     handle = handle_of()
-    next(iter(handle.trainable().values())).data.fill_(math.nan)
-    with pytest.raises(Diverged, match="loss is nan at step 1"):
+    handle.trainable()["model.layers.1.mlp.up_proj.lora.B"].data.fill_(math.nan)
+    with pytest.raises(Diverged) as fault:
         mixed(handle, Trainer, tmp_path, 2, 1).train()
+    where = "model.layers.1.mlp.up_proj.lora.B (weight)"
+    assert fault.value.what == f"loss is NaN at step 1; first in {where}"
+
+
+def test_an_activation_that_is_not_finite_names_the_module(tmp_path):
+    handle = handle_of()
+    module = handle.model.model.layers[1].self_attn.k_proj
+    module.register_forward_hook(lambda _, args, out: out * math.inf)
+    with pytest.raises(Diverged) as fault:
+        mixed(handle, Trainer, tmp_path, 2, 1).train()
+    assert "; first in model.layers.1.self_attn.k_proj (activation)" in fault.value.what
+
+
+def test_a_gradient_that_is_not_finite_names_where_the_backward_pass_met_it(tmp_path):
+    handle = handle_of()
+    for name in ("model.layers.0.mlp.up_proj.lora.A", "model.layers.1.self_attn.q_proj.lora.A"):
+        handle.trainable()[name].register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(Diverged) as fault:
+        mixed(handle, Trainer, tmp_path, 2, 1).train()
+    where = "model.layers.1.self_attn.q_proj.lora (gradient)"
+    assert fault.value.what == f"gradient norm is NaN at step 1; first in {where}"

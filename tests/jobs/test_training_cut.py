@@ -201,13 +201,16 @@ def in_one_of_two(rank: int, out: Path, stop_before_cut: bool) -> Any:
         return None
     trained.train(resume_from_checkpoint=checkpoint is not None)
     assert type(trained.model_wrapped).__name__ == "DistributedDataParallel"
-    return copy.deepcopy({n: t.detach() for n, t in handle.named_state().items()})
+    final = copy.deepcopy({n: t.detach() for n, t in handle.named_state().items()})
+    return {"final": final, "noise": torch.initial_seed()}
 
 
 def test_two_processes_cut_as_one(reference, tmp_path):
-    for found in in_processes(in_one_of_two, tmp_path, False):
+    both = in_processes(in_one_of_two, tmp_path, False)
+    assert both[0]["noise"] != both[1]["noise"], "dropout must not be the same on both"
+    for found in both:
         for name, tensor in reference[1].items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+            torch.testing.assert_close(found["final"][name], tensor, rtol=0, atol=1e-9)
 
 
 def test_two_processes_stopped_before_the_cut_end_the_same(reference, tmp_path):
@@ -215,4 +218,4 @@ def test_two_processes_stopped_before_the_cut_end_the_same(reference, tmp_path):
     assert "cut_at" not in read_state(latest_checkpoint(tmp_path))
     for found in in_processes(in_one_of_two, tmp_path, False):
         for name, tensor in reference[1].items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+            torch.testing.assert_close(found["final"][name], tensor, rtol=0, atol=1e-9)

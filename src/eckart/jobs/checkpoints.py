@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
 from eckart.errors import FileError, UsageError
@@ -105,7 +106,7 @@ def load_model_state(handle: Handle, folder: str | Path) -> None:
             ],
             "Resume with the model and seed that the run was started with.",
         )
-    handle.load_named_state(read_tensors(folder / MODEL))
+    handle.load_named_state(placed(read_tensors(folder / MODEL), handle.named_state()))
 
 
 def prune(run: Path, keep: int, best: int | None) -> None:
@@ -247,6 +248,16 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sharded tensors gathered on every process; others as they are."""
     return {
         name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def placed(tensors: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors sharded as the live ones of the same names are; others as they are."""
+    return {
+        name: distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+        if isinstance(like := live.get(name), DTensor)
+        else tensor
         for name, tensor in tensors.items()
     }
 

@@ -26,8 +26,10 @@ def first_bad_module(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, 
 
         return hook
 
-    leaves = [(p, m) for p, m in model.named_modules() if p and not any(m.children())]
-    handles = [module.register_forward_hook(watch(path)) for path, module in leaves]
+    # Modules that compute: with tensors of their own (terms may be children), or innermost.
+    named = [(p, m) for p, m in model.named_modules() if p]
+    working = [(p, m) for p, m in named if m._parameters or not any(m.children())]
+    handles = [module.register_forward_hook(watch(path)) for path, module in working]
     try:
         with torch.no_grad():
             model(**inputs)

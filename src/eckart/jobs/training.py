@@ -24,7 +24,7 @@ from eckart.errors import Diverged
 from eckart.io.packing import Shuffled
 from eckart.jobs.cut import Cutting, DueCut
 from eckart.jobs.divergence import first_bad_gradient, first_bad_module
-from eckart.linear import Structured
+from eckart.linear import Structured, seeded_generator
 from eckart.recipe import Handle
 
 
@@ -58,6 +58,13 @@ class Training(Cutting):
         if handle.events.cuts:
             self.add_callback(self.due_cut)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As Trainer's, through changes of shape; noise differs between processes."""
+        if self.args.world_size > 1:  # Trainer gives all the same seed: dropout would repeat
+            own = seeded_generator(self.args.seed, "process", self.args.process_index)
+            torch.manual_seed(own.initial_seed())
+        return super().train(resume_from_checkpoint, **kwargs)
+
     # --- the optimizer ---------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -66,6 +73,8 @@ class Training(Cutting):
             self.optimizer = self.handle.optimizer(self.args.learning_rate, self.clip)
             self.optimizer.load_named_state_dict(still_fitting(self.moments, self.optimizer))
             self.optimizer.register_step_pre_hook(self._note_rates)
+            # A bad gradient moves nothing and stays where it is, so that it can be found.
+            self.optimizer.skip_nonfinite = True
             self.optimizer.register_step_post_hook(self._check_norm)
         return self.optimizer
 
