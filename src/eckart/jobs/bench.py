@@ -272,7 +272,8 @@ def repeat(job: Job, options: Options) -> str:
         if name not in ("methods", "processes") and value != getattr(default, name)
     ]
     data = ",".join(s.path for s in job.data.train)
-    keys = [f"{k}={v}" for k, v in job.given.items() if k not in ("model", "data.train", "out")]
+    given = sorted(job.given.items())  # a resumed job has them in another order
+    keys = [f"{k}={v}" for k, v in given if k not in ("model", "data.train", "out")]
     words = ["eckart bench", str(job.model), data, f"--methods {options.methods}", *flags, *keys]
     return " ".join(words)
 

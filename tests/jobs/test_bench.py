@@ -1,0 +1,239 @@
+"""A bench from words to files, on a model of a few thousand parameters."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from eckart.errors import OutOfRoom, UsageError
+from eckart.jobs import bench, contest, lengths, runner
+from eckart.jobs.config import resolve
+from eckart.jobs.job import Flags
+from tests.tiny import SHAPE
+
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then"]
+SMALL = ["train.steps=3", "train.batch_size=4", "data.seq_len=16", "data.eval=0.2"]
+OPTIONS = {"window": 3, "purse": 3, "choose": 1, "seeds": 3}
+TIMELESS = ("results.jsonl", "bench.json", "table.csv")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A shape and a text; the cache stands beside them."""
+    folder = tmp_path_factory.mktemp("bench")
+    shape = {**SHAPE, "model_type": "llama", "vocab_size": 280, "num_key_value_heads": 2}
+    (folder / "shape.json").write_text(json.dumps({**shape, "num_hidden_layers": 1}))
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(WORDS, k=30)) for _ in range(60)]
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(place, monkeypatch):
+    monkeypatch.setenv("ECKART_CACHE", str(place / "cache"))
+
+
+def job(place, methods, out=None, words=(), resume=None, **options):
+    return resolve(
+        "bench",
+        None if resume else str(place / "shape.json"),
+        None if resume else str(place / "text.txt"),
+        [] if resume else [*SMALL, *words],
+        flags=Flags(out=str(out) if out else None, json=True, resume=resume),
+        options={"methods": methods, **OPTIONS, **options} if methods else {},
+    )
+
+
+def files(folder):
+    return {name: (folder / name).read_bytes() for name in TIMELESS}
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """An uninterrupted bench."""
+    import os
+
+    os.environ["ECKART_CACHE"] = str(place / "cache")
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, bench.run(job(place, "dense+galore:rank=2", out))
+
+
+def test_a_bench_ends_with_a_table_a_page_and_what_they_say(whole):
+    out, document = whole
+    assert document["baseline"] == "dense"
+    names = [row["name"] for row in document["methods"]]
+    assert names == ["dense", "dense+galore:rank=2"]
+    for row in document["methods"]:
+        assert len(row["test"]["values"]) == 3 and row["trials"] == 6
+        assert set(row["costs"]) >= {"steps", "tokens", "seconds", "peak_bytes"}
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    assert (out / "table.csv").read_text().splitlines()[1].startswith("dense,baseline,")
+    assert json.loads((out / "run.json").read_text())["exit"] == 0
+    assert document["methods"][0]["verdict"] == "baseline"
+    assert document["repeat"].endswith(
+        "--methods dense+galore:rank=2 --window 3 --purse 3 --choose 1 --seeds 3 "
+        "data.eval=0.2 data.seq_len=16 train.batch_size=4 train.steps=3"
+    )
+
+
+def test_both_saw_the_same_batches_and_started_from_the_same_values(place):
+    a, b = contest.contestants("dense+galore:rank=2", job(place, "dense+galore"))
+    first, second = (contest.UserLab(c.job, 3, 1e-3, 5, 4) for c in (a, b))
+    for step in (0, 7, 40):  # across the end of an epoch
+        assert first.batch(step)["input_ids"].equal(second.batch(step)["input_ids"])
+    for p, q in zip(first.model().parameters(), second.model().parameters(), strict=True):
+        assert p.equal(q)
+    other = contest.UserLab(a.job, 4, 1e-3, 5, 4)
+    assert not first.batch(0)["input_ids"].equal(other.batch(0)["input_ids"])
+
+
+def test_the_rate_is_chosen_without_the_test_rows(place, monkeypatch, tmp_path):
+    """With other numbers on the test rows the same rates are chosen."""
+    plain = bench.run(job(place, "dense+galore:rank=2", tmp_path / "a"))
+    true = contest.UserLab.evaluate
+
+    def spoiled(self, model):
+        found = true(self, model)
+        return {**found, "loss": found["loss"] + random.random()}
+
+    monkeypatch.setattr(contest.UserLab, "evaluate", spoiled)
+    other = bench.run(job(place, "dense+galore:rank=2", tmp_path / "b"))
+    rates = [[(r["lr"], r["lr_curve"]) for r in d["methods"]] for d in (plain, other)]
+    assert rates[0] == rates[1]
+    assert plain["methods"][1]["test"] != other["methods"][1]["test"]
+
+
+def test_an_interrupted_bench_ends_with_the_same_bytes(place, whole, tmp_path, monkeypatch):
+    out, true = tmp_path / "out", runner.execute
+    left = [4]
+
+    def stopping(trial):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return true(trial)
+
+    monkeypatch.setattr(runner, "execute", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(job(place, "dense+galore:rank=2", out))
+    assert json.loads((out / "run.json").read_text())["exit"] == 130
+    before = {p: p.stat().st_mtime_ns for p in (out / "trials").iterdir()}
+    assert len(before) == 4
+    monkeypatch.setattr(runner, "execute", true)
+    bench.run(job(place, None, resume=str(out)))
+    assert files(out) == files(whole[0])
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+
+@pytest.mark.slow
+def test_a_bench_killed_at_random_moments_ends_with_the_same_bytes(place, whole, tmp_path):
+    out, draw = tmp_path / "out", random.Random(1)
+    words = [
+        sys.executable, "-m", "eckart", "bench", str(place / "shape.json"),
+        str(place / "text.txt"), *SMALL, "--methods", "dense+galore:rank=2", "--window", "3",
+        "--purse", "3", "--choose", "1", "--seeds", "3",
+    ]  # fmt: skip
+    first, killed = [*words, "-o", str(out)], 0
+    again = [*words[:4], "--resume", str(out)]
+    while True:
+        process = subprocess.Popen(again if (out / "config.yaml").exists() else first)
+        trials = len(list((out / "trials").glob("*.json"))) if out.exists() else 0
+        while process.poll() is None and killed < 4:
+            time.sleep(0.05)
+            done = len(list((out / "trials").glob("*.json"))) if out.exists() else 0
+            if done > trials + draw.randint(0, 2):
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+                break
+        if process.wait() == 0:
+            break
+        assert killed <= 4
+    assert killed >= 2 and files(out) == files(whole[0])
+
+
+# --- who takes part ------------------------------------------------------------------------
+
+
+def names(place, text):
+    return [c.name for c in contest.contestants(text, job(place, text))]
+
+
+def test_the_baseline_is_always_there_and_nobody_twice(place):
+    assert names(place, "lowrank") == ["dense", "lowrank"]
+    assert names(place, "lowrank,dense,lowrank") == ["dense", "lowrank"]
+    with pytest.raises(UsageError, match="two contestants are the same recipe"):
+        names(place, "dense+adamw")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("lowrnk", "unknown method lowrnk     --methods"),
+        ("lora+dora", "two choices for one axis     --methods"),
+        ("lora:rnak=3", "unknown key weights.rnak     --methods lora:rnak=3"),
+        ("lora:rank=0", "weights.rank"),
+        ("lora+galore", "these two do not combine"),
+        ("svd", "svd trains nothing     --methods"),
+        (" , ", "nothing to compare     --methods"),
+    ],
+)
+def test_what_cannot_take_part_is_refused_before_anything_is_read(place, text, what):
+    with pytest.raises(UsageError) as e:
+        names(place, text)
+    assert what in e.value.text()
+
+
+def test_fields_of_all_contestants_at_once_are_refused(place):
+    with pytest.raises(UsageError) as e:
+        bench.run(job(place, "lowrank", words=["train.lr=1e-3"]))
+    assert e.value.what == "every contestant has its own choices"
+
+
+def test_too_few_held_out_rows_are_refused(place, tmp_path):
+    with pytest.raises(UsageError) as e:
+        bench.run(job(place, "lowrank", tmp_path / "out", words=["data.eval=0"]))
+    assert e.value.what == "too few rows are held out"
+
+
+def test_a_length_can_be_said_in_four_ways(place, tmp_path):
+    base = job(place, "lowrank")
+    entered = contest.contestants("lowrank", base)
+    by = {
+        text: lengths.plan(base, entered, text, tmp_path / f"{text[:3]}.json")
+        for text in ("", "steps=7", "tokens=640", "seconds=0.5", "bytes=3MB")
+    }
+    assert by[""]["dense"] == lengths.Length(3, 4)
+    assert by["steps=7"]["lowrank"] == lengths.Length(7, 4)
+    assert by["tokens=640"]["dense"] == lengths.Length(10, 4)  # 4 rows of 16
+    assert all(length.steps >= 1 for length in by["seconds=0.5"].values())
+    for name, length in by["bytes=3MB"].items():
+        assert length.rows & (length.rows - 1) == 0 and length.steps * length.rows >= 8, name
+    again = lengths.plan(base, entered, "seconds=0.5", tmp_path / "sec.json")
+    assert again == by["seconds=0.5"]
+    with pytest.raises(OutOfRoom):
+        lengths.plan(base, entered, "bytes=1kB", tmp_path / "no.json")
+    with pytest.raises(UsageError, match="cannot read --budget hours=3"):
+        lengths.plan(base, entered, "hours=3", tmp_path / "no.json")
+
+
+def test_ranks_are_matched_to_the_parameters_of_the_baseline(place):
+    base = job(place, "lora:rank=3")
+    plain = contest.contestant("lora:rank=3", base)
+    dora = contest.contestant("dora", base)
+    model = contest.ground(base).model
+    _, found = lengths.matched([plain, dora], model)
+    counts = {
+        rank: lengths.trained(contest.contestant(f"dora:rank={rank}", base), model)
+        for rank in range(1, 8)
+    }
+    target = lengths.trained(plain, model)
+    nearest = min(counts, key=lambda rank: abs(counts[rank] - target))
+    assert found.name == f"dora:rank={nearest}" and lengths.trained(found, model) == counts[nearest]
+    assert lengths.matched([plain, contest.contestant("dora:rank=7", base)], model)[1].name == (
+        "dora:rank=7"  # a rank that was given stays
+    )
