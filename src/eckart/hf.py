@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,15 +27,12 @@ from eckart.io.models import header, listed
 from eckart.io.native import readable
 from eckart.recipe import Handle, attach_from, registry
 from eckart.recipe.attachment import revive
+from eckart.recipe.handle import CARRIED, handle_of
 from eckart.recipe.lock import MODEL_TYPE, lock_config
 
+__all__ = ["handle_of"]
+
 WRITTEN_BY_LOCK = ("model_type", "base_model_type", "transformers_weights")
-HANDLE = "eckart_handle"  # attribute of a loaded model
-
-
-def handle_of(model: nn.Module) -> Handle | None:
-    """The handle of a model that was loaded from a factored folder; None for any other."""
-    return model.__dict__.get(HANDLE)
 
 
 class EckartConfig(PretrainedConfig):
@@ -154,7 +150,7 @@ class FactoredQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
-        model.__dict__[HANDLE] = handle
+        model.__dict__[CARRIED] = handle
         return model
 
 

@@ -13,6 +13,7 @@ from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io import dense, factored, native, peft
 from eckart.io.models import Source, load_model, recognise
 from eckart.recipe import Handle
+from eckart.recipe.handle import handle_of
 
 WRITERS: dict[str, Callable[..., None]] = {
     "peft": peft.save,
@@ -92,9 +93,7 @@ def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> 
         raise UsageError(
             "this is a whole model, not an adapter", [(str(folder), "")], "Leave model= out."
         )
-    from eckart import hf
-
-    handle = hf.handle_of(load_model(source.path, **options))
+    handle = handle_of(load_model(source.path, **options))
     if handle is None:
         raise FileError("the model came without its terms", [(str(folder), "")])
     return handle

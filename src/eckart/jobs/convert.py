@@ -32,6 +32,7 @@ from eckart.jobs.screen import Screen, amount
 from eckart.linear import Term
 from eckart.recipe import Handle
 from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.handle import handle_of
 
 PLAIN = peft.GENERAL.lower()  # PEFT's files as the least of readers take them: one rank, no scale
 FORMATS = {
@@ -137,8 +138,6 @@ def open_source(job: Job, to: str) -> Opened:
     else:
         opened = open_model(source)
     if found.kind == "factored":
-        from eckart.hf import handle_of
-
         opened = Opened(opened.model, handle_of(opened.model), str(found.path))
         if opened.handle and to in ("peft", PLAIN, "native"):
             opened = on_its_base(opened, opened.handle, base)

@@ -26,6 +26,7 @@ from eckart.recipe.targets import EVERYTHING
 
 ROOT = ""  # the path under which build() returns modules shared by all sites
 FORMAT = 1  # version of the structure that is written to disk
+CARRIED = "eckart_handle"  # attribute of a model that was loaded with its terms
 
 
 class Handle:
@@ -337,6 +338,12 @@ class Handle:
         self.model.__dict__.pop("resize_token_embeddings", None)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.required.get(name, True))
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a model that was loaded from a factored folder; None for any other."""
+    found: Handle | None = model.__dict__.get(CARRIED)
+    return found
 
 
 @contextmanager
