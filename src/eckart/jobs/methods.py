@@ -69,7 +69,7 @@ def facts(entry: Entry, entries: Mapping[str, Entry]) -> Iterator[tuple[str, str
     if entry.promises:
         yield "promises", ", ".join(promise for promise in told(entry.promises))
     if entry.needs:
-        yield "needs", ", ".join(entry.needs)
+        yield "needs", ", ".join(told(entry.needs))
     together = combines(entry, entries)
     for axis in ("weights", "update"):
         if axis in together:

@@ -87,8 +87,9 @@ class Entry:
         return self.declares.get("promises") or ()
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return tuple(self.declares.get("needs") or ())
+    def needs(self) -> Any:
+        """Names, or {name: {field: values for which it holds}}."""
+        return self.declares.get("needs") or ()
 
     @property
     def base(self) -> str | None:
