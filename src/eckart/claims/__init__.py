@@ -166,7 +166,7 @@ class Arm:
     lr: float | None = None
     """Where the search for the learning rate begins; None: the recipe's default."""
     search: bool = True
-    """Is the learning rate searched? Not where `run` does not train."""
+    """Is the learning rate searched? Else `lr` is taken as it is, or none where nothing trains."""
     watch: Watches = field(default_factory=dict)
     """Quantities of the claim's own, measured during training: {10: norms, END: angles}."""
     loss_at: tuple[int, ...] = ()

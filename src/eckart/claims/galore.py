@@ -47,7 +47,7 @@ class RandomBasis(GaLore):
     """GaLore with everything the same but the directions."""
 
     def rule(self) -> Rule:
-        return replace(super().rule(), projector=Drawn(self.rank, self.side, self.basis_dtype))
+        return replace(super().rule(), projector=Drawn(self.rank, self.side))
 
 
 def galore(rank: int) -> Recipe:

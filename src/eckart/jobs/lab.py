@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from eckart.claims import END, UNTOUCHED, Arm, Batch, Task, Trained, Watches
 from eckart.errors import UsageError
+from eckart.jobs.cut import Kept, cut_moments, cut_terms
 from eckart.jobs.materials import chosen_rows, splits_of, start_model, warm_cosine
 from eckart.jobs.memory import activation_bytes, held_state_bytes, model_bytes, size
 from eckart.recipe import Handle, Recipe, attach
@@ -81,12 +82,12 @@ class Bench:
 
     def loop(self, handle: Handle, lr: float, steps: int, watch: Watches) -> Trained:
         """The bare loop; a loss that is not finite ends it."""
-        optimizer = handle.optimizer(lr, self.task.clip)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step, steps))
+        optimizer, rates = self.optimizer(handle, lr)
         trained = Trained(handle.model, handle, optimizer, 0, [], {})
         begun = time.monotonic()
         for step in range(steps):
-            refuse_cut(handle)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.rate(step, steps)
             batch = self.batch(step)
             loss = handle.loss(batch, handle.model(**batch))
             trained.losses.append(loss.item())
@@ -94,14 +95,30 @@ class Bench:
                 break
             loss.backward()
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
             trained.step = step + 1
             if step + 1 in watch:
                 trained.quantities.update(watch[step + 1](trained, self))
+            if handle.events.cuts and (kept := handle.events.due_cut()):
+                optimizer, rates = self.cut(handle, kept, optimizer, lr)
+                trained.optimizer = optimizer
         trained.quantities["seconds"] = time.monotonic() - begun
         trained.quantities.update(self.outcome(trained))
         return trained
+
+    def optimizer(self, handle: Handle, lr: float) -> tuple[Any, list[float]]:
+        """The recipe's optimizer, and its groups' learning rates before any schedule."""
+        optimizer = handle.optimizer(lr, self.task.clip)
+        return optimizer, [group["lr"] for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def cut(self, handle: Handle, kept: Kept, optimizer: Any, lr: float) -> Any:
+        """A change of shape that is due: terms and moments cut alike, in a new optimizer."""
+        moments = cut_moments(handle, kept, optimizer.named_state_dict())
+        cut_terms(handle, kept)
+        fresh, rates = self.optimizer(handle, lr)
+        fresh.load_named_state_dict(moments)
+        return fresh, rates
 
     def outcome(self, trained: Trained) -> dict[str, float]:
         """What every trained arm has; a run that diverged has the worst loss, not none."""
@@ -219,10 +236,3 @@ def in_batches(examples: Batch) -> list[dict[str, Tensor]]:
     parts: Mapping[str, tuple[Tensor, ...]] = {k: t.split(AT_ONCE) for k, t in examples.items()}
     count = len(next(iter(parts.values())))
     return [{key: tensors[i] for key, tensors in parts.items()} for i in range(count)]
-
-
-def refuse_cut(handle: Handle) -> None:
-    """A change of shape inside a training is done by the training jobs, not by this loop."""
-    if handle.events.cuts and handle.events.due_cut():
-        names = ", ".join(cut.name for cut in handle.events.cuts)
-        raise UsageError("a bare loop cannot change shapes", [(names, "is due")])

@@ -51,7 +51,7 @@ class Search:
 
     @property
     def lr(self) -> float | None:
-        return lr_at(self.start, best(self.full)) if self.arm.search else None
+        return lr_at(self.start, best(self.full)) if self.arm.search else self.arm.lr
 
     @property
     def edge(self) -> bool:
