@@ -205,6 +205,49 @@ def test_all_searches_serve_all_sides(search, side):
     assert (path[-1] - start((9, 6))).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("side", ["auto", "both"])
+@pytest.mark.parametrize("on_refresh", ["keep", "rotate", "reset"])
+def test_a_basis_in_four_bits_is_the_basis_to_half_a_level(side, on_refresh):
+    shape, grads = (64, 48), spectrum((64, 48), 6)
+    exact, packed = (
+        GaLore(rank=6, every=5, side=side, on_refresh=on_refresh, basis_dtype=dtype, stagger=False)
+        for dtype in ("param", "int4")
+    )
+    _, wanted = train(exact.rule(), start(shape), grads)
+    path, state = train(packed.rule(), start(shape), grads)
+    assert state["right_codes"].dtype == torch.uint8
+    assert state["right_codes"].shape == (6, 24) and state["right_ends"].shape == (6, 2)
+    basis = packed.rule().projector.basis(state, path[-1], shape)
+    for found, name in ((basis.right, "right"), (basis.left, "left")):
+        if found is not None:
+            P, Q = (t if name == "right" else t.T for t in (found, wanted[name]))
+            level = (Q.amax(1) - Q.amin(1)) / 15
+            assert ((P - Q).abs().amax(1) <= level / 2 + 1e-6).all()
+            # 48 errors of a few hundredths in each inner product of unit vectors
+            torch.testing.assert_close(P @ P.T, torch.eye(6, dtype=F64), rtol=0, atol=0.1)
+    tensors = [v for v in state.values() if isinstance(v, torch.Tensor)]
+    assert packed.cost(*shape).state == sum(t.numel() for t in tensors)
+    turned, _ = train(packed.rule(), start(shape).T, [G.T for G in grads])
+    # ends of rows are kept in fp32
+    torch.testing.assert_close(turned[-1].T, path[-1], rtol=0, atol=1e-6)
+
+
+def test_an_adaptive_interval_doubles_where_the_leading_direction_keeps():
+    G = spectrum((9, 6), 1)[0]
+    noise = spectrum((9, 6), 40, seed=3)
+    method = GaLore(rank=3, every=2, stagger=False, adaptive=0.9)
+    steady = [10 * G + g for g in noise]
+    _, state = train(method.rule(), start((9, 6)), steady)
+    # refreshes at 0, 2, .. 10: five cosines; then at multiples of 4, 8, 16: 12, 16, 32
+    assert state["gap"] == 32 and state["cosines"].min() > 0.9
+    flipped = [g * (-1) ** i for i, g in enumerate(steady)]  # a sign is no change
+    assert train(method.rule(), start((9, 6)), flipped)[1]["gap"] == 32
+    _, state = train(method.rule(), start((9, 6)), noise)
+    assert state["gap"] == 2
+    _, state = train(GaLore(rank=3, every=2).rule(), start((9, 6)), steady)
+    assert "gap" not in state
+
+
 def test_a_rank_above_the_short_side_is_cut_there():
     _, state = train(GaLore(rank=99).rule(), start((7, 5)), spectrum((7, 5), 1))
     assert state["right"].shape == (5, 5)

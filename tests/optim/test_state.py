@@ -8,7 +8,7 @@ from tests.optim.trainings import gradients, parameters, run
 from torch import nn
 
 from eckart.errors import FileError, UsageError
-from eckart.optim import SVD, Adam, LowRankOptimizer, Refresh, Rule
+from eckart.optim import SVD, Adam, EightBit, LowRankOptimizer, Packed, Refresh, Rule
 
 SHAPES = [(9, 6), (6, 9), (5,), (4, 3, 2, 2)]
 RULES = {
@@ -16,6 +16,7 @@ RULES = {
     "galore": Rule(Adam(eps_mode="hf"), SVD(3), Refresh(7), scale=0.25),
     "rotated": Rule(Adam(), SVD(3), Refresh(7, "rotate")),
     "reset": Rule(Adam(), SVD(3, "both"), Refresh(7, "reset", stagger=False)),
+    "q-galore": Rule(EightBit(), Packed(SVD(3)), Refresh(2, adaptive=0.1)),
     "wide": Rule(Adam(state_dtype="float32"), SVD(3, basis_dtype="float32"), Refresh(7)),
 }
 
@@ -67,7 +68,7 @@ def test_loading_changes_no_dtype(how):
     )
 
 
-INTS = {"step", "due", "start"}
+INTS = {"step", "due", "start", "gap"}
 
 
 def test_loaded_tensors_are_copies():

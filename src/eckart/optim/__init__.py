@@ -19,7 +19,7 @@ from eckart.optim.refresh import Refresh
 from eckart.optim.residual import NormGrowth, Rescaled, Residual
 from eckart.optim.rule import Rule
 from eckart.optim.source import ErrorFeedback, Source
-from eckart.optim.storage import EightBit
+from eckart.optim.storage import EightBit, Packed
 
 __all__ = [
     "SGD",
@@ -39,6 +39,7 @@ __all__ = [
     "LowRankOptimizer",
     "Moments",
     "NormGrowth",
+    "Packed",
     "PairRule",
     "Projector",
     "Randomised",

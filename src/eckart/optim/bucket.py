@@ -46,7 +46,7 @@ class Entry:
     def basis(self) -> Basis:
         projector = self.rule.projector
         basis = projector.basis(self.tensors, self.local, self.size)
-        if self.layout is None or not projector.from_shards:
+        if self.layout is None or not projector.derived:
             return basis
         kinds: tuple[Kind, Kind] = ("left", "right")  # derived whole; this process has a part
         parts = zip(basis, kinds, strict=True)

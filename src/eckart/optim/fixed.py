@@ -54,6 +54,7 @@ class Selected(Subspace):
     names: ClassVar[tuple[str, ...]] = ("index",)
     decomposes: ClassVar[bool] = False
     from_shards: ClassVar[bool] = True
+    derived: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.route == "fft" and self.kind != "dct2":

@@ -150,6 +150,7 @@ class Projector(Part):
     names: ClassVar[tuple[str, ...]] = ("left", "right")  # of its state tensors, if present
     from_gram: ClassVar[bool] = False  # is the right basis a function of G^T G?
     from_shards: ClassVar[bool] = False  # can it find a right basis with shards of the rows?
+    derived: ClassVar[bool] = False  # is its state whole on all processes, the basis made of it?
     decomposes: ClassVar[bool] = True  # and so must wait for the device at a search
 
     def takes(self, shape: Sequence[int], leading: int) -> bool:

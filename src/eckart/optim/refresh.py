@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.part import CHUNK, Part, State
-from eckart.optim.project import Found, Search, usable
+from eckart.optim.project import Basis, Found, Search, usable
 from eckart.optim.sharded import Layout, local, sum_, whole
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ class Refresh(Part):
     Staggered, each parameter has its own phase, from a hash of its name: no step carries
     all decompositions, and neither order nor grouping matters.
 
+    `adaptive`: where the leading direction hardly changes (the mean cosine over the last five
+    refreshes is at least this), the parameter's own interval is doubled (Q-GaLore).
+
     `moments`: keep them as they are (GaLore), rotate them into the new basis (LDAdam), or
     reset them, so that the next step is a first step again (FRUGAL).
     """
@@ -31,14 +34,27 @@ class Refresh(Part):
     every: int = 200
     moments: Literal["keep", "rotate", "reset"] = "keep"
     stagger: bool = True
+    adaptive: float | None = None
 
-    def phase(self, name: str) -> int:
-        """This parameter's offset in [0, every)."""
-        return zlib.crc32(name.encode()) % self.every if self.stagger else 0
+    def next(self, step: int, name: str, gap: int) -> int:
+        """The step at which the refresh after the one at `step` is due, `gap` steps being the
+        parameter's own interval."""
+        phase = zlib.crc32(name.encode()) if self.stagger else 0
+        return step + gap - (step + phase) % gap
 
-    def next(self, step: int, name: str) -> int:
-        """The step at which the refresh after the one at `step` is due."""
-        return step + self.every - (step + self.phase(name)) % self.every
+    def init(self, W: Tensor) -> State:
+        """State of an adaptive interval: its length, and the last five cosines."""
+        if self.adaptive is None:
+            return {}
+        return {"gap": self.every, "cosines": torch.full((5,), torch.nan, device=W.device)}
+
+    def stretch(self, state: State, cosines: Tensor, old: Basis, new: Basis) -> None:
+        """Double the interval where the leading direction keeps; one host read."""
+        a, b = leading_direction(old), leading_direction(new)
+        cosine = torch.cosine_similarity(a, b, dim=-1).abs().mean()  # signs mean nothing
+        cosines.copy_(torch.cat([cosines[1:], cosine[None]]))
+        if self.adaptive is not None and bool(cosines.mean() >= self.adaptive):  # NaN: too few
+            state["gap"] *= 2
 
 
 def refresh(entries: list[Entry]) -> None:
@@ -74,10 +90,15 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
         fresh = [True] * len(entries)  # where it is not, old and new are equal
     for i, entry in enumerate(entries):
         step = entry.state["step"]
-        entry.state["due"] = rule.refresh.next(step, entry.name) if fresh[i] else step + 1
         if not fresh[i]:
+            entry.state["due"] = step + 1
             continue
         before, after = ({name: t[i] for name, t in state.items()} for state in (old, new))
+        if rule.refresh.adaptive is not None and not first:
+            bases = (projector.basis(b, entry.local, entry.size) for b in (before, after))
+            rule.refresh.stretch(entry.state, entry.tensors["cosines"], *bases)
+        gap = entry.state.get("gap", rule.refresh.every)
+        entry.state["due"] = rule.refresh.next(step, entry.name, gap)
         renew_moments(entry, before, after)
         for name, t in after.items():
             placed = t if layout is None else local(layout.place(t, rule.kind(name)))
@@ -134,6 +155,14 @@ def renew_moments(entry: Entry, old: dict[str, Tensor], new: dict[str, Tensor]) 
     if refresh.moments == "reset":
         inner.reset(entry.rule.moments(entry.tensors))
         entry.state["start"] = entry.state["step"]
+
+
+def leading_direction(basis: Basis) -> Tensor:
+    """The first direction of a basis, in fp32."""
+    if basis.right is not None:
+        return basis.right[..., 0, :].float()
+    assert basis.left is not None
+    return basis.left[..., :, 0].float()
 
 
 def counted(state: State) -> int:

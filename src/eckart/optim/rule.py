@@ -37,6 +37,11 @@ KINDS: dict[str, Kind] = {
     "limiter": "small",
     "error": "param",
     "error_ends": "left",
+    "cosines": "small",
+    "left_codes": "small",
+    "left_ends": "small",
+    "right_codes": "small",
+    "right_ends": "small",
 }
 
 
@@ -74,7 +79,7 @@ class Rule(Part):
                 [("projector", type(self.projector).__name__)],
                 "Leave age_correct out.",
             )
-        if self.residual is not None and getattr(self.projector, "side", None) == "both":
+        if self.residual is not None and min(self.projector.ranks(1, 1)) > 0:
             raise UsageError(
                 "a residual needs one side that is not projected",
                 [("side", "both"), ("residual", type(self.residual).__name__)],
@@ -103,7 +108,7 @@ class Rule(Part):
 
     def moments(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of a parameter's state tensors, those that belong to the inner rule."""
-        others = {*self.projector.names, "limiter", "error", "error_ends"}
+        others = {*self.projector.names, "limiter", "error", "error_ends", "cosines"}
         return {name: t for name, t in tensors.items() if name not in others}
 
     def sides(self, shape: Sequence[int], leading: int = 0) -> tuple[bool, bool]:
@@ -128,20 +133,21 @@ class Rule(Part):
         if layout is not None:
             p = p.new_empty(1).to_local().expand(p.shape)  # type: ignore[attr-defined]
         W = as_matrix(p, leading)
-        tensors = self.projector.init(W) | self.inner.init(self.projector.low(W))
+        state = {"step": 0, "due": 0} | self.refresh.init(W) | self.projector.init(W)
+        state |= self.inner.init(self.projector.low(W))
         if self.inner.ages:
             left, right = self.projector.ranks(*W.shape[-2:])
             shape = (left, 1) if left else (1, right)
-            tensors["age"] = W.new_zeros(*W.shape[:-2], *shape, dtype=torch.int32)
+            state["age"] = W.new_zeros(*W.shape[:-2], *shape, dtype=torch.int32)
         if self.source is not None:
-            tensors |= self.source.init(W)
+            state |= self.source.init(W)
         if self.limiter is not None:
-            tensors["limiter"] = W.new_zeros(
-                W.shape[:-2], dtype=torch.promote_types(W.dtype, torch.float32)
-            )
+            wide = torch.promote_types(W.dtype, torch.float32)
+            state["limiter"] = W.new_zeros(W.shape[:-2], dtype=wide)
         if layout is not None:
-            tensors = {k: layout.place(t, self.kind(k)) for k, t in tensors.items()}
-        return {"step": 0, "due": 0} | tensors
+            tensors = {k: t for k, t in state.items() if isinstance(t, Tensor)}
+            state |= {k: layout.place(t, self.kind(k)) for k, t in tensors.items()}
+        return state
 
     def state_elements(self, *shape: int, leading: int = 0) -> int:
         """Elements of optimizer state that a parameter of this shape takes."""

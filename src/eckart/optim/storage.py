@@ -1,13 +1,14 @@
-"""Moments in 8 bits: a code per element and a scale per block of 256.
+"""State in few bits: moments in 8, a basis in 4, rows of an error in 8 or 4.
 
-The codes are those of dynamic tree quantisation (Dettmers et al. 2022): dense near 1 and
-spread over seven decades below, since moments are. Between steps a moment takes 1 byte an
-element and 4 a block.
+Moments have a code per element and a scale per block of 256. The codes are those of dynamic
+tree quantisation (Dettmers et al. 2022): dense near 1 and spread over seven decades below,
+since moments are. Between steps a moment takes 1 byte an element and 4 a block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from eckart.optim.inner import Adam, Direction, Inner
 from eckart.optim.part import State, Tensors
-from eckart.optim.project import Turn
+from eckart.optim.project import Basis, Found, Projector, Search, Subspace, Turn
 
 BLOCK = 256
 SMALLEST = 4096  # elements; below it nothing is worth saving, as in bitsandbytes
@@ -145,3 +146,57 @@ def unpack_rows(codes: Tensor, ends: Tensor, bits: int, n: int) -> Tensor:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :n]
     low, high = ends[..., :1], ends[..., 1:]
     return low + codes * ((high - low) / (2**bits - 1))
+
+
+@dataclass(frozen=True)
+class Packed(Projector):
+    """A basis stored in 4 bits (Q-GaLore): each direction between its least and its greatest
+    entry. What comes back is orthonormal to a few per cent.
+
+    Directions are stored as rows, codes [*, r, ceil(n / 2)] and ends [*, r, 2], whole on every
+    process.
+    """
+
+    inner: Subspace
+    names: ClassVar[tuple[str, ...]] = ("left_codes", "left_ends", "right_codes", "right_ends")
+    derived: ClassVar[bool] = True
+
+    def takes(self, shape: Sequence[int], leading: int) -> bool:
+        return self.inner.takes(shape, leading)
+
+    def ranks(self, m: int, n: int) -> tuple[int, int]:
+        return self.inner.ranks(m, n)
+
+    def init(self, W: Tensor) -> Found:
+        return pack_basis(self.inner.init(W))
+
+    def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Basis:
+        found = {}
+        for side, length in zip(("left", "right"), size, strict=True):
+            if f"{side}_codes" in state:
+                codes, ends = state[f"{side}_codes"], state[f"{side}_ends"]
+                rows = unpack_rows(codes, ends, 4, length).to(like.dtype)
+                found[side] = rows.mT if side == "left" else rows
+        return Basis(found.get("left"), found.get("right"))
+
+    def find(self, search: Search) -> Found:
+        old = self.basis(search.old, search.G, search.size)._asdict()
+        plain = {side: t for side, t in old.items() if t is not None}
+        return pack_basis(self.inner.find(replace(search, old=plain)))
+
+    def turn(
+        self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Turn:
+        like = torch.empty(0)
+        before, after = (self.basis(state, like, size)._asdict() for state in (old, new))
+        sides = [side for side, t in before.items() if t is not None]
+        return self.inner.turn({s: before[s] for s in sides}, {s: after[s] for s in sides}, size)
+
+
+def pack_basis(found: Found) -> Found:
+    """The parts of a basis in 4 bits."""
+    packed: Found = {}
+    for side, t in found.items():
+        codes, ends = pack_rows(t.mT if side == "left" else t, 4)
+        packed |= {f"{side}_codes": codes, f"{side}_ends": ends}
+    return packed

@@ -22,7 +22,7 @@ m out, n in, r rank; the learning rate is about ten times Adam's, alpha takes it
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from eckart.optim import (
     SVD,
@@ -32,6 +32,8 @@ from eckart.optim import (
     Gram,
     Inner,
     Iteration,
+    Packed,
+    Projector,
     Randomised,
     Refresh,
     Rule,
@@ -91,8 +93,12 @@ class GaLore(Update):
     skip_if_no_saving: bool = False
     """Use Adam itself on matrices where the projected state would not be smaller."""
 
-    basis_dtype: Literal["param", "float32"] = "param"
-    """The dtype the basis is stored in. Code: the parameter's."""
+    basis_dtype: Literal["param", "float32", "int4"] = "param"
+    """How the basis is stored. Code: as the parameter; Q-GaLore: int4, a quarter of bf16."""
+
+    adaptive: Annotated[float, Gt(0), Le(1)] | None = None
+    """Double a matrix's own `every` whenever its leading direction hardly changed over five
+    refreshes: their mean cosine is at least this. Q-GaLore: 0.4. none: the same for all."""
 
     state_dtype: Literal["param", "float32"] = "param"
     """The dtype of the moments. Code: the parameter's."""
@@ -109,10 +115,8 @@ class GaLore(Update):
     def rule(self) -> Rule:
         return Rule(
             inner=self.inner_rule(),
-            projector=SEARCHES[self.search](
-                self.rank, self.side, self.basis_dtype, self.skip_if_no_saving
-            ),
-            refresh=Refresh(self.every, self.on_refresh, self.stagger),
+            projector=self.projector(),
+            refresh=Refresh(self.every, self.on_refresh, self.stagger, self.adaptive),
             scale=self.scale,
             weight_decay=self.weight_decay,
             decay="before" if self.eps_mode == "torch" or self.inner == "adafactor" else "after",
@@ -120,6 +124,12 @@ class GaLore(Update):
 
     def plain(self) -> Rule:
         return self.rule().plain
+
+    def projector(self) -> Projector:
+        search = SEARCHES[self.search]
+        if self.basis_dtype == "int4":
+            return Packed(search(self.rank, self.side, "param", self.skip_if_no_saving))
+        return search(self.rank, self.side, self.basis_dtype, self.skip_if_no_saving)
 
     def inner_rule(self) -> Inner:
         if self.inner == "adafactor":
