@@ -34,6 +34,7 @@ from eckart.jobs.checkpoints import OPTIMIZER, read_state
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
 from eckart.jobs.screen import Screen
+from eckart.linear.narrow import take_shapes
 from eckart.recipe import Handle, Recipe, Stage, Work, attach, attach_from, registry
 
 ORIGINAL = "original"  # the base of a stage that starts from the model as it was loaded
@@ -251,10 +252,11 @@ def save(folder: Path, work: Work, measured: Mapping[str, Any]) -> None:
 def load(course: Course, place: Place) -> Work:
     """The model as a stage left it."""
     folder = course.folder / place.name / "state"
-    model = course.original()
+    model, tensors = course.original(), read_tensors(folder / MODEL)
+    take_shapes(model, tensors)  # a stage may have pruned rows and columns
     structure = read_json(folder / STRUCTURE)
     handle = attach_from(model, structure, recipe=course.recipe) if structure else None
-    model.load_state_dict(read_tensors(folder / MODEL))
+    model.load_state_dict(tensors)
     return Work(place.stage, model, handle, place.task)
 
 
