@@ -278,6 +278,24 @@ def methods(
     show(call("methods", lambda job: job.run(context.args, cite=cite, json=json), json), json)
 
 
+@app.command(context_settings=HELP)
+def runs(
+    folder: Annotated[str, typer.Argument(metavar="[DIR]", show_default=False)] = "runs",
+    json: Json = False,
+) -> None:
+    """List the runs in a folder with recipe, state and score; DIR is runs/ without it."""
+    show(call("runs", lambda job: job.run(folder, json), json), json)
+
+
+@app.command(context_settings=HELP)
+def doctor(json: Json = False) -> None:
+    """Show versions, devices and extras, and what each extra unlocks."""
+    document = call("doctor", lambda job: job.run(json), json)
+    show(document, json)
+    if code := int(document["exit"]):
+        raise typer.Exit(code)
+
+
 config_app = typer.Typer(
     help="See, describe or check the keys of a job.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -309,6 +327,14 @@ def config_validate(words: JobWords = None, config: Config = None) -> None:
 def config_schema() -> None:
     """Print the JSON schema of all keys, with every method's fields."""
     call("schema", lambda schema: schema.schema(), False)
+
+
+@config_app.command("import")
+def config_import(
+    file: Annotated[str, typer.Argument(metavar="FILE", show_default=False)],
+) -> None:
+    """Turn a file of PEFT, LLaMA-Factory or axolotl into a job file; say what is left out."""
+    call("foreign", lambda foreign: foreign.run(file), False)
 
 
 @app.callback()

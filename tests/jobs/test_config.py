@@ -266,11 +266,11 @@ def test_wrong_type(text):
 
 
 def test_no_such_choice_of_a_field():
-    assert complaint("weights.init=pisa") == (
-        "no such weights.init\n"
-        "  weights.init = pisa  command line\n"
-        "  allowed              kaiming, gaussian, orthogonal, pissa, olora\n"
-        "Did you mean pissa? All keys: eckart methods lora"
+    assert complaint("weights.scaling=rslor") == (
+        "no such weights.scaling\n"
+        "  weights.scaling = rslor  command line\n"
+        "  allowed                  lora, rslora\n"
+        "Did you mean rslora? All keys: eckart methods lora"
     )
 
 

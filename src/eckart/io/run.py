@@ -243,6 +243,21 @@ def lock(folder: Path) -> int:
     return handle
 
 
+def is_open(folder: Path) -> bool:
+    """Is a process writing to this run right now?"""
+    try:
+        handle = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def claim_number(parent: Path) -> Path:
     """Make the next numbered folder: 0001, 0002, ... Two processes never get the same one."""
     with speaking(parent):

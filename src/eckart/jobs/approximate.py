@@ -22,6 +22,7 @@ from eckart.decompose import balanced, truncated_svd
 from eckart.decompose.ranks import tail_errors
 from eckart.errors import UsageError
 from eckart.io import peft
+from eckart.io.peft_read import method_of
 from eckart.linear import Site
 from eckart.recipe import Handle, Recipe, attach, registry
 from eckart.recipe.fingerprint import fingerprint
@@ -65,7 +66,7 @@ class Approximation:
 def plain_lora(rank: int, paths: list[str]) -> Any:
     """The method that PEFT calls LORA, with scale 1."""
     config = {"peft_type": peft.GENERAL, "r": rank, "lora_alpha": rank}
-    return dataclasses.replace(peft.method_of(config, Path()), targets=tuple(paths))
+    return dataclasses.replace(method_of(config, Path()), targets=tuple(paths))
 
 
 def of_update(after: nn.Module, carried: Handle | None, base: nn.Module) -> Approximation:
