@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from eckart.errors import UsageError
 from eckart.methods.update.dct_adamw import DCTAdamW
 from eckart.optim import SGD, Adam, ErrorFeedback, LowRankOptimizer, Refresh, Rule, Selected
 
@@ -235,6 +236,41 @@ def test_experts_choose_one_by_one():
     for i in range(3):
         wanted, _ = train(rule, W[i], each[i])
         torch.testing.assert_close(p[i].detach(), wanted, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (7, 9)])
+@pytest.mark.parametrize("step_scale", ["one", "ratio", "tall", "rms"])
+def test_trion_follows_its_algorithm(shape, step_scale):
+    (m, n), lr, mu = shape, 0.05, 0.95
+    method = DCTAdamW(rank=3, inner="trion", step_scale=step_scale, weight_decay=0.1)
+    grads = gradients(shape, 10)
+    W, states = train(method.rule(), start(shape), grads)
+    wanted, B = start(shape), torch.zeros(shape, dtype=F64)
+    by = {"one": 1, "ratio": m / n, "tall": max(1, m / n), "rms": 0.04 * max(m, n)}
+    for G in grads:
+        B = B + G
+        S = B @ dct(7).T if m > n else (dct(7) @ B).T
+        index = sorted(S.abs().sum(0).argsort(descending=True)[:3].tolist())
+        R, Q = S[:, index], dct(7)[index]
+        back = R @ Q if m > n else (R @ Q).T
+        B = B - (1 - mu) * back
+        X = R / (R.norm() + 1e-7)
+        for _ in range(5):
+            C = X @ X.T
+            X = 3.4445 * X - 4.7750 * C @ X + 2.0315 * C @ C @ X
+        step = X @ Q if m > n else (X @ Q).T
+        wanted = (1 - lr * 0.1) * wanted - lr * by[step_scale] ** 0.5 * step
+    torch.testing.assert_close(W, wanted, rtol=0, atol=1e-11)
+    torch.testing.assert_close(states[-1]["buffer"], B, rtol=0, atol=1e-12)
+    tensors = [v for v in states[-1].values() if isinstance(v, torch.Tensor)]
+    assert method.cost(*shape).state == sum(t.numel() for t in tensors) == m * n + 3
+    s = torch.linalg.svdvals(X)
+    assert s.min() > 0.6 and s.max() < 1.3
+
+
+def test_trion_refuses_a_second_error_feedback():
+    with pytest.raises(UsageError, match="trion has its error feedback in its momentum"):
+        DCTAdamW(inner="trion", error_feedback=True).rule()
 
 
 def test_plain_parameters_are_torchs_adamw_bit_for_bit():

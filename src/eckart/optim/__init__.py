@@ -2,7 +2,7 @@
 
 from eckart.optim.blocks import Blocks
 from eckart.optim.fixed import Selected
-from eckart.optim.inner import SGD, Adafactor, Adam, Direction, Inner
+from eckart.optim.inner import SGD, Adafactor, Adam, Direction, Inner, Orthogonal
 from eckart.optim.optimizer import LowRankOptimizer
 from eckart.optim.pair import Factor, Moments, PairRule, Spectrum, spectrum, sylvester
 from eckart.optim.project import (
@@ -18,7 +18,7 @@ from eckart.optim.project import (
 from eckart.optim.refresh import Refresh
 from eckart.optim.residual import NormGrowth, Rescaled, Residual
 from eckart.optim.rule import Rule
-from eckart.optim.source import ErrorFeedback, Source
+from eckart.optim.source import ErrorFeedback, Momentum, Source
 from eckart.optim.storage import EightBit, Packed
 
 __all__ = [
@@ -38,7 +38,9 @@ __all__ = [
     "Iteration",
     "LowRankOptimizer",
     "Moments",
+    "Momentum",
     "NormGrowth",
+    "Orthogonal",
     "Packed",
     "PairRule",
     "Projector",

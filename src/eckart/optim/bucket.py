@@ -252,7 +252,8 @@ def move_back(entries: list[Entry], direction: Direction, lr: float, keep: float
         return
     for entry, n, c in zip(entries, direction.tensors(), direction.correction, strict=True):
         W = entry.view(entry.param)
-        add_up_(W, n, entry.basis, alpha=-rate * rule.scale / c, beta=keep)
+        size = rate * rule.size_of_step(*entry.size) / c
+        add_up_(W, n, entry.basis, alpha=-size, beta=keep)
         write_back(entry.local, W)
 
 

@@ -266,6 +266,38 @@ class Adafactor(Inner):
         return state["exp_avg"].lerp_(N, 1 - self.beta1) if self.beta1 else N
 
 
+@dataclass(frozen=True)
+class Orthogonal(Inner):
+    """R with all its singular values moved near 1 by a few Newton-Schulz steps (Muon, Jordan
+    et al. 2024): a direction without a state of its own."""
+
+    steps: int = 5
+    elementwise: ClassVar[bool] = False
+
+    def init(self, R: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def step(
+        self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
+    ) -> Direction:
+        return Direction([orthogonalised(r, self.steps) for r in R], None, [1.0] * len(R))
+
+    def rotate(self, state: State, turn: Turn, count: int) -> None:
+        pass  # nothing is remembered
+
+
+def orthogonalised(R: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz on R [*, a, b]: singular values go to within 0.3 of 1, vectors stay."""
+    wide = torch.promote_types(R.dtype, torch.float32)
+    X = R.to(wide) / (torch.linalg.matrix_norm(R.to(wide))[..., None, None] + 1e-7)
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X
+    for _ in range(steps):
+        C = X @ X.mT  # of the short side
+        X = 3.4445 * X + (-4.7750 * C + 2.0315 * C @ C) @ X
+    return (X.mT if tall else X).to(R.dtype)
+
+
 def state_dtype(R: Tensor, choice: str) -> torch.dtype:
     """The dtype of moments: the gradient's own, or fp32 where that is wider."""
     return torch.promote_types(R.dtype, torch.float32) if choice == "float32" else R.dtype

@@ -36,6 +36,7 @@ KINDS: dict[str, Kind] = {
     "age": "small",
     "limiter": "small",
     "error": "param",
+    "buffer": "param",
     "error_ends": "left",
     "cosines": "small",
     "left_codes": "small",
@@ -62,6 +63,7 @@ class Rule(Part):
     blocks: Blocks | None = None  # which parameters train at a time; None: all
     pair: PairRule | None = None  # how factors B, A move together; others follow the rest
     scale: float = 1.0  # on the projected-back update, beside the learning rate
+    scale_by: Literal["one", "ratio", "tall", "rms"] = "one"  # and the matrix's shape
     weight_decay: float = 0.0  # decoupled; a group's own value wins
     decay: Literal["before", "after"] = "before"  # the update, as torch does, or after it
 
@@ -98,6 +100,7 @@ class Rule(Part):
             limiter=None,
             pair=None,
             scale=1.0,
+            scale_by="one",
         )
 
     def on(self, shape: torch.Size | tuple[int, ...], leading: int = 0) -> Rule:
@@ -108,7 +111,9 @@ class Rule(Part):
 
     def moments(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of a parameter's state tensors, those that belong to the inner rule."""
-        others = {*self.projector.names, "limiter", "error", "error_ends", "cosines"}
+        others = {*self.projector.names, "limiter", "cosines"}
+        if self.source is not None:
+            others |= set(self.source.names)
         return {name: t for name, t in tensors.items() if name not in others}
 
     def sides(self, shape: Sequence[int], leading: int = 0) -> tuple[bool, bool]:
@@ -153,6 +158,12 @@ class Rule(Part):
         """Elements of optimizer state that a parameter of this shape takes."""
         state = self.on(shape, leading).start(torch.empty(shape, device="meta"), leading)
         return sum(t.numel() for t in state.values() if isinstance(t, Tensor))
+
+    def size_of_step(self, m: int, n: int) -> float:
+        """`scale`, times what the shape asks for: sqrt(m / n), sqrt(max(1, m / n)), or
+        0.2 sqrt(max(m, n)), with which an orthogonal step is as long as Adam's."""
+        by = {"ratio": m / n, "tall": max(1.0, m / n), "rms": 0.04 * max(m, n)}
+        return self.scale * by.get(self.scale_by, 1.0) ** 0.5
 
     @property
     def needs_gradient(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Source(Part):
     """The contract of a source."""
+
+    names: ClassVar[tuple[str, ...]] = ()  # of its state tensors
 
     def init(self, W: Tensor) -> State:
         """The state tensors beside a matrix W [*, m, n]."""
@@ -42,6 +44,7 @@ class ErrorFeedback(Source):
     """
 
     bits: Literal[32, 8, 4] = 32
+    names: ClassVar[tuple[str, ...]] = ("error", "error_ends")
 
     def init(self, W: Tensor) -> State:
         zero = torch.zeros_like(W)
@@ -63,3 +66,21 @@ class ErrorFeedback(Source):
             codes, ends = pack_rows(A, self.bits)
             entry.tensors["error"].copy_(codes)
             entry.tensors["error_ends"].copy_(ends)
+
+
+@dataclass(frozen=True)
+class Momentum(Source):
+    """B += G is projected; then B -= (1 - mu) up(R) (Dion, Trion): momentum as large as the
+    weights, of which only what was used fades."""
+
+    mu: float = 0.95
+    names: ClassVar[tuple[str, ...]] = ("buffer",)
+
+    def init(self, W: Tensor) -> State:
+        return {"buffer": torch.zeros_like(W)}
+
+    def receive(self, entry: Entry) -> Tensor:
+        return entry.tensors["buffer"].add_(entry.view(entry.gradient))
+
+    def settle(self, entry: Entry, A: Tensor) -> None:
+        add_up_(A, entry.R, entry.basis, alpha=-(1 - self.mu))

@@ -7,8 +7,9 @@
 
 There is no decomposition: one Q serves all matrices of a width, r integers are stored for
 each, and the subspace is chosen anew at every step. Take it where GaLore's decompositions
-cost too much or its subspace ages; take Fira for the rest of the gradient without an E of
-the weights' size.
+cost too much or its subspace ages; `inner="trion"` is the same paper's Muon in these
+directions, for speed rather than memory. Take Fira for the rest of the gradient without an
+E of the weights' size.
 
 Source: I. Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
 Optimization of Large Language Models", arXiv 2505.17967, Alg. 1 (DCT-AdamW). We differ from
@@ -23,9 +24,10 @@ m out, n in, r rank, Q [n, n] (the left side, where m < n, is the transpose of a
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
-from eckart.optim import Adam, ErrorFeedback, Refresh, Rule, Selected
+from eckart.errors import UsageError
+from eckart.optim import Adam, ErrorFeedback, Momentum, Orthogonal, Refresh, Rule, Selected
 from eckart.recipe.method import Cost, Paper, Update
 
 
@@ -49,6 +51,18 @@ class DCTAdamW(Update):
     ell_norm: Literal[1, 2] = 1
     """Directions are ranked by sums of magnitudes (1) or of squares (2) of their coordinates.
     Code: 1."""
+
+    inner: Literal["adam", "trion"] = "adam"
+    """The rule in the chosen directions. trion keeps one momentum of the weights' size, chooses
+    by it and makes what it takes orthogonal; it has no second moment. Its learning rate is
+    about 0.02."""
+
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """Of trion: what stays of the used part of the momentum. Paper: 0.95."""
+
+    step_scale: Literal["one", "ratio", "tall", "rms"] = "tall"
+    """Of trion: the step's length for an m x n matrix: 1, sqrt(m / n), sqrt(max(1, m / n)), or
+    0.2 sqrt(max(m, n))."""
 
     error_feedback: bool = False
     """Keep what the chosen directions cannot hold and add it to the next gradient. Needs
@@ -88,18 +102,30 @@ class DCTAdamW(Update):
     )
 
     def rule(self) -> Rule:
+        trion = self.inner == "trion"
+        if trion and self.error_feedback:
+            raise UsageError(
+                "trion has its error feedback in its momentum",
+                [("update.error_feedback", "true"), ("update.inner", "trion")],
+                "Leave update.error_feedback out.",
+            )
+        error = ErrorFeedback(self.error_bits) if self.error_feedback else None
         return Rule(
-            inner=Adam(self.betas, self.eps, age_correct=self.age_correct),
+            inner=Orthogonal() if trion else self.adam(),
             projector=Selected(
                 self.rank, self.side, kind=self.basis, norm=self.ell_norm, route=self.route
             ),
             refresh=Refresh(self.every, self.on_refresh),
-            source=ErrorFeedback(self.error_bits) if self.error_feedback else None,
+            source=Momentum(self.momentum) if trion else error,
+            scale_by=self.step_scale if trion else "one",
             weight_decay=self.weight_decay,
         )
 
     def plain(self) -> Rule:
-        return self.rule().plain
+        return Rule(self.adam(), weight_decay=self.weight_decay)
+
+    def adam(self) -> Adam:
+        return Adam(self.betas, self.eps, age_correct=self.age_correct)
 
     def cost(self, m: int, n: int) -> Cost:
         return Cost(state=self.rule().state_elements(m, n))
