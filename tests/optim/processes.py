@@ -23,7 +23,6 @@ from eckart.optim import (
     Selected,
 )
 
-UNUSED = ("lisa", "altlora, alternate")  # leave parameters without a gradient
 LIMITED = {"limiter": NormGrowth()}
 RULES = {
     "adamw": Rule(Adam(), weight_decay=0.1),
@@ -70,10 +69,13 @@ def train(model, optimizer, batches, accumulate=1):
     return norms
 
 
-def optimizer_of(model, rule, **options):
+def optimizer_of(model, rule, penalised=False, **options):
     """The second weight [9, 5] and the first [5, 6] stand in for a pair B, A."""
     group = {"params": list(model.named_parameters()), "pairs": [("2.weight", "0.weight", 0.5)]}
-    return LowRankOptimizer([group], 0.02, rule=RULES[rule], clip=0.5, **options)
+    optimizer = LowRankOptimizer([group], 0.02, rule=RULES[rule], clip=0.5, **options)
+    if penalised:
+        optimizer.add_penalty(lambda: {p: 0.01 * p.detach() for _, p, _ in optimizer.named()})
+    return optimizer
 
 
 def fsdp2(rule, layerwise, stop):
@@ -82,7 +84,8 @@ def fsdp2(rule, layerwise, stop):
     from torch.distributed.fsdp import fully_shard
 
     model, mesh = network(), init_device_mesh("cpu", (2,))
-    optimizer = optimizer_of(model, rule, layerwise=layerwise)  # before the wrapper swaps
+    options = {"layerwise": layerwise, "penalised": not layerwise}
+    optimizer = optimizer_of(model, rule, **options)  # before the wrapper swaps
     names = [name for name, _ in model.named_parameters()]
     for layer in model:
         fully_shard(layer, mesh=mesh)
@@ -95,7 +98,7 @@ def fsdp2(rule, layerwise, stop):
         saved = optimizer.named_state_dict()
         if layerwise:
             optimizer.projected.bind([], lambda p: None)
-        optimizer = optimizer_of(model, rule, layerwise=layerwise)
+        optimizer = optimizer_of(model, rule, **options)
         optimizer.load_named_state_dict(saved)
         norms += train(model, optimizer, batches[stop:])
     weights = [p.full_tensor().detach() for p in model.parameters()]
@@ -107,11 +110,11 @@ def ddp(rule, layerwise):
     from torch.nn.parallel import DistributedDataParallel as DDP
 
     model = network()
-    optimizer = optimizer_of(model, rule)
+    optimizer = optimizer_of(model, rule, penalised=not layerwise)
     if layerwise:
         optimizer.attach_layerwise(average_over=dist.group.WORLD)
         DDP._set_params_and_buffers_to_ignore_for_model(model, optimizer.layerwise_names)
-    wrapped = DDP(model, find_unused_parameters=rule in UNUSED)
+    wrapped = DDP(model, find_unused_parameters=RULES[rule].idles)
     batches = [x.chunk(2)[dist.get_rank()] for x in data(10)]
     norms = train(wrapped, optimizer, batches, accumulate=2)
     return [p.detach() for p in model.parameters()], norms, optimizer.named_state_dict()

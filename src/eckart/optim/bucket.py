@@ -20,7 +20,7 @@ from eckart.optim.part import CACHED, CHUNK, State, Tensors, multiply_
 from eckart.optim.project import Basis, add_up_, as_matrix, down, write_back
 from eckart.optim.refresh import counted, refresh
 from eckart.optim.rule import Rule
-from eckart.optim.sharded import Kind, Layout, layout_of, local, sum_
+from eckart.optim.sharded import Kind, Layout, is_sharded, layout_of, local, sum_
 
 
 @dataclass
@@ -108,9 +108,9 @@ class Entry:
         return down(A, self.basis)
 
     def like_param(self, t: Tensor) -> Tensor:
-        """A full tensor in the parameter's dtype, laid out as the parameter is."""
+        """A tensor in the parameter's dtype, laid out as the parameter is if it is whole."""
         t = t.to(self.param.dtype)
-        return t if self.layout is None else self.layout.place(t, "param")
+        return t if self.layout is None or is_sharded(t) else self.layout.place(t, "param")
 
     def key(self) -> tuple[Any, ...]:
         """Entries with one key are moved together."""

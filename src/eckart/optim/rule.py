@@ -159,6 +159,11 @@ class Rule(Part):
         state = self.on(shape, leading).start(torch.empty(shape, device="meta"), leading)
         return sum(t.numel() for t in state.values() if isinstance(t, Tensor))
 
+    @property
+    def idles(self) -> bool:
+        """Are there parameters without a gradient at some steps? A reducer (DDP) must know."""
+        return self.blocks is not None or (self.pair is not None and self.pair.rests(0) != "")
+
     def size_of_step(self, m: int, n: int) -> float:
         """`scale`, times what the shape asks for: sqrt(m / n), sqrt(max(1, m / n)), or
         0.2 sqrt(max(m, n)), with which an orthogonal step is as long as Adam's."""
