@@ -70,6 +70,7 @@ Version = Annotated[
 ]
 ModelData = Annotated[list[str] | None, words("MODEL DATA KEY=VALUE")]
 Source = Annotated[list[str] | None, words("SOURCE")]
+JobWords = Annotated[list[str] | None, words("COMMAND MODEL DATA KEY=VALUE")]
 ModelMaybeData = Annotated[list[str] | None, words("MODEL [DATA] KEY=VALUE")]
 Model = Annotated[list[str] | None, words("MODEL KEY=VALUE")]
 Config = Annotated[
@@ -183,6 +184,18 @@ def inspect(words: Source = None, json: Json = False) -> None:
     run_job("inspect", words, None, {"json": json})
 
 
+@app.command(context_settings=JOB)
+def estimate(words: JobWords = None, config: Config = None, json: Json = False) -> None:
+    """Say what a job will take, before anything is loaded: eckart estimate finetune MODEL ..."""
+    command, rest = job_words(words)
+    document = call(
+        "estimate",
+        lambda job: job.run(to_job(command, rest, config, {"json": json}, partial=True)),
+        json,
+    )
+    show(document, json)
+
+
 @command
 def generate(
     words: Model = None,
@@ -228,7 +241,11 @@ def bench(
     margin: Annotated[
         float | None, option("--margin", text="Nats that make no difference; half an sd.")
     ] = None,
+    sampler: Annotated[
+        str | None, option("--sampler", text="tpe: Optuna chooses the rates, not the grid.")
+    ] = None,
     processes: Annotated[int | None, option("--processes", text="Runs at once; 1.")] = None,
+    ray: Annotated[bool, option("--ray", text="Runs on a Ray cluster, or a local one.")] = False,
     out: Out = None,
     seed: Seed = None,
     json: Json = False,
@@ -238,7 +255,8 @@ def bench(
     """Compare methods with the same tuning: paired seeds, intervals, a report."""
     options = {
         "methods": methods, "budget": budget, "match": match, "seeds": seeds, "choose": choose,
-        "window": window, "purse": purse, "margin": margin, "processes": processes,
+        "window": window, "purse": purse, "margin": margin, "sampler": sampler,
+        "processes": processes, "ray": ray,
     }  # fmt: skip
     run_job("bench", words, config, job_flags(out, seed, False, json, resume, overwrite), options)
 
@@ -248,7 +266,7 @@ def reproduce(
     slugs: Annotated[list[str] | None, typer.Argument(metavar="[SLUG]...")] = None,
     quick: Annotated[bool, option("--quick", text="See that it runs; no verdict.")] = False,
     full: Annotated[bool, option("--full", text="All arms, longer, twice the seeds.")] = False,
-    processes: Annotated[int, option("--processes", text="Runs at once; 1.")] = 1,
+    processes: Annotated[int | None, option("--processes", text="Runs at once; 2.")] = None,
     out: Annotated[
         str | None, option("-o", "--out", text="Keep the documents here.", metavar="FOLDER")
     ] = None,
@@ -300,7 +318,6 @@ config_app = typer.Typer(
     help="See, describe or check the keys of a job.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(config_app, name="config")
-JobWords = Annotated[list[str] | None, words("COMMAND MODEL DATA KEY=VALUE")]
 
 
 @config_app.command("show", context_settings=JOB)

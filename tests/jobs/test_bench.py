@@ -156,6 +156,29 @@ def test_a_bench_killed_at_random_moments_ends_with_the_same_bytes(place, whole,
     assert killed >= 2 and files(out) == files(whole[0])
 
 
+def test_a_sampler_spends_the_whole_purse_and_repeats(place, tmp_path):
+    pytest.importorskip("optuna")
+    options = {"sampler": "tpe", "purse": 4}
+    one, two = (
+        bench.run(job(place, "dense+galore:rank=2", tmp_path / name, **options)) for name in "ab"
+    )
+    assert [row["lr_curve"] for row in one["methods"]] == [r["lr_curve"] for r in two["methods"]]
+    for row in one["methods"]:
+        assert len(row["lr_curve"]) == 4
+        start = row["default_lr"]
+        assert all(start / 101 < point["lr"] < start * 101 for point in row["lr_curve"])
+
+
+@pytest.mark.slow
+def test_a_local_ray_gives_the_same_bytes(place, whole, tmp_path):
+    pytest.importorskip("ray")
+    bench.run(job(place, "dense+galore:rank=2", tmp_path / "out", ray=True))
+    import ray
+
+    ray.shutdown()
+    assert files(tmp_path / "out") == files(whole[0])
+
+
 # --- who takes part ------------------------------------------------------------------------
 
 

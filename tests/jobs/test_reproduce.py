@@ -203,7 +203,7 @@ def log(folder):
 
 def test_a_claim_is_run_judged_and_written(planted, capsys):
     out = planted / "out"
-    document = reproduce.run(["planted"], out=str(out))
+    document = reproduce.run(["planted"], out=str(out), processes=1)
     (claim,) = document["claims"]
     assert claim["verdict"] == "confirmed" and claim["command"] == "eckart reproduce planted"
     arms = {a["name"]: a for a in claim["evidence"]["arms"]}
@@ -216,9 +216,9 @@ def test_a_claim_is_run_judged_and_written(planted, capsys):
 
 
 def test_what_has_ended_is_not_run_again(planted):
-    first = reproduce.run(["planted"], json=True)
+    first = reproduce.run(["planted"], json=True, processes=1)
     before = log(planted)
-    second = reproduce.run(["planted"], json=True)
+    second = reproduce.run(["planted"], json=True, processes=1)
     assert log(planted) == before
     for document in (first, second):
         document["claims"][0]["evidence"].pop("seconds")
@@ -229,16 +229,16 @@ def test_what_has_ended_is_not_run_again(planted):
 def test_an_interrupted_claim_goes_on_where_it_stopped(planted):
     (planted / "stop").touch()
     with pytest.raises(KeyboardInterrupt):
-        reproduce.run(["planted"], json=True)
+        reproduce.run(["planted"], json=True, processes=1)
     assert len(log(planted)) == 7
     (planted / "stop").unlink()
-    reproduce.run(["planted"], json=True)
+    reproduce.run(["planted"], json=True, processes=1)
     resumed = log(planted)
     assert len(set(resumed)) == len(resumed)  # nothing twice
 
 
 def test_two_processes_give_the_same_document(planted):
-    one = reproduce.run(["planted"], json=True)
+    one = reproduce.run(["planted"], json=True, processes=1)
     (planted / "log").write_text("")
     os.environ["ECKART_CACHE"] = str(planted / "cache2")
     two = reproduce.run(["planted"], json=True, processes=2)

@@ -40,7 +40,7 @@ from eckart.jobs.lengths import Length
 from eckart.jobs.runner import Quantities, Runner, runner
 from eckart.jobs.screen import Screen
 from eckart.jobs.standing import Record, ranking, table
-from eckart.jobs.sweep import Plan, lr_at, wanted
+from eckart.jobs.sweep import Plan, lr_at, sampled, wanted
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.groups import default_lr
 
@@ -61,7 +61,9 @@ class Options:
     margin: float | None = None
     budget: str = ""
     match: str = "none"
+    sampler: str = "grid"
     processes: int = 1
+    ray: bool = False
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -78,8 +80,10 @@ class Options:
                     f"--{name} is too small",
                     [(f"--{name} {getattr(found, name)}", f"at least {least}")],
                 )
-        if found.match not in ("none", "parameters"):
-            raise UsageError(f"--match {found.match} is unknown", fix="Type --match parameters.")
+        for name, known in (("match", ("none", "parameters")), ("sampler", ("grid", "tpe"))):
+            if getattr(found, name) not in known:
+                said = f"--{name} {getattr(found, name)}"
+                raise UsageError(f"{said} is unknown", fix=f"Type --{name} {known[1]}.")
         return found
 
 
@@ -168,7 +172,8 @@ def compare(
         return BenchTrial(name, jobs[name], seed, lr, length.steps, length.rows, content, place)
 
     board = Board(records, options, job.train.seed + options.choose, screen.quiet)
-    with board, runner(lengths.processes(options.processes, shared.model), board.ended) as trials:
+    at_once = lengths.processes(options.processes, shared.model)
+    with board, runner(at_once, board.ended, options.ray) as trials:
         start = trials({"untouched": trial(entered[0].name, 0, 0.0)})["untouched"]["loss"]
         search(records, options, job.train.seed, trial, trials)
         report(records, options, job.train.seed, trial, trials)
@@ -199,11 +204,17 @@ def search(
     """Fill every contestant's grid, all their next points at once."""
     plan = Plan(options.window, options.purse, share=1.0)
     seeds = range(seed, seed + options.choose)
+
+    def points(r: Record) -> Sequence[float]:
+        if options.sampler == "tpe":
+            return sampled(r.means, plan, seed)
+        return wanted({}, r.means, plan)[1]
+
     while True:
         asked = {
             (i, j, s): trial(r.name, s, lr_at(r.start, j))
             for i, r in enumerate(records)
-            for j in wanted({}, r.means, plan)[1]
+            for j in points(r)
             for s in seeds
         }
         if not asked:
@@ -269,7 +280,7 @@ def repeat(job: Job, options: Options) -> str:
     flags = [
         f"--{name} {value}"
         for name, value in options.__dict__.items()
-        if name not in ("methods", "processes") and value != getattr(default, name)
+        if name not in ("methods", "processes", "ray") and value != getattr(default, name)
     ]
     data = ",".join(s.path for s in job.data.train)
     given = sorted(job.given.items())  # a resumed job has them in another order

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -62,17 +63,19 @@ def run(
     slugs: Sequence[str] = (),
     budget: Budget = "default",
     out: str | None = None,
-    processes: int = 1,
+    processes: int | None = None,
     json: bool = False,
 ) -> dict[str, Any]:
     """Test the claims of these slugs (all without any); returns the --json document.
 
-    With `out`, each claim's document is written there as it ends, and claims.md over all
+    Two runs at once where there are two cores, unless `processes` says otherwise; a quick
+    check is over before a second process would have started. With `out`, each claim's document is written there as it ends, and claims.md over all
     documents in that folder.
     """
     chosen = [(slug.replace("_", "-"), claims.load(slug)) for slug in slugs or claims.slugs()]
     begun, documents = time.monotonic(), []
-    with runner(processes) as trials:
+    at_once = processes or (1 if budget == "quick" else min(2, os.cpu_count() or 1))
+    with runner(at_once) as trials:
         for slug, claim in chosen:
             document = tested(slug, claim, budget, trials, quiet=json)
             documents.append(document)
@@ -299,7 +302,7 @@ class Progress:
             searched = looks + (plan.keep if plan.share < 1 else 0) + 2
         self.planned = sum(seeds_of(claim, budget) + a.search * searched for a in arms)
         self.quiet, self.live = quiet, sys.stderr.isatty()
-        self.begun, self.done = time.monotonic(), 0.0
+        self.begun, self.done, self.clocked = 0.0, 0.0, 0.0
         self.steps = {a.name: task_of(claim, a, budget).steps for a in arms}
 
     def show(self, trial: Trial, _: Quantities, done: int, total: int) -> None:
@@ -307,11 +310,17 @@ class Progress:
         self.done += trial.steps / self.steps[trial.arm]
         if self.quiet:
             return
-        pace = (time.monotonic() - self.begun) / self.done
-        left = clock(max(0.0, pace * (self.planned - self.done)))
-        text = f" {done}/{total}  {trial.described}  about {left} left"
+        text = f" {done}/{total}  {trial.described}  {self.left()}"
         print("\r\x1b[K" + text if self.live else text, end="" if self.live else "\n",
               file=sys.stderr, flush=True)  # fmt: skip
+
+    def left(self) -> str:
+        """About how long it still takes; unknown after the first run, which made the start."""
+        if not self.clocked:
+            self.clocked, self.begun = self.done, time.monotonic()
+            return ""
+        pace = (time.monotonic() - self.begun) / (self.done - self.clocked)
+        return f"about {clock(max(0.0, pace * (self.planned - self.done)))} left"
 
     def end(self) -> None:
         if self.live and not self.quiet:

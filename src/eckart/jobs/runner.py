@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from eckart.errors import MissingExtra
 from eckart.io.folder import write_json
 
 Quantities = dict[str, float]
@@ -54,12 +55,22 @@ K = TypeVar("K", bound=Hashable)
 Progress = Callable[[Trial, Quantities, int, int], None]  # what ended; how many of how many
 
 
+def measured(trial: Trial) -> Quantities:
+    """Do a run."""
+    torch.set_num_threads(1)
+    return {name: float(value) for name, value in trial.measure().items()}
+
+
 def execute(trial: Trial) -> Quantities:
     """Do a run and keep its numbers."""
-    torch.set_num_threads(1)
-    quantities = {name: float(value) for name, value in trial.measure().items()}
-    write_json(trial.file, {"run": trial.facts(), "quantities": quantities})
+    quantities = measured(trial)
+    keep(trial, quantities)
     return quantities
+
+
+def keep(trial: Trial, quantities: Quantities) -> None:
+    """Write a run's numbers, with all that they depend on beside them."""
+    write_json(trial.file, {"run": trial.facts(), "quantities": quantities})
 
 
 def kept(trial: Trial) -> Quantities | None:
@@ -73,8 +84,8 @@ def kept(trial: Trial) -> Quantities | None:
 class Runner:
     """Does trials; finished ones survive any end of the program."""
 
-    def __init__(self, processes: int = 1, progress: Progress | None = None):
-        self.processes, self.progress = processes, progress
+    def __init__(self, processes: int = 1, progress: Progress | None = None, on_ray: bool = False):
+        self.processes, self.progress, self.on_ray = processes, progress, on_ray
         self.pool: ProcessPoolExecutor | None = None
 
     def __call__(self, trials: Mapping[K, Trial]) -> dict[K, Quantities]:
@@ -93,6 +104,9 @@ class Runner:
 
     def run(self, trials: Mapping[Path, Trial]) -> Iterator[tuple[Path, Quantities]]:
         """Trials with their numbers, as they end."""
+        if self.on_ray:
+            yield from run_on_ray(trials)
+            return
         if self.processes == 1 or len(trials) == 1:
             for path, trial in trials.items():
                 yield path, execute(trial)
@@ -113,6 +127,31 @@ class Runner:
             self.pool = None
 
 
+def run_on_ray(trials: Mapping[Path, Trial]) -> Iterator[tuple[Path, Quantities]]:
+    """Trials as tasks of a Ray cluster: the one that RAY_ADDRESS names, else one on this machine.
+
+    Model and data must be under the same path on every node; numbers are kept here.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError as fault:
+        raise MissingExtra(
+            "--ray needs ray", [("ray", "not installed")],
+            "Type pip install 'eckart[sweeps]', or --processes 2 without it.",
+        ) from fault  # fmt: skip
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    gpus = float(torch.cuda.is_available())  # a run has a whole one
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(measured)
+    waiting = {task.remote(trial): path for path, trial in trials.items()}
+    while waiting:
+        (done,), _ = ray.wait(list(waiting))
+        path = waiting.pop(done)
+        quantities = ray.get(done)
+        keep(trials[path], quantities)
+        yield path, quantities
+
+
 def follow(parent: int) -> None:
     """In a worker: end when the program that started it is gone, killed perhaps."""
 
@@ -125,9 +164,11 @@ def follow(parent: int) -> None:
 
 
 @contextmanager
-def runner(processes: int = 1, progress: Progress | None = None) -> Iterator[Runner]:
+def runner(
+    processes: int = 1, progress: Progress | None = None, on_ray: bool = False
+) -> Iterator[Runner]:
     """A Runner whose workers are gone when the block ends."""
-    it = Runner(processes, progress)
+    it = Runner(processes, progress, on_ray)
     try:
         yield it
     finally:

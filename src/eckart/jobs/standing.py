@@ -30,12 +30,12 @@ class Record:
 
     name: str
     start: float  # its default learning rate, point 0 of its grid
-    scores: dict[int, dict[int, float]] = field(default_factory=dict)  # point -> seed -> loss
+    scores: dict[Any, dict[int, float]] = field(default_factory=dict)  # point -> seed -> loss
     test: dict[int, float] = field(default_factory=dict)  # seed -> loss
     costs: dict[str, float] = field(default_factory=dict)
 
     @property
-    def means(self) -> dict[int, float]:
+    def means(self) -> dict[Any, float]:
         """Validation loss by point, over the seeds of the selection; inf where one diverged."""
         return {j: sum(by.values()) / len(by) for j, by in self.scores.items() if by}
 
@@ -159,27 +159,31 @@ def row(r: Record, baseline: Record, untouched: float | None) -> dict[str, Any]:
     }
 
 
-def basin(means: Mapping[int, float], untouched: float | None) -> float:
+def basin(means: Mapping[Any, float], untouched: float | None) -> float:
     """Decades of learning rate within 5 % of the best gain; NaN without a start to gain over.
 
-    Half a decade for each point in a row with the best.
+    Between the points in a row with the best that are within it, and half a decade for the
+    best itself: a basin of one point is as wide as the grid is fine.
     """
     top = best(means)
     if untouched is None or not untouched > means[top]:
         return math.nan
     limit = means[top] + BASIN * (untouched - means[top])
-    low = high = top
-    while means.get(low - 1, math.inf) <= limit:
+    points = sorted(means)
+    low = high = points.index(top)
+    while low > 0 and means[points[low - 1]] <= limit:
         low -= 1
-    while means.get(high + 1, math.inf) <= limit:
+    while high < len(points) - 1 and means[points[high + 1]] <= limit:
         high += 1
-    return (high - low + 1) / 2
+    return (points[high] - points[low] + 1) / 2
 
 
 def regret(r: Record, lr: float) -> float:
-    """Loss at a learning rate above that at the best; NaN where it lies outside the grid."""
-    point = round(2 * math.log10(lr / r.start))
-    return r.means.get(point, math.nan) - r.means[best(r.means)]
+    """Loss at the tried rate nearest to this one, above the best; NaN where none is near."""
+    tried = {lr_at(r.start, j): loss for j, loss in r.means.items()}
+    near = min(tried, key=lambda x: abs(math.log10(x / lr)))
+    close = abs(math.log10(near / lr)) < 0.25  # another grid's rates are as near as that
+    return tried[near] - r.means[best(r.means)] if close else math.nan
 
 
 def budget_curve(losses: Sequence[float]) -> list[float]:

@@ -6,10 +6,16 @@ function of the scores so far, so an interrupted search goes on from what is sto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-Scores = Mapping[int, float]  # point -> validation loss, lower is better; inf where it diverged
+from eckart.errors import MissingExtra
+
+Point = TypeVar("Point", int, float)  # whole on the grid, any number from a sampler
+Scores = Mapping[float, float]  # point -> validation loss, lower is better; inf: it diverged
+WIDEST = 4  # points to either side of the start, where a sampler may look
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,14 @@ class Plan:
     """Points that a first look leaves for full length."""
 
 
-def lr_at(start: float, point: int) -> float:
+def lr_at(start: float, point: float) -> float:
     """The learning rate of a point, rounded so that equal points are equal numbers."""
     return float(f"{start * 10 ** (point / 2):.4g}")
 
 
-def wanted(short: Scores, full: Scores, plan: Plan) -> tuple[list[int], list[int]]:
+def wanted(
+    short: Mapping[int, float], full: Mapping[int, float], plan: Plan
+) -> tuple[list[int], list[int]]:
     """The points to run next: in short, at full length. Nothing twice: the search is over."""
     side = plan.window // 2
     window = range(-side, plan.window - side)
@@ -47,11 +55,39 @@ def wanted(short: Scores, full: Scores, plan: Plan) -> tuple[list[int], list[int
     return [], around[: max(0, plan.purse - len(full))]
 
 
-def best(scores: Scores) -> int:
+def sampled(full: Scores, plan: Plan, seed: int) -> list[float]:
+    """As `wanted`, by Optuna's tree-structured Parzen estimator: one point, anywhere in range.
+
+    It is a function of the scores so far; every contestant spends the whole purse.
+    """
+    if len(full) >= plan.purse:
+        return []
+    try:
+        import optuna
+    except ModuleNotFoundError as fault:
+        raise MissingExtra(
+            "--sampler tpe needs optuna", [("optuna", "not installed")],
+            "Type pip install 'eckart[sweeps]', or leave --sampler out.",
+        ) from fault  # fmt: skip
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=seed + len(full), n_startup_trials=plan.window)
+    study = optuna.create_study(sampler=sampler)
+    span = optuna.distributions.FloatDistribution(-WIDEST, WIDEST)
+    finite = [loss for loss in full.values() if math.isfinite(loss)]
+    worst = max(finite, default=0.0) + 1.0
+    for point in sorted(full):
+        loss = full[point] if math.isfinite(full[point]) else worst
+        known = {"params": {"point": point}, "distributions": {"point": span}}
+        study.add_trial(optuna.trial.create_trial(value=loss, **known))
+    point = study.ask({"point": span}).params["point"]
+    return [round(float(point), 2)]
+
+
+def best(scores: Mapping[Point, float]) -> Point:
     """The point with the lowest loss; among equals the lowest learning rate."""
     return min(scores, key=lambda j: (scores[j], j))
 
 
-def at_edge(full: Scores) -> bool:
-    """Does the best point lack a neighbour? Then a better one may lie outside."""
-    return not {best(full) - 1, best(full) + 1} <= full.keys()
+def at_edge(full: Mapping[Point, float]) -> bool:
+    """Is the best point the first or the last? Then a better one may lie outside."""
+    return best(full) in (min(full), max(full))
