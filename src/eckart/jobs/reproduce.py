@@ -69,8 +69,8 @@ def run(
     """Test the claims of these slugs (all without any); returns the --json document.
 
     Two runs at once where there are two cores, unless `processes` says otherwise; a quick
-    check is over before a second process would have started. With `out`, each claim's document is written there as it ends, and claims.md over all
-    documents in that folder.
+    check is over before a second process would have started. With `out`, each claim's document
+    is written there as it ends, and claims.md over all documents in that folder.
     """
     chosen = [(slug.replace("_", "-"), claims.load(slug)) for slug in slugs or claims.slugs()]
     begun, documents = time.monotonic(), []
