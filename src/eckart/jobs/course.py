@@ -105,6 +105,15 @@ def staged_course(
         screen.line("task", data.summary.partition(": ")[2], name)
     weights: Any = job.choices["weights"].method
     screen.line("stages", ", ".join(stage.name for stage in weights.stages), weights.slug)
+    if job.flags.dry_run:
+        return {
+            "run": None,
+            "command": job.command,
+            "exit": 0,
+            "recipe": outcome.recipe_of(job),
+            "stages": [stage.name for stage in weights.stages],
+            "warnings": list(screen.warnings),
+        }
     first = next(iter(tasks.values()))
     with launch.shared(lambda: outcome.open_run(job, first, {}, 0)) as run:
         begun = time.monotonic()

@@ -38,6 +38,8 @@ CONTRACT = Path(__file__).with_name("method.py")
 DEFAULTS = {"weights": "lora", "update": "adamw", "compress": "svd", "compose": "cmlora"}
 FULL = "dense"  # the weights choice that trains the matrices themselves
 
+NOT_LISTED = {"stages"}  # made of calls, or of fields: a thing for the runner, not for a list
+
 folders: list[Path] = []  # besides the built-in one and ECKART_METHODS
 
 
@@ -312,7 +314,7 @@ def read_declares(node: ast.ClassDef, names: Mapping[str, ast.expr]) -> Iterator
             target, value = statement.targets[0], statement.value
         else:
             continue
-        if isinstance(target, ast.Name) and value is not None:
+        if isinstance(target, ast.Name) and value is not None and target.id not in NOT_LISTED:
             yield target.id, literal(value, names)
 
 

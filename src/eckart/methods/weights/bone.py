@@ -13,7 +13,7 @@ B = D^T: the backward pass keeps fold(x), r numbers per token, where LoRA keeps 
 the output too: rank at most min(r, q). Take tile when activations fill the memory; compare
 it with LoRA at half its rank, which trains as many numbers. Bat reaches full rank and knows
 W, at the compute of full fine-tuning: its backward pass needs dL/dW, here a few block rows
-at a time. No gap to LoRA was seen at equal parameters (claims/bone.py).
+at a time.
 
 Source: J. Kang, "Bone: Block Affine Transformation as Parameter Efficient Fine-tuning
 Methods for Large Language Models", 2024, eq. 4 and 5 (bat); version 4 and PEFT (tile, mini).

@@ -5,8 +5,7 @@
 After training the adapter is cut to any rank (`use_rank`, or active_rank=) and each cut is a
 plain LoRA with that rank and alpha. Take it when several sizes of one adapter are served, or
 when small ranks must be good. For one rank found afterwards try the free way first: train
-LoRA and order its components by singular values (`in_order`). In our small check that beat
-DyLoRA at all but the smallest ranks, and DyLoRA lost some quality at the full rank.
+LoRA and order its components by singular values (`in_order`), which costs no training.
 
 A component that is not part of a step does not move in it: no momentum, no decay, and its
 bias correction counts its own steps. Each unit of components is therefore a parameter of its

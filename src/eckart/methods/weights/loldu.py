@@ -5,9 +5,9 @@
 
 r numbers per matrix. Take it where thousands of adapters must be stored, or as a study of
 "rescale what is there"; take LoRA where quality counts. Two warnings. L and U are triangular,
-not orthogonal, and their order is that of the columns, not of importance: singular values in
-place of D did better at both sizes in our small check, and LoRA of rank 1 better still. And a
-large learning rate is part of the method: the entries of D spread over orders of magnitude.
+not orthogonal, and their order is that of the columns, not of importance: compare it with
+LoRA of rank 1, whose m + n numbers are of the same order. And a large learning rate is part
+of the method: the entries of D spread over orders of magnitude.
 
 Only r x r and thinner systems are solved, in fp64. With p the first r pivot rows,
     W[p, :r] = L_1 U_1     (PL)_r = W[:, :r] U_1^-1     diag(D_r) U_r = L_1^-1 W[p]

@@ -10,9 +10,8 @@ r^2 trained numbers per matrix, whatever its size: tiny optimizer state and traf
 and the frozen memory are LoRA's, r (m + n). With orthonormal bases a plain gradient step on
 R moves W by -lr B B^T G A^T A, the best step there is in the span of (B, A), so no scale has
 to be tuned. Take it for many cheap tasks or a very small optimizer state, with a learning
-rate about ten times LoRA's; at equal numbers of trained parameters LoRA of rank 1 was better
-in our small check. What helps is the subspace: R = 0 at first (core=zero, which starts at
-the base) did as well as R = diag(S).
+rate about ten times LoRA's; where file and activations count, compare it with LoRA of rank 1.
+core=zero keeps the subspace and starts at the base, R = 0.
 
 Source: K. Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet for
 Extremely Efficient Low-Rank Fine-Tuning", 2024, eq. 9 to 11 and Alg. 1; LoRA-XS (init=xs,

@@ -9,7 +9,7 @@ SMALLER r trains more of them. Take it where raising LoRA's rank still helps: dW
 full rank, though its energy stays in few directions for long, since with one A all bases
 span the same r rows until g differs between them (init=jittered or shared_a=false break
 that). Training costs about as much compute as full fine-tuning; the optimizer state is
-small. At equal parameters LoRA was better in our small check.
+small. Compare it with LoRA at equal numbers of trained parameters.
 
 Source: P. Albert et al., "RandLoRA: Full-rank parameter-efficient fine-tuning of large
 models", 2025, eq. 4 and 5.
