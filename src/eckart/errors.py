@@ -7,6 +7,7 @@ of the command line.
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 class EckartError(Exception):
@@ -30,7 +31,7 @@ class EckartError(Exception):
         facts = [f"  {thing:<{width}}  {place}".rstrip() for thing, place in self.facts]
         return "\n".join([self.what, *facts, *([self.fix] if self.fix else [])])
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.what, self.facts, self.fix)
 
 

@@ -137,4 +137,9 @@ def test_tied_group_is_one_site_that_the_embedding_owns():
     ids = torch.tensor([[1, 4, 10]])
     y, E = model(ids), model.embed.merged().mT  # [vocabulary, d]
     torch.testing.assert_close(y, E[ids] @ E.mT, rtol=0, atol=1e-12)
-    assert sorted(model.state_dict()) == ["embed.lora.A", "embed.lora.B", "embed.weight", "head.weight"]
+    assert sorted(model.state_dict()) == [
+        "embed.lora.A",
+        "embed.lora.B",
+        "embed.weight",
+        "head.weight",
+    ]

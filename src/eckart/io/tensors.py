@@ -50,4 +50,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path, device="cpu")
     except SafetensorError as fault:
         raise FileError("this is not a safetensors file", [(str(path), str(fault))]) from fault
-
