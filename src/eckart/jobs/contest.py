@@ -37,6 +37,7 @@ from eckart.recipe import Recipe, registry
 from eckart.recipe.registry import DEFAULTS, FULL
 
 PLACE = "--methods"
+EVALUATED = 16  # rows at once at least: without gradients they need far less than training
 RECIPE_AXES = ("weights", "update", "precision", "attention")
 
 
@@ -216,8 +217,9 @@ class UserLab(Bench):
         model.eval()
         try:
             halves = [split(rows) for rows in data.evaluation.values()]
-            validation = [summed(model, first, data, self.rows) for first, _ in halves]
-            test = [summed(model, second, data, self.rows) for _, second in halves]
+            at_once = max(self.rows, EVALUATED)
+            validation = [summed(model, first, data, at_once) for first, _ in halves]
+            test = [summed(model, second, data, at_once) for _, second in halves]
         finally:
             model.train(was_training)
         found = {"validation": mean(validation, "loss"), "loss": mean(test, "loss")}
