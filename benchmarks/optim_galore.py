@@ -25,8 +25,8 @@ from torch import nn
 from eckart.methods.update.galore import GaLore
 from eckart.optim import LowRankOptimizer
 
-SHAPES = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]  # a Llama block of width 512
-RANK, LAYERS, NEVER = 128, 2, 10**9
+RANK, NEVER = 128, 10**9
+WIDTHS = {512: (1376, 2), 1024: (2736, 1)}  # of Llama blocks: the mlp's width, and how many
 
 
 def galore_torch() -> type:
@@ -40,10 +40,12 @@ def galore_torch() -> type:
     return importlib.import_module("galore_torch.adamw").AdamW
 
 
-def problem() -> list[nn.Parameter]:
+def problem(width: int) -> list[nn.Parameter]:
     """The same weights and gradients at every call."""
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(s) / 30) for s in SHAPES * LAYERS]
+    wide, blocks = WIDTHS[width]
+    shapes = [(width, width)] * 4 + [(wide, width)] * 2 + [(width, wide)]
+    params = [nn.Parameter(torch.randn(s) / 30) for s in shapes * blocks]
     for p in params:
         p.grad = torch.randn_like(p)
     return params
@@ -93,20 +95,17 @@ def summary(values: list[float]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    out = Path(words[words.index("--out") + 1]) if "--out" in words else None
-    pairs = int(words[0]) if words and words[0].isdigit() else 15
-    torch.set_num_threads(1)
-    AdamW = galore_torch()
-    a, b, c = problem(), problem(), problem()
+def compared(width: int, pairs: int, AdamW: type) -> dict[str, object]:
+    """Ratios and times for blocks of one width."""
+    a, b, c = (problem(width) for _ in range(3))
     step, other, thin = ours(a), theirs(b, AdamW), products(c)
     step(), other()  # the first step finds the bases
     step(), other(), thin()
     gap = max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
     times = [[seconds(run) for run in (thin, step, other)] for _ in range(pairs)]
-    result = {
-        "what": "GaLore step without refresh, 2 Llama blocks of width 512, rank 128, fp32",
+    return {
+        "width": width,
+        "rank": RANK,
         "step_over_products": summary([s / t for t, s, _ in times]),
         "galore_torch_over_step": summary([o / s for _, s, o in times]),
         "seconds": {
@@ -115,8 +114,19 @@ def main() -> None:
             "galore_torch": summary([o for _, _, o in times]),
         },
         "largest_difference_of_weights": gap,
+    }
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    out = Path(words[words.index("--out") + 1]) if "--out" in words else None
+    pairs = int(words[0]) if words and words[0].isdigit() else 15
+    torch.set_num_threads(1)
+    AdamW = galore_torch()
+    result = {
+        "what": "GaLore step without refresh, Llama blocks, fp32, one thread, CPU seconds",
         "pairs": pairs,
-        "threads": 1,
+        "runs": [compared(width, pairs, AdamW) for width in WIDTHS],
         "versions": {
             "torch": torch.__version__,
             "python": platform.python_version(),
