@@ -145,7 +145,14 @@ def arguments(job: Job, run: Run, handle: Handle, data: Data) -> TrainingArgumen
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=idles(handle),
     )
+
+
+def idles(handle: Handle) -> bool:
+    """Does the update leave parameters without a gradient at some steps? DDP must know."""
+    update = handle.recipe.update
+    return update is not None and update.rule().idles
 
 
 class RunTraining(Training):
