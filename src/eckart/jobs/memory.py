@@ -44,15 +44,40 @@ def size(tensor: Tensor) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of state that the optimizer's rules will hold once every parameter has moved."""
+    """Bytes of state that the optimizer's rules will hold once every parameter has moved.
+
+    Of blocks that take turns only those of now count, where the others' moments end.
+    """
+    named = {
+        name: (p, group)
+        for group in optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
     total = 0
+    paired: set[str] = set()
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            rule = group["rule"].on(p.shape, group["leading"])
-            empty = torch.empty(p.shape, dtype=p.dtype, device="meta")
-            entry = rule.start(empty, group["leading"])
-            total += sum(size(t) for t in entry.values() if isinstance(t, Tensor))
+        for b, a, _ in group["pairs"]:
+            rule = named[b][1]["rule"]
+            if rule.pair is not None:
+                made = rule.pair.init(shape_of(named[b][0]), shape_of(named[a][0]), rule.inner)
+                total += sum(size(t) for state in made for t in state.values())
+                paired |= {b, a}
+    for name, (p, group) in named.items():
+        rule = group["rule"].on(p.shape, group["leading"])
+        rests = not p.requires_grad and rule.blocks is not None and rule.blocks.moments != "keep"
+        if name in paired or rests:
+            continue
+        if rule.pair is not None:  # a factor without its partner
+            entry = rule.inner.init(shape_of(p))
+        else:
+            entry = rule.start(shape_of(p), group["leading"])
+        total += sum(size(t) for t in entry.values() if isinstance(t, Tensor))
     return total
+
+
+def shape_of(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype that takes no memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def held_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -65,7 +90,7 @@ class Kept:
     """Counts the bytes that autograd keeps inside `count()`, parameters left out."""
 
     def __init__(self, model: nn.Module):
-        self.ours = {t.untyped_storage().data_ptr() for t in held(model)}
+        self.ours = {t.untyped_storage()._cdata for t in held(model)}
         self.storages: dict[int, int] = {}
 
     @property
@@ -79,9 +104,10 @@ class Kept:
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.ours:
-                # by address: an address used again inside one pass was freed, so not kept
-                self.storages[storage.data_ptr()] = storage.nbytes()
+            if storage._cdata not in self.ours:
+                # by the storage's own address, which tensors without memory have too; one
+                # that is used again inside a pass was freed, so not kept
+                self.storages[storage._cdata] = storage.nbytes()
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,0 +1,229 @@
+"""`eckart estimate JOB ARGS...`: what a job will take, before anything is loaded.
+
+    eckart estimate finetune MODEL method=galore train.batch_size=8
+
+Reads a configuration and nothing else. Weights, factors, gradients and the optimizer's state
+are exact; activations are those of rows of the full length, kept as autograd keeps them;
+operations are counted in a pass that computes nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eckart.errors import FileError, OutOfRoom, UsageError
+from eckart.io.models import config_of, read_json, recognise
+from eckart.io.peft_read import method_of
+from eckart.jobs import prepare, settle
+from eckart.jobs.config import Choice, Job
+from eckart.jobs.imagined import Imagined, imagine
+from eckart.jobs.memory import in_words, room
+from eckart.jobs.outcome import recipe_of, shown
+from eckart.jobs.screen import Screen, amount
+from eckart.recipe import Recipe, registry
+
+TRAININGS = ("finetune", "pretrain")
+KNOWN = (*TRAININGS, "compress")
+ROWS = 1_000_000  # data enough that it does not decide the batch
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Everything from a job to the printed lines; the object of --json."""
+    if job.command not in KNOWN:
+        raise UsageError(
+            f"eckart estimate does not know {job.command}", fix=f"Choices: {', '.join(KNOWN)}."
+        )
+    screen = Screen(quiet=job.flags.json)
+    place = prepare.device()
+    job, config = of_source(settle.precision(job, place))
+    if job.command == "compress":
+        return compressed(job, config, place, screen)
+    job = settle.seq_len(job, getattr(config, "max_position_embeddings", None), place)
+    dtype = prepare.dtype_of(job)
+    found = imagine(config, job.recipe(), dtype, place)
+    base = found.parameters - (found.trainable if found.factors else 0)
+    kind = str(dtype).removeprefix("torch.")
+    facts = f"{amount(base)} parameters, {kind}; from its configuration alone"
+    screen.line("model", facts, shown(job.model or ""))
+    screen.line("method", found.coverage, job.choices["weights"].name)
+    if found.by_formula:
+        screen.warn("its sizes depend on the weights: by formula, activations as with plain LoRA")
+
+    free, total = room(place)
+    job, activations = with_batch(job, found, free)
+    parts = {**found.fixed, "activations": activations}
+    rows, length = int(job.train.batch_size), int(job.data.seq_len)
+    forward, backward = found.flops(1, length)
+    per_step = (forward + backward) * rows * int(job.train.accumulate)
+    fits = sum(parts.values()) <= free
+    say(screen, job, parts, (free, total), per_step)
+    if not fits:
+        remedies(screen, job, found, parts, free)
+    return {
+        "command": "estimate",
+        "exit": 0,
+        "of": job.command,
+        "recipe": recipe_of(job),
+        "memory": parts,
+        "estimated_memory_bytes": sum(parts.values()),
+        "free_bytes": free,
+        "fits": fits,
+        "by_formula": found.by_formula,
+        "parameters": {
+            "total": found.parameters,
+            "trainable": found.trainable,
+            "by_role": found.by_role,
+        },
+        "batch": {"rows": rows, "accumulate": int(job.train.accumulate), "seq_len": length},
+        "flops": {"forward_per_row": forward, "backward_per_row": backward, "per_step": per_step},
+        "warnings": list(screen.warnings),
+    }
+
+
+# --- what is estimated ---------------------------------------------------------------------
+
+
+def of_source(job: Job) -> tuple[Job, Any]:
+    """The configuration of MODEL; an adapter brings its method, and its base's configuration."""
+    if job.model is None:
+        raise UsageError(
+            "eckart estimate needs a model",
+            fix=f"Type eckart estimate {job.command} MODEL key=value",
+        )
+    found = recognise(job.model)
+    if found.kind == "run":
+        found = recognise(f"{found.path}/final")
+    if found.kind in ("native", "peft"):
+        if not found.base:
+            raise FileError("the adapter names no base", [(found.path, "")])
+        if "weights.name" not in job.given:
+            job = job.choose(
+                "weights", adapter_method(found.kind, Path(found.path)), "the adapter's"
+            )
+        found = recognise(found.base)
+    if found.kind == "factored":
+        raise UsageError(
+            "a factored model is not estimated",
+            [(found.path, "its matrices are apart already")],
+            "Type eckart inspect for its size.",
+        )
+    if found.kind == "hub":
+        from transformers import AutoConfig
+
+        try:
+            return job, config_of(AutoConfig.from_pretrained(found.path))
+        except (OSError, ValueError) as fault:
+            reason = str(fault).splitlines()[0]
+            raise FileError("no configuration can be had", [(found.path, reason)]) from fault
+    return job, config_of(found.path)
+
+
+def adapter_method(kind: str, folder: Path) -> Choice:
+    """The method that an adapter was made by."""
+    if kind == "native":
+        content = read_json(folder / "eckart.json")
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in content["fields"].items()}
+        return Choice(content["method"], registry.load(content["method"])(**fields))
+    method = method_of(read_json(folder / "adapter_config.json"), folder)
+    return Choice(method.slug, method)
+
+
+def with_batch(job: Job, found: Imagined, free: int) -> tuple[Job, int]:
+    """The job with its batch settled as a training would, and the activations' bytes."""
+    length = int(job.data.seq_len)
+    measured: dict[bool, int] = {}
+
+    def per_row(checkpointing: bool) -> int:
+        if checkpointing not in measured:
+            measured[checkpointing] = found.activations(1, length, checkpointing)
+        return measured[checkpointing]
+
+    fixed = sum(found.fixed.values())
+    rows = settle.rows_per_step(job, ROWS)
+    try:
+        job = settle.batch(job, rows, fixed, per_row, free, False)
+    except OutOfRoom:  # said below with all numbers, not raised
+        job = settle.batch(job, rows, 0, per_row, 2**60, False)
+    checkpointing = bool(job.train.checkpointing)
+    return job, per_row(checkpointing) * int(job.train.batch_size)
+
+
+def compressed(job: Job, config: Any, place: torch.device, screen: Screen) -> dict[str, Any]:
+    """A compression: the model's bytes before and after."""
+    from eckart.jobs.compress import sized
+
+    method = sized(job)
+    dtype = getattr(torch, str(getattr(config, "dtype", None) or "float32").removeprefix("torch."))
+    whole = imagine(config, Recipe(weights=full()), dtype, place)
+    found = imagine(config, Recipe(weights=method), dtype, place)
+    after = found.weights + found.factors
+    parts = {"before": whole.weights, "after": after}
+    name = shown(job.model or "")
+    screen.line("model", f"{amount(whole.parameters)} parameters", name)
+    if found.by_formula:
+        screen.warn("its sizes depend on the weights: by formula")
+    change = f"{in_words(whole.weights)} -> {in_words(after)} ({after / whole.weights:.0%})"
+    screen.line("memory", change, method.slug, result=True)
+    return {
+        "command": "estimate",
+        "exit": 0,
+        "of": job.command,
+        "recipe": recipe_of(job),
+        "memory": parts,
+        "estimated_memory_bytes": whole.weights + found.factors,
+        "by_formula": found.by_formula,
+        "parameters": {"before": whole.parameters, "after": found.parameters},
+        "warnings": list(screen.warnings),
+    }
+
+
+def full() -> Any:
+    """The method that trains the matrices themselves."""
+    return registry.load(registry.FULL)()
+
+
+# --- what is said --------------------------------------------------------------------------
+
+
+def say(
+    screen: Screen, job: Job, parts: dict[str, int], memory: tuple[int, int], per_step: int
+) -> None:
+    """The batch, each category, the sum against what is there, the operations of a step."""
+    size, split = job.train.batch_size, job.train.accumulate
+    shape = f"{size} rows of {job.data.seq_len} tokens"
+    shape += f", {split} times a step" if split != 1 else ""
+    why = [job.settled.get(f"train.{key}", "") for key in ("batch_size", "checkpointing")]
+    screen.line("batch", "; ".join([shape, *dict.fromkeys(w for w in why if w)]))
+    for i, (name, part) in enumerate(parts.items()):
+        note = "   of full rows" if name == "activations" else ""
+        note += ", recomputed" if name == "activations" and job.train.checkpointing else ""
+        screen.line("" if i else "memory", f"{name:<12}{in_words(part):>10}{note}", result=True)
+    free, total = memory
+    whole = sum(parts.values())
+    verdict = "fits" if whole <= free else "does NOT fit"
+    text = f"{in_words(whole):>10}   {verdict}: {in_words(free)} free of {in_words(total)}"
+    screen.line("", f"{'together':<12}{text}", result=True)
+    screen.line("work", f"{per_step / 1e12:.3g} TFLOP a step", result=True)
+
+
+def remedies(screen: Screen, job: Job, found: Imagined, parts: dict[str, int], free: int) -> None:
+    """What would help most, with the bytes that each saves."""
+    saved: list[tuple[int, str]] = []
+    length, size = int(job.data.seq_len), int(job.train.batch_size)
+    if size > 1:
+        per_row = parts["activations"] // size
+        saved.append(
+            (parts["activations"] - per_row, f"train.batch_size=1 train.accumulate={size}")
+        )
+    if not job.train.checkpointing:
+        less = found.activations(1, length, True) * size
+        saved.append((parts["activations"] - less, "train.checkpointing=true"))
+    weights: Any = job.choices["weights"].method
+    if weights.base == "trained":
+        trained = parts["gradients"] + parts["state"]
+        saved.append((trained, f"weights={registry.DEFAULTS['weights']}"))
+    for i, (less, words) in enumerate(sorted(saved, reverse=True)):
+        screen.line("" if i else "try", f"{words}   saves {in_words(less)}", result=True)

@@ -1,0 +1,82 @@
+"""Sizes of what is not there against those of what is: every method, two architectures.
+
+The measured side is real: attached with calibration, one step of the real optimizer, tensors
+counted. All categories are exact; activations too, since the same code ran.
+"""
+
+import pytest
+import torch
+
+from eckart.jobs.imagined import elements, imagine
+from eckart.jobs.memory import activation_bytes, held_state_bytes, model_bytes, size
+from tests.conftest import batch_for, tiny
+from tests.laws.matrix import attached, recipe_for, slugs
+
+ARCHITECTURES = ("llama", "gpt2")
+CPU = torch.device("cpu")
+
+
+def imagined(slug, architecture):
+    """The same recipe on the same configuration, from the configuration alone."""
+    return imagine(tiny(architecture).config, recipe_for(slug), torch.float32, CPU, steps=20)
+
+
+def measured(slug, architecture):
+    model, handle, batch = attached(slug, architecture)
+    optimizer = handle.optimizer(1e-3)
+    handle.loss(batch, model(**batch)).backward()
+    found = model_bytes(handle)
+    found["gradients"] = sum(size(p) for p in handle.trainable().values())
+    optimizer.step()
+    found["state"] = held_state_bytes(optimizer)
+    optimizer.zero_grad()
+    return found, activation_bytes(model, batch)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("slug", [*slugs("weights"), *slugs("update")])
+def test_every_category_is_exact(slug, architecture):
+    found = imagined(slug, architecture)
+    wanted, activations = measured(slug, architecture)
+    assert found.fixed == wanted
+    rows, length = batch_for(architecture)["input_ids"].shape
+    if not found.by_formula:
+        assert found.activations(rows, length) == activations
+
+
+@pytest.mark.parametrize("slug", slugs("weights"))
+def test_the_formula_trains_as_many_elements_as_there_are(slug):
+    _, handle, _ = attached(slug, "llama")
+    if handle.weights.base == "trained":
+        return  # no terms: what is trained is the matrix itself
+    trained, _ = elements(handle.weights, list(handle.sites.values()))
+    parts = handle.carried().values()
+    assert trained == sum(p.numel() for part in parts for p in part.parameters())
+
+
+def test_checkpointing_keeps_less_and_more_rows_keep_more():
+    found = imagined("lora", "llama")
+    one, two = found.activations(1, 32), found.activations(2, 32)
+    assert one < two <= 2 * one
+    assert found.activations(2, 32, checkpointing=True) < two / 2
+
+
+def test_operations_are_those_of_the_products():
+    """2 m n per token and matrix forward; backward once for inputs, once for trained weights."""
+    found = imagined("dense", "llama")
+    forward, backward = found.flops(1, 32)
+    _, handle, _ = attached("dense", "llama")
+    matrices = [s.shape for s in handle.sites.values() if s.kind != "embedding"]
+    products = 2 * 32 * sum(m * n for m, n in matrices)
+    attention = 2 * 2 * 2 * 32 * 32 * 32  # two layers, scores and values, 2 flops each
+    assert forward == pytest.approx(products + attention, rel=0.01)
+    assert 1.9 < backward / forward < 2.4
+
+
+def test_nothing_of_the_size_is_allocated():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(num_hidden_layers=2, vocab_size=128_000)  # 5.8 GB in fp32
+    found = imagine(config, recipe_for("lora"), torch.float32, CPU)
+    assert found.weights > 3e9
+    assert found.activations(8, 2048) > 1e9
