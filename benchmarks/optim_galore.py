@@ -1,7 +1,7 @@
 """A GaLore step without refresh, against its two thin products alone and against galore-torch.
 
     pip install --no-deps galore-torch
-    python benchmarks/optim_galore.py [PAIRS] [--out FILE.json]
+    python benchmarks/optim_galore.py [--write]
 
 The products G P^T and W += N P are what the method cannot do without; the aim is at most
 1.25 times their time, and at least 1.15 times the speed of galore-torch. Steps of the three
@@ -10,16 +10,13 @@ are interleaved; ratios are of neighbours, so that a slower minute touches both.
 
 import importlib
 import importlib.util
-import json
-import platform
-import statistics
 import sys
-import time
 import types
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
+from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import nn
 
 from eckart.methods.update.galore import GaLore
@@ -80,63 +77,37 @@ def products(params: list[nn.Parameter]) -> Callable[[], None]:
     return run
 
 
-def seconds(run: Callable[[], object], repeat: int = 3) -> float:
-    start = time.process_time()  # of this process, one thread: neighbours on the machine are out
-    for _ in range(repeat):
-        run()
-    return (time.process_time() - start) / repeat
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {
-        "min": round(min(values), 4),
-        "median": round(statistics.median(values), 4),
-        "max": round(max(values), 4),
-    }
-
-
-def compared(width: int, pairs: int, AdamW: type) -> dict[str, object]:
+def compared(width: int, AdamW: type) -> dict[str, object]:
     """Ratios and times for blocks of one width."""
     a, b, c = (problem(width) for _ in range(3))
     step, other, thin = ours(a), theirs(b, AdamW), products(c)
     step(), other()  # the first step finds the bases
-    step(), other(), thin()
+    step(), other()
     gap = max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
-    times = [[seconds(run) for run in (thin, step, other)] for _ in range(pairs)]
+    contenders = {"products": thin, "eckart": step, "galore_torch": other}
+    seconds = take_turns(contenders, pairs=15, repeat=3)
     return {
         "width": width,
         "rank": RANK,
-        "step_over_products": summary([s / t for t, s, _ in times]),
-        "galore_torch_over_step": summary([o / s for _, s, o in times]),
-        "seconds": {
-            "products": summary([t for t, _, _ in times]),
-            "eckart": summary([s for _, s, _ in times]),
-            "galore_torch": summary([o for _, _, o in times]),
-        },
+        "step_over_products": ratios(seconds["eckart"], seconds["products"]),
+        "galore_torch_over_step": ratios(seconds["galore_torch"], seconds["eckart"]),
+        "seconds": {name: spread(values) for name, values in seconds.items()},
         "largest_difference_of_weights": gap,
     }
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    out = Path(words[words.index("--out") + 1]) if "--out" in words else None
-    pairs = int(words[0]) if words and words[0].isdigit() else 15
-    torch.set_num_threads(1)
     AdamW = galore_torch()
-    result = {
-        "what": "GaLore step without refresh, Llama blocks, fp32, one thread, CPU seconds",
-        "pairs": pairs,
-        "runs": [compared(width, pairs, AdamW) for width in WIDTHS],
-        "versions": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "galore-torch": "1.0",
-        },
-        "machine": platform.machine(),
-    }
-    print(json.dumps(result, indent=2))
-    if out is not None:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+    torch.set_num_threads(1)
+    runs = [compared(width, AdamW) for width in WIDTHS]
+    for run in runs:
+        over: Any = run["step_over_products"]
+        faster: Any = run["galore_torch_over_step"]
+        at = f"at width {run['width']}"
+        judge(f"step over its products {at}", over["median"], 1.25, at_least=False)
+        judge(f"speed against galore-torch {at}", faster["median"], 1.15)
+    what = "GaLore step without refresh, Llama blocks, fp32, one thread, CPU seconds, 15 pairs"
+    write("optim_galore", {"what": what, "runs": runs, "versions": versions("galore-torch")})
 
 
 if __name__ == "__main__":
