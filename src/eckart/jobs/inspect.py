@@ -1,0 +1,304 @@
+"""`eckart inspect MODEL|ADAPTER|RUN [DATA]`: what it is made of, and how low its ranks are.
+
+Of a model the matrices are judged, of an adapter what it adds to them. With DATA the heads
+are judged too: how far their logits reach, and whether attention, and an adapter's gradient
+through it, could be had in less than quadratic time (decompose/bounds.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eckart.decompose import rank_for_energy, recompress
+from eckart.decompose.spectra import (
+    effective_rank,
+    energy_at,
+    random_spectrum,
+    share_of_random,
+    stable_rank,
+)
+from eckart.errors import UsageError
+from eckart.io.models import load_tokenizer, recognise
+from eckart.io.opening import Opened, open_model
+from eckart.jobs import prepare
+from eckart.jobs.config import Job
+from eckart.jobs.drift import Text
+from eckart.jobs.finetune import require_weights
+from eckart.jobs.heads import HeadReach, reaches
+from eckart.jobs.outcome import shown
+from eckart.jobs.screen import Screen, amount
+from eckart.linear import Site
+from eckart.recipe import Handle
+from eckart.recipe.targets import sites_of
+
+RANKS = (1, 4, 16, 64)  # at which the energy is said
+LOW = 0.5  # of a random matrix' effective rank: below it a layer is called low-rank
+ENERGY = 0.9
+SHADES = " .:-=+*#%@"  # of the picture: from low rank to as random as chance
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One map: its place, and its spectrum [*, k] (of an adapter, of what it adds)."""
+
+    path: str
+    role: str
+    shape: tuple[int, int]
+    copies: int  # experts
+    s: Tensor
+    relative: float | None = None  # |update| / |W|
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Means over experts."""
+        m, n = self.shape
+        joint = self.s.double().square().reshape(-1, self.s.shape[-1]).sum(0).sqrt()
+        return {
+            "role": self.role,
+            "shape": [m, n],
+            "copies": self.copies,
+            "stable_rank": float(stable_rank(self.s).mean()),
+            "effective_rank": float(effective_rank(self.s).mean()),
+            "share_of_random": float(share_of_random(self.s, m, n).mean()),
+            "rank_90": rank_for_energy(joint, ENERGY),
+            "rank_90_random": rank_for_energy(random_spectrum(m, n), ENERGY),
+            "energy": {r: float(energy_at(self.s, r).mean()) for r in RANKS if r <= min(m, n)},
+            **({} if self.relative is None else {"relative_norm": self.relative}),
+        }
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Everything from a source to the printed tables; the object of --json."""
+    screen = Screen(quiet=job.flags.json)
+    require_weights(job)
+    opened = opened_with_terms(str(job.model))
+    handle = opened.handle
+    kind = "adapter" if handle and handle.weights.base == "frozen" else "model"
+    matrices = added(handle) if handle and kind == "adapter" else weights(opened, handle)
+    if not matrices:
+        raise UsageError("there is no matrix to look at", [(str(job.model), kind)])
+    count = sum(p.numel() for p in opened.model.parameters())
+    made = f"; {handle.weights.slug}" if handle else ""
+    facts = f"{kind} of {amount(count)} parameters, {len(matrices)} matrices{made}"
+    screen.line(kind, facts, shown(str(job.model)))
+    found = {matrix.path: matrix.numbers for matrix in matrices}
+    table(screen, by_role(found), kind)
+    if kind == "model":
+        picture(screen, found)
+    heads = looked_at_heads(job, opened, screen) if job.data.train else []
+    return {
+        "command": "inspect",
+        "exit": 0,
+        "source": job.model,
+        "kind": kind,
+        "method": handle.weights.slug if handle else None,
+        "parameters": count,
+        "roles": by_role(found),
+        "matrices": found,
+        "heads": [head.document() for head in heads],
+        "warnings": list(screen.warnings),
+    }
+
+
+# --- what is looked at ---------------------------------------------------------------------
+
+
+def opened_with_terms(source: str) -> Opened:
+    """The model; a factored one with the handle of its terms."""
+    opened = open_model(source)
+    found = recognise(source)
+    if found.kind == "run":
+        found = recognise(f"{found.path}/final")
+    if found.kind == "factored":
+        from eckart.hf import handle_of
+
+        opened = Opened(opened.model, handle_of(opened.model), found.path)
+    opened.model.to(prepare.device()).eval()
+    return opened
+
+
+def added(handle: Handle) -> list[Matrix]:
+    """What an adapter adds to each matrix; no term that is not linear has a spectrum."""
+    found = []
+    for path, terms in handle.terms().items():
+        site = handle.sites[path]
+        if all(term.linear for term in terms.values()):
+            base = handle.originals.get(path)
+            W = site.weight(torch.float32) if base is None else base.float()
+            s = spectrum_of_update(handle, site)
+            found.append(matrix(site, s, float(s.norm() / W.norm().clamp_min(1e-30))))
+    return found
+
+
+@torch.no_grad()
+def spectrum_of_update(handle: Handle, site: Site) -> Tensor:
+    """Singular values of the update, [*, k]: of the thin factors where it has them."""
+    parts = handle.parts()[site.path]
+    terms = handle.terms()[site.path]
+    factors = [term.factors() for term in terms.values()]
+    pairs = [pair for pair in factors if pair is not None]
+    if len(pairs) == len(parts) and site.path not in handle.originals:
+        B = torch.cat([B for B, _ in pairs], -1)
+        A = torch.cat([A for _, A in pairs], -2)
+        if B.shape[-1] <= min(site.shape):
+            return recompress(B, A, B.shape[-1])[2]
+    module: Any = site.module
+    change = module.merged(site.param) - site.weight(torch.float64)
+    return torch.linalg.svdvals(change.float())
+
+
+@torch.no_grad()
+def weights(opened: Opened, handle: Handle | None) -> list[Matrix]:
+    """The matrices of a model, factored ones by what their terms stand for."""
+    sites = {site.path: site for site in sites_of(opened.model)}
+    if handle is not None:
+        sites = {**{p: handle.sites[p] for p in handle.attached}, **sites}
+    found = []
+    for path, site in sites.items():
+        if site.role.split(".")[0] in ("embedding", "head", "router", "conv", "other"):
+            continue
+        module: Any = site.module
+        W = module.merged(site.param).float() if handle and path in handle.attached else None
+        found.append(
+            matrix(site, torch.linalg.svdvals(site.weight(torch.float32) if W is None else W))
+        )
+    return found
+
+
+def matrix(site: Site, s: Tensor, relative: float | None = None) -> Matrix:
+    copies = 1
+    for extent in site.leading:
+        copies *= extent
+    return Matrix(site.path, site.role, site.shape, copies, s.detach().cpu(), relative)
+
+
+def by_role(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The median over the matrices of a role."""
+    roles: dict[str, list[Mapping[str, Any]]] = {}
+    for numbers in found.values():
+        roles.setdefault(numbers["role"], []).append(numbers)
+    keys = ("stable_rank", "effective_rank", "share_of_random", "rank_90", "rank_90_random")
+    return {
+        role: {
+            "matrices": len(each),
+            "shape": each[0]["shape"],
+            **{key: median(numbers[key] for numbers in each) for key in keys},
+            "energy": {
+                r: median(numbers["energy"][r] for numbers in each if r in numbers["energy"])
+                for r in each[0]["energy"]
+            },
+            **(
+                {"relative_norm": median(numbers["relative_norm"] for numbers in each)}
+                if "relative_norm" in each[0]
+                else {}
+            ),
+        }
+        for role, each in sorted(roles.items())
+    }
+
+
+# --- what is said --------------------------------------------------------------------------
+
+
+def table(screen: Screen, roles: Mapping[str, Mapping[str, Any]], kind: str) -> None:
+    """A line for each role; of a model beside what chance would give."""
+    ranks = [r for r in RANKS if any(r in numbers["energy"] for numbers in roles.values())]
+    head = ["role", "maps", "shape", "stable", "effective", f"{ENERGY:.0%} at"]
+    head += ["of random"] if kind == "model" else ["of |W|"]
+    rows = [[*head, *(f"energy@{r}" for r in ranks)]]
+    for role, numbers in roles.items():
+        m, n = numbers["shape"]
+        last = numbers["share_of_random"] if kind == "model" else numbers["relative_norm"]
+        chance = f" ({numbers['rank_90_random']:.0f})" if kind == "model" else ""
+        row = [role, str(numbers["matrices"]), f"{m} x {n}", f"{numbers['stable_rank']:.1f}"]
+        row += [f"{numbers['effective_rank']:.1f}", f"{numbers['rank_90']:.0f}{chance}"]
+        row += [f"{last:.0%}"] + [percent(numbers["energy"].get(r)) for r in ranks]
+        rows.append(row)
+    for i, line in enumerate(aligned(rows)):
+        screen.line("ranks" if i == 0 else "", line, result=True)
+    if kind == "model":
+        screen.line("", "(in brackets, and `of random`: a random matrix of the same shape)")
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def aligned(rows: list[list[str]]) -> Iterator[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "   ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
+
+
+def picture(screen: Screen, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line for each role, a sign for each layer: the darker, the nearer to random."""
+    lines: dict[str, dict[int, list[float]]] = {}
+    low = []
+    for path, numbers in found.items():
+        number = re.search(r"(?:^|\.)(\d+)\.", path)
+        layer = int(number[1]) if number else 0
+        lines.setdefault(numbers["role"], {}).setdefault(layer, []).append(
+            numbers["share_of_random"]
+        )
+        if numbers["share_of_random"] < LOW:
+            low.append((numbers["share_of_random"], path))
+    width = max(len(role) for role in lines)
+    for i, (role, layers) in enumerate(sorted(lines.items())):
+        signs = "".join(
+            shade(median(layers[n])) if n in layers else " " for n in range(max(layers) + 1)
+        )
+        screen.line("layers" if i == 0 else "", f"{role:<{width}}  |{signs}|", result=True)
+    screen.line("", f"(a sign a layer, first to last: '{SHADES}' from rank 0 to random)")
+    if low:
+        worst = ", ".join(path for _, path in sorted(low)[:3])
+        screen.line("low", f"{len(low)} below {LOW:.0%} of random; lowest: {worst}", result=True)
+    else:
+        screen.line("low", f"no matrix is below {LOW:.0%} of a random one", result=True)
+
+
+def shade(share: float) -> str:
+    """The sign of a share from 0 to 1."""
+    return SHADES[max(0, min(len(SHADES) - 1, int(share * len(SHADES))))]
+
+
+def looked_at_heads(job: Job, opened: Opened, screen: Screen) -> list[HeadReach]:
+    """The heads on DATA, the adapter on and off."""
+    tokenizer = load_tokenizer(str(job.model))
+    prepare.require_fit(tokenizer, opened.model)
+    text = Text(tokenizer, prepare.context_of(opened.model), prepare.entries(job))
+    heads = reaches(opened.model, text, opened.handle)
+    if not heads:
+        screen.warn("this model's attention is not one that can be looked into")
+        return []
+    easy = sum(head.regime == "easy" for head in heads)
+    lowest = min(heads, key=lambda head: head.centred)
+    screen.line(
+        "heads",
+        f"{easy} of {len(heads)} easy at {heads[0].length} tokens of {text.name} (easy: fewer "
+        "features than tokens would do)",
+        result=True,
+    )
+    screen.line(
+        "",
+        f"logits reach {median(h.reach for h in heads):.2f} (median), with centred keys "
+        f"{median(h.centred for h in heads):.2f}, least {lowest.centred:.2f} in layer "
+        f"{lowest.layer} head {lowest.head}: degree {lowest.degree}, "
+        f"{counted(lowest.features)} features",
+        result=True,
+    )
+    if opened.handle is not None and opened.handle.weights.base == "frozen":
+        turned = sum(h.regime != h.regime_without for h in heads)
+        screen.line("", f"the adapter moves {turned} of them across the line", result=True)
+    return heads
+
+
+def counted(number: int) -> str:
+    """1,287, and 2.5e+26 where nobody reads the digits."""
+    return f"{number:,}" if number < 10**6 else f"{float(number):.2g}"

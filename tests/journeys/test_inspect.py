@@ -1,0 +1,126 @@
+"""`eckart inspect` as a person uses it: which layers are low-rank, and what an adapter adds."""
+
+import math
+
+import pytest
+import torch
+
+from eckart.decompose.spectra import effective_rank
+from eckart.io.models import load_model
+from eckart.io.opening import open_model
+from eckart.jobs.drift import Text
+from eckart.jobs.heads import reaches
+from tests.journeys.adapters import adapter
+from tests.journeys.runs import eckart, model_folder, texts
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspect")
+    model_folder(folder / "m")
+    texts(folder / "d.jsonl")
+    adapter(folder / "lora", folder / "m", "lora", rank=3)
+    adapter(folder / "dora", folder / "m", "dora", rank=3)
+    model = load_model(folder / "m")
+    with torch.no_grad():  # one layer's gate of rank 2
+        W = model.model.layers[1].mlp.gate_proj.weight
+        W.copy_(W[:, :2] @ W[:2, :])
+    model.save_pretrained(folder / "low")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_random_model_looks_random(place):
+    ran = eckart("inspect", place / "m", "--json")
+    assert ran.code == 0 and ran.err == "" and ran.document["kind"] == "model"
+    assert len(ran.document["matrices"]) == 14
+    for numbers in ran.document["matrices"].values():
+        assert numbers["share_of_random"] == pytest.approx(1, abs=0.1)
+        assert abs(numbers["rank_90"] - numbers["rank_90_random"]) <= 2
+
+
+def test_the_low_rank_layer_is_named_and_drawn(place):
+    ran = eckart("inspect", place / "low")
+    assert ran.code == 0, ran.err
+    gates = next(line for line in ran.out.splitlines() if "mlp.gate" in line and "|" in line)
+    first, second = gates[gates.index("|") + 1 : -1]
+    assert first in "%@" and second in " .:"
+    assert "1 below 50% of random; lowest: model.layers.1.mlp.gate_proj" in ran.out
+    head = ran.out.splitlines()[0].split()
+    assert head[:7] == ["ranks", "role", "maps", "shape", "stable", "effective", "90%"]
+
+
+def test_of_an_adapter_the_update_is_judged(place):
+    found = eckart("inspect", place / "lora", "--json").document
+    assert (found["kind"], found["method"]) == ("adapter", "lora")
+    handle = open_model(place / "lora").handle
+    for path, numbers in found["matrices"].items():
+        update = handle.terms()[path]["lora"].dense().detach()
+        s = torch.linalg.svdvals(update)
+        assert numbers["effective_rank"] == pytest.approx(float(effective_rank(s)), rel=1e-3)
+        assert numbers["energy"]["4"] == pytest.approx(1), "its rank is 3"
+        size = float(update.norm() / handle.sites[path].weight().norm())
+        assert numbers["relative_norm"] == pytest.approx(size, rel=1e-4)
+
+
+def test_an_update_without_factors_is_taken_from_the_merged_matrix(place):
+    found = eckart("inspect", place / "dora", "--json").document["matrices"]
+    assert all(numbers["effective_rank"] > 3 for numbers in found.values()), "rows are rescaled"
+
+
+def test_a_factored_model_is_judged_by_what_its_factors_stand_for(place, tmp_path):
+    assert eckart("compress", place / "m", "rank=2", "-o", tmp_path / "c").code == 0
+    found = eckart("inspect", tmp_path / "c", "--json").document
+    assert found["method"] == "svd"
+    assert all(numbers["rank_90"] <= 2 for numbers in found["matrices"].values())
+
+
+def test_heads_reach_as_far_as_the_logits_of_eager_attention(place):
+    """Scores from the attention weights: log softmax differs from S by a row constant."""
+    from eckart.io.models import load_tokenizer
+
+    model = load_model(place / "m")
+    text = Text(load_tokenizer(place / "m"), 48, [str(place / "d.jsonl")])
+    found = {(h.layer, h.head): h for h in reaches(model, text)}
+    assert len(found) == 8 and model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    spread = torch.zeros(2, 4)
+    for row in text.rows:
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([row["input_ids"]]), output_attentions=True)
+        for layer, weights in enumerate(out.attentions):
+            seen = weights[0].clamp_min(1e-30).log().masked_fill(weights[0] == 0, math.nan)
+            width = seen.nan_to_num(-1e9).amax(-1) - seen.nan_to_num(1e9).amin(-1)  # [heads, t]
+            spread[layer] = torch.maximum(spread[layer], width.amax(-1))
+    for (layer, head), reach in found.items():
+        assert 0 < float(spread[layer, head]) <= 2 * reach.reach + 1e-5
+        assert reach.reach < 30 * float(spread[layer, head]), "the same order of size"
+
+
+def test_an_adapter_is_compared_with_itself_switched_off(place):
+    ran = eckart("inspect", place / "lora", place / "d.jsonl", "--json")
+    assert ran.code == 0, ran.err
+    heads = ran.document["heads"]
+    base = eckart("inspect", place / "m", place / "d.jsonl", "--json").document["heads"]
+    assert len(heads) == 8
+    for with_adapter, alone in zip(heads, base, strict=True):
+        assert with_adapter["without"] == pytest.approx(alone["centred"], rel=1e-5)
+        assert with_adapter["centred"] != pytest.approx(alone["centred"], rel=1e-3)
+        assert alone["without"] == alone["centred"]
+        assert alone["regime"] in ("easy", "hard") and alone["width"] == 8
+
+
+def test_the_line_says_how_many_heads_are_easy(place):
+    ran = eckart("inspect", place / "lora", place / "d.jsonl")
+    assert "of 8 easy at" in ran.out and "of them across the line" in ran.out
+
+
+def test_what_has_no_weights_is_not_inspected(place):
+    ran = eckart("inspect", "llama-tiny")
+    assert (ran.code, ran.out) == (2, "") and ran.err.startswith("this is a shape without weights")
+    ran = eckart("inspect")
+    assert ran.code == 2 and ran.err.startswith("eckart inspect needs model\n")
