@@ -196,9 +196,10 @@ def settings_of(tree: Mapping[str, Any], place: str) -> list[Setting]:
     """The leaves of a plain nested dict, all from one place."""
     found: list[Setting] = []
     for key, value in tree.items():
+        name = str(key)  # YAML reads {1.5: x} with a number for a key
         if isinstance(value, Mapping):
             below = settings_of(value, place)
-            found += [Setting((key, *s.key), s.value, s.place, s.text) for s in below]
+            found += [Setting((name, *s.key), s.value, s.place, s.text) for s in below]
         else:
-            found.append(Setting((key,), value, place, str(value)))
+            found.append(Setting((name,), value, place, str(value)))
     return found
