@@ -157,7 +157,6 @@ def test_a_bench_killed_at_random_moments_ends_with_the_same_bytes(place, whole,
 
 
 def test_a_sampler_spends_the_whole_purse_and_repeats(place, tmp_path):
-    pytest.importorskip("optuna")
     options = {"sampler": "tpe", "purse": 4}
     one, two = (
         bench.run(job(place, "dense+galore:rank=2", tmp_path / name, **options)) for name in "ab"

@@ -35,7 +35,7 @@ class FrozenA(LoRA):
         (m, n), r = site.shape, min(self.rank, *site.shape)
         rows = torch.linalg.qr(torch.randn(n, r, generator=site.generator))[0].mT
         A = math.sqrt(n / r) * rows  # [r, n]; a fold has n / r ones in each row
-        return {"lora": LowRank(torch.zeros(m, r), A.contiguous(), trained=("B",))}
+        return {"factors": LowRank(torch.zeros(m, r), A.contiguous(), trained=("B",))}
 
 
 def arm(name: str, recipe: Recipe, lr: float, full: bool = False) -> Arm:
