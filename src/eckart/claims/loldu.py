@@ -37,7 +37,7 @@ class Diagonal(LoLDU):
         r = min(self.rank, *site.shape)
         B, A = self.frames(site, r)
         s = torch.zeros(r)
-        return {"loldu": Spectral(B.contiguous(), s, A.contiguous(), trained=("s",))}
+        return {"diagonal": Spectral(B.contiguous(), s, A.contiguous(), trained=("s",))}
 
     def frames(self, site: Site, r: int) -> tuple[Tensor, Tensor]:
         """B [m, r] and A [r, n]."""
