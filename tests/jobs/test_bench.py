@@ -156,6 +156,7 @@ def test_a_bench_killed_at_random_moments_ends_with_the_same_bytes(place, whole,
     assert killed >= 2 and files(out) == files(whole[0])
 
 
+@pytest.mark.slow
 def test_a_sampler_spends_the_whole_purse_and_repeats(place, tmp_path):
     options = {"sampler": "tpe", "purse": 4}
     one, two = (
