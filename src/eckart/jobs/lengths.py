@@ -59,15 +59,16 @@ def plan(job: Job, entered: Sequence[Contestant], budget: str, file: Path) -> di
         return {c.name: Length(steps, rows) for c in entered}
     if file.is_file():
         kept = json.loads(file.read_text())
-        if all(c.name in kept for c in entered):
-            return {c.name: Length(*kept[c.name]) for c in entered}
+        if kept["budget"] == budget and all(c.name in kept["lengths"] for c in entered):
+            return {c.name: Length(*kept["lengths"][c.name]) for c in entered}
     if kind == "seconds":
         found = {c.name: Length(max(1, int(amount / pace(c, rows))), rows) for c in entered}
     else:
         tokens = steps * rows
         fitting = {c.name: most_rows(c, amount) for c in entered}
         found = {name: Length(max(1, round(tokens / n)), n) for name, n in fitting.items()}
-    write_json(file, {name: [length.steps, length.rows] for name, length in found.items()})
+    lengths = {name: [length.steps, length.rows] for name, length in found.items()}
+    write_json(file, {"budget": budget, "lengths": lengths})
     return found
 
 
