@@ -10,7 +10,7 @@ from eckart.jobs import demo
 from tests.journeys.runs import eckart, model_folder, texts
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-COMMANDS = re.findall(r"`(eckart \S+ [^`]+)`", README)
+COMMANDS = re.findall(r"^\|[^|]*\| `(eckart [^`\n]+)` \|$", README, re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)
