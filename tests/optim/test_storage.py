@@ -1,12 +1,14 @@
 """Moments in 8 bits."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from eckart.errors import UsageError
 from eckart.optim import SVD, Adafactor, Adam, EightBit, LowRankOptimizer, Refresh, Rule
-from eckart.optim.storage import dequantise, levels, quantise
+from eckart.optim.storage import dequantise, levels, quantise, rounded_by_chance
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -17,14 +19,15 @@ def test_there_are_256_levels_over_seven_decades(signed):
 
 
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("shape", [(64, 64), (5, 77), (1,)])
+@pytest.mark.parametrize("shape", [(64, 64), (5, 300), (1, 1), (3, 2, 200)])
 def test_levels_come_back_and_others_within_their_spacing(signed, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = x if signed else x**2
     codes, scale = quantise(x, signed)
     assert codes.dtype == torch.uint8 and codes.shape == x.shape
     back = dequantise(codes, scale, signed)
-    largest = scale.repeat_interleave(256)[: x.numel()].view(shape)
+    lines = back.flatten(1).shape[1]
+    largest = scale.repeat_interleave(min(256, lines), 1)[:, :lines].reshape(shape)
     # half the coarsest spacing: 0.9/64 of a block's largest signed, 0.9/128 unsigned;
     # between the lowest negative level and -1 there is no code
     assert ((back - x).abs() <= largest * (0.9 / 64 if signed else 0.9 / 128) / 2 * 1.001).all()
@@ -33,16 +36,28 @@ def test_levels_come_back_and_others_within_their_spacing(signed, shape):
 
 
 def test_a_positive_second_moment_never_becomes_zero():
-    x = torch.tensor([1.0, 1e-12, 0.0]).repeat(100)
+    x = torch.tensor([1.0, 1e-12, 0.0]).repeat(2, 100)
     back = dequantise(*quantise(x, False), False)
     assert (back[x > 0] > 0).all() and (back[x == 0] == 0).all()
 
 
 def test_small_tensors_keep_32_bits():
-    state = EightBit().init(torch.zeros(4095))
-    assert state["exp_avg"].dtype == torch.float32
-    state = EightBit().init(torch.zeros(64, 64))
-    assert state["exp_avg"].dtype == torch.uint8 and state["exp_avg_scale"].shape == (16,)
+    for small in (torch.zeros(63, 65), torch.zeros(5000)):
+        assert EightBit().init(small)["exp_avg"].dtype == torch.float32
+    for shape, blocks in (((64, 64), 1), ((16, 257), 2), ((8, 3, 200), 3)):
+        state = EightBit().init(torch.zeros(shape))
+        assert state["exp_avg"].dtype == torch.uint8
+        assert state["exp_avg_scale"].shape == (shape[0], blocks)
+
+
+def test_blocks_are_the_same_on_shards_of_rows():
+    x = torch.randn(9, 300, generator=torch.Generator().manual_seed(0))
+    codes, scale = quantise(x, True)
+    for rows in (slice(0, 5), slice(5, 9), slice(9, 9)):
+        part = quantise(x[rows], True)
+        assert torch.equal(part[0], codes[rows]) and torch.equal(part[1], scale[rows])
+        back = dequantise(*part, True)
+        assert torch.equal(back, dequantise(codes, scale, True)[rows])
 
 
 @pytest.mark.parametrize("moments", ["keep", "rotate", "reset"])
@@ -75,9 +90,69 @@ def test_a_selection_is_requantised():
     index = torch.arange(0, 128, 2)
     optimizer.select_state("w", 0, index)
     after = optimizer.state[p]
-    assert after["exp_avg_scale"].shape == (64 * 96 // 256,)
+    assert after["exp_avg_scale"].shape == (64, 1)
     found = dequantise(after["exp_avg"], after["exp_avg_scale"], True)
     torch.testing.assert_close(found, wide[index], rtol=0, atol=float(wide.abs().max()) / 64)
+
+
+def test_rounding_by_chance_is_right_on_average():
+    """Between two bf16 neighbours, 10 000 draws: five standard errors of the mean."""
+    x = torch.tensor([1.0 + 2**-9, -3.0 - 2**-11, 1e-30, 0.0, 256.25, -1.0])
+    draws = torch.stack([rounded_by_chance(x, seed) for seed in range(10_000)]).double()
+    step = (draws.amax(0) - draws.amin(0)).clamp(min=0)
+    exact = x.double()
+    assert ((draws.amin(0) <= exact) & (exact <= draws.amax(0))).all()
+    assert ((draws.mean(0) - exact).abs() <= 5 * step / 2 / 100 + 1e-15).all()
+    assert step[3] == step[5] == 0 and (step[[0, 1, 2, 4]] > 0).all()
+    assert step[0] == 2**-7 and step[4] == 2  # one bf16 step: 8 bits
+
+
+def test_rounding_by_chance_keeps_what_is_not_finite():
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    for seed in range(9):
+        found = rounded_by_chance(x, seed)
+        assert torch.equal(found[:2], x[:2].bfloat16()) and found[2].isnan()
+
+
+@pytest.mark.parametrize("rule", [Rule(Adam()), Rule(Adam(), SVD(4), Refresh(5))])
+def test_updates_below_a_bf16_step_are_made_on_average(rule):
+    """Adam moves each weight by 1e-4 at each of 100 steps, a fortieth of a bf16 step at 1:
+    rounded to nearest nothing happens, by chance the mean moves by 100 of them."""
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        p = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        chosen = dataclasses.replace(rule, rounding=rounding)
+        optimizer = LowRankOptimizer([("w", p)], 1e-4, rule=chosen)
+        G = torch.outer(torch.ones(64), torch.ones(64)).bfloat16()  # of rank 1: all is projected
+        for _ in range(100):
+            p.grad = G.clone()
+            optimizer.step()
+        moved[rounding] = (1 - p.detach().double()).mean().item()
+    assert moved["nearest"] == 0
+    size = 1e-2 if rule.projector.identity else 1e-2 / 8  # R = 8 along (1/8, 1/8, ...)
+    # 4096 weights, each the sum of 100 draws that are a bf16 step with probability p
+    step = 2**-8
+    p = size / 100 / step
+    assert moved["stochastic"] == pytest.approx(size, abs=5 * step * p**0.5 * 10 / 64)
+
+
+def test_copies_draw_alike_and_names_do_not():
+    """Data-parallel copies must stay equal; two weights must not share their noise."""
+    found = []
+    for name, seed in (("a", 0), ("a", 0), ("b", 0), ("a", 1)):
+        p = nn.Parameter(torch.ones(40, 40, dtype=torch.bfloat16))
+        optimizer = LowRankOptimizer([(name, p)], 1e-3, rule=Rule(rounding="stochastic"), seed=seed)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        found.append(p.detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2]) and not torch.equal(found[0], found[3])
+
+
+def test_fp16_weights_and_pairs_are_not_rounded_by_chance():
+    p = nn.Parameter(torch.ones(4, 4, dtype=torch.float16))
+    with pytest.raises(UsageError, match="only bf16 weights are rounded by chance"):
+        LowRankOptimizer([("w", p)], rule=Rule(rounding="stochastic"))
 
 
 def test_factored_moments_cannot_be_rotated():

@@ -17,10 +17,11 @@ from torch import Tensor
 from eckart.errors import UsageError
 from eckart.optim.inner import Direction
 from eckart.optim.part import CACHED, CHUNK, State, Tensors, multiply_
-from eckart.optim.project import Basis, add_up_, as_matrix, down, write_back
+from eckart.optim.project import Basis, add_up_, as_matrix, down
 from eckart.optim.refresh import counted, refresh
 from eckart.optim.rule import Rule
 from eckart.optim.sharded import Kind, Layout, is_sharded, layout_of, local, sum_
+from eckart.optim.storage import rounded_by_chance
 
 
 @dataclass
@@ -73,6 +74,14 @@ class Entry:
         return self.param.shape[leading], prod(self.param.shape[leading + 1 :])
 
     @property
+    def low_shape(self) -> torch.Size:
+        """The shape of the whole of R, or of G where nothing is projected."""
+        if not self.projected:
+            return self.param.shape
+        (m, n), (left, right) = self.size, self.rule.projector.ranks(*self.size)
+        return torch.Size((*self.param.shape[: self.group["leading"]], left or m, right or n))
+
+    @property
     def local(self) -> Tensor:
         """The parameter on this process."""
         return local(self.param)
@@ -102,6 +111,30 @@ class Entry:
         """A tensor like the parameter, seen as the weight is: local, a matrix if projected."""
         t = local(t)
         return as_matrix(t, self.group["leading"]) if self.projected else t
+
+    @property
+    def by_chance(self) -> bool:
+        """Is the weight rounded by chance when it is written?"""
+        return self.rule.rounding == "stochastic" and self.param.dtype == torch.bfloat16
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a step moves it, seen as `view` sees it: the parameter's own memory
+        where strides allow; in fp32 where it will be rounded by chance."""
+        W = self.view(self.param)
+        return W.float() if self.by_chance else W
+
+    def write(self, W: Tensor) -> None:
+        """Put a moved `weight` back where it is not the parameter's own memory.
+
+        Chance is a function of name, step and this process's place among the shards: copies
+        of a parameter stay equal, and a resumed run draws the same.
+        """
+        if self.by_chance:
+            shard = 0 if self.layout is None else self.layout.shard
+            W = rounded_by_chance(W, crc32(f"{self.seed}/rounding/{shard}".encode()))
+        if W.data_ptr() != self.local.data_ptr():
+            self.local.copy_(W.view_as(self.local))
 
     def lower(self, A: Tensor) -> Tensor:
         """left^T A right^T: only this process's part of the sum where such a side is sharded."""
@@ -213,7 +246,12 @@ def move(entries: list[Entry]) -> None:
     rule, group = entries[0].rule, entries[0].group
     R, states = [e.R for e in entries], [e.tensors for e in entries]
     counts = [counted(e.state) + 1 for e in entries]
-    direction = rule.inner.step(R, states, counts, fused=entries[0].projected)
+    layout = entries[0].layout
+    if layout is not None and rule.inner.sums:
+        shapes = [e.low_shape for e in entries]
+        direction = rule.inner.step_on_shards(R, states, counts, shapes, layout.split_of_low)
+    else:
+        direction = rule.inner.step(R, states, counts, fused=entries[0].projected)
     lr, keep = float(group["lr"]), 1.0
     if group["weight_decay"]:
         keep = 1 - lr * group["weight_decay"]
@@ -225,7 +263,7 @@ def move(entries: list[Entry]) -> None:
 
 def move_plain(entries: list[Entry], direction: Direction, lr: float, keep: float) -> None:
     """W -= lr N, with decoupled decay before or after; before, in the bits of torch.optim."""
-    rule, W = entries[0].rule, [e.local for e in entries]
+    rule, W = entries[0].rule, [e.weight for e in entries]
     sizes = [lr / c for c in direction.correction]
     if keep != 1 and rule.decay == "before":
         multiply_(W, keep)
@@ -237,6 +275,9 @@ def move_plain(entries: list[Entry], direction: Direction, lr: float, keep: floa
             w.add_(N, alpha=-size)
     if keep != 1 and rule.decay == "after":
         multiply_(W, keep)
+    if entries[0].by_chance:
+        for entry, w in zip(entries, W, strict=True):
+            entry.write(w)
 
 
 def move_back(entries: list[Entry], direction: Direction, lr: float, keep: float) -> None:
@@ -251,10 +292,10 @@ def move_back(entries: list[Entry], direction: Direction, lr: float, keep: float
         rule.residual.move(entries, N, [rate / c for c in correction], keep)
         return
     for entry, n, c in zip(entries, direction.tensors(), direction.correction, strict=True):
-        W = entry.view(entry.param)
+        W = entry.weight
         size = rate * rule.size_of_step(*entry.size) / c
         add_up_(W, n, entry.basis, alpha=-size, beta=keep)
-        write_back(entry.local, W)
+        entry.write(W)
 
 
 def entry_of(name: str, p: Tensor, group: Mapping[str, Any], state: State, seed: int = 0) -> Entry:
@@ -268,16 +309,30 @@ def entry_of(name: str, p: Tensor, group: Mapping[str, Any], state: State, seed:
         )
     left, right = rule.sides(p.shape, leading)
     layout = layout_of(name, p, leading, left, right)
-    if layout is not None and not rule.inner.elementwise:
-        raise UsageError(
-            "this inner rule needs whole tensors, and the parameter is sharded",
-            [(name, type(rule.inner).__name__)],
-            "Train without sharding, or use Adam.",
-        )
+    if layout is not None:
+        check_sharded(name, rule, layout)
     if not state:
         state.update(rule.start(p, leading, layout))
     tensors = {k: local(v) for k, v in state.items() if isinstance(v, Tensor)}
     return Entry(name, p, group, rule, layout, state, tensors, seed)
+
+
+def check_sharded(name: str, rule: Rule, layout: Layout) -> None:
+    """Raise UsageError where a part of the rule cannot work with this split."""
+    inner, source = rule.inner, rule.source
+    fits = inner.elementwise or inner.sums or (inner.lines and layout.dims_of_low <= {0})
+    if not fits:
+        raise UsageError(
+            "this inner rule needs whole tensors, and the parameter is sharded",
+            [(name, type(inner).__name__)],
+            "Train without sharding, or use Adam.",
+        )
+    if source is not None and source.lines and layout.groups("columns"):
+        raise UsageError(
+            "what a step leaves over is stored by whole rows, and the parameter's are sharded",
+            [(name, type(source).__name__)],
+            "Store it in 32 bits, or shard the parameter along its outputs (dimension 0).",
+        )
 
 
 def buckets(entries: Iterator[Entry]) -> list[Bucket]:

@@ -6,14 +6,17 @@ parameter, with torch's foreach operations: on a GPU a few launches for a whole 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from eckart.errors import UsageError
 from eckart.optim.part import Part, State, Tensors, add_squares_, multiply_
 from eckart.optim.project import Turn
+from eckart.optim.sharded import Split, sum_
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Inner(Part):
     """The contract of an inner rule."""
 
     elementwise: ClassVar[bool] = True  # may run on any shard of a tensor
+    lines: ClassVar[bool] = False  # or on shards of its first dimension
+    sums: ClassVar[bool] = False  # or on shards, with sums over them: `step_on_shards`
     turns: ClassVar[bool] = True  # can its moments be rotated into another basis?
 
     @property
@@ -68,6 +73,17 @@ class Inner(Part):
 
         `fused` allows a kernel that rounds otherwise than torch.optim does.
         """
+        raise NotImplementedError
+
+    def step_on_shards(
+        self,
+        R: Tensors,
+        states: list[State],
+        counts: list[int],
+        shapes: Sequence[torch.Size],
+        split: Split,
+    ) -> Direction:
+        """The same where each R is a shard of a tensor of this shape, split like the others."""
         raise NotImplementedError
 
     def rotate(self, state: State, turn: Turn, count: int) -> None:
@@ -232,6 +248,7 @@ class Adafactor(Inner):
     clip: float = 1.0  # largest root mean square of an update
     beta1: float = 0.0
     elementwise: ClassVar[bool] = False
+    sums: ClassVar[bool] = True
     turns: ClassVar[bool] = False
 
     def init(self, R: Tensor) -> dict[str, Tensor]:
@@ -248,31 +265,119 @@ class Adafactor(Inner):
     def step(
         self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
     ) -> Direction:
-        found = [self.update(*args) for args in zip(R, states, counts, strict=True)]
-        return Direction(found, None, [1.0] * len(R))
+        return self.step_on_shards(R, states, counts, [r.shape for r in R], Split())
 
-    def update(self, R: Tensor, state: State, t: int) -> Tensor:
-        """One tensor's update; R [*, a, b], or [a]."""
-        wide = torch.promote_types(R.dtype, torch.float32)
-        square, fresh = R.to(wide) ** 2 + 1e-30, float(t) ** self.decay
-        if R.dim() < 2:
-            N = R * state["exp_avg_sq"].lerp_(square, fresh).rsqrt()
-        else:
-            row = state["row"].lerp_(square.mean(-1), fresh)  # [*, a]
-            column = state["column"].lerp_(square.mean(-2), fresh)  # [*, b]
-            row = row / row.mean(-1, keepdim=True)
-            N = R * row.rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)
-        N = N / (N.pow(2).mean().sqrt() / self.clip).clamp(min=1.0)
-        return state["exp_avg"].lerp_(N, 1 - self.beta1) if self.beta1 else N
+    def step_on_shards(
+        self,
+        R: Tensors,
+        states: list[State],
+        counts: list[int],
+        shapes: Sequence[torch.Size],
+        split: Split,
+    ) -> Direction:
+        """R [*, a, b], or [a]. On shards two collectives: what runs along them, and RMS."""
+        squares = [wide(r) ** 2 + 1e-30 for r in R]
+        fresh = [float(t) ** self.decay for t in counts]
+        matrices = [i for i, r in enumerate(R) if r.dim() > 1]
+        rows = {i: squares[i].sum(-1) for i in matrices}  # [*, a]
+        sum_(list(rows.values()), split.columns)
+        for i in matrices:
+            states[i]["row"].lerp_(rows[i] / shapes[i][-1], fresh[i])
+        columns = {i: squares[i].sum(-2) for i in matrices}  # [*, b]
+        totals = {i: states[i]["row"].sum(-1, keepdim=True) for i in matrices}  # [*, 1]
+        sum_([*columns.values(), *totals.values()], split.rows)
+        N = []
+        for i, r in enumerate(R):
+            state = states[i]
+            if r.dim() > 1:
+                column = state["column"].lerp_(columns[i] / shapes[i][-2], fresh[i])
+                row = state["row"] / (totals[i] / shapes[i][-2])
+                N.append(r * row.rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2))
+            else:
+                N.append(r * state["exp_avg_sq"].lerp_(squares[i], fresh[i]).rsqrt())
+        lengths = [n.pow(2).sum() for n in N]
+        sum_(lengths, split.every)
+        for n, length, shape in zip(N, lengths, shapes, strict=True):
+            n /= ((length / shape.numel()).sqrt() / self.clip).clamp(min=1.0)
+        if self.beta1:
+            weight = 1 - self.beta1
+            N = [s["exp_avg"].lerp_(n, weight) for s, n in zip(states, N, strict=True)]
+        return Direction(N, None, [1.0] * len(R))
 
 
 @dataclass(frozen=True)
 class Orthogonal(Inner):
-    """R with all its singular values moved near 1 by a few Newton-Schulz steps (Muon, Jordan
-    et al. 2024): a direction without a state of its own."""
+    """R, or its momentum M = mu M + R, with all singular values moved near 1 by a few
+    Newton-Schulz steps (Muon, Jordan et al. 2024), or to 1 by a decomposition (`exact`).
+
+    `nesterov` looks a step ahead: R + mu M is what is made orthogonal. Without `momentum`
+    there is no state.
+    """
 
     steps: int = 5
+    momentum: float = 0.0
+    nesterov: bool = False
+    exact: bool = False
     elementwise: ClassVar[bool] = False
+    sums: ClassVar[bool] = True
+
+    def init(self, R: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(R)} if self.momentum else {}
+
+    def step(
+        self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
+    ) -> Direction:
+        M = self.averaged(R, states)
+        found = [exactly_orthogonal(t) if self.exact else orthogonalised(t, self.steps) for t in M]
+        return Direction(found, None, [1.0] * len(R))
+
+    def step_on_shards(
+        self,
+        R: Tensors,
+        states: list[State],
+        counts: list[int],
+        shapes: Sequence[torch.Size],
+        split: Split,
+    ) -> Direction:
+        """One collective: the Gram matrices of the dimension that is whole."""
+        if not (split.rows or split.columns):  # experts are whole each
+            return self.step(R, states, counts)
+        if split.rows and split.columns:
+            raise UsageError(
+                "a matrix that is sharded along both dimensions cannot be made orthogonal",
+                [("shape", " x ".join(map(str, shapes[0])))],
+                "Shard it along its outputs (dimension 0) alone.",
+            )
+        M = self.averaged(R, states)
+        turned = [m.mT if split.columns else m for m in M]  # [*, shards of a, b]
+        grams = [r.mT @ r for r in (wide(r) for r in turned)]  # [*, b, b]
+        sum_(grams, split.rows or split.columns)
+        N = [
+            exactly_by(r, C) if self.exact else orthogonalised_by(r, C, self.steps)
+            for r, C in zip(turned, grams, strict=True)
+        ]
+        return Direction([n.mT if split.columns else n for n in N], None, [1.0] * len(R))
+
+    def averaged(self, R: Tensors, states: list[State]) -> Tensors:
+        """What is made orthogonal, after moving the momentum."""
+        if not self.momentum:
+            return R
+        M = [s["momentum"] for s in states]
+        multiply_(M, self.momentum)
+        torch._foreach_add_(M, R)
+        return list(torch._foreach_add(R, M, alpha=self.momentum)) if self.nesterov else M
+
+    def rotate(self, state: State, turn: Turn, count: int) -> None:
+        if self.momentum:
+            state["momentum"].copy_(turn.mean(state["momentum"]))
+
+
+@dataclass(frozen=True)
+class Normalised(Inner):
+    """Each row of R [*, r, n] with length 1 (Dion: the columns of its R); a zero row stays."""
+
+    elementwise: ClassVar[bool] = False
+    lines: ClassVar[bool] = True
 
     def init(self, R: Tensor) -> dict[str, Tensor]:
         return {}
@@ -280,22 +385,85 @@ class Orthogonal(Inner):
     def step(
         self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
     ) -> Direction:
-        return Direction([orthogonalised(r, self.steps) for r in R], None, [1.0] * len(R))
+        return Direction([unit_rows(r) for r in R], None, [1.0] * len(R))
 
     def rotate(self, state: State, turn: Turn, count: int) -> None:
         pass  # nothing is remembered
 
 
+@dataclass(frozen=True)
+class Memoryless(Inner):
+    """`scale` times the signs of R, or R itself: for what no state is kept of (FRUGAL)."""
+
+    kind: Literal["sign", "sgd"] = "sign"
+    scale: float = 1.0
+
+    def init(self, R: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def step(
+        self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
+    ) -> Direction:
+        N = [self.scale * (r.sign() if self.kind == "sign" else r) for r in R]
+        return Direction(N, None, [1.0] * len(R))
+
+    def rotate(self, state: State, turn: Turn, count: int) -> None:
+        pass  # nothing is remembered
+
+
+def unit_rows(R: Tensor) -> Tensor:
+    """Rows of R [*, r, n] divided by their lengths; a zero row stays."""
+    lengths = torch.linalg.vector_norm(wide(R), dim=-1, keepdim=True)
+    return (wide(R) / torch.where(lengths > 0, lengths, 1.0)).to(R.dtype)
+
+
 def orthogonalised(R: Tensor, steps: int) -> Tensor:
     """Newton-Schulz on R [*, a, b]: singular values go to within 0.3 of 1, vectors stay."""
-    wide = torch.promote_types(R.dtype, torch.float32)
-    X = R.to(wide) / (torch.linalg.matrix_norm(R.to(wide))[..., None, None] + 1e-7)
+    X = wide(R) / (torch.linalg.matrix_norm(wide(R))[..., None, None] + 1e-7)
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     for _ in range(steps):
         C = X @ X.mT  # of the short side
         X = 3.4445 * X + (-4.7750 * C + 2.0315 * C @ C) @ X
     return (X.mT if tall else X).to(R.dtype)
+
+
+def orthogonalised_by(R: Tensor, C: Tensor, steps: int) -> Tensor:
+    """The same for some rows of R, from C = R^T R [*, b, b] of all: each step is a product
+    with a polynomial of C, so they are multiplied first."""
+    length = C.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None] + 1e-7  # |R|
+    C, eye = C / length**2, torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+    Q = eye / length
+    for _ in range(steps):
+        step = 3.4445 * eye - 4.7750 * C + 2.0315 * C @ C
+        Q, C = Q @ step, step @ C @ step
+    return (wide(R) @ Q).to(R.dtype)
+
+
+def exactly_orthogonal(R: Tensor) -> Tensor:
+    """U V^T of R = U S V^T [*, a, b]; directions that R does not have stay away."""
+    U, s, Vh = torch.linalg.svd(wide(R), full_matrices=False)
+    return ((U * present(s, max(R.shape[-2:])).unsqueeze(-2)) @ Vh).to(R.dtype)
+
+
+def exactly_by(R: Tensor, C: Tensor) -> Tensor:
+    """The same for some rows of R, from C = R^T R [*, b, b] of all: R C^(-1/2). The Gram matrix
+    squares the condition number, so what is a thousandth in fp32 counts as not there."""
+    values, V = torch.linalg.eigh(C)
+    there = present(values, C.shape[-1])
+    inverse = torch.where(there > 0, values, 1.0).rsqrt() * there
+    return (wide(R) @ (V * inverse.unsqueeze(-2)) @ V.mT).to(R.dtype)
+
+
+def present(values: Tensor, size: int) -> Tensor:
+    """1 for singular (or Gram) values [*, k] above rounding, else 0; no value of 0 is."""
+    noise = torch.finfo(values.dtype).eps * size * values.amax(-1, keepdim=True)
+    return (values > noise).to(values.dtype)
+
+
+def wide(t: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def state_dtype(R: Tensor, choice: str) -> torch.dtype:

@@ -97,6 +97,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if name in taken:
                 raise UsageError("two parameters have the same name", [(name, "twice")])
             taken.add(name)
+        rule = param_group.get("rule", self.defaults["rule"])
+        halves = [name for name, p in pairs if p.dtype == torch.float16]
+        if rule.rounding == "stochastic" and halves:
+            raise UsageError(
+                "only bf16 weights are rounded by chance",
+                [(halves[0], "float16")],
+                'Train it in bf16, or take rounding="nearest".',
+            )
         super().add_param_group({**param_group, "params": pairs})
         group = self.param_groups[-1]
         if group["rule"].blocks != self.param_groups[0]["rule"].blocks:

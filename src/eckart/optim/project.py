@@ -75,12 +75,6 @@ def add_up_(W: Tensor, R: Tensor, basis: Basis, *, alpha: float, beta: float = 1
         flat.baddbmm_(first.flatten(0, -3), second.flatten(0, -3), alpha=alpha, beta=beta)
 
 
-def write_back(p: Tensor, W: Tensor) -> None:
-    """Copy W into the parameter where its strides (channels last) allowed no view."""
-    if W.data_ptr() != p.data_ptr():
-        p.copy_(W.view_as(p))
-
-
 class Turn(Protocol):
     """What carries moments from an old basis into a new one."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.part import Part, Tensors
-from eckart.optim.project import add_up_, write_back
+from eckart.optim.project import add_up_
 from eckart.optim.sharded import sum_
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ class Rescaled(Residual):
         G = [e.view(e.gradient) for e in entries]
         psis = self.factors(entries, G, N, c)
         for e, g, n, psi, size in zip(entries, G, N, psis, sizes, strict=True):
-            W, psi = e.view(e.param), psi.to(n.dtype)
+            W, psi = e.weight, psi.to(n.dtype)
             inside = rule.scale * n - c * psi * e.R
             add_up_(W, inside, e.basis, alpha=-size, beta=keep)
-            W.addcmul_(g, psi.to(g.dtype), value=-size)
-            write_back(e.local, W)
+            W.addcmul_(g.to(W.dtype), psi.to(W.dtype), value=-size)
+            e.write(W)
 
     def factors(self, entries: list[Entry], G: Tensors, N: Tensors, c: float) -> Tensors:
         """phi / q for each entry: [*, m, 1] or [*, 1, n] where phi goes by lines, else

@@ -29,7 +29,9 @@ from eckart.optim.residual import NormGrowth, Residual
 from eckart.optim.sharded import Kind, Layout
 from eckart.optim.source import Source
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind] = {  # of state tensors that are not laid out as R is
+    "row": "row",
+    "column": "column",
     "left": "left",
     "right": "right",
     "index": "small",
@@ -66,6 +68,7 @@ class Rule(Part):
     scale_by: Literal["one", "ratio", "tall", "rms"] = "one"  # and the matrix's shape
     weight_decay: float = 0.0  # decoupled; a group's own value wins
     decay: Literal["before", "after"] = "before"  # the update, as torch does, or after it
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of bf16 weights when they move
 
     def __post_init__(self) -> None:
         if self.refresh.moments == "rotate" and not self.inner.turns:
@@ -80,6 +83,33 @@ class Rule(Part):
                 "directions have ages only in a fixed basis, where they come one by one",
                 [("projector", type(self.projector).__name__)],
                 "Leave age_correct out.",
+            )
+        if self.rounding == "stochastic" and self.pair is not None:
+            raise UsageError(
+                "factor pairs are rounded to nearest",
+                [("rounding", "stochastic"), ("pair rule", type(self.pair).__name__)],
+                "Train the factors in fp32, or take rounding=nearest.",
+            )
+        if self.residual is not None and self.projector.identity:
+            raise UsageError(
+                "a residual needs a projector: without one nothing is left over",
+                [("residual", type(self.residual).__name__)],
+                "Leave the residual out.",
+            )
+        if self.residual is not None and self.source is not None:
+            raise UsageError(
+                "what lies outside the subspace would be applied twice",
+                [
+                    ("residual", type(self.residual).__name__),
+                    ("source", type(self.source).__name__),
+                ],
+                "Leave one of them out.",
+            )
+        if self.refresh.adaptive is not None and "index" in self.projector.names:
+            raise UsageError(
+                "a fixed basis has no leading direction to adapt the interval by",
+                [("refresh.adaptive", str(self.refresh.adaptive))],
+                "Leave adaptive out.",
             )
         if self.residual is not None and min(self.projector.ranks(1, 1)) > 0:
             raise UsageError(
@@ -125,18 +155,19 @@ class Rule(Part):
 
     def kind(self, key: str) -> Kind:
         """How the state tensor of this name is laid out where the parameter is sharded."""
-        if self.projector.identity:
-            return "param"
         return KINDS.get(key, "low")
 
     def start(self, p: Tensor, leading: int = 0, layout: Layout | None = None) -> State:
         """The state of a parameter before its first step, laid out as the parameter is."""
         if self.pair is not None:
             return {"step": 0}  # the rest is made when both factors are there
-        if self.projector.identity:
+        if self.projector.identity and (layout is None or self.inner.elementwise):
             return {"step": 0} | self.inner.init(p)
         if layout is not None:
             p = p.new_empty(1).to_local().expand(p.shape)  # type: ignore[attr-defined]
+        if self.projector.identity and layout is not None:
+            found = self.inner.init(p)
+            return {"step": 0} | {k: layout.place(t, self.kind(k)) for k, t in found.items()}
         W = as_matrix(p, leading)
         state = {"step": 0, "due": 0} | self.refresh.init(W) | self.projector.init(W)
         state |= self.inner.init(self.projector.low(W))

@@ -6,6 +6,8 @@ is projected:
 
     down            a sharded side that is projected leaves partial sums of R
     norms           over every sharded side that is not projected
+    row and column  sums over the other dimension's shards
+    means
     a new basis     right side of sharded rows: from the summed Gram matrix; else gathered
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,16 @@ from eckart.optim.part import Tensors
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-Kind = Literal["param", "left", "right", "low", "small"]
+Kind = Literal["param", "left", "right", "low", "row", "column", "small"]
+Groups = tuple[dist.ProcessGroup, ...]
+
+
+class Split(NamedTuple):
+    """Over which processes tensors [*, a, b] are split; over none of them by default."""
+
+    rows: Groups = ()  # along a
+    columns: Groups = ()  # along b
+    every: Groups = ()  # along any dimension
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -58,23 +69,24 @@ class Layout:
     leading: int
     left: bool
     right: bool
+    dims: int  # of R, or of G where nothing is projected
 
-    def groups(self, *axes: str) -> tuple[dist.ProcessGroup, ...]:
+    def groups(self, *axes: str) -> Groups:
         """The process groups over which any of these axes is split."""
         return tuple(self.mesh.get_group(i) for i, axis in enumerate(self.axes) if axis in axes)
 
     @property
-    def every(self) -> tuple[dist.ProcessGroup, ...]:
+    def every(self) -> Groups:
         """All groups over which the parameter is split."""
         return self.groups("lead", "rows", "columns")
 
     @property
-    def partial(self) -> tuple[dist.ProcessGroup, ...]:
+    def partial(self) -> Groups:
         """Over which groups a local left^T G right^T has yet to be summed."""
         return self.groups(*["rows"] * self.left, *["columns"] * self.right)
 
     @property
-    def split(self) -> tuple[dist.ProcessGroup, ...]:
+    def split(self) -> Groups:
         """Over which groups R, or G where nothing is projected, is split."""
         return self.groups(*self.kept("low"))
 
@@ -83,27 +95,67 @@ class Layout:
         """Can a new basis be found from G^T G, summed over the shards of the rows?"""
         return self.right and not self.left and not self.groups("lead", "columns")
 
+    @property
+    def dims_of_low(self) -> set[int]:
+        """Along which dimensions R, or G where nothing is projected, is split."""
+        kept = self.kept("low")
+        splits = zip(self.axes, self.placements, strict=True)
+        return {placement.dim for axis, placement in splits if axis in kept}
+
+    @property
+    def split_of_low(self) -> Split:
+        """How R [*, a, b], or G where nothing is projected, is split."""
+
+        def along(dim: int) -> Groups:
+            places = enumerate(zip(self.axes, self.placements, strict=True))
+            kept = self.kept("low")
+            found = [i for i, (axis, p) in places if axis in kept and p.dim == dim]
+            return tuple(self.mesh.get_group(i) for i in found)
+
+        return Split(along(self.dims - 2), along(self.dims - 1), self.split)
+
     def kept(self, kind: Kind) -> list[str]:
         """Which splits of the parameter a tensor of this kind shares."""
-        rows = kind in ("param", "left") or (kind == "low" and not self.left)
-        columns = kind in ("param", "right") or (kind == "low" and not self.right)
+        like_low = kind in ("low", "row", "column")
+        rows = kind in ("param", "left") or (like_low and not self.left)
+        columns = kind in ("param", "right") or (like_low and not self.right)
         return ["lead", *["rows"] * rows, *["columns"] * columns]
+
+    def followed(self, placement: Any, kind: Kind) -> Any:
+        """A placement of the parameter for a tensor that shares it: statistics of rows have
+        no last dimension, those of columns none before it."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        gone = {"row": self.dims - 1, "column": self.dims - 2}.get(kind)
+        if gone is None or placement.dim < gone:
+            return placement
+        return Replicate() if placement.dim == gone else Shard(placement.dim - 1)
 
     def place(self, t: Tensor, kind: Kind) -> DTensor:
         """A full tensor, the same on all processes, laid out beside the parameter.
 
-        `kind`: shaped like the parameter, left [*, m, r], right [*, r, n], like R, or small
-        (leading dimensions, then what all processes share).
+        `kind`: shaped like the parameter, left [*, m, r], right [*, r, n], like R [*, a, b], a
+        row's or a column's statistics of R [*, a], [*, b], or small (leading dimensions, then
+        what all processes share).
         No communication.
         """
         from torch.distributed.tensor import Replicate, distribute_tensor
 
         kept = self.kept(kind)
         placements = [
-            placement if axis in kept else Replicate()
+            self.followed(placement, kind) if axis in kept else Replicate()
             for axis, placement in zip(self.axes, self.placements, strict=True)
         ]
         return distribute_tensor(t, self.mesh, placements, src_data_rank=None)
+
+    @property
+    def shard(self) -> int:
+        """Which shard of the parameter this process holds, as a number from 0."""
+        place = 0
+        for i, axis in enumerate(self.axes):
+            if axis != "nothing":
+                place = place * self.mesh.size(i) + self.mesh.get_local_rank(i)
+        return place
 
     def gather(self, t: Tensor, p: Tensor) -> Tensor:
         """The whole tensor of which this process has the part t, split as the parameter is."""
@@ -136,10 +188,11 @@ def layout_of(name: str, p: Tensor, leading: int, left: bool, right: bool) -> La
                 "Shard it along its outputs (dimension 0), or leave it out of update.targets.",
             )
     mesh, placements = p.device_mesh, tuple(p.placements)  # type: ignore[attr-defined]
-    return Layout(mesh, tuple(axes), placements, leading, left, right)
+    dims = leading + 2 if left or right else p.dim()
+    return Layout(mesh, tuple(axes), placements, leading, left, right, dims)
 
 
-def sum_(tensors: Tensors, groups: tuple[dist.ProcessGroup, ...], mean: bool = False) -> None:
+def sum_(tensors: Tensors, groups: Groups, mean: bool = False) -> None:
     """Sum (or average) each tensor over the groups, in place: one collective per group."""
     if not groups or not tensors:
         return

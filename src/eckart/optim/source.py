@@ -22,6 +22,11 @@ class Source(Part):
 
     names: ClassVar[tuple[str, ...]] = ()  # of its state tensors
 
+    @property
+    def lines(self) -> bool:
+        """Is what it keeps stored by whole rows?"""
+        return False
+
     def init(self, W: Tensor) -> State:
         """The state tensors beside a matrix W [*, m, n]."""
         raise NotImplementedError
@@ -45,6 +50,10 @@ class ErrorFeedback(Source):
 
     bits: Literal[32, 8, 4] = 32
     names: ClassVar[tuple[str, ...]] = ("error", "error_ends")
+
+    @property
+    def lines(self) -> bool:
+        return self.bits != 32
 
     def init(self, W: Tensor) -> State:
         zero = torch.zeros_like(W)

@@ -1,8 +1,10 @@
-"""State in few bits: moments in 8, a basis in 4, rows of an error in 8 or 4.
+"""Numbers in few bits: moments in 8, a basis in 4, rows of an error in 8 or 4, weights in 16.
 
-Moments have a code per element and a scale per block of 256. The codes are those of dynamic
-tree quantisation (Dettmers et al. 2022): dense near 1 and spread over seven decades below,
-since moments are. Between steps a moment takes 1 byte an element and 4 a block.
+Moments have a code per element and a scale per block: 256 elements of a line, or all of a
+shorter one. Blocks end with their line, so that they are the same on shards of rows. The codes
+are those of dynamic tree quantisation (Dettmers et al. 2022): dense near 1 and spread over
+seven decades below, since moments are. Between steps a moment takes 1 byte an element and 4 a
+block.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from eckart.errors import UsageError
 from eckart.optim.inner import Adam, Direction, Inner
 from eckart.optim.part import State, Tensors
 from eckart.optim.project import Basis, Found, Projector, Search, Subspace, Turn
@@ -42,42 +45,52 @@ def levels(signed: bool) -> Tensor:
 
 
 def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes uint8 like x, and the largest magnitude of each block of x, fp32 [blocks].
+    """Codes uint8 like x [a, *], and the largest magnitude of each block, fp32 [a, blocks].
 
     A positive second moment is never rounded to 0: the step would divide by epsilon.
     """
-    flat = x.float().flatten()
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    scale = blocks.abs().amax(1)
-    unit = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    lines = x.float().flatten(1)  # [a, n]
+    n, size = lines.shape[1], block_size(lines.shape[1])
+    blocks = torch.nn.functional.pad(lines, (0, -n % size)).unflatten(1, (-1, size))
+    scale = blocks.abs().amax(-1)
+    unit = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     values = levels(signed).to(x.device)
     codes = torch.bucketize(unit, (values[:-1] + values[1:]) / 2)
     if not signed:
         codes = torch.where(blocks > 0, codes.clamp(min=1), codes)
-    return codes.to(torch.uint8).flatten()[: len(flat)].view(x.shape), scale
+    return codes.to(torch.uint8).flatten(1)[:, :n].reshape(x.shape), scale
 
 
 def dequantise(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     """The fp32 values that codes and scales stand for."""
-    values = levels(signed).to(codes.device)[codes.flatten().int()]
-    return (values * scale.repeat_interleave(BLOCK)[: len(values)]).view(codes.shape)
+    lines = levels(signed).to(codes.device)[codes.flatten(1).int()]  # [a, n]
+    n, size = lines.shape[1], block_size(lines.shape[1])
+    return (lines * scale.repeat_interleave(size, 1)[:, :n]).view(codes.shape)
+
+
+def block_size(n: int) -> int:
+    """Elements of a line of n that share a scale: no block reaches into another line."""
+    return min(BLOCK, n)
 
 
 @dataclass(frozen=True)
 class EightBit(Inner):
-    """Adam with its moments stored in 8 bits between steps; small tensors keep 32."""
+    """Adam with its moments stored in 8 bits between steps; vectors and small tensors keep 32."""
 
     inner: Adam = field(default_factory=Adam)
-    elementwise: ClassVar[bool] = False  # blocks do not follow shards
+    elementwise: ClassVar[bool] = False
+    lines: ClassVar[bool] = True
 
     def init(self, R: Tensor) -> dict[str, Tensor]:
-        if R.numel() < SMALLEST:
+        if R.numel() < SMALLEST or R.dim() < 2:
             return self.inner.init(R)
-        state = {}
+        n, state = R[0].numel(), {}
         for name, signed in SIGNED.items():
             zero = int(levels(signed).abs().argmin())
             state[name] = torch.full_like(R, zero, dtype=torch.uint8)
-            state[f"{name}_scale"] = R.new_zeros(-(-R.numel() // BLOCK), dtype=torch.float32)
+            state[f"{name}_scale"] = R.new_zeros(
+                len(R), -(-n // block_size(n)), dtype=torch.float32
+            )
         return state
 
     def step(
@@ -123,6 +136,19 @@ class EightBit(Inner):
         return moments
 
 
+def rounded_by_chance(x: Tensor, seed: int) -> Tensor:
+    """x [*] fp32 as bf16, up or down with probabilities that make the mean exact: an update
+    below half a bf16 step is then not lost but made now and then.
+
+    16 random bits are added below the bits that stay; the carry rounds the magnitude up.
+    """
+    noise = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+    noise.random_(0, 2**16, generator=torch.Generator(x.device).manual_seed(seed))
+    bits = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(2**16))
+    rounded = torch.where(x.isfinite(), bits.view(torch.float32), x)  # a NaN's bits must stay
+    return rounded.bfloat16()
+
+
 def pack_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Each row of x [*, m, n] in 8 or 4 bits between its least and its greatest entry.
 
@@ -160,6 +186,14 @@ class Packed(Projector):
     inner: Subspace
     names: ClassVar[tuple[str, ...]] = ("left_codes", "left_ends", "right_codes", "right_ends")
     derived: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not set(self.inner.names) <= {"left", "right"}:
+            raise UsageError(
+                "only a basis that was searched for is stored in 4 bits",
+                [("projector", type(self.inner).__name__)],
+                "Leave basis_dtype out: this one takes almost nothing.",
+            )
 
     def takes(self, shape: Sequence[int], leading: int) -> bool:
         return self.inner.takes(shape, leading)
