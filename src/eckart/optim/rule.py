@@ -26,7 +26,7 @@ from eckart.optim.part import Part, State
 from eckart.optim.project import Identity, Projector, as_matrix
 from eckart.optim.refresh import Refresh
 from eckart.optim.residual import NormGrowth, Residual
-from eckart.optim.sharded import Kind, Layout
+from eckart.optim.sharded import Kind, Layout, local
 from eckart.optim.source import Source
 
 KINDS: dict[str, Kind] = {  # of state tensors that are not laid out as R is
@@ -164,7 +164,7 @@ class Rule(Part):
         if self.projector.identity and (layout is None or self.inner.elementwise):
             return {"step": 0} | self.inner.init(p)
         if layout is not None:
-            p = p.new_empty(1).to_local().expand(p.shape)  # type: ignore[attr-defined]
+            p = local(p).new_empty(1).expand(p.shape)
         if self.projector.identity and layout is not None:
             found = self.inner.init(p)
             return {"step": 0} | {k: layout.place(t, self.kind(k)) for k, t in found.items()}
