@@ -15,7 +15,7 @@ from typing import Any
 from eckart.io.opening import Opened
 from eckart.io.run import Run
 from eckart.io.text import Data
-from eckart.jobs import held_out, launch, outcome, prepare, settle
+from eckart.jobs import continual, held_out, launch, outcome, prepare, settle
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
 from eckart.jobs.memory import described, room
@@ -134,10 +134,13 @@ def staged_course(
         found = outcome.document(job, screen, outcome.parameters_of(handle), 0, run)
         found |= {"seconds": time.monotonic() - begun, "tasks": measured}
         found["eval"] = {"before": before, "after": after}
+        found["stream"] = continual.summary(before, [row["held_out"] for row in measured])
         run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
-    for name in tasks:
+    for name in (name for name in tasks if before[name]):
         gained = f"held out {before[name]['loss']:.3f} -> {after[name]['loss']:.3f}"
         screen.line("task", gained, name, result=True)
+    if found["stream"] and len(tasks) > 1:
+        continual.show(screen, found["stream"])
     outcome.following(screen, found["run"], form)
     return found
 
