@@ -81,3 +81,13 @@ def test_a_cut_off_shard_is_found_when_the_model_is_opened(saved):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(FileError, match=file.name):
         Shards(saved)
+
+
+def test_a_weights_file_is_as_open_as_its_folder(tmp_path):
+    for mode in (0o755, 0o700):
+        folder = tmp_path / oct(mode)
+        folder.mkdir(mode=mode)
+        folder.chmod(mode)
+        with ShardWriter(folder) as writer:
+            writer.add("a", torch.zeros(2))
+        assert (folder / "model.safetensors").stat().st_mode & 0o777 == mode & 0o666

@@ -14,16 +14,15 @@ from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from eckart.errors import FileError, UsageError, did_you_mean
-from eckart.io.folder import speaking, write_json
+from eckart.io.folder import write_json
 from eckart.io.models import check_folder, folder_of, header, weight_files
+from eckart.io.tensors import save
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-METADATA = {"format": "pt"}  # transformers refuses files that do not name their framework
 
 
 class Shards(Mapping[str, Tensor]):
@@ -142,8 +141,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._part(len(self._shards))
-        with speaking(path):
-            save_file(self._pending, path, metadata=METADATA)
+        save(self._pending, path)
         self._shards.append(list(self._pending))
         self._total += size(self._pending.values())
         self._pending = {}

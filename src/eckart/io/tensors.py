@@ -13,7 +13,8 @@ from eckart.errors import FileError
 from eckart.io.folder import speaking
 from eckart.io.models import header, pickles_in, refused
 
-# One key only: safetensors writes its metadata in the order of a hash map.
+# Transformers refuses files that do not name their framework. One key only: safetensors
+# writes its metadata in the order of a hash map.
 METADATA = {"format": "pt"}
 
 
@@ -22,9 +23,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     A sharded tensor (DTensor) is gathered; tensors that share memory are copied apart.
     """
-    ready = {name: standalone(tensors[name]) for name in sorted(tensors)}
+    save({name: standalone(tensors[name]) for name in sorted(tensors)}, path)
+
+
+def save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write CPU tensors as they are, into a file as open to others as its folder is."""
     with speaking(path):
-        save_file(ready, path, metadata=METADATA)
+        save_file(dict(tensors), path, metadata=METADATA)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves 0o600
 
 
 def standalone(tensor: Tensor) -> Tensor:

@@ -30,11 +30,16 @@ def write_page(run: Run, job: Job, handle: Handle, memory: Mapping[str, Mapping[
         coverage=handle.coverage.by_role,
         memory=memory,
         resolved=[
-            (key, str(value)[:LISTED], job.settled.get(key, ""))
+            (key, str(value)[:LISTED], reason(job, key))
             for key, value in job.everything().items()
         ],
     )
     write_text(run.report, text)
+
+
+def reason(job: Job, key: str) -> str:
+    """Why a key has its value."""
+    return job.settled.get(key) or ("as given" if key in job.given else "the default")
 
 
 @torch.no_grad()
