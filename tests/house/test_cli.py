@@ -92,6 +92,7 @@ def test_methods_json_has_its_stable_fields(eckart_):
 def test_combines_says_what_a_recipe_accepts():
     from eckart import Recipe
     from eckart.recipe import registry
+    from eckart.recipe.recipe import fitted
 
     entries = registry.methods()
     made = {name: registry.load(name)() for name in entries}
@@ -99,7 +100,8 @@ def test_combines_says_what_a_recipe_accepts():
         for weights in (e for e in entries.values() if e.axis == "weights"):
             said = weights.name in eckart.jobs.methods.combines(update, entries)["weights"]
             try:
-                Recipe(weights=made[weights.name], update=made[update.name])
+                other = made[update.name]
+                Recipe(weights=fitted(made[weights.name], other), update=other)
             except UsageError:
                 assert not said, (weights.name, update.name)
             else:

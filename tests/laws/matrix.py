@@ -13,6 +13,7 @@ from torch import nn
 
 from eckart.recipe import Handle, Recipe, attach, registry
 from eckart.recipe.method import Method, Update, Weights
+from eckart.recipe.recipe import fitted
 from tests.conftest import batch_for, cast, tiny
 
 SMALL = {"rank": 4, "gap": 3}  # fits the narrowest map of the tiny models
@@ -42,7 +43,7 @@ def recipe_for(slug: str) -> Recipe:
         return Recipe(weights=method)
     assert isinstance(method, Update)
     partner = "dense" if method.wants == "matrices" else "lora"
-    return Recipe(weights=small(partner), update=method)
+    return Recipe(weights=fitted(small(partner), method), update=method)
 
 
 def attached(

@@ -8,6 +8,7 @@ import torch
 
 from eckart.errors import UsageError
 from eckart.recipe import Recipe, attach
+from eckart.recipe.recipe import fitted
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import attached, logits, slugs, small, steps, weights_methods
 
@@ -53,7 +54,7 @@ def test_initial_values_do_not_depend_on_other_targets(slug):
 @pytest.mark.parametrize("slug", weights_methods())
 def test_every_pair_runs_or_says_why(slug, update):
     try:
-        recipe = Recipe(weights=small(slug), update=small(update))
+        recipe = Recipe(weights=fitted(small(slug), small(update)), update=small(update))
     except UsageError as refusal:
         assert len(refusal.facts) == 2 and refusal.fix  # both sides and a way out
         return

@@ -69,6 +69,7 @@ def resolve(
         require(given, command)
     train = section(Train, given, ("train",))
     choices = {axis: choice(given, axis, entries) for axis in AXES if axis != "objective"}
+    choices["weights"] = suited(choices, {k[1] for k in given if k[0] == "weights"}, settled)
     job = Job(
         command=command,
         model=plain_value(given, "model", str | None, None),
@@ -176,6 +177,22 @@ def choice(given: Given, axis: str, entries: Entries) -> Choice:
     setting = given.get((axis, "name"))
     undecided = axis == "precision" and (setting is None or setting.value == "auto")
     return AUTO if undecided else NONE
+
+
+def suited(choices: Mapping[str, Choice], said: set[str], settled: dict[str, str]) -> Choice:
+    """The weights, where nobody spoke about a field, as the update asks for; says which."""
+    from eckart.recipe.recipe import fitted
+
+    choice, update = choices["weights"], choices["update"]
+    weights: Any = choice.method
+    if weights is None or update.method is None:
+        return choice
+    rule: Any = update.method
+    fitting = fitted(weights, rule, said)
+    for f in dataclasses.fields(fitting):
+        if getattr(fitting, f.name) != getattr(weights, f.name):
+            settled[f"weights.{f.name}"] = f"{update.name} asks for it"
+    return Choice(choice.name, fitting)
 
 
 def build(entry: Entry, given: Given, prefix: Key) -> Method:

@@ -25,7 +25,7 @@ from eckart.io.packing import order
 from eckart.io.presets import build_model
 from eckart.io.text import Data
 from eckart.jobs import finetune, prepare, pretrain, settle
-from eckart.jobs.config import build, refuse_unknown
+from eckart.jobs.config import build, refuse_unknown, suited
 from eckart.jobs.held_out import summed
 from eckart.jobs.job import Choice, Job
 from eckart.jobs.lab import Bench
@@ -110,6 +110,7 @@ def contestant(name: str, job: Job) -> Contestant:
     refuse_unknown(given, entries)
     chosen = {key: Choice(e.name, build(e, given, key)) for key, e in entries.items()}
     choices = {axis: chosen.get((axis,), choice) for axis, choice in job.choices.items()}
+    choices["weights"] = suited(choices, {k[1] for k in given if k[0] == "weights"}, {})
     objectives = tuple(c for key, c in chosen.items() if key[0] == "objective")
     mine = dataclasses.replace(job, choices=choices, objectives=objectives or job.objectives)
     mine.recipe()

@@ -5,6 +5,7 @@ from eckart.methods.objective.orthogonality import Orthogonality as Orthogonalit
 from eckart.methods.precision.bf16 import BF16 as BF16
 from eckart.methods.precision.fp32 import FP32 as FP32
 from eckart.methods.update.adamw import AdamW as AdamW
+from eckart.methods.update.allora import ALLoRA as ALLoRA
 from eckart.methods.update.altlora import AltLoRA as AltLoRA
 from eckart.methods.update.dct_adamw import DCTAdamW as DCTAdamW
 from eckart.methods.update.fira import Fira as Fira

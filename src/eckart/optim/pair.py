@@ -143,6 +143,14 @@ def move_pairs(pairs: Iterable[Pair]) -> None:
         rule.pair.move(B, A, s.view(-1, *(1,) * (B.value.dim() - 1)), rule.inner)
 
 
+def stepped(factor: Factor, h: Tensor, inner: Inner) -> Tensor:
+    """The inner rule's direction for one factor's gradients, element by element."""
+    states = [e.tensors for e in factor.entries]
+    direction = inner.step(list(h), states, factor.counts)
+    pairs = zip(direction.tensors(), direction.correction, strict=True)
+    return torch.stack([(n / c).to(h.dtype) for n, c in pairs])
+
+
 class Spectrum(NamedTuple):
     """A symmetric matrix [*, r, r] with no negative eigenvalue, decomposed."""
 

@@ -271,6 +271,11 @@ class Update(Method):
         """A row factor (B, A, scale) -> [m] that factor pairs apply in their backward."""
         return None
 
+    def asks(self, weights: Weights) -> Mapping[str, Any]:
+        """Fields that the weights method must have with these values beside this rule; those
+        that nobody set are set so."""
+        return {}
+
     def cost(self, m: int, n: int) -> Cost:
         """Elements of optimizer state for one trained [m, n] parameter."""
         return Cost()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Container
 from dataclasses import dataclass, field
+from typing import Any
 
 from eckart.errors import UsageError
 from eckart.recipe.method import Attention, Method, Objective, Precision, Update, Weights
@@ -62,6 +65,17 @@ class Recipe:
                 ],
                 f"Type weights=dense update={update.slug}, or update=adamw.",
             )
+        refuse_unasked(weights, update)
+        own = self.precision is not None and self.precision.mm() is not None
+        if own and self.precision is not None and update.branch_gradient() is not None:
+            raise UsageError(
+                "these two do not combine",
+                [
+                    (f"update = {update.slug}", "scales gradients in a pair's backward pass"),
+                    (f"precision = {self.precision.slug}", "has a backward pass of its own"),
+                ],
+                "Leave one of them out.",
+            )
 
     @property
     def choices(self) -> tuple[Method, ...]:
@@ -83,6 +97,37 @@ class Recipe:
                     [(f"objective = {objective.slug}", f"train.accumulate = {accumulate}")],
                     "Type train.accumulate=1 and a larger train.batch_size.",
                 )
+
+
+def refuse_unasked(weights: Weights, update: Update | None, place: str = "") -> None:
+    """Refuse a weights method whose fields are not as the update rule asks for."""
+    asked = {} if update is None else fields_asked(weights, update)
+    wrong = {name: value for name, value in asked.items() if getattr(weights, name) != value}
+    if update is not None and wrong:
+        has = ", ".join(f"{name} {getattr(weights, name)}" for name in wrong)
+        wants = ", ".join(f"{name} {value}" for name, value in wrong.items())
+        raise UsageError(
+            f"these two do not combine{f'     {place}' if place else ''}",
+            [
+                (f"update = {update.slug}", f"asks for {wants}"),
+                (f"weights = {weights.slug}", f"has {has}"),
+            ],
+            f"Type {' '.join(f'weights.{name}={value}' for name, value in wrong.items())}.",
+        )
+
+
+def fields_asked(weights: Weights, update: Update) -> dict[str, Any]:
+    """What the update rule asks for in the fields that this weights method has."""
+    own = {f.name for f in dataclasses.fields(weights)}
+    return {name: value for name, value in update.asks(weights).items() if name in own}
+
+
+def fitted(weights: Weights, update: Update, said: Container[str] = ()) -> Weights:
+    """The weights method with what the update rule asks for, in the fields that are not
+    among those said."""
+    asked = fields_asked(weights, update)
+    changes = {k: v for k, v in asked.items() if k not in said and getattr(weights, k) != v}
+    return dataclasses.replace(weights, **changes) if changes else weights
 
 
 def misplaced(axis: str, value: object) -> UsageError:

@@ -40,6 +40,7 @@ from eckart.optim import (
     PairRule,
     Rule,
     spectrum,
+    stepped,
     sylvester,
 )
 from eckart.recipe.method import Cost, Paper, Update
@@ -128,14 +129,6 @@ class FullMoves(PairRule):
                 gA[i] += s[i] * (b[rows].mT @ N)
                 gB[i][rows] = (s[i] * (N @ a.mT)).to(gB.dtype)
         return gB, gA
-
-
-def stepped(factor: Factor, h: Tensor, inner: Inner) -> Tensor:
-    """The inner rule's direction for one factor's gradients, element by element."""
-    states = [e.tensors for e in factor.entries]
-    direction = inner.step(list(h), states, factor.counts)
-    pairs = zip(direction.tensors(), direction.correction, strict=True)
-    return torch.stack([(n / c).to(h.dtype) for n, c in pairs])
 
 
 @dataclass(frozen=True)

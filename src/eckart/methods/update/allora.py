@@ -1,0 +1,145 @@
+"""ALLoRA: LoRA without scale and without dropout, whose rows hurry while they are small.
+
+    y = W x + B A x        B [m, r] zero at first, A [r, n] random
+
+    c_i = 1 / sqrt(|(B A)_i| + 1 / eta^2)        one factor per output row i
+
+In the backward pass row i of G = dL/d(B A) is multiplied by c_i: dB = c G A^T, row by row,
+and dA = B^T (c G). What goes on to the layer's input is not. At B = 0 every factor is eta,
+and it falls as the row grows, so that short runs leave zero fast and slow down by themselves.
+Take it for runs of some tens to hundreds of steps; take LoRA with a tuned scale for longer
+ones. With Adam a factor that changes slowly cancels in dB, since Adam divides each element by
+its own size; what is left of the method then is the weighting of rows inside dA.
+
+Source: H. Huang and R. Balestriero, "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal
+Flaws", arXiv 2410.09692, section 4.2; the norm stands under the root unsquared. There is no
+official code. Optimizers called by this name elsewhere do other things, which `apply` names:
+`update` multiplies B's finished step by c; `param_row` multiplies each factor's step by
+1 / sqrt(|p_i| + 1 / eta^2) with the rows p_i of the factor itself as they were at the start.
+
+dA is no multiple of its plain gradient, so the factor cannot be applied by an optimizer; it is
+part of LowRank's backward pass (`branch_gradient`). As a gradient of the loss it is wrong by
+intent: a numerical check of gradients must fail.
+
+m out, n in, r rank, * any leading dimensions (fused experts).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from eckart.optim import SGD, Adam, Factor, Inner, Moments, PairRule, Rule, stepped
+from eckart.recipe.method import Cost, Paper, Update, Weights
+
+
+def row_factor(B: Tensor, A: Tensor, eta: float) -> Tensor:
+    """c [*, m] of B [*, m, r], A [*, r, n], in fp32 at least; B A is never formed.
+
+    |(B A)_i|^2 = B_i (A A^T) B_i^T.
+    """
+    with torch.autocast(B.device.type, enabled=False):
+        wide = torch.promote_types(B.dtype, torch.float32)  # bf16 norms vanish near zero
+        B, A = B.to(wide), A.to(wide)
+        squares = ((B @ (A @ A.mT)) * B).sum(-1)  # [*, m]
+        return slowed(squares.clamp(min=0).sqrt(), eta)
+
+
+def slowed(norm: Tensor, eta: float) -> Tensor:
+    """1 / sqrt(norm + 1 / eta^2)."""
+    return (norm + eta**-2).rsqrt()
+
+
+def without_scale(B: Tensor, A: Tensor, scale: float, eta: float) -> Tensor:
+    """`row_factor` as pairs ask for it: of B A, whatever the scale."""
+    return row_factor(B, A, eta)
+
+
+@dataclass(frozen=True)
+class RowRates(PairRule):
+    """The inner rule's step times a factor per row: of B by c at this step, or of both factors
+    by the norms that their own rows had at the first one."""
+
+    eta: float = 2.0
+    of: Literal["product", "parameter"] = "product"
+
+    def init(self, B: Tensor, A: Tensor, inner: Inner) -> tuple[Moments, Moments]:
+        made = inner.init(B), inner.init(A)
+        if self.of == "parameter":
+            for state, p in zip(made, (B, A), strict=True):
+                wide = p.to(torch.promote_types(p.dtype, torch.float32))
+                state["row"] = slowed(wide.norm(dim=-1, keepdim=True), self.eta)  # [*, rows, 1]
+        return made
+
+    def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
+        c_B, c_A = self.factors(B, A)
+        B_step, A_step = stepped(B, B.grad, inner), stepped(A, A.grad, inner)
+        B.move(c_B * B_step)
+        A.move(A_step if c_A is None else c_A * A_step)
+
+    def factors(self, B: Factor, A: Factor) -> tuple[Tensor, Tensor | None]:
+        """What multiplies the steps of B and of A: [k, *, rows, 1]; None for 1."""
+        if self.of == "parameter":
+            return B.state("row"), A.state("row")
+        return row_factor(B.value, A.value, self.eta).unsqueeze(-1), None
+
+
+@dataclass(frozen=True)
+class ALLoRA(Update):
+    """Adam or SGD, with gradients of a pair's rows scaled by how far each has come."""
+
+    eta: Annotated[float, Gt(0)] = 2.0
+    """The factor of a row that is zero, in the place of alpha / r. Sensible: 1 to 32."""
+
+    apply: Literal["grad", "update", "param_row"] = "grad"
+    """grad: the gradients of A and B, in the backward pass (paper). update: B's finished step.
+    param_row: each factor's finished step, by its own rows at the start."""
+
+    inner: Literal["adam", "sgd"] = "adam"
+    """The rule that follows. Paper: any."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moment."""
+
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of Adam's second moment."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a factor lost per step, times the learning rate; no row factor on it."""
+
+    wants: ClassVar = "pairs"
+    default_lr: ClassVar = 1e-3
+    mission: ClassVar = True
+    paper: ClassVar = Paper(
+        "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws",
+        "https://arxiv.org/abs/2410.09692",
+    )
+
+    def asks(self, weights: Weights) -> Mapping[str, Any]:
+        """No scale, no dropout: eta stands in the place of both."""
+        asked = {"alpha": float(getattr(weights, "rank", 1)), "dropout": 0.0}
+        stable = getattr(weights, "scaling", "") == "rslora"
+        return asked | ({"scaling": "lora"} if stable else {})
+
+    def branch_gradient(self) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+        return partial(without_scale, eta=self.eta) if self.apply == "grad" else None
+
+    def rule(self) -> Rule:
+        pair: PairRule | None = None
+        if self.apply != "grad":
+            pair = RowRates(self.eta, "product" if self.apply == "update" else "parameter")
+        return Rule(self.inner_rule(), pair=pair, weight_decay=self.weight_decay)
+
+    def plain(self) -> Rule:
+        return Rule(self.inner_rule(), weight_decay=self.weight_decay)
+
+    def inner_rule(self) -> Inner:
+        return SGD() if self.inner == "sgd" else Adam(self.betas, self.eps)
+
+    def cost(self, m: int, n: int) -> Cost:
+        rows = m if self.apply == "param_row" else 0
+        return Cost(state=rows + (0 if self.inner == "sgd" else 2 * m * n))
