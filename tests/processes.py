@@ -1,4 +1,4 @@
-"""Run a function in two gloo processes forked from this one, and bring its results back."""
+"""Functions in gloo processes forked from this one: their results, or their deaths."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,8 @@ def in_processes(function: Callable[..., Any], *args: Any, count: int = 2) -> li
 
     Forked, so that imports are paid once; a failing process' traceback fails the test.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("fork")
-        processes = [
-            context.Process(target=_run, args=(rank, count, port, folder, function, args))
-            for rank in range(count)
-        ]
-        for process in processes:
-            process.start()
+        processes = _start(folder, function, args, count)
         for process in processes:
             process.join(240)
         for process in processes:
@@ -42,6 +34,39 @@ def in_processes(function: Callable[..., Any], *args: Any, count: int = 2) -> li
             assert not error.exists(), error.read_text()
             results.append(torch.load(Path(folder, f"{rank}.pt"), weights_only=False))
         return results
+
+
+def until_one_dies(function: Callable[..., Any], *args: Any, count: int = 2) -> dict[int, int]:
+    """Run function(rank, *args) until a process ends, then kill the rest as a launcher does.
+
+    The exit codes of those that ended by themselves, by rank: -9 for one that was killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = _start(folder, function, args, count)
+        ended = wait([process.sentinel for process in processes], timeout=240)
+        codes = {}
+        for rank, process in enumerate(processes):
+            by_itself = process.sentinel in ended
+            if not by_itself:
+                process.kill()
+            process.join()
+            if by_itself:
+                codes[rank] = process.exitcode
+        return codes
+
+
+def _start(folder: str, function: Callable[..., Any], args: Any, count: int) -> list[Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("fork")
+    processes = [
+        context.Process(target=_run, args=(rank, count, port, folder, function, args))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _run(

@@ -74,20 +74,29 @@ def killed_after(seconds: float, work: Callable[[], None]) -> int:
     return os.WTERMSIG(os.waitpid(pid, 0)[1])
 
 
+def die_at_operation(number: int) -> None:
+    """Kill this process at its number-th file operation on a checkpoint that is being written."""
+    count = 0
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "shutil.rmtree"):
+            count += any("step-" in str(a) and ".writing-" in str(a) for a in args)
+            if count >= number:
+                die()
+
+    sys.addaudithook(watch)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def killed_at_operation(number: int, work: Callable[[], None]) -> int:
-    """Kill at the number-th file operation on a folder that is being written."""
+    """The signal that ended the child; 0 where it was done before that file operation."""
 
     def suicidal() -> None:
-        count = 0
-
-        def watch(event: str, args: tuple[Any, ...]) -> None:
-            nonlocal count
-            if event in ("open", "os.rename", "os.mkdir", "os.remove", "shutil.rmtree"):
-                count += any("step-" in str(a) and ".writing-" in str(a) for a in args)
-                if count >= number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
+        die_at_operation(number)
         work()
 
     return os.WTERMSIG(os.waitpid(forked(suicidal), 0)[1])

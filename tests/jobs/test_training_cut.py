@@ -2,12 +2,16 @@
 
 import copy
 import os
+import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from pytest import param
+from transformers import Trainer, TrainerCallback
 
 from eckart.io.run import latest_checkpoint
 from eckart.jobs import cut
@@ -15,10 +19,11 @@ from eckart.jobs.checkpoints import read_state
 from eckart.linear import LowRank
 from eckart.recipe import Recipe, attach, attach_from, registry
 from tests.conftest import tiny
+from tests.jobs.killed import die, die_at_operation
 from tests.jobs.loops import LR, SEED, collate, logged, mixed, order, rows
-from tests.processes import in_processes
+from tests.processes import in_processes, until_one_dies
 
-STEPS, CUT = 9, 4
+STEPS, CUT, DROPOUT = 9, 4, 0.2
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +33,21 @@ def dropped_in():
     registry.folders.remove(folder)
 
 
-def recipe() -> Recipe:
+def recipe(dropout: float = 0.0) -> Recipe:
     method: Any = registry.load("shrinking")
-    return Recipe(weights=method(cut_after=CUT))
+    return Recipe(weights=method(cut_after=CUT, dropout=dropout))
 
 
-def fresh() -> Any:
-    handle = attach(tiny("llama", torch.float64), recipe(), seed=SEED)
+def fresh(dropout: float = 0.0) -> Any:
+    handle = attach(tiny("llama", torch.float64), recipe(dropout), seed=SEED)
+    handle.model.to(torch.float64)
+    return handle
+
+
+def rebuilt(checkpoint: Path, dropout: float = 0.0) -> Any:
+    """A handle of the shape that a checkpoint has."""
+    structure = read_state(checkpoint)["structure"]
+    handle = attach_from(tiny("llama", torch.float64), structure, recipe=recipe(dropout))
     handle.model.to(torch.float64)
     return handle
 
@@ -89,8 +102,8 @@ def reference():
     return found
 
 
-def training(handle: Any, out: Path, batch: int = 2) -> Any:
-    saves = {"save_strategy": "steps", "save_steps": 3}
+def training(handle: Any, out: Path, batch: int = 2, every: int = 3) -> Any:
+    saves = {"save_strategy": "steps", "save_steps": every}
     return mixed(handle, Trainer, out, STEPS, 1, per_device_train_batch_size=batch, **saves)
 
 
@@ -154,10 +167,8 @@ def test_a_run_stopped_on_either_side_of_the_cut_ends_the_same(
             training(fresh(), tmp_path).train()
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.name == f"step-{CUT}"
-    state = read_state(checkpoint)
-    assert ("cut_at" in state) == (where == "after it")
-    again = attach_from(tiny("llama", torch.float64), state["structure"], recipe=recipe())
-    again.model.to(torch.float64)
+    assert ("cut_at" in read_state(checkpoint)) == (where == "after it")
+    again = rebuilt(checkpoint)
     training(again, tmp_path).train(resume_from_checkpoint=True)
     assert_same(again, reference[1])
 
@@ -181,24 +192,19 @@ def test_state_of_another_shape_starts_afresh():
     assert found == {"x.B/exp_avg": None, "x.B/step": None}
 
 
-def in_one_of_two(rank: int, out: Path, stop_before_cut: bool) -> Any:
-    """One process of a DDP training; it may end just before the cut."""
+# --- two processes -------------------------------------------------------------------------
+
+
+def in_one_of_two(rank: int, out: Path, dropout: float, kill: Any = None) -> Any:
+    """One process of a DDP training, from the newest checkpoint where there is one."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     registry.add_folder(Path(__file__).parent / "methods")
     checkpoint = latest_checkpoint(out)
-    if checkpoint is None:
-        handle = fresh()
-    else:
-        structure = read_state(checkpoint)["structure"]
-        handle = attach_from(tiny("llama", torch.float64), structure, recipe=recipe())
-        handle.model.to(torch.float64)
-    trained = training(handle, out, batch=1)
+    handle = rebuilt(checkpoint, dropout) if checkpoint else fresh(dropout)
+    trained = training(handle, out, batch=1, every=2)
     assert trained.args.world_size == 2
-    if stop_before_cut:
-        trained.cut_here = lambda folder: (_ for _ in ()).throw(KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            trained.train()
-        return None
+    if kill is not None and kill.rank == rank:
+        trained.add_callback(kill)
     trained.train(resume_from_checkpoint=checkpoint is not None)
     assert type(trained.model_wrapped).__name__ == "DistributedDataParallel"
     final = copy.deepcopy({n: t.detach() for n, t in handle.named_state().items()})
@@ -206,16 +212,63 @@ def in_one_of_two(rank: int, out: Path, stop_before_cut: bool) -> Any:
 
 
 def test_two_processes_cut_as_one(reference, tmp_path):
-    both = in_processes(in_one_of_two, tmp_path, False)
+    both = in_processes(in_one_of_two, tmp_path, 0.0)
     assert both[0]["noise"] != both[1]["noise"], "dropout must not be the same on both"
     for found in both:
         for name, tensor in reference[1].items():
             torch.testing.assert_close(found["final"][name], tensor, rtol=0, atol=1e-9)
 
 
-def test_two_processes_stopped_before_the_cut_end_the_same(reference, tmp_path):
-    in_processes(in_one_of_two, tmp_path, True)
-    assert "cut_at" not in read_state(latest_checkpoint(tmp_path))
-    for found in in_processes(in_one_of_two, tmp_path, False):
-        for name, tensor in reference[1].items():
-            torch.testing.assert_close(found["final"][name], tensor, rtol=0, atol=1e-9)
+class Kill(TrainerCallback):
+    """SIGKILL for one process: as a step begins or ends, or at a file operation.
+
+    The checkpoint of the cut's step has 21 operations when it is "written" and 24 when it is
+    "rewritten" in its new shape, all of them on rank 0.
+    """
+
+    def __init__(self, rank: int, moment: str, step: int = CUT, operation: int = 0):
+        self.rank, self.moment, self.step, self.operation = rank, moment, step, operation
+
+    def __str__(self) -> str:
+        return f"{self.moment}-{self.step}-{self.operation}-rank-{self.rank}"
+
+    def on_step_begin(self, args, state, control, **_):
+        self.strike("begins", state.global_step + 1)
+
+    def on_step_end(self, args, state, control, **_):
+        self.strike("ends", state.global_step)
+        self.strike("written", state.global_step)
+
+    def on_train_end(self, args, state, control, **_):
+        self.strike("rewritten", state.global_step)
+
+    def strike(self, moment: str, step: int) -> None:
+        if (moment, step) == (self.moment, self.step):
+            die_at_operation(self.operation) if self.operation else die()
+
+
+def kills(seed: int, marks: Any = ()) -> Iterator[Any]:
+    """Before the cut, in it and after it, each on either process."""
+    draw, slow = random.Random(seed), pytest.mark.slow
+    yield param(Kill(draw.randint(0, 1), "ends", draw.randint(1, CUT - 1)), marks=marks)
+    yield param(Kill(0, "written", CUT, draw.randint(1, 21)), marks=slow)
+    yield param(Kill(0, "rewritten", CUT, draw.randint(1, 24)), marks=marks)
+    yield param(Kill(1, "rewritten"), marks=slow)  # gone while the other one writes
+    # the rebuilt model has taken no step
+    yield param(Kill(draw.randint(0, 1), "begins", CUT + 1), marks=marks)
+    yield param(Kill(draw.randint(0, 1), "ends", draw.randint(CUT + 1, STEPS - 1)), marks=marks)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What two processes end with; with dropout, so that their generators matter."""
+    return in_processes(in_one_of_two, tmp_path_factory.mktemp("whole"), DROPOUT)[0]["final"]
+
+
+@pytest.mark.parametrize("kill", [*kills(1), *kills(2, pytest.mark.slow)], ids=str)
+def test_a_process_killed_on_either_side_of_the_cut_changes_no_bit(kill, uninterrupted, tmp_path):
+    assert until_one_dies(in_one_of_two, tmp_path, DROPOUT, kill)[kill.rank] == -signal.SIGKILL
+    for found in in_processes(in_one_of_two, tmp_path, DROPOUT):
+        assert found["final"].keys() == uninterrupted.keys()
+        for name, tensor in uninterrupted.items():
+            assert torch.equal(found["final"][name], tensor), name

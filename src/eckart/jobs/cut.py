@@ -95,10 +95,14 @@ def cut_term_moments(term: Term, index: Tensor, stem: str, moments: Moments) -> 
 
 
 def cut_checkpoint(handle: Handle, folder: Path, kept: Kept, write: bool = True) -> None:
-    """Cut the live terms, and rewrite their checkpoint to match (on the process that writes)."""
-    state = read_state(folder)
-    moments = {**read_tensors(folder / OPTIMIZER), **state["optimizer"]}
-    moments = cut_moments(handle, kept, moments)
+    """Cut the live terms, and rewrite their checkpoint to match (on the process that writes).
+
+    No other process reads the folder: it may be moved aside at any moment.
+    """
+    if write:
+        state = read_state(folder)
+        moments = {**read_tensors(folder / OPTIMIZER), **state["optimizer"]}
+        moments = cut_moments(handle, kept, moments)  # while the terms are whole
     cut_terms(handle, kept)
     tensors = whole(handle.named_state())
     if not write:

@@ -29,6 +29,8 @@ class Shrinking(Weights):
     """Components after the cut."""
     cut_after: int = 4
     """Steps before the cut."""
+    dropout: float = 0.0
+    """Share of the inputs of A that is left out, so that generators matter."""
 
     base: ClassVar = "frozen"
 
@@ -36,7 +38,7 @@ class Shrinking(Weights):
         (m, n), g = site.shape, site.generator
         B = 0.1 * torch.randn(m, self.rank, generator=g)
         A = 0.1 * torch.randn(self.rank, n, generator=g)
-        return {"shrinking": LowRank(B, A, 2.0)}
+        return {"shrinking": LowRank(B, A, 2.0, dropout=self.dropout)}
 
     def events(self) -> list[Cut]:
         return [Cut("shrink", lambda step: step == self.cut_after, self.kept)]
