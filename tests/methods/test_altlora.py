@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from eckart import Recipe, attach
+from eckart.errors import UsageError
+from eckart.jobs.config import resolve
 from eckart.methods.update.altlora import AltLoRA, carried, projected
 from eckart.methods.weights.lora import LoRA
 from eckart.optim import LowRankOptimizer
@@ -193,6 +195,67 @@ def test_schedulers_change_the_step():
         optimizer.step()
         moved.append(q.detach() - A)
     torch.testing.assert_close(moved[1], 0.1 * moved[0], rtol=1e-9, atol=0)
+
+
+def quadratic(p, q, T, bias=None):
+    """A loss whose gradient changes with W: 1/2 |s B A - T|^2, and of a bias beside them."""
+    loss = 0.5 * (S * p @ q - T).square().sum()
+    return loss if bias is None else loss + 0.5 * (bias - 1).square().sum()
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_two_backward_passes_move_b_by_the_gradient_at_the_new_a(plus):
+    """One step is two of `alternate` on the same batch; what is in no pair moves once."""
+    (B, A), T = problem(), gradients(1)[0]
+    method = AltLoRA(plus=plus, schedule="two_backward")
+    p, q = factors(B, A)
+    bias = nn.Parameter(torch.zeros(3, dtype=F64))
+    groups = [
+        {"params": [("B", p), ("A", q)], "pairs": [("B", "A", S)]},
+        {"params": [("bias", bias)], "rule": method.plain()},
+    ]
+    optimizer = LowRankOptimizer(groups, lr=0.01, rule=method.rule())
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = quadratic(p, q, T, bias)
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    returned = [optimizer.step(closure).item() for _ in range(4)]
+    assert returned == losses[::2] and len(losses) == 8
+    assert losses[1] < losses[0]  # A alone has moved
+    assert losses[-1] < losses[0]
+
+    b, a = factors(B, A)
+    alternate = optimizer_of(b, a, AltLoRA(plus=plus, schedule="alternate"))
+    for _ in range(8):
+        alternate.zero_grad()
+        quadratic(b, a, T).backward()
+        alternate.step()
+    torch.testing.assert_close(p.detach(), b.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(q.detach(), a.detach(), rtol=0, atol=1e-12)
+    assert optimizer.state[q]["step"] == optimizer.state[p]["step"] == 4
+
+    c = nn.Parameter(torch.zeros(3, dtype=F64))
+    adam = torch.optim.AdamW([c], lr=0.01, weight_decay=0)
+    for _ in range(4):
+        adam.zero_grad()
+        (0.5 * (c - 1).square().sum()).backward()
+        adam.step()
+    torch.testing.assert_close(bias.detach(), c.detach(), rtol=0, atol=1e-12)
+
+
+def test_two_backward_passes_need_a_closure():
+    p, q = factors(*problem())
+    optimizer = optimizer_of(p, q, AltLoRA(schedule="two_backward"))
+    p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+    with pytest.raises(UsageError, match="got no closure"):
+        optimizer.step()
+    with pytest.raises(UsageError, match=r"Type update\.schedule=alternate"):
+        resolve("finetune", "m", "d", ["update=altlora", "update.schedule=two_backward"])
 
 
 @pytest.mark.parametrize("plus", [False, True])

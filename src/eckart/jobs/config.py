@@ -92,7 +92,9 @@ def resolve(
         settled=settled,
     )
     job = dataclasses.replace(job, given={".".join(k): value_at(job, k) for k in given})
-    job.recipe()
+    from eckart.recipe.recipe import refuse_two_passes
+
+    refuse_two_passes(job.recipe())
     return job
 
 

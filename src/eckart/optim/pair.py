@@ -89,6 +89,11 @@ class PairRule(Part):
         """Move k pairs. s [k, 1, .., 1] is the scale of each."""
         raise NotImplementedError
 
+    @property
+    def passes(self) -> int:
+        """Gradients that one step needs, each after the last one's moves; `rests` counts them."""
+        return 1
+
     def rests(self, step: int) -> str:
         """Which factor does not train at a step, counted from 0: "B", "A" or none, ""."""
         return ""

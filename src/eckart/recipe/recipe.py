@@ -99,6 +99,17 @@ class Recipe:
                 )
 
 
+def refuse_two_passes(recipe: Recipe) -> None:
+    """Refuse, in a loop that calls step() without a closure, a rule that needs one."""
+    update = recipe.update
+    if update is not None and update.rule().passes > 1:
+        raise UsageError(
+            "this rule computes the gradient twice in one step, and a Trainer does so once",
+            [(f"update = {update.slug}", "needs step(closure)")],
+            "Type update.schedule=alternate, or write the loop yourself.",
+        )
+
+
 def refuse_unasked(weights: Weights, update: Update | None, place: str = "") -> None:
     """Refuse a weights method whose fields are not as the update rule asks for."""
     asked = {} if update is None else fields_asked(weights, update)

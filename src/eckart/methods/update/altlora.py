@@ -57,6 +57,7 @@ class Alternating(PairRule):
     damping: float = 1e-5
     relative: bool = False
     turn: int = 0
+    twice: bool = False  # both turns within one step, each with a gradient of its own
     scale_grad: bool = True
     store_unaligned: bool = False
 
@@ -70,6 +71,10 @@ class Alternating(PairRule):
             return state | {"other": torch.zeros_like(other, dtype=wide)}  # at the last step
 
         return moments(B, A), moments(A, B)
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.twice else 1
 
     def rests(self, step: int) -> str:
         if not self.turn:
@@ -121,12 +126,13 @@ class AltLoRA(Update):
     """AltLoRA+: divide by the root of a second moment, as Adam does. Learning rates are then
     near Adam's, and the split of B A matters."""
 
-    schedule: Literal["joint", "alternate"] = "joint"
+    schedule: Literal["joint", "alternate", "two_backward"] = "joint"
     """joint: both factors at every step, A first (code). alternate: in turns, the other one
-    rests and costs no gradient (paper)."""
+    rests and costs no gradient. two_backward: A, then B by a gradient at the new A, within one
+    step (paper); only in loops that call step(closure)."""
 
     turn: Annotated[int, Ge(1)] = 1
-    """Steps each factor trains at a time under schedule=alternate. Paper: 1; code: 10."""
+    """Steps each factor trains at a time under schedule=alternate. Code: 10."""
 
     damping: Annotated[float, Ge(0)] = 1e-5
     """d, added to B^T B and A A^T where they are inverted. Runs of the paper: 1e-5."""
@@ -160,12 +166,14 @@ class AltLoRA(Update):
     )
 
     def rule(self) -> Rule:
+        turn = {"joint": 0, "alternate": self.turn, "two_backward": 1}[self.schedule]
         pair = Alternating(
             betas=self.betas,
             eps=self.eps if self.plus else None,
             damping=self.damping,
             relative=self.damping_mode == "rel",
-            turn=self.turn if self.schedule == "alternate" else 0,
+            turn=turn,
+            twice=self.schedule == "two_backward",
             scale_grad=self.scale_grad,
             store_unaligned=self.store_unaligned,
         )
