@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eckart.claims import END, Arm, Splits, Task
+from eckart.io.corpora import Corpus
 from eckart.jobs.lab import Bench, at_steps, start_of
 from eckart.jobs.materials import text_splits, warm_cosine
 from eckart.methods import AdamW, Dense, GaLore, LoRA
@@ -25,6 +26,20 @@ SHAPE = MappingProxyType(
 )
 TINY = Task(pretrained=None, shape=SHAPE, steps=6, batch_size=4, seq_len=16)
 LORA = Recipe(LoRA(rank=2))
+
+
+def test_a_lab_on_other_text_shares_all_but_the_text():
+    lab = Bench(TINY, 3, 1e-2)
+    other = lab.on("stdlib-code")
+    assert other.evaluate(lab.model())["loss"] != lab.evaluate(lab.model())["loss"]
+    assert not other.batch(0)["input_ids"].equal(lab.batch(0)["input_ids"])
+    assert other.batch(0)["input_ids"].equal(
+        Bench(TINY, 3, 1e-2).on("stdlib-code").batch(0)["input_ids"]
+    )
+    own = lab.on(Corpus("own", tuple((str(i), "ab" * 32) for i in range(200))))
+    assert set(own.batch(0)["input_ids"].unique().tolist()) <= {1, ord("a") + 1, ord("b") + 1}
+    assert own.train(own.model(), LORA, lr=1e-2).quantities["steps_done"] == 6
+    assert lab.batch(0)["input_ids"].equal(Bench(TINY, 3, 1e-2).batch(0)["input_ids"])
 
 
 def test_held_out_documents_are_not_trained_on():

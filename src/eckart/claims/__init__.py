@@ -26,12 +26,15 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from eckart.errors import UsageError, did_you_mean
 from eckart.recipe import Handle, Recipe
+
+if TYPE_CHECKING:
+    from eckart.io.corpora import Corpus
 
 Batch = Mapping[str, Tensor]
 Quantities = Mapping[str, float]  # "loss", "loss@25", "parameters", ..., and a claim's own
@@ -134,6 +137,10 @@ class Lab(Protocol):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """`loss` on the test examples and `validation`, in nats per predicted token."""
+        ...
+
+    def on(self, text: str | Corpus) -> Lab:
+        """The same lab with other text, cut into bytes as the task's own is."""
         ...
 
 

@@ -8,18 +8,27 @@ own noise, which starts from the seed.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from eckart.claims import END, UNTOUCHED, Arm, Batch, Task, Trained, Watches
 from eckart.errors import UsageError
+from eckart.io.corpora import Corpus
 from eckart.jobs.cut import Kept, cut_moments, cut_terms
-from eckart.jobs.materials import chosen_rows, splits_of, start_model, warm_cosine
+from eckart.jobs.materials import (
+    chosen_rows,
+    in_splits,
+    splits_of,
+    start_model,
+    text_splits,
+    warm_cosine,
+)
 from eckart.jobs.memory import activation_bytes, held_state_bytes, model_bytes, size
 from eckart.recipe import Handle, Recipe, attach
 from eckart.recipe.groups import default_lr
@@ -48,6 +57,14 @@ class Bench:
         return [
             chosen_rows(self.splits.train, size, "calibration", self.seed, i) for i in range(count)
         ]
+
+    def on(self, text: str | Corpus) -> Self:
+        there, length = copy.copy(self), self.task.seq_len
+        if isinstance(text, str):
+            there.splits = text_splits(text, length)
+        else:
+            there.splits = in_splits(text, length)
+        return there
 
     def train(
         self,

@@ -51,9 +51,14 @@ def splits_of(task: Task) -> Splits:
 
 @cache
 def text_splits(name: str, seq_len: int) -> Splits:
+    """A corpus by its name, cut once."""
+    return in_splits(corpus(name), seq_len)
+
+
+def in_splits(text: Corpus, seq_len: int) -> Splits:
     """A corpus in rows of seq_len bytes; whole documents are held out."""
-    train, held_out = corpus(name).split(HELD_OUT)
-    halves = [Corpus(name, held_out.documents[i::2]) for i in range(2)]
+    train, held_out = text.split(HELD_OUT)
+    halves = [Corpus(text.name, held_out.documents[i::2]) for i in range(2)]
     validation, test = (rows(half, seq_len, EVALUATED) for half in halves)
     return Splits(rows(train, seq_len), validation, test)
 
