@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from eckart.errors import EckartError as EckartError
     from eckart.io.export import export as export
     from eckart.io.export import load as load
+    from eckart.io.export import swap as swap
     from eckart.jobs.training import trainer as trainer
     from eckart.methods import *  # noqa: F403
     from eckart.recipe import Recipe as Recipe
@@ -28,6 +29,7 @@ PUBLIC = {
     "attach_from": "eckart.recipe",
     "export": "eckart.io.export",
     "load": "eckart.io.export",
+    "swap": "eckart.io.export",
     "trainer": "eckart.jobs.training",
 }
 

@@ -20,6 +20,7 @@ from eckart.io.presets import quiet
 from eckart.linear import Site
 from eckart.linear.sites import as_stored
 from eckart.recipe import Handle
+from eckart.recipe.adapters import alone
 from eckart.recipe.lock import STRUCTURE, unlock_config
 
 LOSS_WORTH_SAYING = 0.05  # of the update, lost to rounding
@@ -43,7 +44,7 @@ def save(
         raise UsageError("this cannot be merged", [(handle.weights.slug, reason)])
     model: Any = handle.model
     dtype = dtype or model.dtype
-    with torch.no_grad():
+    with torch.no_grad(), alone(handle):
         state, loss = merged_state(handle, dtype)
     if loss > LOSS_WORTH_SAYING:
         name = str(dtype).removeprefix("torch.")
@@ -74,7 +75,7 @@ def obstacle(handle: Handle) -> str | None:
 
 def merged_state(handle: Handle, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
     """The state dict of the ordinary model, and the share of the update lost to rounding."""
-    stems = tuple(f"{stem}." for stem in handle.carried())
+    stems = tuple(f"{stem}." for h in (handle, *handle.others()) for stem in h.carried())
     state = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in handle.model.state_dict().items()

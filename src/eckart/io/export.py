@@ -13,6 +13,7 @@ from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io import dense, factored, native, peft
 from eckart.io.models import Source, load_model, recognise
 from eckart.recipe import Handle
+from eckart.recipe.adapters import DEFAULT, adapters_of
 from eckart.recipe.handle import handle_of
 
 WRITERS: dict[str, Callable[..., None]] = {
@@ -69,20 +70,23 @@ def possible(handle: Handle) -> list[str]:
     return [name for name, reason in reasons(handle).items() if reason is None]
 
 
-def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> Handle:
+def load(
+    folder: str | Path, model: nn.Module | None = None, name: str = DEFAULT, **options: Any
+) -> Handle:
     """Read what `export` (or PEFT) wrote: the handle of a model that carries it.
 
     An adapter is attached to `model`, in place, or to the base that it names (`options` go to
-    its loading: dtype, task, device). A factored folder is a whole model. Raises UsageError
-    for an ordinary model, which transformers loads.
+    its loading: dtype, task, device). With a `name` it may stand beside others on one model:
+    `handle.use(NAME)` chooses, `handle.rows([...])` chooses row by row. A factored folder is
+    a whole model. Raises UsageError for an ordinary model, which transformers loads.
     """
     source = recognise(folder)
     if source.kind == "run":
-        return load(Path(source.path) / "final", model, **options)
+        return load(Path(source.path) / "final", model, name, **options)
     readers = {"native": native.load, "peft": peft.load}
     if source.kind in readers:
         base = model if model is not None else load_model(base_of(source), **options)
-        return readers[source.kind](base, source.path)
+        return readers[source.kind](base, source.path, name)
     if source.kind != "factored":
         raise UsageError(
             "this carries nothing of eckart",
@@ -97,6 +101,30 @@ def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> 
     if handle is None:
         raise FileError("the model came without its terms", [(str(folder), "")])
     return handle
+
+
+def swap(handle: Handle, folder: str | Path) -> None:
+    """Give an adapter the values of another one from a folder, in place: nothing is recompiled.
+
+    Raises UsageError where the other has not the same maps, ranks and scales; the values are
+    then as they were.
+    """
+    before = adapters_of(handle.model)
+    weights, rows = dict(before.weights), before.rows
+    other = load(folder, handle.model, name=f"{handle.name} (other)")
+    try:
+        ours, theirs = handle.structure()["sites"], other.structure()["sites"]
+        for path in sorted(ours.keys() | theirs.keys()):
+            if ours.get(path) != theirs.get(path):
+                raise UsageError(
+                    "this adapter is built otherwise",
+                    [(str(folder), path)],
+                    f"Load it beside: eckart.load({str(folder)!r}, model, name=NAME).",
+                )
+        handle.load_named_state(other.named_state())
+    finally:
+        other.remove()
+        before.choose(weights, rows)
 
 
 def base_of(source: Source) -> str:

@@ -47,6 +47,8 @@ def obstacle(handle: Handle) -> str | None:
         return "the model is not one of transformers"
     if not handle.attached:
         return "no terms are attached: this is an ordinary model"
+    if handle.suffix or any(other.attached for other in handle.others()):
+        return f"{handle.name} is one of several adapters: write it as an adapter, or merge it"
     quantised = getattr(handle.model.config, "quantization_config", None)
     if quantised is not None and getattr(quantised, "quant_method", None) != MODEL_TYPE:
         return "the base is quantised: its tensors are not written beside ours"

@@ -24,6 +24,7 @@ from eckart.io.folder import write_folder, write_json
 from eckart.io.models import read_json
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.recipe import Handle, attach_from
+from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.fingerprint import fingerprint, origin
 
 FORMAT = 1
@@ -67,19 +68,20 @@ def describe(handle: Handle) -> dict[str, Any]:
     }
 
 
-def load(model: nn.Module, folder: str | Path) -> Handle:
-    """Attach a saved adapter to its base, in place.
+def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
+    """Attach a saved adapter to its base, in place, under a name among others.
 
     Raises FileError where the base is another one, where a tensor is missing, left over or
     misshapen, and where a file is damaged; the model is then as it was before.
     """
     folder = Path(folder)
+    require_free(model, name)
     content = read_description(folder)
     check_base(model, content, folder)
     tensors = read_tensors(folder / TENSORS)
     before = dict(model.named_parameters())
     with readable(folder / DESCRIPTION):
-        handle = attach_from(model, structure_of(content))
+        handle = attach_from(model, structure_of(content), name=name)
     try:
         handle.load_named_state(tensors)
     except BaseException:
@@ -138,5 +140,5 @@ def check_base(model: nn.Module, content: dict[str, Any], folder: Path) -> None:
                 (str(folder), f"for {name}, fingerprint {content['fingerprint'][:12]}"),
                 (type(model).__name__, f"fingerprint {found[:12]}"),
             ],
-            "Load the base that it names, unchanged and without other terms.",
+            "Load the base that it names, unchanged.",
         )

@@ -25,7 +25,6 @@ from eckart.io.peft_layout import (
     ROOT_PREFIX,
     TENSORS,
     TIED_BY_PEFT,
-    padded,
     plain_number,
     short_names,
     stem,
@@ -35,6 +34,7 @@ from eckart.io.peft_layout import (
 from eckart.io.peft_read import load, method_of, read
 from eckart.io.tensors import write_tensors
 from eckart.linear import Gain, Site, Term
+from eckart.linear.mixing import padded
 from eckart.recipe import Handle
 from eckart.recipe.fingerprint import origin
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from eckart.linear import Site
@@ -147,10 +146,3 @@ def plain_number(value: float) -> int | float:
     """A number without the rounding of its making (31.999999999999996 is 32)."""
     rounded = float(f"{value:.12g}")
     return int(rounded) if rounded.is_integer() else rounded
-
-
-def padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B [*, m, r], A [*, r, n] with zero components up to a rank; the product is the same."""
-    more = rank - A.shape[-2]
-    B = torch.cat([B, B.new_zeros(*B.shape[:-1], more)], dim=-1)
-    return B, torch.cat([A, A.new_zeros(*A.shape[:-2], more, A.shape[-1])], dim=-2)

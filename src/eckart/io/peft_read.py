@@ -32,6 +32,7 @@ from eckart.io.peft_layout import (
 from eckart.io.tensors import read_tensors
 from eckart.linear import Site
 from eckart.recipe import Handle, Recipe, Weights, registry
+from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.handle import ROOT
 from eckart.recipe.targets import sites_of
@@ -52,18 +53,19 @@ UNKNOWN = (
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
 
-def load(model: nn.Module, folder: str | Path) -> Handle:
-    """Attach an adapter that PEFT (or `save`) wrote, in place.
+def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
+    """Attach an adapter that PEFT (or `save`) wrote, in place, under a name among others.
 
     Raises FileError for a type or option that has no counterpart here, and where tensors are
     missing, left over or misshapen. PEFT's files do not say which base they belong to.
     """
     folder = Path(folder)
+    require_free(model, name)
     config, tensors = read(folder)
     method = method_of(config, folder)
     shared, tensors = take_shared(method, tensors, folder)
     assigned, whole = assign(model, config, tensors, folder)
-    return attach(model, method, config, assigned, shared, whole, folder)
+    return attach(model, method, config, assigned, shared, whole, folder, name)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -285,6 +287,7 @@ def attach(
     shared: Mapping[str, Tensor],
     whole: Mapping[str, Tensor],
     folder: Path,
+    name: str = DEFAULT,
 ) -> Handle:
     """Build the parts of every site and put them in; nothing is drawn at random."""
     sites = {site.path: site for site in sites_of(model) if site.path in assigned}
@@ -317,13 +320,13 @@ def attach(
         raise FileError("the adapter does not fit the model", [(str(folder), ""), *faults[:8]])
     parts[ROOT] = method.shared_from_peft({name: standing(t) for name, t in shared.items()})
     base = fingerprint(model)
-    handle = Handle(model, Recipe(weights=method), sites, also_train=tuple(saved))
+    handle = Handle(model, Recipe(weights=method), sites, also_train=tuple(saved), name=name)
     handle.fingerprint = base
     handle.install(parts)
     state = model.state_dict()
     with torch.no_grad():
-        for name, tensor in whole.items():
-            state[name].copy_(tensor)
+        for key, tensor in whole.items():
+            state[key].copy_(tensor)
     return handle
 
 

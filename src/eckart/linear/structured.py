@@ -10,13 +10,14 @@ parameter goes and a read-only `weight` stands for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eckart.linear.mixing import Branch, Mix
 from eckart.linear.sites import Site, as_matrix, as_stored
 from eckart.linear.term import Gain, Product, Term, plain_mm
 
@@ -29,8 +30,10 @@ class Sum:
     """What a structured module remembers: the names of its terms, per parameter."""
 
     kind: str
-    terms: dict[str, list[str]]  # parameter -> names of its terms, in order
-    gain: dict[str, str]  # parameter -> name of its gain
+    terms: dict[str, list[str]]  # parameter -> names of its terms in use, in order
+    gain: dict[str, str]  # parameter -> name of its gain in use
+    children: dict[str, list[str]] = field(default_factory=dict)  # all of them, in use or not
+    mix: dict[str, Mix] = field(default_factory=dict)  # where several adapters are in use
     owner: Any = None  # where the terms live, when they live elsewhere (tied)
     flipped: bool = False  # this end of a tied pair runs the map backwards
     mm: Product = plain_mm
@@ -43,18 +46,18 @@ class Structured(nn.Module):
     _sum: Sum
 
     def children_of(self, param: str = "weight") -> dict[str, Term]:
-        """The terms of one parameter by name, without the parameter's prefix."""
+        """The terms in use of one parameter by name, without the parameter's prefix."""
         prefix = f"{param}_" if self._sum.kind == "experts" else ""
         names = self._sum.terms.get(param, ())
         return {name: getattr(self, prefix + name) for name in names}
 
     @property
     def terms(self) -> list[Term]:
-        """The terms of the module's one matrix, in order."""
+        """The terms in use of the module's one matrix, in order."""
         return list(self.children_of().values())
 
     def gain_of(self, param: str = "weight") -> Gain | None:
-        """The gain of one parameter, or None."""
+        """The gain in use of one parameter, or None."""
         name = self._sum.gain.get(param)
         return None if name is None else getattr(self, name)
 
@@ -64,13 +67,31 @@ class Structured(nn.Module):
         return None if tensor is None else as_matrix(tensor, self, self._sum.kind)
 
     def merged(self, param: str = "weight") -> Tensor:
-        """The matrix that the whole sum stands for, [*, m, n], in fp64."""
-        base = self.matrix(param)
-        terms = list(self.children_of(param).values())
+        """The matrix that the sum in use stands for, [*, m, n], in fp64."""
+        base, mix = self.matrix(param), self._sum.mix.get(param)
+        if mix is not None and base is not None:
+            whole = base.detach().double()
+            changes = [b.weight * (self.sum_of(param, b) - whole) for b in mix.branches if b.terms]
+            return torch.stack([whole, *changes]).sum(0)
+        return self.sum_of(param, self.in_use(param))
+
+    def in_use(self, param: str = "weight") -> Branch:
+        """The terms and gain in use of one parameter, under their names in the module."""
+        prefix = f"{param}_" if self._sum.kind == "experts" else ""
+        terms = tuple(prefix + name for name in self._sum.terms.get(param, ()))
+        return Branch(terms, self._sum.gain.get(param))
+
+    def parts_of(self, branch: Branch) -> tuple[list[Term], Gain | None]:
+        """The terms and the gain that a branch names."""
+        terms: list[Term] = [getattr(self, name) for name in branch.terms]
+        return terms, None if branch.gain is None else getattr(self, branch.gain)
+
+    def sum_of(self, param: str, branch: Branch) -> Tensor:
+        """The base's matrix with one branch, its weight left out: [*, m, n], in fp64."""
+        base, (terms, gain) = self.matrix(param), self.parts_of(branch)
         parts = [] if base is None else [base.detach().double()]
         parts += [term.dense().detach().double() for term in terms]
         total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        gain = self.gain_of(param)
         if gain is not None and base is not None:
             total = total * gain.factor(base, terms).detach().double().unsqueeze(-1)
         return total
@@ -138,6 +159,7 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
         if hasattr(module, child):
             raise ValueError(f"{site.path} already has something called {child!r}")
         module.add_module(child, part)
+        record.children.setdefault(site.param, []).append(child)
         if isinstance(part, Gain):
             record.gain[site.param] = child
         else:
@@ -176,18 +198,42 @@ def drop_dense(site: Site) -> None:
     module.__class__ = dropped_class(mixin, base)
 
 
-def uninstall(module: nn.Module, param: str = "weight") -> None:
-    """Take the terms of one parameter away; the class goes back when none is left."""
+def uninstall(
+    module: nn.Module, param: str = "weight", names: Collection[str] | None = None
+) -> None:
+    """Take terms of one parameter away, all or those of these names in the module.
+
+    The class goes back when none is left.
+    """
     if not isinstance(module, Structured):
         return
     record = module._sum
-    prefix = f"{param}_" if record.kind == "experts" else ""
-    for name in record.terms.pop(param, []):
-        delattr(module, prefix + name)
-    if param in record.gain:
-        delattr(module, record.gain.pop(param))
-    if not record.terms and not record.gain:
+    here = record.children.get(param, [])
+    leaving = [name for name in here if names is None or name in names]
+    for name in leaving:
+        delattr(module, name)
+        here.remove(name)
+    put_in_use(module, param, [])
+    if not any(record.children.values()):
         restore_class(module)
+
+
+def put_in_use(
+    module: Structured, param: str, branches: Sequence[Branch], rows: Tensor | None = None
+) -> None:
+    """Let these branches, and no others, be the sum that a parameter runs."""
+    record = module._sum
+    prefix = f"{param}_" if record.kind == "experts" else ""
+    record.mix.pop(param, None)
+    record.gain.pop(param, None)
+    record.terms[param] = []
+    if rows is not None or len(branches) > 1 or any(b.weight != 1.0 for b in branches):
+        record.mix[param] = Mix(tuple(branches), rows)
+        return
+    for branch in branches:
+        record.terms[param] = [name.removeprefix(prefix) for name in branch.terms]
+        if branch.gain is not None:
+            record.gain[param] = branch.gain
 
 
 def restore_class(module: nn.Module) -> None:

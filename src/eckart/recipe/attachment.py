@@ -14,12 +14,13 @@ from eckart import linear
 from eckart.errors import FileError, UsageError
 from eckart.linear import Gain, Horizon, Shared, Site, Structured, Term
 from eckart.recipe import registry
+from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.groups import default_lr
 from eckart.recipe.handle import FORMAT, ROOT, Handle
 from eckart.recipe.method import Weights
-from eckart.recipe.recipe import Recipe
+from eckart.recipe.recipe import Recipe, refuse_unasked
 from eckart.recipe.targets import (
     EVERYTHING,
     apply_overrides,
@@ -43,13 +44,15 @@ def attach(
     seed: int = 0,
     also_train: Sequence[str] = (),
     teacher: nn.Module | None = None,
+    name: str = DEFAULT,
 ) -> Handle:
     """Put a recipe's terms into a model, in place.
 
     `calibration` are batches (dicts for `model(**batch)`) for methods that need gradients or
     activations; `steps`, `lr` and `warmup` the horizon for methods that need it. `also_train`
     names modules to train whole beside the terms (a new classification head). `teacher`
-    is the reference of a distillation where the base itself is trained or dropped.
+    is the reference of a distillation where the base itself is trained or dropped. `name`
+    tells this adapter from others on the same model.
 
     Raises UsageError for targets that match nothing, ranks too large everywhere, missing
     calibration or horizon, and combinations that cannot work.
@@ -57,14 +60,19 @@ def attach(
     if recipe.weights is None:
         raise UsageError("a recipe needs weights", fix="For example Recipe(weights=eckart.LoRA()).")
     recipe.check()
+    require_free(model, name)
     sites = choose(model, recipe.weights, seed)
+    for site in sites:
+        if site.overrides:
+            refuse_unasked(recipe.weights.at(site), recipe.update, site.path)
     calibrate(model, recipe, sites, calibration, steps)
     horizon = Horizon(steps, lr if lr is not None else default_lr(recipe), warmup or 0)
     for site in sites:
         site.horizon = horizon
     base = fingerprint(model)
     parts = recipe.weights.build(sites) if sites else {}
-    handle = Handle(model, recipe, {s.path: s for s in sites}, seed, tuple(also_train), teacher)
+    by_path = {site.path: site for site in sites}
+    handle = Handle(model, recipe, by_path, seed, tuple(also_train), teacher, name)
     handle.fingerprint = base
     handle.steps, handle.lr, handle.warmup = steps, lr, warmup
     handle.install(parts)
@@ -79,6 +87,7 @@ def attach_from(
     *,
     recipe: Recipe | None = None,
     teacher: nn.Module | None = None,
+    name: str = DEFAULT,
 ) -> Handle:
     """Rebuild an attachment from stored plain data, its tensors still without values.
 
@@ -101,7 +110,7 @@ def attach_from(
         {p: here[p] for p in wanted} if wanted else {s.path: s for s in choose_all(recipe, here)}
     )
     handle = Handle(
-        model, recipe, sites, structure["seed"], tuple(structure["also_train"]), teacher
+        model, recipe, sites, structure["seed"], tuple(structure["also_train"]), teacher, name
     )
     handle.fingerprint = structure["fingerprint"]
     for path in structure["changed"]:

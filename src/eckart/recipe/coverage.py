@@ -58,7 +58,7 @@ def cover(handle: Handle) -> Coverage:
     for path, by_name in handle.parts().items():
         site = handle.sites[path]
         for child in by_name:
-            roles[f"{site.module_path}.{site.prefix}{child}"] = site.role
+            roles[f"{site.module_path}.{handle.child(path, child)}"] = site.role
     rank = getattr(handle.weights, "rank", None) or 0
     sites = handle.sites.values()
     coverage.cut = sum(1 for s in sites if s.path in handle.attached and rank > min(s.shape))

@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import nn
 
+from eckart.linear import Gain, Shared, Term
+
 SAMPLES = 64  # values read of each tensor: enough to tell two trainings apart, cheap at any size
 ESSENTIALS = (
     "model_type",
@@ -28,7 +30,8 @@ def fingerprint(model: nn.Module) -> str:
     SHA-256 over what of the config changes the function, then each distinct parameter and
     saved buffer (names sorted; of a tied pair the first) with its shape and 64 evenly spaced
     values, rounded to bf16. The dtype a model is loaded in therefore makes no difference,
-    nor does a file that spells a tied head twice. Taken before any term is attached.
+    nor does a file that spells a tied head twice. Terms that are attached do not count, but
+    what a method made of the base itself would: take it before that.
     """
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
@@ -37,6 +40,10 @@ def fingerprint(model: nn.Module) -> str:
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=True))
     saved = model.state_dict(keep_vars=True)
     tensors |= {name: t for name, t in model.named_buffers() if name in saved}
+    terms = tuple(
+        f"{path}." for path, m in model.named_modules() if isinstance(m, Term | Gain | Shared)
+    )
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(terms)}
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         flat = tensor.reshape(-1)

@@ -32,6 +32,8 @@ def groups(handle: Handle, lr: float) -> list[dict[str, Any]]:
     for name, parameter in handle.trainable().items():
         ratios = {"lr": 1.0, "weight_decay": 1.0 if parameter.ndim > 1 else 0.0, "clip": 1.0}
         ratios.update(handle.weights.ratios(name, parameter))
+        if name not in special:
+            ratios["lr"] *= update.plain_lr()
         key = (name in special, leading.get(name, 0), *ratios.values())
         group = found.setdefault(
             key,
@@ -61,7 +63,7 @@ def leading_dimensions(handle: Handle) -> dict[str, int]:
         site = handle.sites[path]
         for child, part in by_name.items():
             for key, _ in part.named_parameters():
-                found[f"{site.module_path}.{site.prefix}{child}.{key}"] = len(site.leading)
+                found[f"{site.module_path}.{handle.child(path, child)}.{key}"] = len(site.leading)
     return found
 
 
@@ -84,7 +86,7 @@ def factor_pairs(handle: Handle) -> list[tuple[str, str, float]]:
         site = handle.sites[path]
         for child, term in by_name.items():
             if isinstance(term, LowRank) and {"A", "B"} <= set(term._parameters):
-                stem = f"{site.module_path}.{site.prefix}{child}"
+                stem = f"{site.module_path}.{handle.child(path, child)}"
                 found.append((f"{stem}.B", f"{stem}.A", term.scale))
     return found
 

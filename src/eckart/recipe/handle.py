@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eckart.errors import FileError, UsageError
-from eckart.linear import LowRank, Site, Structured, Term, describe, fold, install, uninstall
+from eckart.linear import Gain, LowRank, Site, Structured, Term, describe, fold, install, uninstall
 from eckart.linear.sites import as_stored
 from eckart.optim import LowRankOptimizer
+from eckart.recipe import adapters
+from eckart.recipe.adapters import DEFAULT, Choice, adapters_of
 from eckart.recipe.calibrate import Batch
 from eckart.recipe.coverage import cover
 from eckart.recipe.events import EventHook
@@ -40,8 +42,12 @@ class Handle:
         seed: int = 0,
         also_train: tuple[str, ...] = (),
         teacher: nn.Module | None = None,
+        name: str = DEFAULT,
     ):
         assert recipe.weights is not None
+        adapters.require_free(model, name)
+        self.name = name  # of this adapter among those on the model
+        self.suffix = "" if name == DEFAULT else f"@{name}"  # of its children in memory
         self.model, self.recipe, self.sites, self.seed = model, recipe, sites, seed
         self.weights: Weights = recipe.weights
         self.also_train, self.teacher = also_train, teacher
@@ -67,6 +73,7 @@ class Handle:
 
         A failure on the way leaves the model as it was.
         """
+        adapters.require_beside(self, parts)
         before = dict(self.model.named_parameters())
         try:
             self.put_in(parts)
@@ -93,7 +100,7 @@ class Handle:
                 parameter.requires_grad_(False)
         for name, module in parts.get(ROOT, {}).items():
             module.to(device=next(self.model.parameters()).device)
-            self.model.add_module(name, module)
+            self.model.add_module(name + self.suffix, module)
             self.shared[name] = module
         for path, by_name in parts.items():
             if path == ROOT:
@@ -115,6 +122,7 @@ class Handle:
             for term in by_term.values():
                 term.bind(self.shared, self.sites[path].module, self.sites[path].param)
         self.set_products()
+        adapters_of(self.model).enter(self)
         self.coverage = cover(self)
         if self.attached:
             lock(self.model, self.structure())
@@ -133,25 +141,36 @@ class Handle:
             return
         for part in parts.values():
             part.to(device=site.raw.device).train(site.module.training)
-            self.declare_gradient_rule(part)
-        install(site, parts, drop)
+            self.declare_gradient_rule(part, site.path)
+        install(site, {name + self.suffix: part for name, part in parts.items()}, drop)
         self.attached[site.path] = list(parts)
 
-    def declare_gradient_rule(self, part: nn.Module) -> None:
-        """Hand the update's row factor to factor pairs."""
+    def declare_gradient_rule(self, part: nn.Module, path: str) -> None:
+        """Hand the update's row factor to factor pairs; UsageError where one is no plain pair."""
         update = self.recipe.update
-        if isinstance(update, Update) and isinstance(part, LowRank):
-            part.branch_gradient = update.branch_gradient()
+        rule = update.branch_gradient() if isinstance(update, Update) else None
+        if update is None or rule is None or not isinstance(part, LowRank):
+            return
+        if not part.plain_pair:
+            raise UsageError(
+                "these two do not combine",
+                [
+                    (f"update = {update.slug}", "needs trained factors B, A whose product is all"),
+                    (f"weights = {self.weights.slug}", f"has more than that at {path}"),
+                ],
+                f"Type weights=lora weights.init=kaiming update={update.slug}.",
+            )
+        part.branch_gradient = rule
 
     def set_products(self) -> None:
         """Let the precision compute the products of the sites and of their terms."""
         mm = self.recipe.precision.mm() if self.recipe.precision is not None else None
         if mm is None:
             return
-        for path in self.attached:
+        for path, by_name in self.terms().items():
             module: Any = self.sites[path].module
             module._sum.mm = mm
-            for term in module.children_of(self.sites[path].param).values():
+            for term in by_name.values():
                 term.mm = mm
 
     # --- looking ---------------------------------------------------------------------------
@@ -159,41 +178,62 @@ class Handle:
     def terms(self) -> dict[str, dict[str, Term]]:
         """The live terms: site path -> name -> term."""
         return {
-            path: self.sites[path].module.children_of(self.sites[path].param)  # type: ignore
-            for path in self.attached
+            path: {name: part for name, part in by_name.items() if isinstance(part, Term)}
+            for path, by_name in self.parts().items()
         }
 
     def parts(self) -> dict[str, dict[str, nn.Module]]:
-        """The live terms and gains: site path -> child name -> module."""
+        """The live terms and gains: site path -> name -> module."""
         return {
-            path: {n: getattr(self.sites[path].module, self.sites[path].prefix + n) for n in names}
+            path: {n: getattr(self.sites[path].module, self.child(path, n)) for n in names}
             for path, names in self.attached.items()
         }
+
+    def child(self, path: str, name: str) -> str:
+        """What a part is called among the children of its module: `lora`, or `lora@NAME`."""
+        return f"{self.sites[path].prefix}{name}{self.suffix}"
+
+    def children_at(self, path: str) -> tuple[tuple[str, ...], str | None]:
+        """The children at one site: those that are terms, and the gain."""
+        parts = {self.child(path, name): part for name, part in self.parts()[path].items()}
+        gain = next((name for name, part in parts.items() if isinstance(part, Gain)), None)
+        return tuple(name for name in parts if name != gain), gain
 
     def carried(self) -> dict[str, nn.Module]:
         """The live parts, and what they share, by raw name in the model."""
         stems = {
-            f"{self.sites[path].module_path}.{self.sites[path].prefix}{child}": part
+            f"{self.sites[path].module_path}.{self.child(path, name)}": part
             for path, by_name in self.parts().items()
-            for child, part in by_name.items()
+            for name, part in by_name.items()
         }
-        return {**stems, **self.shared}
+        return {**stems, **{name + self.suffix: part for name, part in self.shared.items()}}
+
+    def in_files(self, name: str) -> str:
+        """A raw name as files have it: without the adapter's own."""
+        return name.replace(f"{self.suffix}.", ".") if self.suffix else name
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What is trained, now or in turn, by raw parameter name; a tied parameter once."""
-        resting = self.resting()
-        named = self.model.named_parameters()
-        return {name: p for name, p in named if p.requires_grad or name in resting}
+        resting, others = self.resting(), tuple(f"{s}." for h in self.others() for s in h.carried())
+        return {
+            name: p
+            for name, p in self.model.named_parameters()
+            if (p.requires_grad or name in resting) and not name.startswith(others)
+        }
+
+    def others(self) -> list[Handle]:
+        """The other adapters on the model."""
+        return [h for h in adapters_of(self.model).handles.values() if h is not self]
 
     def named_state(self) -> dict[str, Tensor]:
-        """What differs from the base, by raw name: trained tensors and the terms' buffers."""
+        """What differs from the base, by name in files: trained tensors and terms' buffers."""
         names = set(self.trainable())
         for stem, part in self.carried().items():
             names.update(f"{stem}.{key}" for key in part.state_dict())
         for path in self.originals:
             names.add(f"{self.sites[path].module_path}.{self.sites[path].param}")
         state = self.model.state_dict(keep_vars=True)
-        return {name: state[name] for name in sorted(names)}
+        return {self.in_files(name): state[name] for name in sorted(names)}
 
     def load_named_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Write saved tensors into the model. Missing, extra or misshapen ones: FileError."""
@@ -297,18 +337,28 @@ class Handle:
     # --- leaving ---------------------------------------------------------------------------
 
     def merge(self) -> nn.Module:
-        """Fold the terms into dense matrices, in place; returns the model, free of eckart."""
-        for path, by_name in self.terms().items():
-            for name, term in by_name.items():
-                if not term.linear:
-                    raise UsageError(
-                        "this cannot be merged", [(f"{path}.{name}", "is not a linear map")]
-                    )
-        folded = {path: fold(self.sites[path]) for path in self.attached}
-        self.detach()
+        """Fold the terms in use into dense matrices, in place; returns the model, free of eckart.
+
+        Other adapters go without a trace, or with their weight where they are summed.
+        """
+        here = adapters_of(self.model)
+        if here.rows:
+            raise UsageError("adapters row by row have no one matrix", fix="Call handle.use first.")
+        handles = list(here.handles.values())
+        for handle in handles:
+            for path, by_name in handle.terms().items():
+                for name, term in by_name.items():
+                    if handle.name in here.weights and not term.linear:
+                        raise UsageError(
+                            "this cannot be merged", [(f"{path}.{name}", "is not a linear map")]
+                        )
+        sites = {path: handle.sites[path] for handle in handles for path in handle.attached}
+        folded = {path: fold(site) for path, site in sites.items()}
+        for handle in handles:
+            handle.detach()
+            handle.originals.clear()
         for path, matrix in folded.items():
-            put_dense(self.sites[path], matrix)
-        self.originals.clear()
+            put_dense(sites[path], matrix)
         return self.model
 
     def remove(self) -> nn.Module:
@@ -323,21 +373,38 @@ class Handle:
         return self.model
 
     def detach(self) -> None:
-        """Undo the class changes, the lock and the freezing."""
+        """Undo the class changes and, with the last adapter, the lock and the freezing."""
         for path in list(self.attached):
             site = self.sites[path]
-            uninstall(site.module, site.param)
-            for other in site.tied_modules:
-                uninstall(other)
+            uninstall(site.module, site.param, [self.child(path, n) for n in self.attached[path]])
+            if not isinstance(site.module, Structured):
+                for other in site.tied_modules:
+                    uninstall(other)
         self.attached.clear()
         for name in self.shared:
-            delattr(self.model, name)
+            delattr(self.model, name + self.suffix)
         self.shared.clear()
         guarded.discard(self)
-        unlock(self.model)
-        self.model.__dict__.pop("resize_token_embeddings", None)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.required.get(name, True))
+        here = adapters_of(self.model)
+        here.leave(self)
+        if not any(handle.attached for handle in here.handles.values()):
+            unlock(self.model)
+            self.model.__dict__.pop("resize_token_embeddings", None)
+
+    # --- several adapters on one model --------------------------------------------------------
+
+    @property
+    def adapters(self) -> dict[str, Handle]:
+        """All adapters on the model by name, this one among them."""
+        return dict(adapters_of(self.model).handles)
+
+    def use(self, choice: Choice) -> None:
+        """Put adapters of the model in use: see `eckart.recipe.adapters.use`."""
+        adapters.use(self.model, choice)
+
+    def rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Another adapter for each row of a batch: see `eckart.recipe.adapters.rows`."""
+        return adapters.rows(self.model, names)
 
 
 def handle_of(model: nn.Module) -> Handle | None:

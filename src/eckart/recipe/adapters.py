@@ -1,0 +1,207 @@
+"""Several adapters on one base: which of them run, for all rows of a batch or row by row.
+
+Each adapter is a handle with a name. In memory its tensors are called `lora@NAME.A`; the one
+without a name of its own is called `default` when it is chosen, and its tensors `lora.A`. No
+file carries a name. The last one attached is in use, and trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from eckart.errors import UsageError, did_you_mean
+from eckart.linear.mixing import Branch
+from eckart.linear.structured import put_in_use
+
+if TYPE_CHECKING:
+    from eckart.recipe.handle import Handle
+
+DEFAULT = "default"  # the name of an adapter without one of its own
+HERE = "eckart_adapters"  # attribute of a model that carries some
+Choice = str | Mapping[str, float] | Sequence[str] | None
+
+
+@dataclass
+class Adapters:
+    """The adapters of one model, in the order in which they were attached."""
+
+    handles: dict[str, Handle] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)  # of those in use
+    rows: tuple[str | None, ...] = ()  # one for each row, where rows are told apart
+
+    def __deepcopy__(self, memo: object) -> Adapters:
+        return Adapters()  # a copied model has no handle, whatever it carries
+
+    def __reduce__(self) -> tuple[type[Adapters], tuple[()]]:
+        return Adapters, ()
+
+    def enter(self, handle: Handle) -> None:
+        """One more, in use alone from now on."""
+        self.handles[handle.name] = handle
+        self.choose({handle.name: 1.0})
+
+    def leave(self, handle: Handle) -> None:
+        """One less; those in use beside it stay in use. Freezing is undone with the last.
+
+        A handle remembers which parameters were trained before it came; what this one
+        remembers goes to the next.
+        """
+        names = list(self.handles)
+        here = self.handles.get(handle.name) is handle
+        after = names[names.index(handle.name) + 1 :] if here else []
+        if here:
+            del self.handles[handle.name]
+            self.weights.pop(handle.name, None)
+        if after:
+            heir = self.handles[after[0]].required
+            heir.update({name: was for name, was in handle.required.items() if name in heir})
+        else:
+            for name, parameter in handle.model.named_parameters():
+                parameter.requires_grad_(handle.required.get(name, True))
+        self.choose(self.weights)
+
+    def choose(self, weights: Mapping[str, float], rows: Sequence[str | None] = ()) -> None:
+        """Put adapters in use: a weighted sum for all rows, or one for each row."""
+        self.weights, self.rows = dict(weights), tuple(rows)
+        kinds = list(dict.fromkeys(rows))
+        for path in dict.fromkeys(path for h in self.handles.values() for path in h.attached):
+            module, param = next(
+                (h.sites[path].module, h.sites[path].param)
+                for h in self.handles.values()
+                if path in h.attached
+            )
+            if rows:
+                branches = [self.branch(name, path) for name in kinds]
+                index = torch.tensor([kinds.index(name) for name in rows])
+                index = index.to(next(module.parameters()).device)
+                put_in_use(module, param, branches, index)  # type: ignore[arg-type]
+            else:
+                chosen = [self.branch(name, path, w) for name, w in weights.items()]
+                put_in_use(module, param, [b for b in chosen if b.terms])  # type: ignore[arg-type]
+
+    def branch(self, name: str | None, path: str, weight: float = 1.0) -> Branch:
+        """An adapter's part at one site; without terms where it has none there."""
+        if name is None or path not in self.handles[name].attached:
+            return Branch()
+        terms, gain = self.handles[name].children_at(path)
+        return Branch(terms, gain, weight)
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The adapters of a model; none at first."""
+    found: Adapters = model.__dict__.setdefault(HERE, Adapters())
+    return found
+
+
+def require_free(model: nn.Module, name: str) -> None:
+    """Raise UsageError for a name that is taken, or that cannot be one."""
+    if not name or "." in name or "@" in name:
+        raise UsageError("this cannot be the name of an adapter", [("name", repr(name))])
+    if name in adapters_of(model).handles and adapters_of(model).handles[name].attached:
+        raise UsageError(
+            "an adapter of this name is attached already",
+            [("name", name)],
+            "Pass another name=, or take that one away: handle.remove().",
+        )
+
+
+def require_beside(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    """Raise UsageError where an adapter cannot share its base with those that are there."""
+    others = [h for h in adapters_of(handle.model).handles.values() if h.attached]
+    if not others:
+        return
+    for one in (handle, *others):
+        slug = one.weights.slug
+        changed = one.originals or (one is handle and any("dense" in p for p in parts.values()))
+        if one.weights.base != "frozen" or changed:
+            reason = f"{slug} changes the base itself"
+        elif one.also_train:
+            reason = f"{slug} trains whole modules beside its terms: {one.also_train[0]}"
+        else:
+            continue
+        raise UsageError(
+            "these adapters cannot share one base",
+            [(one.name, reason)],
+            "Load them on models of their own.",
+        )
+
+
+def known(model: nn.Module, name: str) -> str:
+    """A name of an adapter of this model. UsageError for any other."""
+    names = list(adapters_of(model).handles)
+    if name not in names:
+        fix = did_you_mean(name, names, f"There are: {', '.join(names) or 'none'}.")
+        raise UsageError("no adapter of this name", [(str(name), "")], fix)
+    return name
+
+
+def use(model: nn.Module, choice: Choice) -> None:
+    """Put adapters in use: one by name, several summed (a mapping gives weights), None for none.
+
+    A sum is of changes: with DoRA each adapter's gain scales its own sum with the base.
+    """
+    if choice is None:
+        weights: dict[str, float] = {}
+    elif isinstance(choice, str):
+        weights = {known(model, choice): 1.0}
+    elif isinstance(choice, Mapping):
+        weights = {known(model, name): float(weight) for name, weight in choice.items()}
+    else:
+        weights = {known(model, name): 1.0 for name in choice}
+    adapters_of(model).choose(weights)
+
+
+@contextmanager
+def alone(handle: Handle) -> Iterator[None]:
+    """Inside, this adapter and no other is in use."""
+    here = adapters_of(handle.model)
+    before = here.weights, here.rows
+    here.choose({handle.name: 1.0})
+    try:
+        yield
+    finally:
+        here.choose(*before)
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside, row i of every batch runs adapter names[i], or the base where that is None.
+
+    Beams and returned sequences of `generate` follow their row. A backward pass belongs
+    inside too where activations are checkpointed. Raises UsageError for fused experts, which
+    see tokens without their rows, and for embeddings of positions, which see no rows.
+    """
+    here = adapters_of(model)
+    chosen = [None if name is None else known(model, name) for name in names]
+    if not chosen:
+        raise UsageError("no rows are named", fix="Name one adapter, or None, for each row.")
+    before = here.weights, here.rows
+    if len(set(chosen)) == 1:
+        here.choose({} if chosen[0] is None else {chosen[0]: 1.0})
+    else:
+        for name in filter(None, dict.fromkeys(chosen)):
+            require_rows(here.handles[name])
+        here.choose({}, chosen)
+    try:
+        yield
+    finally:
+        here.choose(*before)
+
+
+def require_rows(handle: Handle) -> None:
+    """Raise UsageError where an adapter has terms on a map that cannot tell rows apart."""
+    for path in handle.attached:
+        site = handle.sites[path]
+        if site.kind == "experts" or site.role == "embedding.other":
+            what = "fused experts" if site.kind == "experts" else "this embedding"
+            raise UsageError(
+                f"{what} cannot tell the rows of a batch apart",
+                [(path, f"adapter {handle.name}")],
+                'Run one adapter at a time: handle.use("NAME").',
+            )
