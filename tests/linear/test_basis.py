@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 
 from eckart.errors import FileError
 from eckart.linear import basis, describe
-from eckart.linear.basis import RandomBasis, Streamed, combine, uniform
+from eckart.linear.basis import RandomBasis, combine, combined, uniform
 
 F64 = torch.float64
 MASK = (1 << 64) - 1
@@ -71,7 +71,7 @@ def test_any_piece_is_a_piece_of_the_whole():
 def test_torchs_generator_is_left_alone():
     before = torch.get_rng_state()
     held = RandomBasis(0, "x", 4, 5, 3)
-    Streamed.apply(torch.ones(4, requires_grad=True), 0, "x", 5, 3).sum().backward()
+    combined(torch.ones(4, requires_grad=True), (0, "x", 5, 3)).sum().backward()
     assert torch.equal(torch.get_rng_state(), before) and held.values.any()
 
 
@@ -85,7 +85,7 @@ def test_streamed_equals_held(leading, at_once, monkeypatch):
     monkeypatch.setattr(basis, "AT_ONCE", at_once)
     g = torch.Generator().manual_seed(0)
     c = torch.randn(*leading, 7, generator=g, dtype=F64).requires_grad_()
-    plain, streamed = combine(c, held), Streamed.apply(c, 2, "x", 5, 3)
+    plain, streamed = combine(c, held), combined(c, (2, "x", 5, 3))
     explicit = torch.einsum("...k,knr->...nr", c, held.double())
     # fp64, sums of 7 products in another order
     torch.testing.assert_close(plain, explicit, rtol=0, atol=1e-13)
@@ -94,7 +94,7 @@ def test_streamed_equals_held(leading, at_once, monkeypatch):
     (ours,) = torch.autograd.grad(streamed, c, grad)
     (theirs,) = torch.autograd.grad(explicit, c, grad)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
-    assert gradcheck(lambda c: Streamed.apply(c, 2, "x", 5, 3), (c,))
+    assert gradcheck(lambda c: combined(c, (2, "x", 5, 3)), (c,))
 
 
 def test_sparse_entries_are_signs_in_the_promised_share():

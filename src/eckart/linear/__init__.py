@@ -1,16 +1,17 @@
 """What is a map made of? Terms, sums of terms, and the sites where they live."""
 
-from eckart.linear.layers import kernels
+from eckart.linear.layers import frozen_linear, kernels
 from eckart.linear.lowrank import LowRank, linear_plus_low_rank, low_rank
 from eckart.linear.sites import Horizon, Site, find_sites, seeded_generator
 from eckart.linear.structured import Structured, fold, install, uninstall
-from eckart.linear.term import Dense, Gain, Product, Shared, Term, describe, plain_mm
+from eckart.linear.term import Dense, Gain, Pair, Product, Shared, Term, describe, plain_mm
 
 __all__ = [
     "Dense",
     "Gain",
     "Horizon",
     "LowRank",
+    "Pair",
     "Product",
     "Shared",
     "Site",
@@ -19,6 +20,7 @@ __all__ = [
     "describe",
     "find_sites",
     "fold",
+    "frozen_linear",
     "install",
     "kernels",
     "linear_plus_low_rank",

@@ -8,6 +8,7 @@ left alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -133,19 +134,44 @@ def combine(coefficients: Tensor, basis: Tensor) -> Tensor:
     return (coefficients @ basis.flatten(1).to(coefficients.dtype)).unflatten(-1, basis.shape[1:])
 
 
-class Streamed(torch.autograd.Function):
-    """`combine` with a basis drawn piece by piece, in the forward pass and again backwards."""
+Drawn = tuple[int, str, int, int]
+"""(seed, name, length, rank): a basis that is drawn piece by piece and never held whole."""
+
+
+def in_pieces(coefficients: Tensor, basis: Tensor | Drawn) -> Iterator[tuple[Tensor, Tensor]]:
+    """Coefficients [*, k] and their basis [k, length, rank], whole where it is held."""
+    if isinstance(basis, Tensor):
+        yield coefficients, basis
+        return
+    seed, name, length, rank = basis
+    for i in pieces(coefficients.shape[-1], length * rank):
+        piece = uniform(seed, name, i, range(length), range(rank), coefficients.device)
+        yield coefficients[..., i.start : i.stop], piece
+
+
+def combined(coefficients: Tensor, basis: Tensor | Drawn, known: Tensor | None = None) -> Tensor:
+    """As `combine`, for a basis that is held or drawn: in the forward pass and again backwards.
+
+    With `known`, the value found for the same coefficients before, up to a constant, the
+    basis is read or drawn for the gradient alone.
+    """
+    return Combined.apply(coefficients, basis, known)
+
+
+class Combined(torch.autograd.Function):
+    """See `combined`. Kept for the backward pass: the coefficients, and a held basis by name."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, coefficients: Tensor, seed: int, name: str, length: int, rank: int
+        ctx: Any, coefficients: Tensor, basis: Tensor | Drawn, known: Tensor | None
     ) -> Tensor:
-        ctx.basis = (seed, name, length, rank)
         ctx.save_for_backward(coefficients)
-        total = coefficients.new_zeros(*coefficients.shape[:-1], length, rank)
-        for i, piece in drawn(coefficients, *ctx.basis):
-            total += combine(coefficients[..., i.start : i.stop], piece)
-        return total
+        ctx.basis = basis
+        if known is not None:
+            return known.detach()
+        return functools.reduce(
+            torch.add, (combine(c, piece) for c, piece in in_pieces(coefficients, basis))
+        )
 
     @staticmethod
     @once_differentiable
@@ -154,14 +180,6 @@ class Streamed(torch.autograd.Function):
         flat = grad.flatten(-2)  # [*, length rank]
         parts = [
             flat @ piece.flatten(1).to(flat.dtype).mT
-            for _, piece in drawn(coefficients, *ctx.basis)
+            for _, piece in in_pieces(coefficients, ctx.basis)
         ]
-        return torch.cat(parts, dim=-1), None, None, None, None
-
-
-def drawn(
-    coefficients: Tensor, seed: int, name: str, length: int, rank: int
-) -> Iterator[tuple[range, Tensor]]:
-    """The basis of coefficients [*, k] in pieces: which entries, and [piece, length, rank]."""
-    for i in pieces(coefficients.shape[-1], length * rank):
-        yield i, uniform(seed, name, i, range(length), range(rank), coefficients.device)
+        return torch.cat(parts, dim=-1), None, None

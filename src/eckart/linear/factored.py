@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from eckart.linear.lowrank import low_rank
 from eckart.linear.sites import Site
-from eckart.linear.term import Term
+from eckart.linear.term import Pair, Term
 
 
 class Factored(Term):
@@ -26,6 +26,12 @@ class Factored(Term):
     def factors(self) -> tuple[Tensor, Tensor]:
         """B [*, m, r], A [*, r, n], differentiable in the trained tensors."""
         raise NotImplementedError
+
+    def pair(self) -> Pair | None:
+        if self.dropout and self.training:
+            return None
+        B, A = self.factors()
+        return Pair(A, B)
 
     def forward(self, x: Tensor) -> Tensor:  # [*, t, n] -> [*, t, m]
         B, A = self.factors()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eckart.linear.lowrank import LowRank, linear_plus_low_rank
+from eckart.linear.lowrank import linear_plus_low_rank
 from eckart.linear.structured import Structured, mixins
-from eckart.linear.term import Term, plain_mm
+from eckart.linear.term import Pair, Term, plain_mm
 
 kernels: dict[Callable[..., Any], Callable[..., Any]] = {}
 """Faster forms of plain functions, filled by `eckart.kernels`; empty, all still runs."""
@@ -25,6 +25,7 @@ def add(y: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
 class LinearSum(Structured):
     """Linear and Conv1D; also the head of a tied pair, where the map runs backwards."""
 
+    weight: Tensor
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,11 +35,18 @@ class LinearSum(Structured):
         if self._sum.owner is not None:
             return self.tied(x, self._sum.owner)
         terms, gain, W = self.terms, self.gain_of(), self.matrix()
-        if gain is not None or W is None or self._sum.mm is not plain_mm:
+        if W is None or self._sum.mm is not plain_mm:
             return self.parts(x, W)
-        if self._sum.kind == "linear" and (lora := lone_low_rank(terms, W)):
+        pair = lone_pair(terms, W) if self._sum.kind == "linear" else None
+        if pair is not None:
             fused = kernels.get(linear_plus_low_rank, linear_plus_low_rank)
-            return fused(x, W, self.bias, lora.A, lora.B, lora.scale)
+            if gain is None:
+                return fused(x, W, self.bias, *pair)
+            y = fused(x, W, None, *pair)
+            y = y * gain.factor(W, terms).to(y.dtype)
+            return y if self.bias is None else y + self.bias
+        if gain is not None:
+            return self.parts(x, W)
         y = self.base(x)
         for term in terms:
             y = add(y, term(x), y.dtype)
@@ -46,6 +54,8 @@ class LinearSum(Structured):
 
     def base(self, x: Tensor) -> Tensor:
         """The layer's own forward, bias included."""
+        if type(self).__bases__[1] is nn.Linear:
+            return kernels.get(frozen_linear, frozen_linear)(x, self.weight, self.bias)
         return super().forward(x)
 
     def parts(self, x: Tensor, W: Tensor | None) -> Tensor:
@@ -70,20 +80,14 @@ class LinearSum(Structured):
         return y
 
 
-def lone_low_rank(terms: list[Term], W: Tensor) -> LowRank | None:
-    """The only term, where a fused product may take over: plain LoRA on a plain matrix."""
-    if len(terms) != 1 or type(terms[0]) is not LowRank:
-        return None
-    term = terms[0]
-    plain = (
-        term.R is None
-        and term.B0 is None
-        and not term.phi
-        and term.branch_gradient is None
-        and not (term.dropout and term.training)
-        and type(W.data) is Tensor
-    )
-    return term if plain else None
+def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias, x [*, t, n] and W [m, n]: the reference a kernel may take over."""
+    return F.linear(x, W, bias)
+
+
+def lone_pair(terms: list[Term], W: Tensor) -> Pair | None:
+    """The factors of the only term, where a fused product may take over on a plain matrix."""
+    return terms[0].pair() if len(terms) == 1 and type(W.data) is Tensor else None
 
 
 class EmbeddingSum(Structured):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eckart.linear.term import Product, Term, plain_mm
+from eckart.linear.term import Pair, Product, Term, plain_mm
 
 RowFactor = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -122,6 +122,13 @@ class LowRank(Term):
         B = torch.cat([B, -self.scale * self.B0], dim=-1)
         return B, torch.cat([self.A, self.A0], dim=-2)
 
+    def pair(self) -> Pair | None:
+        dropped = self.dropout and self.training
+        if self.R is not None or self.phi or dropped or self.branch_gradient is not None:
+            return None
+        start = None if self.B0 is None else (self.B0, self.A0)
+        return Pair(self.A, self.B, self.scale, start)
+
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
         if self.R is not None or self.B0 is not None or self.branch_gradient is not None:
             return super().grouped(x, offsets)
@@ -168,15 +175,25 @@ def low_rank(
 
 
 def linear_plus_low_rank(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """x W^T + bias + scale * (x A^T) B^T in W's dtype: the reference a kernel may take over.
 
-    x [*, t, n], W [m, n], A [r, n], B [m, r]. The thin products are computed in the
-    factors' dtype, their sum with the base in the base's.
+    x [*, t, n], W [m, n], A [r, n], B [m, r]; the product of a frozen `start` (B0, A0) is
+    subtracted. The thin products are computed in the factors' dtype, their sum with the
+    base in the base's.
     """
-    y = F.linear(x, W, bias)
-    return y + low_rank(x.to(A.dtype), A, B, scale).to(y.dtype)
+    y, wide = F.linear(x, W, bias), x.to(A.dtype)
+    part = low_rank(wide, A, B, scale)
+    if start is not None:
+        part = part - low_rank(wide, start[1], start[0], scale)
+    return y + part.to(y.dtype)
 
 
 class RowScaledGradient(torch.autograd.Function):

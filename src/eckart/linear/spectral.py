@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.linear.factored import Factored
-from eckart.linear.term import Product, plain_mm
+from eckart.linear.term import Pair, Product, plain_mm
 
 
 class Spectral(Factored):
@@ -53,6 +53,10 @@ class Spectral(Factored):
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.frames()
         return B * self.gates().unsqueeze(-2), A
+
+    def pair(self) -> Pair | None:
+        B, A = self.frames()
+        return Pair(A, B * self.gates().unsqueeze(-2))
 
     def forward(self, x: Tensor) -> Tensor:  # [*, t, n] -> [*, t, m]
         B, A = self.frames()

@@ -8,7 +8,7 @@ m out, n in, t tokens, * any leading dimensions (fused experts have one per expe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ Product = Callable[[Tensor, Tensor], Tensor]
 def plain_mm(x: Tensor, w: Tensor) -> Tensor:
     """x [*, t, n] times w [*, n, m]: the product that a precision may replace."""
     return x @ w
+
+
+class Pair(NamedTuple):
+    """scale * (B A - B0 A0): what a product fused with the base's needs to know of a term."""
+
+    A: Tensor  # [r, n]
+    B: Tensor  # [m, r]
+    scale: float = 1.0
+    start: tuple[Tensor, Tensor] | None = None  # B0 [m, r], A0 [r, n], frozen
 
 
 class Term(nn.Module):
@@ -50,6 +59,10 @@ class Term(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Exact B [*, m, r], A [*, r, n] with dense() = B A, the scale inside B; else None."""
+        return None
+
+    def pair(self) -> Pair | None:
+        """The factors that `forward` multiplies by, where it is exactly that; else None."""
         return None
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:

@@ -8,8 +8,8 @@ stalls and the time is there: gains over a well-tuned LoRA are small.
 Source: S.-Y. Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, eq. 5 and 11.
 The norm is computed without the product B A,
     c_i^2 = |w_i|^2 + 2 s b_i . (A w_i) + s^2 b_i (A A^T) b_i,
-once per change of A and B. With dropout the whole sum is scaled, so that the training
-forward stays the DoRA of one weight.
+once for all passes until A or B change, for which a copy of both is kept. With dropout the
+whole sum is scaled, so that the training forward stays the DoRA of one weight.
 
 m out, n in, r rank, * any leading dimensions (fused experts).
 """
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from eckart.linear import Gain, LowRank, Site, Term
 from eckart.linear.factored import fresh_pair
+from eckart.linear.remembered import Remembered
 from eckart.linear.scaling import fields_of, peft_entries, scale_of
 from eckart.recipe import Cost, Paper, Weights
 
@@ -34,13 +35,19 @@ class Magnitude(Gain):
     def __init__(self, g: Tensor):
         super().__init__()
         self.g = nn.Parameter(g)  # [*, m]
+        self.norms: Remembered[Tensor] = Remembered()
+
+    @classmethod
+    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
+        return cls(super().empty(tensors, scalars).g.detach())
 
     def factor(self, weight: Tensor, terms: list[Term]) -> Tensor:  # [*, m, n] -> [*, m]
         lora = terms[0]
         assert isinstance(lora, LowRank)
-        with torch.no_grad():
-            c = row_norms(weight.to(self.g.dtype), lora.B, lora.A, lora.scale)
-        return self.g / c
+        B, A, s = lora.B, lora.A, lora.scale
+        return self.g / self.norms(
+            lambda: row_norms(weight.to(self.g.dtype), B, A, s), (B, A), (weight,), (s,)
+        )
 
 
 def row_norms(W: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:

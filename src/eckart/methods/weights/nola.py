@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.linear import Site, low_rank
-from eckart.linear.basis import RandomBasis, Streamed, combine, uniform
+from eckart.linear.basis import Drawn, RandomBasis, combined, uniform
 from eckart.linear.factored import Factored
+from eckart.linear.remembered import Remembered
 from eckart.recipe import Cost, Paper, Weights
 
 A_NAME, B_NAME = "nola_A", "nola_B"  # the bases: children of the model's root
@@ -90,6 +91,7 @@ class Combination(Factored):
         self.b = nn.Parameter(torch.zeros(*leading, k))
         start = frozen_start(seed, path, math.prod(leading), n, rank)
         self.register_buffer("A0", start.view(*leading, n, rank), persistent=False)
+        self.made: dict[str, Remembered[Tensor]] = {A_NAME: Remembered(), B_NAME: Remembered()}
 
     @classmethod
     def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
@@ -100,16 +102,25 @@ class Combination(Factored):
         self.__dict__["bases"] = {name: shared.get(name) for name in (A_NAME, B_NAME)}
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        A = self.A0 + self.combined(A_NAME, self.a, self.n)  # [*, n, r]
+        A = self.combined(A_NAME, self.a, self.n, self.A0)  # [*, n, r]
         return self.scale * self.combined(B_NAME, self.b, self.m), A.mT
 
-    def combined(self, name: str, coefficients: Tensor, length: int) -> Tensor:
-        """[*, length, r]: from the bases that are held, or drawn for the moment."""
+    def combined(
+        self, name: str, coefficients: Tensor, length: int, start: Tensor | None = None
+    ) -> Tensor:
+        """start + the combination of bases, [*, length, r], made once for each value."""
         c = rounded(coefficients, self.bits) / math.sqrt(coefficients.shape[-1])
         held: Any = self.__dict__["bases"][name]
-        if held is None:
-            return Streamed.apply(c, self.seed, name, length, self.rank)
-        return combine(c, held.values[: c.shape[-1], :length, : self.rank])
+        basis: Tensor | Drawn = (self.seed, name, length, self.rank)
+        if held is not None:
+            basis = held.values[: c.shape[-1], :length, : self.rank]
+
+        def value() -> Tensor:
+            total = combined(c.detach(), basis)
+            return total if start is None else start + total
+
+        frozen = [t for t in (start, basis) if isinstance(t, Tensor)]
+        return combined(c, basis, known=self.made[name](value, (c,), frozen))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.dropout(x, self.dropout, self.training))

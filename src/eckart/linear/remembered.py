@@ -1,0 +1,61 @@
+"""Values that change only when the optimizer steps, computed once for all passes until then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Remembered(Generic[T]):
+    """The latest value of a pure function of tensors.
+
+    It is used again while the tensors hold the same numbers. Those are compared with a copy:
+    torch's version counters miss writes through `.data` and what FSDP gathers. `frozen`
+    tensors, too large for a copy, are compared by place and version, `scalars` as they are.
+    Nothing is remembered while compiling, nor of tensors without numbers of their own. A copy
+    or a pickle forgets.
+    """
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.copies: tuple[Tensor, ...] = ()
+        self.places: tuple[Any, ...] = ()
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    def __call__(
+        self,
+        compute: Callable[[], T],
+        tensors: Sequence[Tensor],
+        frozen: Sequence[Tensor] = (),
+        scalars: tuple[float, ...] = (),
+    ) -> T:
+        """compute() without a gradient, or what it gave for these numbers before."""
+        with torch.no_grad():
+            if torch.compiler.is_compiling() or not all(map(has_numbers, (*tensors, *frozen))):
+                return compute()
+            places = (scalars, *((t.data_ptr(), t._version, t.dtype, t.shape) for t in frozen))
+            if places != self.places or not same(tensors, self.copies):
+                self.value = compute()
+                self.copies, self.places = tuple(t.detach().clone() for t in tensors), places
+            return self.value
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Is this an ordinary tensor (no fake, meta, inference or distributed one)?"""
+    ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+    return ordinary and not tensor.is_inference()
+
+
+def same(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+    """Do these hold the numbers of those, in the same dtype and on the same device?"""
+    return len(tensors) == len(copies) and all(
+        t.dtype == c.dtype and t.device == c.device and torch.equal(t, c)
+        for t, c in zip(tensors, copies, strict=True)
+    )
