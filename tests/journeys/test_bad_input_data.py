@@ -26,6 +26,8 @@ FILES = {
     "ids.jsonl": '{"input_ids": [1, 2, 9999]}\n',
     "width.csv": "text,label\na,b\nc\n",
     "broken.json": '[{"text": "a"},\n{"text": ]',
+    "tags.jsonl": '{"tokens": ["a", "b"], "tags": ["x"]}\n',
+    "untagged.conll": "a X\nb\n",
     "latin.jsonl": b'{"text": "abc"}\n{"text": "caf\xe9"}\n',
     "latin.txt": b"line\ncaf\xe9\n",
     "what.xyz": "abc",
@@ -33,7 +35,7 @@ FILES = {
     "x.jsonl.gz": "not gzip",
     "x.jsonl.zst": "not zst",
 }
-READ = ".txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"
+READ = ".txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, .conll, .parquet, .arrow"
 
 CASES = {
     "missing file": (
@@ -118,7 +120,7 @@ CASES = {
         "no known columns in the data\n"
         "  strange.jsonl, line 1  columns x, y\n"
         "Known: messages; prompt + completion; instruction + output; input_ids; text + label; "
-        "text.\n",
+        "tokens + tags; text.\n",
     ),
     "preference pairs": (
         "finetune m pairs.jsonl",
@@ -161,6 +163,16 @@ CASES = {
         "finetune m ids.jsonl",
         3,
         "input_ids are not ids of this tokenizer\n  ids.jsonl, line 1  0 to 256\n",
+    ),
+    "a tag too few": (
+        "finetune m tags.jsonl",
+        3,
+        "tokens and tags are not as many\n  tags.jsonl, line 1  2 tokens, 1 tags\n",
+    ),
+    "a token without a tag": (
+        "finetune m untagged.conll",
+        3,
+        "a line has no tag\n  untagged.conll, line 2  b\n",
     ),
     "undecodable bytes in a line": (
         "finetune m latin.jsonl",

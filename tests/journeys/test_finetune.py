@@ -200,15 +200,3 @@ def test_a_distillation_of_a_model_that_changes_itself_keeps_a_teacher(place, tm
     assert "teacher 0.13" in ran.err
     alone = eckart("finetune", place / "m", place / "d.jsonl", *words[:1], *words[2:], "--dry-run")
     assert "teacher" not in alone.err
-
-
-def test_an_encoder_is_not_asked_to_go_on_from_text(place, tmp_path):
-    from eckart.io.corpora import bytes_tokenizer
-    from tests.conftest import tiny
-
-    folder = tmp_path / "bert"
-    tiny("bert").save_pretrained(folder)
-    bytes_tokenizer().save_pretrained(folder)
-    ran = eckart("finetune", folder, place / "d.jsonl", "-o", tmp_path / "r")
-    assert ran.code == 2 and "reads text and does not go on from it" in ran.err
-    assert not (tmp_path / "r").exists()

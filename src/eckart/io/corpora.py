@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -20,6 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 END = "<|end|>"
+MASK = "<|mask|>"
 
 # Tests, vendored code, generated tables, and the prose that is the other corpus.
 LEFT_OUT = {
@@ -96,9 +97,14 @@ CORPORA = {"stdlib-code": stdlib_code, "pydoc-prose": pydoc_prose}
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 2048, split_digits: bool = False
+    texts: Iterable[str],
+    vocab_size: int = 2048,
+    split_digits: bool = False,
+    special: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with one special token, `<|end|>`, as end and padding.
+    """A byte-level BPE tokenizer with a special token, `<|end|>`, as end and padding.
+
+    `special` are further ones; `<|mask|>` among them is the mask.
 
     Any text can be encoded; decoding gives it back exactly. Train on the training split
     alone. `split_digits` keeps every digit a token of its own, for arithmetic.
@@ -113,12 +119,12 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[END, *special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return wrapped(tokenizer)
+    return wrapped(tokenizer, **({"mask_token": MASK} if MASK in special else {}))
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
@@ -132,10 +138,11 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped(tokenizer)
 
 
-def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def wrapped(tokenizer: Tokenizer, **names: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=END,
         clean_up_tokenization_spaces=False,
+        **names,
     )

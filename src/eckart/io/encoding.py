@@ -9,8 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from eckart.errors import FileError
-from eckart.io.formats import Part, examples
-from eckart.io.packing import Encoded, pieces
+from eckart.io.formats import Part, examples, pairs, tagged
+from eckart.io.formats import field as text_field
+from eckart.io.packing import IGNORE, Encoded, pieces
 from eckart.io.reading import Row
 
 
@@ -19,6 +20,7 @@ class Batch:
     """Encoded rows, and what was counted on the way."""
 
     encoded: list[Encoded] = field(default_factory=list)
+    targets: list[np.ndarray] = field(default_factory=list)  # labels [t] that are not the ids
     tokens: int = 0
     learnt: int = 0  # tokens with a label
     bytes: int = 0  # of learnt text
@@ -72,14 +74,76 @@ class Encoder:
     def labelled(self, found: Sequence[Row]) -> Batch:
         """Encode the texts of classified rows, cut off at seq_len."""
         batch = Batch()
-        texts = [str(row.fields["text"]) for row in found]
-        for ids in self.ids(texts):
-            ids = (
-                self.before + ids[: self.seq_len - len(self.before) - len(self.after)] + self.after
-            )
-            batch.encoded.append(Encoded(np.array(ids, np.int32), np.ones(len(ids), bool)))
-            batch.tokens += len(ids)
+        for ids in self.ids([str(row.fields["text"]) for row in found]):
+            batch.tokens += self.take(batch, ids[: self.room])
         return batch
+
+    def pieces_of(self, found: Sequence[Row], kind: str, frame: bool) -> Batch:
+        """Encode documents in pieces of at most seq_len, framed or not.
+
+        Pieces of less than two tokens that are not special have nothing to find, and are left
+        out.
+        """
+        batch, special = Batch(), set(self.tokenizer.all_special_ids)
+        if kind == "input_ids":
+            given = [given_ids(row, len(self.tokenizer)).ids.tolist() for row in found]
+        else:
+            given = self.ids([text_field(row, "text") for row in found])
+        room = self.room if frame else self.seq_len - 1  # an end may come behind
+        for ids in given:
+            cut = [ids[at : at + room] for at in range(0, len(ids), room)]
+            whole = [piece for piece in cut if sum(i not in special for i in piece) > 1]
+            batch.left_out += not whole
+            for piece in whole:
+                batch.tokens += self.take(batch, piece, frame)
+        return batch
+
+    def answered(self, found: Sequence[Row], kind: str) -> Batch:
+        """Encode questions, with their answers as targets, each cut off at seq_len."""
+        batch = Batch()
+        made = [(row, pair) for row in found for pair in pairs(row, kind, self.tokenizer)]
+        given = self.ids([g for _, (g, _) in made]) if made else []
+        answers = self.ids([a for _, (_, a) in made]) if made else []
+        for (row, (_, text)), ids, answer in zip(made, given, answers, strict=True):
+            if not answer:
+                raise FileError("nothing to learn from", [(row.where, "the answer has no token")])
+            end = self.after or [i for i in (self.tokenizer.eos_token_id,) if i is not None]
+            target = self.before + answer[: self.seq_len - len(self.before) - len(end)] + end
+            batch.cut_off += len(ids) > self.room or len(target) < len(answer) + len(end)
+            batch.tokens += self.take(batch, ids[: self.room]) + len(target)
+            batch.targets.append(np.array(target, np.int32))
+            batch.learnt += len(target)
+            batch.bytes += len(text.encode("utf-8", "surrogatepass"))
+        return batch
+
+    def tagged(self, found: Sequence[Row], names: Sequence[str]) -> Batch:
+        """Encode sentences token by token; a token's first piece carries its tag's number."""
+        batch, number = Batch(), {name: i for i, name in enumerate(names)}
+        for row in found:
+            ids: list[int] = []
+            labels: list[int] = []
+            words = tagged(row)
+            spaced = [("" if i == 0 else " ") + word for i, (word, _) in enumerate(words)]
+            for pieces_of_word, (_, tag) in zip(self.ids(spaced), words, strict=True):
+                ids += pieces_of_word
+                labels += [number[tag], *[IGNORE] * len(pieces_of_word)][: len(pieces_of_word)]
+            batch.cut_off += len(ids) > self.room
+            batch.tokens += self.take(batch, ids[: self.room])
+            framed = [IGNORE] * len(self.before) + labels[: self.room] + [IGNORE] * len(self.after)
+            batch.targets.append(np.array(framed, np.int32))
+            batch.learnt += sum(label != IGNORE for label in framed)
+        return batch
+
+    @property
+    def room(self) -> int:
+        """Tokens of a row between the tokenizer's own first and last ones."""
+        return max(1, self.seq_len - len(self.before) - len(self.after))
+
+    def take(self, batch: Batch, ids: list[int], frame: bool = True) -> int:
+        """Add an example whose every token counts, as it is or framed; its length."""
+        ids = self.before + ids + self.after if frame else ids
+        batch.encoded.append(Encoded(np.array(ids, np.int32), np.ones(len(ids), bool)))
+        return len(ids)
 
     def encode(self, made: Sequence[Sequence[Part]], kind: str) -> list[Encoded]:
         """Many examples at once."""
@@ -153,7 +217,10 @@ def label(row: Row) -> str:
     return str(row.fields["label"])
 
 
-def class_names(found: Iterable[Row]) -> list[str]:
-    """All classes, numbers in their order, names by alphabet."""
-    names = {label(row) for row in found}
+def class_names(found: Iterable[Row], kind: str = "text+label") -> list[str]:
+    """All classes (or tags), numbers in their order, names by alphabet."""
+    if kind == "tokens+tags":
+        names = {tag for row in found for _, tag in tagged(row)}
+    else:
+        names = {label(row) for row in found}
     return sorted(names, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n))

@@ -8,12 +8,14 @@ file holds is told by its columns:
     instruction (+input), output  the output               (instruction)
     prompt, completion            the completion           (prompt+completion)
     text, label                   the label                (text+label)
+    tokens, tags                  a tag for each token     (tokens+tags)
     input_ids (+labels)           as given                 (input_ids)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -30,17 +32,21 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "input_ids": ("input_ids",),
     "text+label": ("text", "label"),
+    "tokens+tags": ("tokens", "tags"),
     "text": ("text",),
 }
+CLASSES = {"text+label": "classification", "tokens+tags": "tagging"}  # formats with a task
+PAIRS = ("prompt+completion", "instruction", "messages")  # formats of questions and answers
 LEARNT = {
     "messages": "loss on assistant tokens",
     "prompt+completion": "loss on completions",
     "instruction": "loss on outputs",
     "input_ids": "loss on labels as given",
     "text+label": "loss on the label",
+    "tokens+tags": "loss on the tags",
     "text": "loss on all tokens",
 }
-UNITS = {"messages": "conversations", "text": "documents"}
+UNITS = {"messages": "conversations", "text": "documents", "tokens+tags": "sentences"}
 
 # Used, and said, where a tokenizer has no chat template of its own. A turn ends with the
 # tokenizer's end token, so that generation stops there.
@@ -118,6 +124,41 @@ def examples(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[li
     if kind == "prompt+completion":  # of messages: the prompt's own answers are given, not learnt
         return found[-1:]
     return found
+
+
+def pairs(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """A row as (given, answer) texts: one for every run of trained parts, after all before it.
+
+    The end token is left out of the answer: it is the encoder's to add.
+    """
+    found, end = [], tokenizer.eos_token or ""
+    for parts in examples(row, kind, tokenizer):
+        before = ""
+        for trained, run in groupby(parts, key=lambda part: part[1]):
+            said = "".join(text for text, _ in run)
+            if trained:
+                found.append((before, said.removesuffix(end) if end else said))
+            before += said
+    found = found[-1:] if kind == "prompt+completion" else found  # a prompt's own are given
+    return [(given, answer) for given, answer in found if answer.strip()]
+
+
+def tagged(row: Row) -> list[tuple[str, str]]:
+    """A row's tokens with their tags. Raises FileError where these are not as many."""
+    tokens, tags = row.fields.get("tokens"), row.fields.get("tags")
+    for name, value in (("tokens", tokens), ("tags", tags)):
+        if not isinstance(value, list) or not value:
+            kind = "an empty list" if value == [] else type(value).__name__
+            raise FileError(f"{name} is not a list", [(row.where, kind)])
+    assert isinstance(tokens, list) and isinstance(tags, list)
+    if len(tokens) != len(tags):
+        counts = f"{len(tokens)} tokens, {len(tags)} tags"
+        raise FileError("tokens and tags are not as many", [(row.where, counts)])
+    for token in tokens:
+        if not isinstance(token, str):
+            reason = f"{type(token).__name__}: {token!r}"
+            raise FileError("a token is not text", [(row.where, reason)])
+    return list(zip(tokens, map(str, tags), strict=True))
 
 
 def messages_of(row: Row, kind: str) -> list[dict[str, str]]:

@@ -20,7 +20,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.errors import EckartError, FileError, UsageError, did_you_mean
-from eckart.io.presets import PRESETS, build_model, config_of, fill, quiet, task_class
+from eckart.io.presets import PRESETS, build_model, config_of, fill, quiet
+from eckart.io.tasks import NEW_HEAD, task_class, task_of
 
 __all__ = [
     "PRESETS",
@@ -29,11 +30,11 @@ __all__ = [
     "config_of",
     "load_model",
     "load_tokenizer",
+    "own_task",
     "recognise",
 ]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-NEW_HEAD = ("classification", "image")  # tasks whose head may be missing from a checkpoint
 Kind = Literal["model", "peft", "native", "run", "config", "preset", "factored", "hub"]
 
 
@@ -276,25 +277,27 @@ def folder_of(source: str | Path) -> Path:
 def load_model(
     source: str | Path,
     dtype: torch.dtype | None = None,
-    task: str = "causal",
+    task: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     **config: Any,
 ) -> PreTrainedModel:
     """Load a model from a folder, a run's `final/`, a factored folder or a hub id.
 
-    dtype None keeps the one it was saved in. `config` overrides fields of its configuration
-    (`num_labels=3`). A tensor that is missing, left over or misshapen is a FileError with its
-    name; only the head of a classification task may be missing, and is then drawn from
-    `seed`. In evaluation mode, as transformers returns it.
+    dtype None keeps the one it was saved in, task None the one it was made for. `config`
+    overrides fields of its configuration (`num_labels=3`). A tensor that is missing, left over
+    or misshapen is a FileError with its name; only the head of a classification task that was
+    asked for may be missing, and is then drawn from `seed`. In evaluation mode, as
+    transformers returns it.
     """
     folder = folder_of(source)
     check_folder(folder)
-    if read_json(folder / "config.json").get("model_type") == "eckart":
+    described = read_json(folder / "config.json")
+    if described.get("model_type") == "eckart":
         import_module("eckart.hf")  # registers the config type and its loader
     with quiet():
         try:
-            model, report = task_class(task).from_pretrained(
+            model, report = task_class(task or task_of(described)).from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
@@ -319,7 +322,9 @@ def load_model(
     return model
 
 
-def problems(model: PreTrainedModel, report: dict[str, Any], folder: Path, task: str) -> None:
+def problems(
+    model: PreTrainedModel, report: dict[str, Any], folder: Path, task: str | None
+) -> None:
     """Raise FileError where weights and architecture do not fit; a task's head is let be."""
 
     def is_head(name: str) -> bool:
@@ -344,6 +349,18 @@ def problems(model: PreTrainedModel, report: dict[str, Any], folder: Path, task:
     if facts:
         kind = type(model).__name__
         raise FileError(f"the weights do not fit {kind}", [(str(folder), ""), *facts])
+
+
+def own_task(source: str | Path) -> str:
+    """What a model, an adapter's base, a run or a shape is made for; no weights are read."""
+    found = recognise(source)
+    if found.kind == "run":
+        return own_task(Path(found.path) / "final")
+    if found.kind in ("peft", "native"):
+        return own_task(found.base) if found.base else "causal"
+    if found.kind in ("preset", "config"):
+        return task_of(config_of(found.path))
+    return task_of(read_json(folder_of(found.path) / "config.json"))
 
 
 def holds_tokenizer(folder: Path) -> bool:

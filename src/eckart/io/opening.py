@@ -26,7 +26,7 @@ class Opened:
 
 
 def open_model(
-    source: str | Path, dtype: torch.dtype | None = None, task: str = "causal", seed: int = 0
+    source: str | Path, dtype: torch.dtype | None = None, task: str | None = None, seed: int = 0
 ) -> Opened:
     """Load a model, or an adapter onto its base; a run stands for its `final/`.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,18 +105,22 @@ def pack(examples: Sequence[Encoded], seq_len: int, pad: int) -> Dataset:
 
 def rows(examples: Sequence[Encoded]) -> Dataset:
     """One row per example, as long as it is: input_ids, labels."""
-    offsets = np.cumsum([0, *(len(e.ids) for e in examples)])
-    empty = np.zeros(0, np.int32)
-    ids = np.concatenate([empty, *(e.ids for e in examples)])
-    labels = np.concatenate([empty, *(e.labels() for e in examples)])
-    return dataset({"input_ids": lists(ids, offsets), "labels": lists(labels, offsets)})
+    return ragged(input_ids=[e.ids for e in examples], labels=[e.labels() for e in examples])
+
+
+def ragged(**columns: Sequence[np.ndarray]) -> Dataset:
+    """A data set of columns whose entries [t] have lengths of their own."""
+    made = {}
+    for name, entries in columns.items():
+        offsets = np.cumsum([0, *(len(e) for e in entries)])
+        made[name] = lists(np.concatenate([np.zeros(0, np.int32), *entries]), offsets)
+    return dataset(made)
 
 
 def classified(examples: Sequence[Encoded], classes: Sequence[int]) -> Dataset:
     """One row per example: input_ids, and its class as `labels`."""
-    offsets = np.cumsum([0, *(len(e.ids) for e in examples)])
-    ids = np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)])
-    return dataset({"input_ids": lists(ids, offsets), "labels": pa.array(classes, pa.int64())})
+    ids = ragged(input_ids=[e.ids for e in examples]).data.table["input_ids"]
+    return dataset({"input_ids": ids, "labels": pa.array(classes, pa.int64())})
 
 
 def lists(values: np.ndarray, offsets: np.ndarray) -> Any:
@@ -183,15 +187,21 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Shuffled(Sampler[int]):
-    """Every row once, in `order(n, seed, epoch)`; the loop calls `set_epoch`."""
+    """Every row once, in `order(n, seed, epoch)`; the loop calls `set_epoch`.
 
-    def __init__(self, n: int, seed: int):
+    `tell` hears of each epoch too: rows may change with it.
+    """
+
+    def __init__(self, n: int, seed: int, tell: Callable[[int], None] | None = None):
         self.n = n
         self.seed = seed
+        self.tell = tell
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if self.tell is not None:
+            self.tell(epoch)
 
     def __iter__(self) -> Iterator[int]:
         return iter(order(self.n, self.seed, self.epoch).tolist())

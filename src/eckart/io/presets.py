@@ -14,15 +14,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from eckart.errors import FileError, UsageError, did_you_mean
-
-TASKS = {
-    "causal": "AutoModelForCausalLM",
-    "masked": "AutoModelForMaskedLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-    "encoder": "AutoModel",
-    "image": "AutoModelForImageClassification",
-}
+from eckart.io.tasks import task_class, task_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,20 @@ PRESETS: dict[str, Preset] = {
             "num_attention_heads": 2,
         },
         2048,
-        "an encoder for tests",
+        "an encoder that fills in hidden words",
+    ),
+    "t5-tiny": Preset(
+        "t5",
+        {
+            "d_model": 128,
+            "d_kv": 32,
+            "d_ff": 512,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+        2048,
+        "answers one text by another",
     ),
 }
 
@@ -120,10 +125,12 @@ def build_model(
     source: str | Path | PretrainedConfig,
     vocab: int | None = None,
     seed: int = 0,
-    task: str = "causal",
+    task: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """A model with random weights, the same on every machine that draws the same numbers.
+
+    `task` None is the configuration's own (`task_of`).
 
     Every module draws from its own seed, hash(seed, its name): a deeper model has the same
     values in the layers that both have. The global generator is left as it was.
@@ -131,7 +138,7 @@ def build_model(
     config = config_of(source, vocab)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)  # for what a module draws in its constructor
-        model = task_class(task).from_config(config, dtype=dtype)
+        model = task_class(task or task_of(config)).from_config(config, dtype=dtype)
         initialise(model, seed)
     return model
 
@@ -165,13 +172,6 @@ def fill(model: PreTrainedModel, names: set[str], seed: int) -> None:
         for name in sorted(modules):
             torch.manual_seed(seed_of(seed, name))
             model._init_weights(model.get_submodule(name))
-
-
-def task_class(task: str) -> Any:
-    """The Auto class of a task."""
-    if task not in TASKS:
-        raise UsageError("no such task", [(task, "")], did_you_mean(task, list(TASKS)))
-    return getattr(transformers, TASKS[task])
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Data files to rows, each row knowing the file and line it came from.
 
-Read: .txt and .md (a file is a document), .jsonl, .json, .csv, .tsv, .parquet, .arrow, all of
-them also as .gz or .zst; globs, folders, folders written by `Dataset.save_to_disk`, and hub
-ids. Whatever is malformed is a FileError that names file and line.
+Read: .txt and .md (a file is a document), .jsonl, .json, .csv, .tsv, .conll (a token and its
+tag a line, blank lines between sentences), .parquet, .arrow, all of them also as .gz or .zst;
+globs, folders, folders written by `Dataset.save_to_disk`, and hub ids. Whatever is malformed
+is a FileError that names file and line.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from eckart.io.folder import sha256_of
 from eckart.io.models import looks_like_hub_id, missing
 
 TEXTS = (".txt", ".md", ".text")
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".conll", ".parquet", ".arrow")
 PACKED = (".gz", ".zst")
 
 
@@ -192,6 +193,8 @@ def rows_in(file: Path, name: str, encoding: str = "utf-8") -> Iterator[Row]:
         yield from json_rows(file, encoding)
     elif kind in (".csv", ".tsv"):
         yield from csv_rows(file, encoding, "\t" if kind == ".tsv" else ",")
+    elif kind == ".conll":
+        yield from conll_rows(file, encoding)
     elif kind in (".parquet", ".arrow"):
         yield from arrow_rows(file, kind)
     else:
@@ -294,6 +297,34 @@ def csv_rows(file: Path, encoding: str, delimiter: str) -> Iterator[Row]:
         )
     if not count:
         raise FileError("the file is empty", [(str(file), "a header and no rows")])
+
+
+def conll_rows(file: Path, encoding: str) -> Iterator[Row]:
+    """Sentences of lines `token ... tag`: the first column and the last.
+
+    Blank lines and -DOCSTART- end a sentence; lines that begin with `# ` are comments.
+    """
+    tokens: list[str] = []
+    tags: list[str] = []
+    start, found = 1, False
+    text = decoded(unpacked(file), file, encoding)
+    for number, line in enumerate([*text.splitlines(), ""], 1):
+        columns = line.split()
+        if not columns or columns[0] == "-DOCSTART-":
+            if tokens:
+                found = True
+                yield keyed({"tokens": tokens, "tags": tags}, f"{file}, line {start}")
+            tokens, tags = [], []
+        elif line.startswith("# "):
+            continue
+        elif len(columns) == 1:
+            raise FileError("a line has no tag", [(f"{file}, line {number}", line.strip())])
+        else:
+            start = start if tokens else number
+            tokens.append(columns[0])
+            tags.append(columns[-1])
+    if not found:
+        raise FileError("the file is empty", [(str(file), "no sentences")])
 
 
 def arrow_rows(file: Path, kind: str) -> Iterator[Row]:

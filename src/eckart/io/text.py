@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from eckart.errors import EckartError, FileError, UsageError
+from eckart.errors import FileError, UsageError
 from eckart.io.corpora import is_held_out
+from eckart.io.data import Data, cache_folder, cache_key, load, save
 from eckart.io.encoding import Batch, Encoder, class_names, label
-from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
-from eckart.io.formats import FORMATS, LEARNT, PLAIN, UNITS, format_of, shown
+from eckart.io.folder import manifest_holds
+from eckart.io.formats import (
+    CLASSES,
+    FORMATS,
+    LEARNT,
+    PAIRS,
+    PLAIN,
+    UNITS,
+    format_of,
+    shown,
+    tagged,
+)
+from eckart.io.noise import HELD_OUT, Noised, noise_for
 from eckart.io.packing import (
     Collate,
     Shuffled,
@@ -32,65 +40,13 @@ from eckart.io.packing import (
     isolates_documents,
     order,
     pack,
+    ragged,
     repeated,
     rows,
 )
 from eckart.io.reading import DataSource, Row, content_hash, rows_of, sources_of
 
 __all__ = ["Collate", "Data", "Shuffled", "cache_folder", "isolates_documents", "order", "read"]
-
-CACHE_VERSION = 1  # raised when the same files would be encoded differently
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of the data beside the rows; plain values, kept in the cache."""
-
-    format: str
-    """Formats found, joined by `, ` where sources differ."""
-    summary: str
-    """One line per source: what was recognised, what is learnt, what is held out."""
-    example: str
-    """The first example as the model sees it; the loss is taken between « and »."""
-    sha256: str
-    """Hash of all sources, for run.json."""
-    hashes: dict[str, str]
-    """The same by source."""
-    bytes_per_token: dict[str, float]
-    """Bytes of held-out text that one learnt token stands for, by source."""
-    tokens: int
-    """Tokens of the training rows, padding left out."""
-    seq_len: int
-    packed: bool
-    pad: int
-    chat_template: str | None = None
-    """The plain template that was used because the tokenizer has none: save it with it."""
-    labels: tuple[str, ...] = ()
-    """Names of the classes, where the format is text+label."""
-
-
-@dataclass(frozen=True)
-class Data(Facts):
-    """Encoded data: `train`, and held-out rows by source."""
-
-    train: Dataset = field(kw_only=True)
-    evaluation: dict[str, Dataset] = field(kw_only=True)
-
-    @property
-    def collate(self) -> Collate:
-        """Rows of these data sets to a batch."""
-        return Collate(self.pad)
-
-    def bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """Mean losses in nats per token, by source, as bits per byte of text.
-
-        Comparable between tokenizers, which perplexities are not.
-        """
-        return {
-            name: loss / math.log(2) / self.bytes_per_token[name]
-            for name, loss in losses.items()
-            if self.bytes_per_token.get(name)
-        }
 
 
 def read(
@@ -101,8 +57,10 @@ def read(
     eval: Any = 0.02,
     format: str = "auto",
     cache: bool = True,
+    task: str = "causal",
+    seed: int = 0,
 ) -> Data:
-    """Read, split, encode and pack data.
+    """Read, split, encode and pack data for a task of text; data with classes has its own.
 
     `sources`: a path (file, folder, glob, hub id), the name of a corpus ("stdlib-code"), a
     {path, weight, name, encoding} entry, or a list of these. `eval`: the share held out (0 for
@@ -111,22 +69,34 @@ def read(
     `isolates_documents(model)` whether the model can.
 
     Documents longer than seq_len are cut into pieces; conversations and completions are cut
-    off, and left out where nothing learnt remains. Raises FileError with file and line where a
-    row is malformed or would teach nothing.
+    off, and left out where nothing learnt remains. Where holes in a text are to be filled
+    (io/noise.py) they depend on `seed`; those of held-out rows do not. Raises FileError with
+    file and line where a row is malformed or would teach nothing, UsageError for a format that
+    the task cannot learn from.
     """
     if seq_len < 2:
         raise UsageError("data.seq_len is too small", [(f"data.seq_len = {seq_len}", "at least 2")])
     given = sources_of(sources)
     share, others = held_out_share(eval)
     hashes = {source.name: content_hash(source) for source in given + others}
-    key = cache_key(given, others, hashes, tokenizer, (seq_len, packing, share, format))
+    key = cache_key(given, others, hashes, tokenizer, (seq_len, packing, share, format, task))
     folder = cache_folder() / "data" / key
     if cache and manifest_holds(folder):
-        return load(folder)
-    data = encode(given, others, share, hashes, tokenizer, seq_len, packing, format)
-    if cache:
-        save(data, folder)
-    return data
+        data = load(folder)
+    else:
+        data = encode(given, others, share, hashes, tokenizer, seq_len, packing, format, task)
+        if cache:
+            save(data, folder)
+    return noised(data, tokenizer, seed)
+
+
+def noised(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
+    """Data whose rows are text alone, as rows with holes; other data as it is."""
+    if not data.holed:
+        return data
+    noise = noise_for(tokenizer, data.task)
+    held = {n: Noised(r, noise, 0, HELD_OUT) for n, r in data.evaluation.items()}
+    return replace(data, train=Noised(data.train, noise, seed), evaluation=held)
 
 
 def held_out_share(eval: Any) -> tuple[float, list[DataSource]]:
@@ -150,22 +120,36 @@ def encode(
     seq_len: int,
     packing: bool,
     format: str,
+    task: str,
 ) -> Data:
-    """`read` without its cache."""
+    """`read` without its cache, and before holes are made."""
     encoder = Encoder(tokenizer, seq_len)
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     read_in = [(source, *recognised(source, format)) for source in [*given, *others]]
     kinds = {kind for _, kind, _ in read_in}
-    if len(kinds) > 1 and "text+label" in kinds:
-        raise UsageError("classes and text cannot be mixed", [(k, "") for k in sorted(kinds)])
-    labelled = "text+label" in kinds
-    classes = class_names(row for _, _, found in read_in for row in found) if labelled else []
-    packing = packing and not labelled
+    task = task_for(kinds, task)
+    classes = (
+        class_names((row for _, _, found in read_in for row in found), next(iter(kinds)))
+        if task in CLASSES.values()
+        else []
+    )
+    packing = packing and task == "causal"
+    noise = noise_for(tokenizer, task) if holed(kinds, task) else None
 
     def finished(found: Sequence[Row], kind: str) -> tuple[Dataset, Batch]:
-        if kind == "text+label":
+        if task == "classification":
             batch = encoder.labelled(found)
             return classified(batch.encoded, [classes.index(label(r)) for r in found]), batch
+        if noise is not None:
+            batch = encoder.pieces_of(found, kind, frame=task == "masked")
+            return ragged(input_ids=[e.ids for e in batch.encoded]), batch
+        if task in ("seq2seq", "tagging"):
+            batch = (
+                encoder.tagged(found, classes)
+                if task == "tagging"
+                else encoder.answered(found, kind)
+            )
+            return ragged(input_ids=[e.ids for e in batch.encoded], labels=batch.targets), batch
         batch = encoder(found, kind)
         return (pack(batch.encoded, seq_len, pad) if packing else rows(batch.encoded)), batch
 
@@ -187,11 +171,13 @@ def encode(
                 tokens += batch.tokens
             else:
                 evaluation[source.name] = made
-                bytes_per_token[source.name] = batch.bytes / max(batch.learnt, 1)
+                if task in ("causal", "seq2seq") and noise is None:
+                    bytes_per_token[source.name] = batch.bytes / max(batch.learnt, 1)
         if not told:
             amount = len(held) / len(found) if len(kept) < len(found) else share
             note = f"{amount:.1%} held out" if source.name in evaluation else "nothing held out"
-        lines.append(described(source, kind, found, note, left_out, cut_off))
+        learns = noise.learnt if noise is not None else LEARNT[kind]
+        lines.append(described(source, kind, found, learns, note, left_out, cut_off))
     if not (train if given else evaluation):
         what = "nothing to train on" if given else "nothing to measure on"
         raise FileError(what, [(s.name, "no rows left") for s, _, _ in read_in])
@@ -202,7 +188,7 @@ def encode(
     return Data(
         format=", ".join(sorted(kinds)),
         summary="\n".join(lines),
-        example=example_of(first, kind, encoder),
+        example=example_of(first, kind, encoder, noise is not None),
         sha256=hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest(),
         hashes=hashes,
         bytes_per_token=bytes_per_token,
@@ -212,9 +198,39 @@ def encode(
         pad=pad,
         chat_template=PLAIN if plain else None,
         labels=tuple(classes),
+        task=task,
+        holed=noise is not None,
         train=concatenate_datasets(train) if train else Dataset.from_dict({}),
         evaluation=evaluation,
     )
+
+
+def task_for(kinds: Set[str], task: str) -> str:
+    """The task that data of these formats teaches a model made for `task`.
+
+    Raises UsageError where formats have different tasks, or the model's cannot use them.
+    """
+    found = {CLASSES.get(kind, task) for kind in kinds}
+    if len(found) > 1:
+        raise UsageError("classes and text cannot be mixed", [(k, "") for k in sorted(kinds)])
+    (task,) = found
+    asked = sorted(kinds & set(PAIRS))
+    if task == "masked" and asked:
+        raise UsageError(
+            "this model fills in words and does not answer",
+            [(kind, LEARNT[kind]) for kind in asked],
+            "Give it text, text + label or tokens + tags, or take a decoder (llama, gpt2, ...).",
+        )
+    if task == "seq2seq" and asked and set(kinds) - set(PAIRS):
+        raise UsageError(
+            "text and questions with answers cannot be mixed here", [(k, "") for k in sorted(kinds)]
+        )
+    return task
+
+
+def holed(kinds: Set[str], task: str) -> bool:
+    """Is the text alone there, and what is to be found in it made as it is read?"""
+    return task in ("masked", "seq2seq") and not kinds & set(PAIRS)
 
 
 def recognised(source: DataSource, format: str) -> tuple[str, list[Row]]:
@@ -264,89 +280,32 @@ def tail_cut(row: Row, share: float) -> tuple[Row, Row]:
 
 
 def described(
-    source: DataSource, kind: str, found: Sequence[Row], note: str, left_out: int, cut_off: int
+    source: DataSource,
+    kind: str,
+    found: Sequence[Row],
+    learns: str,
+    note: str,
+    left_out: int,
+    cut_off: int,
 ) -> str:
     """A source's line of the summary."""
     unit = UNITS.get(kind, "examples")
     unit = unit[:-1] if len(found) == 1 else unit
-    facts = [f"{len(found):,} {unit} ({' + '.join(FORMATS[kind])})", LEARNT[kind], note]
+    facts = [f"{len(found):,} {unit} ({' + '.join(FORMATS[kind])})", learns, note]
     facts += [f"{left_out:,} left out (nothing to learn)"] if left_out else []
     facts += [f"{cut_off:,} cut off"] if cut_off else []
     facts += [f"weight {source.weight:g}"] if source.weight != 1 else []
     return f"{source.name}: " + "; ".join(fact for fact in facts if fact)
 
 
-def example_of(row: Row, kind: str, encoder: Encoder) -> str:
-    """The first example, shown with its loss mask."""
+def example_of(row: Row, kind: str, encoder: Encoder, holed: bool = False) -> str:
+    """The first example, shown with its loss mask; without one where that moves."""
     if kind == "input_ids":
         return encoder.tokenizer.decode(row.fields["input_ids"])[:800]
+    if holed:
+        return str(row.fields["text"])[:800]
+    if kind == "tokens+tags":
+        return " ".join(f"{token}«{tag}»" for token, tag in tagged(row))[:800]
     if kind == "text+label":
         return f"{row.fields['text'][:800]} «{label(row)}»"
     return shown(encoder.parts(row, kind)[0])
-
-
-# The cache
-
-
-def cache_folder() -> Path:
-    """Where encoded data and made models are kept: $ECKART_CACHE, or the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ECKART_CACHE") or Path(home) / "eckart")
-
-
-def cache_key(
-    given: Sequence[DataSource],
-    others: Sequence[DataSource],
-    hashes: Mapping[str, str],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Sequence[Any],
-) -> str:
-    """A hash of all that the encoded rows depend on."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = [
-        CACHE_VERSION,
-        [[s.name, s.weight, s.encoding, hashes[s.name]] for s in given],
-        [[s.name, s.encoding, hashes[s.name]] for s in others],
-        backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
-        str(tokenizer.chat_template),
-        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        list(settings),
-    ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def save(data: Data, folder: Path) -> None:
-    """Keep encoded data; a cache that cannot be written is done without."""
-    names = list(data.evaluation)
-    facts = {f: getattr(data, f) for f in Facts.__dataclass_fields__}
-    try:
-        with write_folder(folder, overwrite=True) as beside:
-            write_table(data.train, beside / "train.arrow")
-            for i, name in enumerate(names):
-                write_table(data.evaluation[name], beside / f"evaluation-{i}.arrow")
-            write_json(beside / "facts.json", {"evaluation": names, **facts})
-            close_with_manifest(beside)
-    except EckartError:
-        return
-
-
-def write_table(data: Dataset, path: Path) -> None:
-    """Write a data set's columns as an Arrow stream, which is mapped into memory when read."""
-    table = data.data.table
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-        stream.write_table(table)
-
-
-def load(folder: Path) -> Data:
-    """Encoded data from the cache, mapped into memory."""
-    facts = json.loads((folder / "facts.json").read_text())
-    names = facts.pop("evaluation")
-    facts["labels"] = tuple(facts["labels"])
-    return Data(
-        **facts,
-        train=Dataset.from_file(str(folder / "train.arrow")),
-        evaluation={
-            name: Dataset.from_file(str(folder / f"evaluation-{i}.arrow"))
-            for i, name in enumerate(names)
-        },
-    )

@@ -24,7 +24,7 @@ from eckart.io.opening import ADAPTERS, Opened, open_model
 from eckart.io.text import Data, read
 from eckart.jobs import intervals, prepare, settle
 from eckart.jobs.config import Job
-from eckart.jobs.finetune import labelled, require_weights
+from eckart.jobs.finetune import labelled, require_language, require_weights
 from eckart.jobs.outcome import shown
 from eckart.jobs.scores import Scores, joined, score
 from eckart.jobs.screen import Screen, amount
@@ -41,10 +41,12 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.model or "")
     if other_name:
         require_same_tokens(job.model or "", tokenizer, other_name)
-    labels = prepare.labels_of(job)
-    opened = open_for(job.model or "", job, labels, tokenizer)
+    labels, task = prepare.labels_of(job), prepare.task_of(job)
+    if not labels:
+        require_language(job, task)
+    opened = open_for(job.model or "", job, task, labels, tokenizer)
     screen.line("model", described(opened), shown(job.model or ""))
-    other = open_for(other_name, job, labels, tokenizer) if other_name else None
+    other = open_for(other_name, job, task, labels, tokenizer) if other_name else None
     if other_name and other:
         screen.line("against", described(other), shown(other_name))
     prepare.require_fit(tokenizer, opened.model)
@@ -61,12 +63,13 @@ def run(job: Job) -> dict[str, Any]:
             other.model if other else None,
             None if size == "auto" else int(size),
             classes_of(opened.model, labels),
+            shifted=data.task == "causal",
         )
         for name, rows in data.evaluation.items()
     }
     found = tables(by_source, data)
     rows, tokens = len(found["all"].scores.loss), int(found["all"].scores.count.sum())
-    unit = "labels" if labels else "tokens"
+    unit = {"classification": "labels", "tagging": "tags"}.get(data.task, "tokens")
     if intervals.available():
         screen.line("rows", f"{rows:,} with {tokens:,} {unit}; [95 % interval over rows]")
     else:
@@ -113,12 +116,14 @@ def require_same_tokens(model: str, tokenizer: Any, other: str) -> None:
         )
 
 
-def open_for(source: str, job: Job, labels: tuple[str, ...], tokenizer: Any) -> Opened:
+def open_for(
+    source: str, job: Job, task: str, labels: tuple[str, ...], tokenizer: Any
+) -> Opened:
     """A model to measure, with its head for classes where the data has labels."""
     precision: Any = job.choices["precision"].method
     dtype = getattr(torch, precision.dtype) if precision is not None else None
     opened = (
-        open_classifier(source, labels, tokenizer, dtype, job.train.seed)
+        open_classifier(source, task, labels, tokenizer, dtype, job.train.seed)
         if labels
         else open_model(source, dtype)
     )
@@ -127,23 +132,28 @@ def open_for(source: str, job: Job, labels: tuple[str, ...], tokenizer: Any) -> 
 
 
 def open_classifier(
-    source: str, labels: tuple[str, ...], tokenizer: Any, dtype: torch.dtype | None, seed: int
+    source: str,
+    task: str,
+    labels: tuple[str, ...],
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    seed: int,
 ) -> Opened:
-    """A classifier. Raises FileError where the model has no head for these classes."""
+    """A classifier or tagger. Raises FileError where the model has no head for these classes."""
     from eckart.io.models import load_model
 
     found = recognise(source)
     if found.kind == "run":
-        return open_classifier(f"{found.path}/final", labels, tokenizer, dtype, seed)
+        return open_classifier(f"{found.path}/final", task, labels, tokenizer, dtype, seed)
     if found.kind not in ADAPTERS:
-        model = load_model(source, dtype, "classification", seed)
+        model = load_model(source, dtype, task, seed)
         classes_of(model, labels)
         return Opened(model, None, source)
     if not found.base:
         raise FileError("the adapter names no base", [(found.path, "")])
     # An adapter's file has the head's weights, and no names: they are the data's, in its order.
     head = labelled(labels, tokenizer)
-    model = load_model(found.base, dtype, "classification", seed, **head)
+    model = load_model(found.base, dtype, task, seed, **head)
     handle = ADAPTERS[found.kind](model, found.path)
     if not handle.also_train:
         raise FileError(
@@ -171,12 +181,17 @@ def classes_of(model: Any, labels: tuple[str, ...]) -> list[int]:
 
 def read_rows(job: Job, tokenizer: Any) -> Data:
     """All rows of DATA, or what data.eval holds out of it; one example a row."""
-    entries, seq_len, form = prepare.entries(job), int(job.data.seq_len), job.data.format
+    entries, seq_len = prepare.entries(job), int(job.data.seq_len)
+    how: dict[str, Any] = {
+        "packing": False,
+        "format": job.data.format,
+        "task": prepare.task_of(job),
+    }
     if "data.eval" in job.given:
         held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
-        data = read(entries, tokenizer, seq_len, packing=False, eval=held, format=form)
+        data = read(entries, tokenizer, seq_len, eval=held, **how)
     else:
-        data = read([], tokenizer, seq_len, packing=False, eval=entries, format=form)
+        data = read([], tokenizer, seq_len, eval=entries, **how)
     if not data.evaluation:
         raise UsageError(
             "nothing is held out",
@@ -195,7 +210,7 @@ class Table:
 
     scores: Scores
     bytes: float
-    classified: bool
+    unit: str  # what has a label: a token, a tag or a whole row
     asked: bool  # is a row a question with one answer?
 
     @cached_property
@@ -204,7 +219,7 @@ class Table:
         s, ones = self.scores, np.ones_like(self.scores.loss)
         found = {"loss": mean_and_interval(s.loss, s.count)}
         loss, (low, high) = found["loss"]
-        if not self.classified:
+        if self.unit == "token":
             found["perplexity"] = exp(loss), (exp(low), exp(high))
             if self.bytes:
                 per_byte = s.count.sum() / self.bytes / math.log(2)
@@ -240,12 +255,12 @@ def exp(x: float) -> float:
 
 def tables(by_source: Mapping[str, Scores], data: Data) -> dict[str, Table]:
     """A table for each source; `all` comes last."""
-    classified = bool(data.labels)
+    unit = {"classification": "row", "tagging": "tag"}.get(data.task, "token")
     asked = any(form in ASKED for form in data.format.split(", "))
 
     def table(names: list[str]) -> Table:
         text = sum(by_source[n].count.sum() * data.bytes_per_token.get(n, 0.0) for n in names)
-        return Table(joined([by_source[n] for n in names]), text, classified, asked)
+        return Table(joined([by_source[n] for n in names]), text, unit, asked)
 
     return {**{name: table([name]) for name in by_source}, "all": table(list(by_source))}
 
@@ -275,7 +290,7 @@ def print_tables(screen: Screen, found: Mapping[str, Table]) -> None:
     numbers_of_all = found["all"].numbers
     if "kl" not in numbers_of_all:
         return
-    unit = "a row" if found["all"].classified else "a token"
+    unit = f"a {found['all'].unit}"
     for label, text in (
         ("against", f"loss {said('loss', *numbers_of_all['other_loss'])}"),
         ("change", f"loss {said('loss', *numbers_of_all['difference'], sign='+')} nats {unit}"),

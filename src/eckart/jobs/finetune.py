@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from eckart.errors import FileError, UsageError
 from eckart.io.models import load_model, load_tokenizer, recognise
 from eckart.io.opening import Opened, open_model
+from eckart.io.tasks import LANGUAGE
 from eckart.jobs import launch, prepare
 from eckart.jobs.config import Job
 from eckart.jobs.course import begin, course, staged_course
@@ -51,23 +52,22 @@ def open_base(job: Job, tokenizer: PreTrainedTokenizerBase) -> Opened:
     """The model to teach, with a new head where the data has classes."""
     source = recognise(job.model or "")
     dtype, seed = prepare.dtype_of(job), job.train.seed
-    labels = prepare.labels_of(job)
-    if not labels:
-        opened = open_model(source.path, dtype, seed=seed)
-        require_decoder(opened)
-        return opened
-    model = load_model(source.path, dtype, "classification", seed, **labelled(labels, tokenizer))
-    return Opened(model, None, source.path)
+    task, labels = prepare.task_of(job), prepare.labels_of(job)
+    if labels:
+        model = load_model(source.path, dtype, task, seed, **labelled(labels, tokenizer))
+        return Opened(model, None, source.path)
+    require_language(job, task)
+    return open_model(source.path, dtype, seed=seed)
 
 
-def require_decoder(opened: Opened) -> None:
-    """Raise UsageError for an encoder: it sees the words that it would have to guess."""
-    made_as = getattr(opened.model.config, "architectures", None) or []
-    if any(name.endswith("ForMaskedLM") for name in made_as) and not opened.model.config.is_decoder:
+def require_language(job: Job, task: str) -> None:
+    """Raise UsageError for a model without a head for words where the data is text."""
+    if task not in LANGUAGE:
+        what = {"encoder": "gives features", "image": "looks at images"}.get(task, "gives classes")
         raise UsageError(
-            "this model reads text and does not go on from it",
-            [(opened.base, made_as[0])],
-            "Give it rows of text and label, or take a decoder (llama, gpt2, qwen, ...).",
+            f"this model {what}, and the data is text",
+            [(str(job.model), task), (str(job.data.train[0].path), prepare.form_of(job))],
+            "Give it rows of text + label or tokens + tags, or take a model with a language head.",
         )
 
 

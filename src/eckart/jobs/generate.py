@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from eckart.errors import UsageError
-from eckart.io.models import load_tokenizer
+from eckart.io.models import load_tokenizer, own_task
 from eckart.io.opening import open_model
+from eckart.io.tasks import LANGUAGE
 from eckart.jobs.config import Job
 
 
@@ -20,8 +21,12 @@ def run(job: Job) -> Mapping[str, Any]:
     assert job.model is not None
     prompts = job.options.get("prompt") or read_prompts()
     begun = time.monotonic()
+    task = own_task(job.model)
+    require_language(job.model, task)
     model = open_model(job.model).model.eval()
     tokenizer = load_tokenizer(job.model)
+    if task == "masked":
+        return filled_in(job, model, tokenizer, prompts, begun)
     texts = complete(
         model,
         tokenizer,
@@ -32,13 +37,72 @@ def run(job: Job) -> Mapping[str, Any]:
     )
     if not job.flags.json:
         for prompt, text in zip(prompts, texts, strict=True):
-            print(prompt + text)
+            print(text if task == "seq2seq" else prompt + text)
     return {
         "command": "generate",
         "exit": 0,
         "seconds": time.monotonic() - begun,
         "texts": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)],
     }
+
+
+def require_language(model: str, task: str) -> None:
+    """Raise UsageError for a model that has no words to say."""
+    if task not in LANGUAGE:
+        raise UsageError(
+            "this model writes no text", [(model, task)], f"Measure it: eckart eval {model} DATA"
+        )
+
+
+def filled_in(
+    job: Job, model: Any, tokenizer: Any, prompts: Sequence[str], begun: float
+) -> Mapping[str, Any]:
+    """Each prompt with its gaps filled by the likeliest tokens, and what else might stand there."""
+    found = [fill(model, tokenizer, prompt) for prompt in prompts]
+    if not job.flags.json:
+        for text, gaps in found:
+            print(text)
+            for gap in gaps:
+                print("  " + "   ".join(f"{token.strip()} {p:.3f}" for token, p in gap))
+    texts = [
+        {
+            "prompt": prompt,
+            "text": text,
+            "gaps": [[{"token": t, "probability": p} for t, p in gap] for gap in gaps],
+        }
+        for prompt, (text, gaps) in zip(prompts, found, strict=True)
+    ]
+    seconds = time.monotonic() - begun
+    return {"command": "generate", "exit": 0, "seconds": seconds, "texts": texts}
+
+
+@torch.inference_mode()
+def fill(
+    model: Any, tokenizer: Any, prompt: str, most: int = 5
+) -> tuple[str, list[list[tuple[str, float]]]]:
+    """The text with the first choice in each gap, and each gap's likeliest tokens with shares.
+
+    Gaps are filled at once, each as if the others stayed open. UsageError where there is none.
+    """
+    mask = tokenizer.mask_token
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)  # [1, t]
+    at = (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]  # [g]
+    if mask is None or not len(at):
+        example = f"Type -p '{prompt.split(' ')[0]} {mask or '[MASK]'} ...'"
+        raise UsageError("the prompt has no gap to fill", [(prompt, f"no {mask}")], example)
+    shares = model(input_ids=ids).logits[0, at].float().softmax(-1)  # [g, v]
+    top = shares.topk(min(most, shares.shape[-1]))
+    gaps = [
+        [(tokenizer.decode([i]), float(p)) for i, p in zip(tokens, values, strict=True)]
+        for tokens, values in zip(top.indices.tolist(), top.values, strict=True)
+    ]
+    pieces = prompt.split(mask)
+    said = [gap[0][0] for gap in gaps[: len(pieces) - 1]]
+    text = pieces[0] + "".join(
+        a.lstrip() + b if before.endswith(" ") else a + b
+        for before, a, b in zip(pieces, said, pieces[1:], strict=False)
+    )
+    return text, gaps
 
 
 def read_prompts() -> list[str]:
@@ -76,11 +140,19 @@ def complete(
                 temperature=temperature if temperature > 0 else None,
                 top_p=None,
                 top_k=None,
+                eos_token_id=ends(model, tokenizer),
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
         new = out[0] if model.config.is_encoder_decoder else out[0, ids.shape[1] :]
         texts.append(tokenizer.decode(new, skip_special_tokens=True))
     return texts
+
+
+def ends(model: Any, tokenizer: Any) -> list[int] | None:
+    """What ends a text: the model's own end tokens, and the tokenizer's, which it was taught."""
+    own = model.generation_config.eos_token_id
+    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    return sorted(found) or None
 
 
 def rendered(tokenizer: Any, prompt: str) -> torch.Tensor:

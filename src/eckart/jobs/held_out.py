@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from eckart.io.text import Data
 
 IGNORE = -100  # a label that does not count
+CHOSEN = ("classification", "tagging", "masked")  # tasks with a choice at its own place
 
 
 @torch.no_grad()
 def measure(model: nn.Module, data: Data, batch_size: int) -> dict[str, Any]:
     """Numbers over all held-out rows; empty where nothing is held out.
 
-    loss in nats per token; with more than one source also `sources`: {name: loss}. For
-    classes: the mean loss of an example and `accuracy`.
+    loss in nats per token that is learnt; with more than one source also `sources`: {name:
+    loss}. For classes, tags and hidden words also `accuracy`, the share of first choices that
+    are right.
     """
     was_training = model.training
     model.eval()
@@ -39,9 +41,9 @@ def measure(model: nn.Module, data: Data, batch_size: int) -> dict[str, Any]:
     count = sum(s["count"] for s in sums.values())
     loss = sum(s["loss"] for s in sums.values()) / count
     found: dict[str, Any] = {"loss": loss}
-    if data.labels:
+    if data.task in CHOSEN:
         found["accuracy"] = sum(s["right"] for s in sums.values()) / count
-    else:
+    if not data.labels:
         found["perplexity"] = math.exp(min(loss, 700.0))  # e^709 is the largest double
         text = sum(s["count"] * data.bytes_per_token.get(name, 0.0) for name, s in sums.items())
         if text:
@@ -53,7 +55,11 @@ def measure(model: nn.Module, data: Data, batch_size: int) -> dict[str, Any]:
 
 def names(data: Data) -> tuple[str, ...]:
     """What `measure` gives for this data."""
-    return ("loss", "accuracy") if data.labels else ("loss", "perplexity", "bits_per_byte")
+    if data.task == "masked":
+        return "loss", "accuracy", "perplexity"
+    if data.labels:
+        return "loss", "accuracy"
+    return ("loss", "perplexity", *(("bits_per_byte",) if not data.holed else ()))
 
 
 def summed(model: nn.Module, rows: Any, data: Data, batch_size: int) -> dict[str, float]:
@@ -63,13 +69,13 @@ def summed(model: nn.Module, rows: Any, data: Data, batch_size: int) -> dict[str
     for batch in batches(rows, data, batch_size):
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         outputs = model(**inputs)
-        labels = inputs["labels"]
-        counted = labels.numel() if labels.ndim == 1 else int((labels[:, 1:] != IGNORE).sum())
+        labels = inputs["labels"]  # of text to go on from the first is never learnt
+        counted = int((labels != IGNORE).sum())
         if not counted:
             continue
         total["loss"] += float(outputs["loss"]) * counted
         total["count"] += counted
-        if labels.ndim == 1:
+        if data.task in CHOSEN:
             total["right"] += int((outputs["logits"].argmax(-1) == labels).sum())
     return total
 

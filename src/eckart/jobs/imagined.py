@@ -24,7 +24,8 @@ from torch.utils.flop_counter import (
 )
 
 from eckart.errors import EckartError
-from eckart.io.presets import quiet, task_class
+from eckart.io.presets import quiet
+from eckart.io.tasks import task_class
 from eckart.jobs.memory import activation_bytes, model_bytes, size, state_bytes
 from eckart.linear import Horizon, Site
 from eckart.recipe import Handle, Recipe, Weights, registry

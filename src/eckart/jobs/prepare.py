@@ -6,13 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
 from eckart.errors import FileError, UsageError
 from eckart.io.encoding import class_names
-from eckart.io.formats import format_of
+from eckart.io.formats import CLASSES, format_of
+from eckart.io.models import own_task
 from eckart.io.opening import Opened, open_model
 from eckart.io.packing import isolates_documents, order
 from eckart.io.reading import rows_of, sources_of
@@ -49,15 +51,27 @@ def dtype_of(job: Job) -> torch.dtype:
     return torch.float32 if trained else getattr(torch, precision.dtype)
 
 
-def labels_of(job: Job) -> tuple[str, ...]:
-    """Names of the classes where the data has labels; none where it is text to go on from."""
+def task_of(job: Job) -> str:
+    """What is to be learnt: classes where the data has any, else what the model is made for."""
+    return CLASSES.get(form_of(job)) or own_task(job.model or "")
+
+
+def form_of(job: Job) -> str:
+    """The format of the data's first row. FileError where there is none."""
     sources = sources_of(entries(job))
     first = next(iter(rows_of(sources[0])), None)
     if first is None:
         raise FileError("no rows in the data", [(str(sources[0].path), "")])
-    if format_of(first, job.data.format) != "text+label":
+    return format_of(first, job.data.format)
+
+
+def labels_of(job: Job) -> tuple[str, ...]:
+    """Names of the classes or tags in the data; none where it is text."""
+    form = form_of(job)
+    if form not in CLASSES:
         return ()
-    return tuple(class_names(row for source in sources for row in rows_of(source)))
+    sources = sources_of(entries(job))
+    return tuple(class_names((row for source in sources for row in rows_of(source)), form))
 
 
 def entries(job: Job) -> list[dict[str, Any]]:
@@ -68,7 +82,8 @@ def entries(job: Job) -> list[dict[str, Any]]:
 def read_data(job: Job, tokenizer: Any, model: nn.Module) -> Data:
     """The job's data, packed where the model keeps packed documents apart."""
     held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
-    packing = not hasattr(model, "num_labels") and isolates_documents(model)
+    task = task_of(job)
+    packing = task == "causal" and isolates_documents(model)  # type: ignore[arg-type]
     with PartialState().main_process_first():  # the others find it in the cache
         return read(
             entries(job),
@@ -77,6 +92,8 @@ def read_data(job: Job, tokenizer: Any, model: nn.Module) -> Data:
             packing=packing,
             eval=held,
             format=job.data.format,
+            task=task,
+            seed=job.train.seed,
         )
 
 
@@ -272,7 +289,7 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
 def one_row(model: Any, data: Data, checkpointing: bool) -> int:
     """Bytes that autograd keeps for the longest of a few rows."""
     rows = [data.train[i] for i in range(min(len(data.train), 16))]
-    longest = max(rows, key=lambda row: len(row["input_ids"]))
+    longest = max(rows, key=lambda row: len(row["input_ids"]) + np.size(row["labels"]))
     batch = on_device(data.collate([longest]), model)
     if not checkpointing:
         return activation_bytes(model, batch)

@@ -15,17 +15,23 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from eckart.errors import UsageError
-from eckart.io.corpora import train_tokenizer
+from eckart.io.corpora import MASK, train_tokenizer
 from eckart.io.formats import format_of
 from eckart.io.models import config_of, folder_of, holds_tokenizer, load_tokenizer, recognise
 from eckart.io.opening import Opened
 from eckart.io.presets import build_model
 from eckart.io.reading import rows_of, sources_of
+from eckart.io.tasks import task_of
 from eckart.io.text import held_out_share, split
 from eckart.jobs import launch, prepare
 from eckart.jobs.config import Job
 from eckart.jobs.course import begin, course
 from eckart.jobs.outcome import write_whole
+
+SPECIAL = {  # tokens that a new tokenizer needs for a task
+    "masked": (MASK,),
+    "seq2seq": tuple(f"<extra_id_{i}>" for i in range(32)),  # 15 % of 512 tokens in spans of 3
+}
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -37,6 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = tokenizer_for(job, shape)
     vocab = len(tokenizer) if recognise(shape).kind == "preset" else None
     model = build_model(shape, vocab, job.train.seed, dtype=prepare.dtype_of(job))
+    share_ends(model, tokenizer)
     screen.line("vocab", f"{len(tokenizer):,} tokens")
     return course(job, screen, Opened(model, None, shape), tokenizer, write_whole)
 
@@ -59,7 +66,20 @@ def tokenizer_for(job: Job, shape: str) -> PreTrainedTokenizerBase:
     folder = path.parent if path.is_file() else path
     if folder.is_dir() and recognise(shape).kind != "preset" and holds_tokenizer(folder):
         return load_tokenizer(folder)
-    return train_tokenizer(training_texts(job), config_of(shape).vocab_size)
+    config = config_of(shape)
+    special = SPECIAL.get(task_of(config), ())
+    return train_tokenizer(training_texts(job), config.vocab_size, special=special)
+
+
+def share_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the model begin, end and pad with the tokenizer's tokens, not its architecture's."""
+    configs = [model.config]
+    configs += [model.generation_config] if model.can_generate() else []
+    for config in configs:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        if model.config.is_encoder_decoder and config.decoder_start_token_id is None:
+            config.decoder_start_token_id = tokenizer.pad_token_id
 
 
 def training_texts(job: Job) -> Iterator[str]:

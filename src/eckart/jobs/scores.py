@@ -41,6 +41,11 @@ def joined(parts: Sequence[Scores]) -> Scores:
     return Scores(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
 
+def is_answered(model: Any) -> bool:
+    """Does the model read its labels, to go on from them?"""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
 @torch.inference_mode()
 def score(
     model: Any,
@@ -49,11 +54,13 @@ def score(
     other: Any = None,
     batch_size: int | None = None,
     classes: Sequence[int] = (),
+    shifted: bool = True,
 ) -> Scores:
     """Score all rows; `other` is a model with the same tokens (or classes).
 
     Rows are batched by length, `batch_size` at a time or as many as keep the logits small.
-    `classes[i]` is the model's number for the data's class i.
+    `classes[i]` is the model's number for the data's class i. `shifted` where logits at a
+    position are about the next one, as in models that go on from a text.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     waiting = sorted(range(len(rows)), key=lambda i: -lengths[i])
@@ -61,7 +68,8 @@ def score(
     while waiting:
         size = batch_size or rows_at_once(model, lengths[waiting[0]], other is not None)
         batch, waiting = waiting[:size], waiting[size:]
-        found[:, batch] = score_batch(model, collate([rows[i] for i in batch]), other, classes)
+        collated = collate([rows[i] for i in batch])
+        found[:, batch] = score_batch(model, collated, other, classes, shifted)
     empty = np.zeros(0)
     return Scores(*found[:3], *(found[3:] if other is not None else (empty, empty, empty)))
 
@@ -73,24 +81,27 @@ def rows_at_once(model: Any, length: int, two: bool) -> int:
 
 
 def score_batch(
-    model: nn.Module, batch: dict[str, Any], other: nn.Module | None, classes: Sequence[int]
+    model: nn.Module,
+    batch: dict[str, Any],
+    other: nn.Module | None,
+    classes: Sequence[int],
+    shifted: bool,
 ) -> np.ndarray:
     """The six sums of `Scores` for each row of a batch, [6, b]."""
     device = next(model.parameters()).device
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    labels: Tensor = inputs.pop("labels")
-    if labels.ndim == 1:  # classes: one label a row
-        labels = torch.tensor(classes, device=device)[labels] if classes else labels
-        at: Any = slice(None)
-        where = torch.arange(len(labels), device=device)
-    else:  # the next token of each position
-        at, labels = labels[:, 1:] != IGNORE, labels[:, 1:]  # [b, t-1]
-        where = at.nonzero()[:, 0]  # [k], the row of each label
-        labels = labels[at]
+    labels: Tensor = inputs["labels"] if is_answered(model) else inputs.pop("labels")
+    shifted = shifted and labels.ndim == 2
+    labels = labels[:, 1:] if shifted else labels  # [b], one label a row, or [b, t]
+    at = labels != IGNORE
+    where = at.nonzero()[:, 0]  # [k], the row of each label
+    labels = labels[at]
+    if classes:
+        labels = torch.tensor(classes, device=device)[labels]
 
     def first_and_all(one: nn.Module) -> tuple[Tensor, Tensor]:
         logits = one(**inputs).logits
-        logits = logits[at] if logits.ndim == 2 else logits[:, :-1][at]  # [k, v]
+        logits = (logits[:, :-1] if shifted else logits)[at]  # [k, v]
         return logits.argmax(-1), logits.float().log_softmax(-1)
 
     rows = len(batch["labels"])

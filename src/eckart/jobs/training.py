@@ -11,6 +11,7 @@ and the checkpoints (`checkpoints.py`).
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sized
 from functools import cache
 from typing import Any
@@ -21,11 +22,13 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from eckart.errors import Diverged
+from eckart.io.noise import Noised
 from eckart.io.packing import Shuffled
 from eckart.jobs.cut import Cutting, DueCut
 from eckart.jobs.divergence import first_bad_gradient, first_bad_module
 from eckart.linear import Structured, seeded_generator
 from eckart.recipe import Handle
+from eckart.recipe.recipe import refuse_two_passes
 
 
 def trainer(cls: type[Trainer] = Trainer) -> type[Training]:
@@ -47,6 +50,7 @@ class Training(Cutting):
     def __init__(self, handle: Handle, args: TrainingArguments | None = None, **kwargs: Any):
         args = copy.copy(args) if args is not None else TrainingArguments("output")
         handle.recipe.require_no_accumulation(args.gradient_accumulation_steps)
+        refuse_two_passes(handle.recipe)
         # Clipping is the optimizer's: Trainer would clip full gradients, not those applied.
         self.clip, args.max_grad_norm = args.max_grad_norm or float("inf"), 0.0
         args.logging_nan_inf_filter = False  # a loss that is not finite is an error here
@@ -54,6 +58,8 @@ class Training(Cutting):
         self.applied_rates: list[float] = []
         self.moments: dict[str, Any] = {}  # of an earlier training, by name, to go on with
         super().__init__(handle.model, args, **kwargs)
+        if not divides_by_items(handle.model):
+            self.model_accepts_loss_kwargs = False
         self.due_cut = DueCut(handle)
         if handle.events.cuts:
             self.add_callback(self.due_cut)
@@ -149,7 +155,8 @@ class Training(Cutting):
         if not isinstance(dataset, Sized):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Shuffled(len(dataset), seed)
+        moving = dataset.set_epoch if isinstance(dataset, Noised) else None
+        return Shuffled(len(dataset), seed, moving)
 
     # --- what is logged --------------------------------------------------------------------
 
@@ -170,6 +177,15 @@ class Training(Cutting):
         for i, rate in enumerate(dict.fromkeys(self.applied_rates), 1):
             facts["learning_rate" if i == 1 else f"learning_rate_{i}"] = rate
         return facts
+
+
+def divides_by_items(model: nn.Module) -> bool:
+    """Does the model's loss heed `num_items_in_batch`, the labels of all micro-batches?
+
+    Those that ask `loss_function` do. BERT, T5 and others take the argument, ignore it and give
+    the micro-batch's mean, which Trainer would add up: gradients k times too large.
+    """
+    return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
 
 
 def still_fitting(moments: dict[str, Any], optimizer: Any) -> dict[str, Any]:
