@@ -43,7 +43,10 @@ def whole(tensor):
 
 def replicated(rank, slug, architecture):
     model, handle = prepared(slug, architecture)
-    return train(handle, DistributedDataParallel(model), rank, 2)
+    update = handle.recipe.update
+    idle = update is not None and update.rule().idles  # then the reducer must be told
+    wrapped = DistributedDataParallel(model, find_unused_parameters=idle)
+    return train(handle, wrapped, rank, 2)
 
 
 def sharded(rank, slug, architecture):

@@ -1,10 +1,20 @@
 """How does a gradient become a change? Optimizers put together from small parts."""
 
 from eckart.optim.blocks import Blocks
+from eckart.optim.drawn import Coordinates, Gaussian
 from eckart.optim.fixed import Selected
-from eckart.optim.inner import SGD, Adafactor, Adam, Direction, Inner, Orthogonal
+from eckart.optim.inner import (
+    SGD,
+    Adafactor,
+    Adam,
+    Direction,
+    Inner,
+    Memoryless,
+    Normalised,
+    Orthogonal,
+)
 from eckart.optim.optimizer import LowRankOptimizer
-from eckart.optim.pair import Factor, Moments, PairRule, Spectrum, spectrum, sylvester
+from eckart.optim.pair import Factor, Moments, PairRule, Spectrum, spectrum, stepped, sylvester
 from eckart.optim.project import (
     SVD,
     Basis,
@@ -14,12 +24,14 @@ from eckart.optim.project import (
     Projector,
     Randomised,
     Subspace,
+    Whole,
 )
 from eckart.optim.refresh import Refresh
-from eckart.optim.residual import NormGrowth, Rescaled, Residual
+from eckart.optim.residual import NormGrowth, Outside, Replaced, Rescaled, Residual
 from eckart.optim.rule import Rule
 from eckart.optim.source import ErrorFeedback, Momentum, Source
 from eckart.optim.storage import EightBit, Packed
+from eckart.optim.warm import Warm
 
 __all__ = [
     "SGD",
@@ -28,24 +40,30 @@ __all__ = [
     "Adam",
     "Basis",
     "Blocks",
+    "Coordinates",
     "Direction",
     "EightBit",
     "ErrorFeedback",
     "Factor",
+    "Gaussian",
     "Gram",
     "Identity",
     "Inner",
     "Iteration",
     "LowRankOptimizer",
+    "Memoryless",
     "Moments",
     "Momentum",
     "NormGrowth",
+    "Normalised",
     "Orthogonal",
+    "Outside",
     "Packed",
     "PairRule",
     "Projector",
     "Randomised",
     "Refresh",
+    "Replaced",
     "Rescaled",
     "Residual",
     "Rule",
@@ -53,6 +71,9 @@ __all__ = [
     "Source",
     "Spectrum",
     "Subspace",
+    "Warm",
+    "Whole",
     "spectrum",
+    "stepped",
     "sylvester",
 ]

@@ -18,6 +18,7 @@ import torch
 
 from eckart.errors import UsageError
 from eckart.optim.part import Part
+from eckart.optim.project import share
 
 NUMBERED = re.compile(r"^(.*?)(?:^|\.)(\d+)\.")  # the outermost number in a name
 
@@ -30,9 +31,13 @@ class Blocks(Part):
     and again ("carry"), or kept for good, standing still while it rests ("keep"). The rest's
     are kept, or forgotten with `reset_rest`. `once`: the first draw stays. `paths` names the
     blocks' modules where the longest list is not meant; `weights` makes some more likely.
+
+    `order`: drawn at each period, independently of the last; or all blocks in turn, in an
+    order that is ascending, descending, or shuffled anew for each round. A float `count` is a
+    share of all blocks.
     """
 
-    count: int = 2
+    count: int | float = 2
     every: int = 20
     moments: Literal["reset", "carry", "keep"] = "reset"
     reset_rest: bool = False
@@ -40,6 +45,7 @@ class Blocks(Part):
     once: bool = False
     paths: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    order: Literal["drawn", "ascending", "descending", "shuffled"] = "drawn"
 
     def resting(self, names: Sequence[str], step: int, seed: int) -> set[str]:
         """The parameters of these that do not train at a step, counted from 0."""
@@ -57,12 +63,25 @@ class Blocks(Part):
 
     def drawn(self, blocks: int, step: int, seed: int) -> set[int]:
         """The blocks that train at this step."""
-        if self.count == 0:
+        count = self.counted(blocks)
+        if count == 0:
             return set()
         period = 0 if self.once else step // self.every
-        generator = torch.Generator().manual_seed(crc32(f"{seed}/blocks/{period}".encode()))
-        weights = torch.tensor(self.weights or [1.0] * blocks)
-        return set(torch.multinomial(weights, self.count, generator=generator).tolist())
+        if self.order == "drawn":
+            weights = torch.tensor(self.weights or [1.0] * blocks)
+            generator = generator_of(seed, period)
+            return set(torch.multinomial(weights, count, generator=generator).tolist())
+        round_, place = divmod(period, -(-blocks // count))
+        order = list(range(blocks))
+        if self.order == "descending":
+            order.reverse()
+        if self.order == "shuffled":
+            order = torch.randperm(blocks, generator=generator_of(seed, round_)).tolist()
+        return set(order[place * count : (place + 1) * count])
+
+    def counted(self, blocks: int) -> int:
+        """How many of so many blocks train at a time."""
+        return self.count if isinstance(self.count, int) else share(self.count, blocks)
 
     def begins(self, step: int) -> bool:
         """Does a new period begin with this step?"""
@@ -72,13 +91,18 @@ class Blocks(Part):
         """The block of each parameter, as a number from 0; None for the rest."""
         found = membership(self.paths, names)
         blocks = len(self.paths) or len({b for b in found.values() if b is not None})
-        if self.count > blocks:
+        if self.counted(blocks) > blocks:
             raise UsageError(
                 "more blocks are to be trained than there are",
                 [("blocks", f"{self.count} of {blocks}")],
                 f"Type update.blocks={blocks}, or name them in update.block_paths.",
             )
         return found
+
+
+def generator_of(seed: int, period: int) -> torch.Generator:
+    """For what is drawn in a period."""
+    return torch.Generator().manual_seed(crc32(f"{seed}/blocks/{period}".encode()))
 
 
 @lru_cache(maxsize=8)

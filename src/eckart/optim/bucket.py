@@ -16,9 +16,10 @@ from torch import Tensor
 
 from eckart.errors import UsageError
 from eckart.optim.inner import Direction
-from eckart.optim.part import CACHED, CHUNK, State, Tensors, multiply_
-from eckart.optim.project import Basis, add_up_, as_matrix, down
-from eckart.optim.refresh import counted, refresh
+from eckart.optim.part import CACHED, CHUNK, State, Tensors, counted, multiply_
+from eckart.optim.project import Basis, Chosen, Directions, add_up_, as_matrix, down
+from eckart.optim.refresh import refresh
+from eckart.optim.residual import limited
 from eckart.optim.rule import Rule
 from eckart.optim.sharded import Kind, Layout, is_sharded, layout_of, local, sum_
 from eckart.optim.storage import rounded_by_chance
@@ -37,6 +38,7 @@ class Entry:
     tensors: dict[str, Tensor]  # the state's tensors, local
     base_seed: int = 0
     fed: Tensor | None = None  # A, where the rule has a source
+    found: Basis | None = None  # the basis, where it lives for this step alone
     low: Tensor | None = None  # the gradient as applied: R once projected, else G
 
     @property
@@ -44,10 +46,12 @@ class Entry:
         return not self.rule.projector.identity
 
     @property
-    def basis(self) -> Basis:
+    def basis(self) -> Directions:
+        if self.found is not None:
+            return self.found
         projector = self.rule.projector
         basis = projector.basis(self.tensors, self.local, self.size)
-        if self.layout is None or not projector.derived:
+        if self.layout is None or not projector.derived or isinstance(basis, Chosen):
             return basis
         kinds: tuple[Kind, Kind] = ("left", "right")  # derived whole; this process has a part
         parts = zip(basis, kinds, strict=True)
@@ -60,12 +64,16 @@ class Entry:
         return self.view(self.gradient) if self.fed is None else self.fed
 
     @property
-    def whole_A(self) -> Tensor:
+    def sought(self) -> Tensor:
+        """What a basis is found from."""
+        return self.A if self.rule.source is None else self.rule.source.sought(self, self.A)
+
+    @property
+    def whole_sought(self) -> Tensor:
         """The same, gathered where it is sharded."""
         if self.layout is None:
-            return self.A
-        A = self.layout.gather(self.A, self.param)
-        return as_matrix(A, self.group["leading"])
+            return self.sought
+        return as_matrix(self.layout.gather(self.sought, self.param), self.group["leading"])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,8 +86,8 @@ class Entry:
         """The shape of the whole of R, or of G where nothing is projected."""
         if not self.projected:
             return self.param.shape
-        (m, n), (left, right) = self.size, self.rule.projector.ranks(*self.size)
-        return torch.Size((*self.param.shape[: self.group["leading"]], left or m, right or n))
+        W = torch.empty(*self.param.shape[: self.group["leading"]], *self.size, device="meta")
+        return self.rule.projector.low(W).shape
 
     @property
     def local(self) -> Tensor:
@@ -288,10 +296,12 @@ def move_back(entries: list[Entry], direction: Direction, lr: float, keep: float
     rule = entries[0].rule
     rate = lr if rule.decay == "before" else lr * keep
     if rule.residual is not None:
-        N, correction = direction.raw()
-        rule.residual.move(entries, N, [rate / c for c in correction], keep)
+        rule.residual.move(entries, direction, rate, keep)
         return
-    for entry, n, c in zip(entries, direction.tensors(), direction.correction, strict=True):
+    N = direction.tensors()
+    if rule.limiter is not None:
+        N = limited(entries, N, rule.limiter)
+    for entry, n, c in zip(entries, N, direction.correction, strict=True):
         W = entry.weight
         size = rate * rule.size_of_step(*entry.size) / c
         add_up_(W, n, entry.basis, alpha=-size, beta=keep)
@@ -326,6 +336,12 @@ def check_sharded(name: str, rule: Rule, layout: Layout) -> None:
             "this inner rule needs whole tensors, and the parameter is sharded",
             [(name, type(inner).__name__)],
             "Train without sharding, or use Adam.",
+        )
+    if layout.groups(*rule.projector.unsplit()):
+        raise UsageError(
+            "these coordinates cannot be drawn from a part of the parameter",
+            [(name, " and ".join(rule.projector.unsplit()) + " are sharded")],
+            "Take columns where parameters are sharded along their outputs (dimension 0).",
         )
     if source is not None and source.lines and layout.groups("columns"):
         raise UsageError(

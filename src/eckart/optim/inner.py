@@ -442,17 +442,21 @@ def orthogonalised_by(R: Tensor, C: Tensor, steps: int) -> Tensor:
 
 def exactly_orthogonal(R: Tensor) -> Tensor:
     """U V^T of R = U S V^T [*, a, b]; directions that R does not have stay away."""
-    U, s, Vh = torch.linalg.svd(wide(R), full_matrices=False)
-    return ((U * present(s, max(R.shape[-2:])).unsqueeze(-2)) @ Vh).to(R.dtype)
+    ok = R.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    U, s, Vh = torch.linalg.svd(torch.where(ok, wide(R), 0), full_matrices=False)
+    found = (U * present(s, max(R.shape[-2:])).unsqueeze(-2)) @ Vh
+    return torch.where(ok, found, torch.nan).to(R.dtype)
 
 
 def exactly_by(R: Tensor, C: Tensor) -> Tensor:
     """The same for some rows of R, from C = R^T R [*, b, b] of all: R C^(-1/2). The Gram matrix
     squares the condition number, so what is a thousandth in fp32 counts as not there."""
-    values, V = torch.linalg.eigh(C)
+    ok = C.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    values, V = torch.linalg.eigh(torch.where(ok, C, 0))
     there = present(values, C.shape[-1])
     inverse = torch.where(there > 0, values, 1.0).rsqrt() * there
-    return (wide(R) @ (V * inverse.unsqueeze(-2)) @ V.mT).to(R.dtype)
+    found = wide(R) @ (V * inverse.unsqueeze(-2)) @ V.mT
+    return torch.where(ok, found, torch.nan).to(R.dtype)
 
 
 def present(values: Tensor, size: int) -> Tensor:

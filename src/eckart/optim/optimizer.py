@@ -18,6 +18,7 @@ from torch import Tensor
 
 from eckart.errors import UsageError
 from eckart.optim import named
+from eckart.optim.blocks import Blocks
 from eckart.optim.bucket import Bucket, Entry, buckets, entry_of
 from eckart.optim.layerwise import Projected, check_layerwise
 from eckart.optim.pair import Pair, move_pairs, prepare
@@ -66,7 +67,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.penalties: list[Penalty] = []
         self.projected: Projected | None = None  # layer-wise mode
         self.bound: dict[str, Tensor] = {}  # the parameters of the last step
-        self.resting: set[str] = set()  # parameters whose block does not train now
+        self.resting: set[str] = set()  # parameters that do not train now
+        self.aside: set[str] = set()  # parameters that follow their rule's `resting` now
         super().__init__(
             params,
             {
@@ -107,7 +109,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group({**param_group, "params": pairs})
         group = self.param_groups[-1]
-        if group["rule"].blocks != self.param_groups[0]["rule"].blocks:
+        if group["rule"].blocks not in (None, self.blocks):
             raise UsageError(
                 "all groups must train the same blocks",
                 [(group["param_names"][0], str(group["rule"].blocks))],
@@ -119,7 +121,24 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step over all parameters that have a gradient."""
+        """One step over all parameters that have a gradient.
+
+        A rule that moves the factors of a pair in turn within one step, each by its own
+        gradient, calls the closure for each; the loss is that of the first.
+        """
+        passes = max(group["rule"].passes for group in self.param_groups)
+        if passes > 1 and closure is None:
+            raise UsageError(
+                "this rule computes a gradient for each factor in turn",
+                [("optimizer.step()", "got no closure")],
+                "Pass one that clears the gradients, computes the loss and its gradients, and "
+                "returns it. In a Trainer take schedule=alternate.",
+            )
+        losses = [self.pass_over(closure) for _ in range(passes)]
+        return losses[0]
+
+    def pass_over(self, closure: Callable[[], Any] | None) -> Any:
+        """One pass of a step: gradients, and the moves of what does not rest."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -156,10 +175,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Parameters with a gradient, or with a projected one from layer-wise hooks."""
         self.rebind()
         kept = {} if self.projected is None else self.projected.low
+        at_rest = {id(g): {**g, "rule": g["rule"].at_rest} for g in self.param_groups}
         for name, p, group in self.named():
             if name in self.resting:
                 p.grad = None
             if p.grad is None and name not in kept:
+                continue
+            if name in self.aside:
+                yield entry_of(name, p, at_rest[id(group)], {}, self.seed)  # keeps no state
                 continue
             entry = entry_of(name, p, group, self.state[p], self.seed)
             if self.projected is not None and entry.projected and p.grad is not None:
@@ -267,16 +290,29 @@ class LowRankOptimizer(torch.optim.Optimizer):
         prepare(pairs, [e for e in found.values() if e.param.grad is not None])
         return [pair for pair in pairs if not (pair.B.rests and pair.A.rests)]
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """The schedule that all groups with one share."""
+        found = (group["rule"].blocks for group in self.param_groups)
+        return next((blocks for blocks in found if blocks is not None), None)
+
     def rest(self, tell_autograd: bool = True) -> None:
         """Before the forward pass of a step: which parameters train, and at a new period what
         becomes of the moments of blocks."""
-        blocks, taken = self.param_groups[0]["rule"].blocks, self.param_groups[0]["taken"]
+        blocks, taken = self.blocks, self.param_groups[0]["taken"]
         names = [name for name, _, _ in self.named()]
-        resting = set() if blocks is None else blocks.resting(names, taken, self.seed)
+        rules = {name: group["rule"] for name, _, group in self.named()}
+        in_turn = {name for name, rule in rules.items() if rule.blocks is not None}
+        idle = set() if blocks is None else blocks.resting(names, taken, self.seed) & in_turn
+        self.aside = {name for name in idle if rules[name].resting is not None}
+        resting = idle - self.aside
         for group in self.param_groups:
             rule = group["rule"].pair
             place = "BA".find(rule.rests(taken)) if rule is not None and rule.rests(taken) else -1
             resting |= {pair[place] for pair in group["pairs"] if place >= 0}
+        passes = max(group["rule"].passes for group in self.param_groups)
+        if taken % passes < passes - 1:  # what is in no pair moves once a step, in the last pass
+            resting |= {*names} - {n for g in self.param_groups for p in g["pairs"] for n in p[:2]}
         if tell_autograd and (resting or self.resting):
             for name, p, _ in self.named():
                 p.requires_grad_(name not in resting)
@@ -285,7 +321,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if name in resting:
                 p.grad = None
         if blocks is not None and blocks.begins(taken):
-            forgotten = blocks.forgotten(names, resting)
+            forgotten = blocks.forgotten(names, idle) & in_turn
             self.reset_state(p for name, p, _ in self.named() if name in forgotten)
 
     # -- state ------------------------------------------------------------------------

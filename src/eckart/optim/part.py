@@ -26,6 +26,11 @@ class Part:
         }
 
 
+def counted(state: State) -> int:
+    """Completed steps that the moments have seen."""
+    return state["step"] - state.get("start", 0)
+
+
 def plain(value: Any) -> Any:
     """A field's value as JSON-ready data."""
     if isinstance(value, Part):

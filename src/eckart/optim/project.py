@@ -34,6 +34,38 @@ class Basis(NamedTuple):
     right: Tensor | None  # [*, r, n]
 
 
+class Chosen(NamedTuple):
+    """Some coordinates of a matrix [*, m, n], by their numbers: no product is needed."""
+
+    places: Tensor  # int64 [*, r]
+    axis: int  # -1: columns, R is [*, m, r]; -2: rows, R is [*, r, n]
+    entries: bool = False  # of all m n entries in one row: R is [*, 1, r]
+
+    def lined(self, t: Tensor) -> Tensor:
+        """A matrix as the places count it."""
+        return t.reshape(*t.shape[:-2], 1, -1) if self.entries else t
+
+    def along(self, t: Tensor) -> Tensor:
+        """The places beside every line of a (lined) matrix."""
+        places = self.places.unsqueeze(-3 - self.axis)
+        shape = list(t.shape)
+        shape[self.axis] = self.places.shape[-1]
+        return places.expand(shape)
+
+    def down(self, G: Tensor) -> Tensor:
+        G = self.lined(G)
+        return G.gather(self.axis, self.along(G))
+
+    def add_up_(self, W: Tensor, R: Tensor, alpha: float, beta: float) -> None:
+        lines = self.lined(W)
+        lines.mul_(beta).scatter_add_(self.axis, self.along(lines), alpha * R)
+        if lines.data_ptr() != W.data_ptr():
+            W.copy_(lines.view_as(W))
+
+
+Directions = Basis | Chosen
+
+
 def as_matrix(t: Tensor, leading: int = 0) -> Tensor:
     """A parameter or gradient seen as [*, m, n]: all dimensions after the rows are one.
 
@@ -43,8 +75,10 @@ def as_matrix(t: Tensor, leading: int = 0) -> Tensor:
     return t.reshape(*t.shape[: leading + 1], -1) if t.dim() > leading + 2 else t
 
 
-def down(G: Tensor, basis: Basis) -> Tensor:
+def down(G: Tensor, basis: Directions) -> Tensor:
     """left^T G right^T, in G's dtype."""
+    if isinstance(basis, Chosen):
+        return basis.down(G)
     if basis.left is not None:
         G = basis.left.to(G.dtype).mT @ G
     if basis.right is not None:
@@ -59,9 +93,15 @@ def up(R: Tensor, basis: Basis) -> Tensor:
     return R if basis.right is None else R @ basis.right.to(R.dtype)
 
 
-def add_up_(W: Tensor, R: Tensor, basis: Basis, *, alpha: float, beta: float = 1.0) -> None:
+def add_up_(W: Tensor, R: Tensor, basis: Directions, *, alpha: float, beta: float = 1.0) -> None:
     """W = beta W + alpha up(R), in place and in one product: up(R) is never stored."""
     R = R.to(W.dtype)
+    if isinstance(basis, Chosen):
+        basis.add_up_(W, R, alpha, beta)
+        return
+    if basis.left is None and basis.right is None:
+        W.mul_(beta).add_(R, alpha=alpha)
+        return
     left = None if basis.left is None else basis.left.to(W.dtype)
     if basis.right is None:
         assert left is not None
@@ -146,6 +186,8 @@ class Projector(Part):
     from_shards: ClassVar[bool] = False  # can it find a right basis with shards of the rows?
     derived: ClassVar[bool] = False  # is its state whole on all processes, the basis made of it?
     decomposes: ClassVar[bool] = True  # and so must wait for the device at a search
+    orthonormal: ClassVar[bool] = True  # are its directions?
+    fleeting: ClassVar[bool] = False  # does its basis live for one step, found with its state?
 
     def takes(self, shape: Sequence[int], leading: int) -> bool:
         """Can a parameter of this shape be projected?"""
@@ -159,7 +201,7 @@ class Projector(Part):
         """The state tensors of a basis to start from, for W [*, m, n]: some coordinates."""
         raise NotImplementedError
 
-    def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Basis:
+    def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Directions:
         """The basis that the state tensors stand for, in the dtype and place of `like`."""
         return Basis(state.get("left"), state.get("right"))
 
@@ -174,6 +216,10 @@ class Projector(Part):
         left = new["left"].mT @ old["left"] if "left" in old else None
         right = old["right"] @ new["right"].mT if "right" in old else None
         return Rotation(Basis(left, right))
+
+    def unsplit(self) -> tuple[str, ...]:
+        """Which axes of a sharded parameter, "rows" or "columns", must be whole."""
+        return ()
 
     def find_right(self, C: Tensor, rank: int) -> Tensor:
         """A new right basis [*, r, n] from the Gram matrices C = G^T G [*, n, n] in fp64, for
@@ -196,20 +242,33 @@ class Identity(Projector):
 
 
 @dataclass(frozen=True)
+class Whole(Projector):
+    """No projection either, but what moves is a matrix [*, m, n]: for inner rules that need
+    to know it. Vectors follow the rule's `vectors`."""
+
+    names: ClassVar[tuple[str, ...]] = ()
+
+    def init(self, W: Tensor) -> Found:
+        return {}
+
+
+@dataclass(frozen=True)
 class Subspace(Projector):
     """Projects one side of each matrix, or both, on r orthonormal directions.
 
     auto projects the short side (the right one of a square matrix), so that the moments
-    have long side x r entries; reverse the long side. A rank above min(m, n) is cut there.
+    have long side x r entries; reverse the long side. A rank above min(m, n) is cut there; a
+    float is a share of min(m, n).
     """
 
-    rank: int
+    rank: int | float
     side: Side = "auto"
     basis_dtype: Literal["param", "float32"] = "param"
     skip_if_no_saving: bool = False  # where Adam's own state would not be larger
 
     def ranks(self, m: int, n: int) -> tuple[int, int]:
-        r = min(self.rank, m, n)
+        r = self.rank if isinstance(self.rank, int) else share(self.rank, min(m, n))
+        r = min(r, m, n)
         short = "right" if m >= n else "left"
         long = "left" if m >= n else "right"
         side = {"auto": short, "reverse": long}.get(self.side, self.side)
@@ -334,6 +393,11 @@ class Iteration(Subspace):
             signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G.dtype)
             Z = Q * signs.unsqueeze(-2)  # the QR that changes as little as Z does
         return polish(Z)
+
+
+def share(of: float, size: int) -> int:
+    """So much of a size, in whole numbers and at least 1."""
+    return max(1, round(of * size))
 
 
 def top_eigenvectors(C: Tensor, rank: int) -> Tensor:

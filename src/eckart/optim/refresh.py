@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from eckart.optim.part import CHUNK, Part, State
-from eckart.optim.project import Basis, Found, Search, usable
+from eckart.optim.part import CHUNK, Part, State, counted
+from eckart.optim.project import Basis, Directions, Found, Search, usable
 from eckart.optim.sharded import Layout, local, sum_, whole
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Refresh(Part):
             return {}
         return {"gap": self.every, "cosines": torch.full((5,), torch.nan, device=W.device)}
 
-    def stretch(self, state: State, cosines: Tensor, old: Basis, new: Basis) -> None:
+    def stretch(self, state: State, cosines: Tensor, old: Directions, new: Directions) -> None:
         """Double the interval where the leading direction keeps; one host read."""
         a, b = leading_direction(old), leading_direction(new)
         cosine = torch.cosine_similarity(a, b, dim=-1).abs().mean()  # signs mean nothing
@@ -64,7 +64,9 @@ def refresh(entries: list[Entry]) -> None:
     again at its next step. (Where a parameter holds several matrices, as experts do, it is
     due again only if none of them gave one.)
     """
-    due = [e for e in entries if e.projected and e.state["due"] <= e.state["step"]]
+    if not entries[0].projected or not entries[0].rule.projector.names:
+        return  # there is no basis
+    due = [e for e in entries if e.state["due"] <= e.state["step"]]
     together = max(1, CHUNK // max(1, entries[0].param.numel()))
     for first in (True, False):
         some = [e for e in due if (e.state["step"] == 0) == first]
@@ -75,7 +77,7 @@ def refresh(entries: list[Entry]) -> None:
 def refresh_together(entries: list[Entry], first: bool) -> None:
     """One batched decomposition."""
     rule, layout = entries[0].rule, entries[0].layout
-    projector = rule.projector
+    projector, source = rule.projector, rule.source
     names = [name for name in projector.names if name in entries[0].state]
     old = {name: torch.stack([whole(e.state[name]) for e in entries]) for name in names}
     if layout is not None and layout.gram_suffices and projector.from_gram:
@@ -99,10 +101,17 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
             rule.refresh.stretch(entry.state, entry.tensors["cosines"], *bases)
         gap = entry.state.get("gap", rule.refresh.every)
         entry.state["due"] = rule.refresh.next(step, entry.name, gap)
+        if source is not None:
+            source.turn(entry, 1.0)
         renew_moments(entry, before, after)
         for name, t in after.items():
             placed = t if layout is None else local(layout.place(t, rule.kind(name)))
             entry.tensors[name].copy_(placed)
+        if source is not None:
+            source.turn(entry, -1.0)
+        if projector.fleeting:
+            P = found["left"][i].to(entry.A.dtype)
+            entry.found = Basis(P if layout is None else local(layout.place(P, "left")), None)
         if "low" in found and (layout is None or layout.gram_suffices):  # else R of the whole
             entry.low = found["low"][i].to(entry.A.dtype)
 
@@ -122,7 +131,7 @@ def found_from_gradients(
         sum_([t], groups)
         return t
 
-    G = torch.stack([e.A if rows else e.whole_A for e in entries])  # [k, *, m, n]
+    G = torch.stack([e.sought if rows else e.whole_sought for e in entries])  # [k, *, m, n]
     G = G.to(torch.promote_types(G.dtype, torch.float32))
     ok = usable(total(G.square().sum((-2, -1))))
     G = torch.where(ok[..., None, None], G, 0)  # a NaN would end a batched decomposition
@@ -135,7 +144,7 @@ def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found
 
     In fp64, since the Gram matrix squares the condition number.
     """
-    G = torch.stack([e.A for e in entries]).double()  # [k, m of this shard, n]
+    G = torch.stack([e.sought for e in entries]).double()  # [k, m of this shard, n]
     C = G.mT @ G
     sum_([C], layout.groups("rows"))
     ok = usable(C.diagonal(dim1=-2, dim2=-1).sum(-1))
@@ -157,17 +166,13 @@ def renew_moments(entry: Entry, old: dict[str, Tensor], new: dict[str, Tensor]) 
         entry.state["start"] = entry.state["step"]
 
 
-def leading_direction(basis: Basis) -> Tensor:
+def leading_direction(basis: Directions) -> Tensor:
     """The first direction of a basis, in fp32."""
+    assert isinstance(basis, Basis)
     if basis.right is not None:
         return basis.right[..., 0, :].float()
     assert basis.left is not None
     return basis.left[..., :, 0].float()
-
-
-def counted(state: State) -> int:
-    """Completed steps that the moments have seen."""
-    return state["step"] - state.get("start", 0)
 
 
 def chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:

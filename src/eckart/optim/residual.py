@@ -1,20 +1,21 @@
 """What becomes of the part of a gradient that lies outside the subspace, and how it is held
 in check.
 
-A residual rule writes the weights itself, so that nothing of the size of G is ever made:
-what scales lines of the long side commutes with a projection of the short side.
+A residual rule writes the weights itself, so that what scales lines of the long side makes
+nothing of the size of G: it commutes with a projection of the short side.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from eckart.optim.inner import Direction, Inner, Memoryless
 from eckart.optim.part import Part, Tensors
-from eckart.optim.project import add_up_
+from eckart.optim.project import Subspace, add_up_
 from eckart.optim.sharded import sum_
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ class NormGrowth(Part):
 class Residual(Part):
     """The contract of a residual rule. It needs all of G, and one side unprojected."""
 
-    def move(self, entries: list[Entry], N: Tensors, sizes: list[float], keep: float) -> None:
-        """W = keep W - size U, where U is scale up(N) and what the rule makes of G - up(R).
+    orthonormal: ClassVar[bool] = True  # must the basis be?
 
-        N is the direction before its bias correction, which is in the sizes.
-        """
+    def move(self, entries: list[Entry], direction: Direction, rate: float, keep: float) -> None:
+        """W = keep W - rate U, where U is scale up(N), and what the rule makes of the rest of
+        G. Each N still has its bias correction before it."""
         raise NotImplementedError
 
 
@@ -68,50 +69,121 @@ class Rescaled(Residual):
     phi: Literal["line", "matrix"] = "line"
     phi_max: float | None = None
 
-    def move(self, entries: list[Entry], N: Tensors, sizes: list[float], keep: float) -> None:
+    def move(self, entries: list[Entry], direction: Direction, rate: float, keep: float) -> None:
         rule = entries[0].rule
         c = rule.scale if self.center == "scaled" else 1.0
-        G = [e.view(e.gradient) for e in entries]
-        psis = self.factors(entries, G, N, c)
-        for e, g, n, psi, size in zip(entries, G, N, psis, sizes, strict=True):
-            W, psi = e.weight, psi.to(n.dtype)
+        N, correction = direction.raw()
+        if c == 1 and spans(entries[0]):
+            psis = [n.new_zeros(()) for n in N]
+        else:
+            psis = factors(entries, N, c, self.phi, self.phi_max)
+        for e, n, psi, x in zip(entries, N, psis, correction, strict=True):
+            W, g, psi, size = e.weight, e.view(e.gradient), psi.to(n.dtype), rate / x
             inside = rule.scale * n - c * psi * e.R
             add_up_(W, inside, e.basis, alpha=-size, beta=keep)
             W.addcmul_(g.to(W.dtype), psi.to(W.dtype), value=-size)
             e.write(W)
 
-    def factors(self, entries: list[Entry], G: Tensors, N: Tensors, c: float) -> Tensors:
-        """phi / q for each entry: [*, m, 1] or [*, 1, n] where phi goes by lines, else
-        [*, 1, 1]. One collective for lines and one for norms where the weights are sharded."""
-        side = -1 if entries[0].basis.left is None else -2  # the projected one
-        if c == 1 and N[0].shape[side] == min(entries[0].size):
-            return [g.new_zeros(()) for g in G]  # full rank: what is left is rounding
-        layout = entries[0].layout
-        of_G = [squares(g, side) for g in G]
+
+@dataclass(frozen=True)
+class Replaced(Residual):
+    """APOLLO (Zhu et al. 2025): the whole gradient, scaled line by line as the inner rule
+    rescaled its projection, which serves for nothing else.
+
+        phi_j = |N_j| / (|R_j| + 1e-8)          j runs over the long side, or is one for all
+        U = scale phi G / q                     q from the limiter
+    """
+
+    phi: Literal["line", "matrix"] = "line"
+    orthonormal: ClassVar[bool] = False
+
+    def move(self, entries: list[Entry], direction: Direction, rate: float, keep: float) -> None:
+        N, correction = direction.raw()
+        psis = factors(entries, N, 0.0, self.phi)
+        for e, psi, x in zip(entries, psis, correction, strict=True):
+            W, g, size = e.weight, e.view(e.gradient), rate * e.rule.scale / x
+            W.mul_(keep).addcmul_(g.to(W.dtype), psi.to(W.dtype), value=-size)
+            e.write(W)
+
+
+@dataclass(frozen=True)
+class Outside(Residual):
+    """FRUGAL (Zmushko et al. 2024): the rest of the gradient, G - up(R), through an inner rule
+    without a state. The rest is formed, for one matrix at a time."""
+
+    inner: Inner = field(default_factory=Memoryless)
+
+    def move(self, entries: list[Entry], direction: Direction, rate: float, keep: float) -> None:
+        N = direction.tensors()
+        for e, n, x in zip(entries, N, direction.correction, strict=True):
+            W, basis = e.weight, e.basis
+            add_up_(W, n, basis, alpha=-rate * e.rule.scale / x, beta=keep)
+            if not spans(e):
+                rest = e.view(e.gradient).clone()
+                add_up_(rest, e.R, basis, alpha=-1.0)
+                (step,) = self.inner.step([rest], [{}], [1]).tensors()
+                W.add_(step.to(W.dtype), alpha=-rate)
+            e.write(W)
+
+
+def spans(entry: Entry) -> bool:
+    """Does the subspace hold everything, so that what is left of a gradient is rounding?"""
+    projector, size = entry.rule.projector, entry.size
+    return isinstance(projector, Subspace) and max(projector.ranks(*size)) == min(size)
+
+
+def factors(
+    entries: list[Entry],
+    N: Tensors,
+    c: float,
+    by: Literal["line", "matrix"],
+    most: float | None = None,
+) -> Tensors:
+    """phi / q for each entry: [*, m, 1] or [*, 1, n] where phi goes by lines, else [*, 1, 1].
+
+    S = phi (G - c up(R)) is what the limiter holds back. N is the direction before its bias
+    correction. One collective for lines and one for norms where the weights are sharded.
+    """
+    rule, layout = entries[0].rule, entries[0].layout
+    side = -2 if rule.projector.ranks(*entries[0].size)[0] else -1  # the projected one
+    of_G = [squares(e.view(e.gradient), side) for e in entries]
+    if layout is not None:
+        sum_(of_G, layout.partial)  # lines run along the projected side
+    of_R, of_N = ([squares(t, side) for t in ts] for ts in ([e.R for e in entries], N))
+    energy = [g - (2 * c - c * c) * r for g, r in zip(of_G, of_R, strict=True)]
+    if by == "matrix":
+        totals = [t.sum(-side - 3, keepdim=True) for ts in (of_R, of_N, energy) for t in ts]
         if layout is not None:
-            sum_(of_G, layout.partial)  # lines run along the projected side
-        of_R, of_N = ([squares(t, side) for t in ts] for ts in ([e.R for e in entries], N))
-        energy = [g - (2 * c - c * c) * r for g, r in zip(of_G, of_R, strict=True)]
-        if self.phi == "matrix":
-            totals = [t.sum(-side - 3, keepdim=True) for ts in (of_R, of_N, energy) for t in ts]
-            if layout is not None:
-                sum_(totals, layout.split)
-            k = len(entries)
-            of_R, of_N, energy = totals[:k], totals[k : 2 * k], totals[2 * k :]
-        phi = [n.sqrt() / (r.sqrt() + 1e-8) for n, r in zip(of_N, of_R, strict=True)]
-        if self.phi_max is not None:
-            phi = [p.clamp(max=self.phi_max) for p in phi]
-        limiter = entries[0].rule.limiter
-        if limiter is None:
-            return phi
-        norms = [(p * p * e.clamp(min=0)).sum((-2, -1)) for p, e in zip(phi, energy, strict=True)]
-        if layout is not None and self.phi == "line":
-            sum_(norms, layout.split)
-        q = [
-            limiter.limit(n.sqrt(), e.tensors["limiter"])
-            for n, e in zip(norms, entries, strict=True)
-        ]
-        return [p / x[..., None, None] for p, x in zip(phi, q, strict=True)]
+            sum_(totals, layout.split)
+        k = len(entries)
+        of_R, of_N, energy = totals[:k], totals[k : 2 * k], totals[2 * k :]
+    phi = [n.sqrt() / (r.sqrt() + 1e-8) for n, r in zip(of_N, of_R, strict=True)]
+    if most is not None:
+        phi = [p.clamp(max=most) for p in phi]
+    if rule.limiter is None:
+        return phi
+    norms = [(p * p * e.clamp(min=0)).sum((-2, -1)) for p, e in zip(phi, energy, strict=True)]
+    if layout is not None and by == "line":
+        sum_(norms, layout.split)
+    q = held_back(entries, norms, rule.limiter)
+    return [p / x for p, x in zip(phi, q, strict=True)]
+
+
+def limited(entries: list[Entry], N: Tensors, limiter: NormGrowth) -> Tensors:
+    """N, held back as a whole: its norm is that of up(N), the basis being orthonormal."""
+    norms = [squares(n, -1).sum((-2, -1)) for n in N]
+    layout = entries[0].layout
+    if layout is not None:
+        sum_(norms, layout.split)
+    q = held_back(entries, norms, limiter)
+    return [n / x.to(n.dtype) for n, x in zip(N, q, strict=True)]
+
+
+def held_back(entries: list[Entry], norms: Tensors, limiter: NormGrowth) -> Tensors:
+    """q [*, 1, 1] for each entry, from squared norms [*]; the limiter's state moves."""
+    pairs = zip(norms, entries, strict=True)
+    q = [limiter.limit(n.sqrt(), e.tensors["limiter"]) for n, e in pairs]
+    return [x[..., None, None] for x in q]
 
 
 def squares(t: Tensor, dim: int) -> Tensor:

@@ -34,7 +34,9 @@ KINDS: dict[str, Kind] = {  # of state tensors that are not laid out as R is
     "column": "column",
     "left": "left",
     "right": "right",
+    "warm": "right",
     "index": "small",
+    "seed": "small",
     "age": "small",
     "limiter": "small",
     "error": "param",
@@ -61,8 +63,10 @@ class Rule(Part):
     refresh: Refresh = field(default_factory=Refresh)
     source: Source | None = None  # what is projected; None: the gradient
     residual: Residual | None = None  # what becomes of G outside the subspace
-    limiter: NormGrowth | None = None  # on that residual
+    limiter: NormGrowth | None = None  # on that residual; without one on the whole update
     blocks: Blocks | None = None  # which parameters train at a time; None: all
+    resting: Inner | None = None  # of those that do not; None: they stand still
+    vectors: Inner | None = None  # of what is no matrix; None: `inner`
     pair: PairRule | None = None  # how factors B, A move together; others follow the rest
     scale: float = 1.0  # on the projected-back update, beside the learning rate
     scale_by: Literal["one", "ratio", "tall", "rms"] = "one"  # and the matrix's shape
@@ -105,11 +109,35 @@ class Rule(Part):
                 ],
                 "Leave one of them out.",
             )
-        if self.refresh.adaptive is not None and "index" in self.projector.names:
+        leading = {"left", "right", "left_codes"} & {*self.projector.names}
+        if self.refresh.adaptive is not None and not (leading or self.projector.identity):
             raise UsageError(
                 "a fixed basis has no leading direction to adapt the interval by",
                 [("refresh.adaptive", str(self.refresh.adaptive))],
                 "Leave adaptive out.",
+            )
+        if self.refresh.moments == "rotate" and not self.projector.orthonormal:
+            raise UsageError(
+                "moments cannot be rotated between bases that are not orthonormal",
+                [("projector", type(self.projector).__name__)],
+                "Take on_refresh=keep or on_refresh=reset.",
+            )
+        needs = self.residual is not None and self.residual.orthonormal
+        if self.residual is not None and needs and not self.projector.orthonormal:
+            raise UsageError(
+                "what lies outside a subspace is known by an orthonormal basis alone",
+                [
+                    ("residual", type(self.residual).__name__),
+                    ("projector", type(self.projector).__name__),
+                ],
+                "Take another projector, or leave the residual out.",
+            )
+        beta = getattr(self.source, "beta", None)
+        if beta is not None and not (isinstance(self.inner, Adam) and beta == self.inner.betas[0]):
+            raise UsageError(
+                "this source feeds back what Adam's first moment loses, with its decay",
+                [("inner rule", type(self.inner).__name__), ("beta", str(beta))],
+                "Take Adam with the same beta, or leave beta out.",
             )
         if self.residual is not None and min(self.projector.ranks(1, 1)) > 0:
             raise UsageError(
@@ -123,6 +151,8 @@ class Rule(Part):
         """The inner rule alone, on the full gradient."""
         return dataclasses.replace(
             self,
+            inner=self.vectors or self.inner,
+            vectors=None,
             projector=Identity(),
             refresh=Refresh(),
             source=None,
@@ -132,6 +162,11 @@ class Rule(Part):
             scale=1.0,
             scale_by="one",
         )
+
+    @property
+    def at_rest(self) -> Rule:
+        """What a parameter follows while its block rests."""
+        return dataclasses.replace(self.plain, inner=self.resting or self.inner)
 
     def on(self, shape: torch.Size | tuple[int, ...], leading: int = 0) -> Rule:
         """The rule that a parameter of this shape really follows: this one, or `plain`."""
@@ -191,9 +226,15 @@ class Rule(Part):
         return sum(t.numel() for t in state.values() if isinstance(t, Tensor))
 
     @property
+    def passes(self) -> int:
+        """Gradients that one step needs, each after the last one's moves."""
+        return 1 if self.pair is None else self.pair.passes
+
+    @property
     def idles(self) -> bool:
         """Are there parameters without a gradient at some steps? A reducer (DDP) must know."""
-        return self.blocks is not None or (self.pair is not None and self.pair.rests(0) != "")
+        resting = self.blocks is not None and self.resting is None
+        return resting or (self.pair is not None and self.pair.rests(0) != "")
 
     def size_of_step(self, m: int, n: int) -> float:
         """`scale`, times what the shape asks for: sqrt(m / n), sqrt(max(1, m / n)), or
@@ -204,7 +245,8 @@ class Rule(Part):
     @property
     def needs_gradient(self) -> bool:
         """Does the update need all of G, so that R alone must not be kept?"""
-        every_step = not self.projector.identity and self.refresh.every == 1
+        whole = not self.projector.names or self.refresh.every == 1
+        every_step = not self.projector.identity and whole
         return self.residual is not None or self.source is not None or every_step
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from eckart.optim.part import Part, State
+from eckart.optim.part import Part, State, counted
 from eckart.optim.project import add_up_
 from eckart.optim.storage import pack_rows, unpack_rows
 
@@ -35,6 +35,13 @@ class Source(Part):
         """A [*, m, n], to be projected at this step; may be the state itself."""
         raise NotImplementedError
 
+    def sought(self, entry: Entry, A: Tensor) -> Tensor:
+        """What a new basis is found from; A itself by default."""
+        return A
+
+    def turn(self, entry: Entry, sign: float) -> None:
+        """The basis is about to be replaced (sign 1), or was just now (-1)."""
+
     def settle(self, entry: Entry, A: Tensor) -> None:
         """Keep what the step does not use, once entry.R = left^T A right^T is known."""
         raise NotImplementedError
@@ -46,9 +53,16 @@ class ErrorFeedback(Source):
 
     E is as large as the weights: in 32 bits it undoes the saving. 8 or 4 bits store each row
     between its least and its greatest entry, rounded to nearest.
+
+    With `beta`, the decay of Adam's first moment M, what M loses where the basis turns is fed
+    back, too, weighted with beta / (1 - beta) (LDAdam, Robert et al. 2025): gradients yet to
+    come would have added so much. `mix` is that rule's rho: the basis is found from
+    mix up(M) / (1 - beta^t) + (1 - mix) A.
     """
 
     bits: Literal[32, 8, 4] = 32
+    beta: float | None = None
+    mix: float = 0.0
     names: ClassVar[tuple[str, ...]] = ("error", "error_ends")
 
     @property
@@ -68,6 +82,22 @@ class ErrorFeedback(Source):
             return E.add_(G)
         wide = unpack_rows(E, entry.tensors["error_ends"], self.bits, G.shape[-1])
         return wide.to(G.dtype).add_(G)
+
+    def sought(self, entry: Entry, A: Tensor) -> Tensor:
+        count = counted(entry.state)
+        if self.beta is None or self.mix == 0 or count == 0:
+            return A
+        b = (1 - self.mix) * A
+        M = entry.tensors["exp_avg"]
+        add_up_(b, M, entry.basis, alpha=self.mix / (1 - self.beta**count))
+        return b
+
+    def turn(self, entry: Entry, sign: float) -> None:
+        """A += beta / (1 - beta) (up(M) before - up(M) after): nothing of it lies in the new
+        subspace, so R stays what it would be."""
+        if self.beta is not None:
+            weight = self.beta / (1 - self.beta)
+            add_up_(entry.A, entry.tensors["exp_avg"], entry.basis, alpha=sign * weight)
 
     def settle(self, entry: Entry, A: Tensor) -> None:
         add_up_(A, entry.R, entry.basis, alpha=-1.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -267,6 +267,10 @@ class Update(Method):
         """The parts for all others; the same rule by default."""
         return self.rule()
 
+    def plain_lr(self) -> float:
+        """The learning rate of parameters that follow `plain`, as a share of the rule's."""
+        return 1.0
+
     def branch_gradient(self) -> Callable[[Tensor, Tensor, float], Tensor] | None:
         """A row factor (B, A, scale) -> [m] that factor pairs apply in their backward."""
         return None
@@ -287,6 +291,13 @@ class Precision(Method):
 
     axis: ClassVar[str] = "precision"
     dtype: ClassVar[str] = "float32"  # of the frozen base; what is trained stays fp32
+    converts: ClassVar[bool] = False  # the frozen base itself, into what cannot be trained
+
+    def convert(self, sites: Sequence[Site]) -> None:
+        """Put the frozen matrices into the format, in place, before terms are built.
+
+        `sites` are all maps of the model; those that are in it already stay as they are.
+        """
 
     def mm(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The product x [*, t, n] by w [n, m]; None where the plain one is meant."""

@@ -1,0 +1,101 @@
+"""APOLLO: the gradient itself, each line as long as Adam would make it, judged by a shadow.
+
+    every T steps   P [r, n] with entries N(0, 1/r) from a new seed; P is not stored
+    R = G P^T                           [m, r]; N is Adam's direction for R
+    phi_j = |N_j| / |R_j|               how much Adam rescales line j (a row; a column, left)
+    S = sqrt(scale) phi G               held back so that |S| grows by at most 1 % a step
+    W -= lr sqrt(1 - b2^t) / (1 - b1^t) S
+
+Adam only measures: random projections keep lengths, so phi is nearly what Adam on G itself
+would give a whole line. There is nothing to decompose and no basis in memory. Take it to
+pretrain where GaLore's decompositions cost too much, at GaLore's memory less its basis;
+apollo-mini needs next to none. Take Fira or AdamW where entries of one line differ much in
+scale: here they share one factor.
+
+Source: H. Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", MLSys 2025, Alg. 1,
+written from its definition. We differ from its code in three points: seeds come from the
+parameter's name, so that neither order nor grouping matters; refreshes are spread over the
+steps; and a zero gradient leaves the limiter as it was. Whether the scale stands before or
+after the limiter (`scale_front` there) makes no difference, since it holds back ratios.
+
+m out, n in, r rank; where m < n all of it is transposed.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from eckart.optim import Adam, Gaussian, NormGrowth, Refresh, Replaced, Rule
+from eckart.recipe.method import Cost, Paper, Update
+
+
+@dataclass(frozen=True)
+class APOLLO(Update):
+    """Scaled gradient descent; the scale of each line is measured in a random subspace."""
+
+    rank: Annotated[int, Ge(1)] = 256
+    """Random directions of the short side. Paper: a quarter of the width. Cut to min(m, n)."""
+
+    every: Annotated[int, Ge(1)] = 200
+    """Steps between two draws of directions. Paper: 200."""
+
+    scale: Annotated[float, Gt(0)] = 1.0
+    """The update is multiplied by its root. Paper: 1; 128 at rank 1."""
+
+    phi: Literal["line", "matrix"] = "line"
+    """One factor per line of the long side, or one per matrix (at rank 1)."""
+
+    gamma: Annotated[float, Gt(1)] | None = 1.01
+    """Largest growth of the update's norm from step to step; none for no limit. Paper:
+    1.01."""
+
+    side: Literal["auto", "reverse", "left", "right"] = "auto"
+    """Which side is projected: auto the short one, reverse the long one."""
+
+    on_refresh: Literal["keep", "reset"] = "keep"
+    """The moments at a new draw: kept as they are (code), or forgotten."""
+
+    stagger: bool = True
+    """Spread the draws of the matrices over the steps by a hash of their names. Code: all at
+    once."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment. Paper: Adam's."""
+
+    eps: Annotated[float, Gt(0)] = 1e-6
+    """Added to the root of the second moment. Code: 1e-6."""
+
+    eps_mode: Literal["hf", "torch"] = "hf"
+    """Where epsilon and the weight decay stand: hf as published (epsilon outside the bias
+    correction, decay after the update), torch as in torch.optim.AdamW."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a weight lost per step, times the learning rate. Paper: 0."""
+
+    wants: ClassVar = "matrices"
+    default_lr: ClassVar = 0.01
+    mission: ClassVar = False
+    paper: ClassVar = Paper(
+        "APOLLO: SGD-like Memory, AdamW-level Performance",
+        "https://arxiv.org/abs/2412.05270",
+        "MLSys 2025",
+    )
+
+    def rule(self) -> Rule:
+        return Rule(
+            inner=Adam(self.betas, self.eps, self.eps_mode),
+            projector=Gaussian(self.rank, self.side),
+            refresh=Refresh(self.every, self.on_refresh, self.stagger),
+            residual=Replaced(self.phi),
+            limiter=None if self.gamma is None else NormGrowth(self.gamma),
+            scale=self.scale**0.5,
+            weight_decay=self.weight_decay,
+            decay="after" if self.eps_mode == "hf" else "before",
+        )
+
+    def plain(self) -> Rule:
+        return self.rule().plain
+
+    def cost(self, m: int, n: int) -> Cost:
+        return Cost(state=self.rule().state_elements(m, n))

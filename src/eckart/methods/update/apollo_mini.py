@@ -1,0 +1,77 @@
+"""APOLLO-Mini: the gradient itself, as long as Adam would make it, judged by one random line.
+
+    every T steps   p [1, n] with entries N(0, 1) from a new seed; p is not stored
+    R = G p^T                           [m, 1]; N is Adam's direction for R
+    phi = |N| / |R|                     one number for the whole matrix
+    S = sqrt(128) phi G                 held back so that |S| grows by at most 1 % a step
+    W -= lr sqrt(1 - b2^t) / (1 - b1^t) S
+
+The state of a matrix is two moments of its long side, a seed and a number. A projection on
+one direction makes phi small by about the root of the short side, which the scale makes up
+for. Take it to pretrain where no optimizer state fits; take apollo where some does.
+
+Source: H. Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", MLSys 2025, section
+on APOLLO-Mini, written from its definition. It is apollo with other defaults, and differs from
+the published code in the points named there.
+
+m out, n in; where m < n all of it is transposed.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Gt
+
+from eckart.optim import Adam, Gaussian, NormGrowth, Refresh, Replaced, Rule
+from eckart.recipe.method import Cost, Paper, Update
+
+
+@dataclass(frozen=True)
+class APOLLOMini(Update):
+    """Scaled gradient descent; the scale of each matrix is measured in one random direction."""
+
+    every: Annotated[int, Ge(1)] = 200
+    """Steps between two draws of the direction. Paper: 200."""
+
+    scale: Annotated[float, Gt(0)] = 128.0
+    """The update is multiplied by its root. Paper: 128."""
+
+    gamma: Annotated[float, Gt(1)] | None = 1.01
+    """Largest growth of the update's norm from step to step; none for no limit. Paper:
+    1.01."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment. Paper: Adam's."""
+
+    eps: Annotated[float, Gt(0)] = 1e-6
+    """Added to the root of the second moment. Code: 1e-6."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a weight lost per step, times the learning rate. Paper: 0."""
+
+    wants: ClassVar = "matrices"
+    default_lr: ClassVar = 0.01
+    mission: ClassVar = False
+    paper: ClassVar = Paper(
+        "APOLLO: SGD-like Memory, AdamW-level Performance",
+        "https://arxiv.org/abs/2412.05270",
+        "MLSys 2025",
+    )
+
+    def rule(self) -> Rule:
+        return Rule(
+            inner=Adam(self.betas, self.eps, "hf"),
+            projector=Gaussian(1),
+            refresh=Refresh(self.every),
+            residual=Replaced("matrix"),
+            limiter=None if self.gamma is None else NormGrowth(self.gamma),
+            scale=self.scale**0.5,
+            weight_decay=self.weight_decay,
+            decay="after",
+        )
+
+    def plain(self) -> Rule:
+        return self.rule().plain
+
+    def cost(self, m: int, n: int) -> Cost:
+        return Cost(state=self.rule().state_elements(m, n))

@@ -1,0 +1,84 @@
+"""Dion: momentum made orthogonal in r directions that follow it, the rest kept for later.
+
+    B += G
+    P = orth(B Q^T);  R = P^T B         Q [r, n] of the last step; P [m, r], R [r, n]
+    B -= (1 - mu) P R                   only what is used fades: error feedback inside B
+    Q = R, each row divided by its length
+    W = (1 - lr wd) W - lr sqrt(m / n) P Q
+
+Muon's update from a thin QR and three thin products instead of its large ones; what r
+directions cannot hold stays in the momentum. B is as large as the weights, so no memory is
+saved against Muon. Take it where Muon's products, or gathering whole matrices for them, cost
+too much; take sumo where memory does, trion (dct-adamw) to be free of the QR. Vectors,
+embeddings and head follow AdamW, at `rest_lr` times the learning rate.
+
+Source: K. Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv 2504.05295, Alg. 1,
+and its simple code. We differ in three points: the first Q comes from the parameter's name,
+so that it is the same on every process; a row of zeros stays zero (there it is divided by
+1e-8); and everything else follows AdamW (there Lion with scales of its own).
+
+m out, n in, r rank.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from eckart.optim import Adam, Momentum, Normalised, Refresh, Rule, Warm
+from eckart.recipe.method import Cost, Paper, Update
+
+
+@dataclass(frozen=True)
+class Dion(Update):
+    """Orthonormalised momentum of rank r with error feedback; AdamW for everything else."""
+
+    rank: Annotated[int, Ge(1)] = 256
+    """Directions that are used at a step. Paper: a quarter of the width and more. Cut to
+    min(m, n)."""
+
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """mu, what stays of the part of the momentum that is used. Paper: 0.95."""
+
+    step_scale: Literal["ratio", "tall", "rms", "one"] = "ratio"
+    """The step's length for an m x n matrix: sqrt(m / n) (paper), sqrt(max(1, m / n)),
+    0.2 sqrt(max(m, n)), or 1."""
+
+    rest_lr: Annotated[float, Gt(0)] = 0.1
+    """AdamW's learning rate for what is no matrix of the body, as a share of this rule's."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decays for everything else. Code: (0.9, 0.95)."""
+
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """AdamW's epsilon."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a weight lost per step, times the learning rate. Code: 0.01."""
+
+    wants: ClassVar = "matrices"
+    default_lr: ClassVar = 0.01
+    mission: ClassVar = False
+    paper: ClassVar = Paper(
+        "Dion: Distributed Orthonormalized Updates", "https://arxiv.org/abs/2504.05295"
+    )
+
+    def rule(self) -> Rule:
+        return Rule(
+            Normalised(),
+            projector=Warm(self.rank),
+            refresh=Refresh(1),
+            source=Momentum(self.momentum),
+            vectors=Adam(self.betas, self.eps),
+            scale_by=self.step_scale,
+            weight_decay=self.weight_decay,
+        )
+
+    def plain(self) -> Rule:
+        return self.rule().plain
+
+    def plain_lr(self) -> float:
+        return self.rest_lr
+
+    def cost(self, m: int, n: int) -> Cost:
+        return Cost(state=self.rule().state_elements(m, n))

@@ -1,0 +1,84 @@
+"""LDAdam: Adam in a subspace that moves at every step, with nothing lost on the way.
+
+    A = G + E
+    B = rho (M P) / (1 - b1^t) + (1 - rho) A          P [r, n] of the last step
+    P' = orth(P B^T B)                                one power iteration
+    M' = M P P'^T                                     V likewise, by squared cosines
+    R = A P'^T,  moments of R,  W -= lr N P'          Adam
+    E = A - R P' + b1 / (1 - b1) (M P - M' P')        what gradient and momentum lose
+
+The subspace follows gradient and momentum smoothly, for two thin products and a thin QR a
+step. E is as large as the weights (less with `error_bits`), so memory is not what is saved:
+take it where Adam in few directions must converge as Adam does; take GaLore or DCT-AdamW
+without error feedback for memory, Fira for the rest of the gradient without an E.
+
+Source: T. Robert et al., "LDAdam: Adaptive Optimization from Low-Dimensional Gradient
+Statistics", ICLR 2025, Alg. 1. We differ from its code in five points: E has a buffer of its
+own (there it stays in `p.grad`, so zero_grad must not be called); V turns with squared
+cosines as in the paper (its code squares twice); a square matrix is projected on the right
+(there the left); signs of the directions are fixed; and an error of 8 or 4 bits is possible.
+
+m out, n in, r rank; where m < n all of it is transposed.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from eckart.optim import Adam, ErrorFeedback, Iteration, Refresh, Rule
+from eckart.recipe.method import Cost, Paper, Update
+
+
+@dataclass(frozen=True)
+class LDAdam(Update):
+    """Adam in r directions that are improved at every step, with error feedback."""
+
+    rank: Annotated[int, Ge(1)] = 16
+    """Directions of the short side that are kept. Code: 16. Cut to min(m, n)."""
+
+    rho: Annotated[float, Ge(0), Lt(1)] = 0.908
+    """Weight of the momentum, against the gradient, in what the directions follow. Paper:
+    0.908."""
+
+    power: Annotated[int, Ge(1)] = 1
+    """Power iterations a step. Paper: 1."""
+
+    error_bits: Literal[32, 8, 4] = 32
+    """Bits of the error E per weight. Paper: those of the weights."""
+
+    side: Literal["auto", "reverse", "left", "right"] = "auto"
+    """Which side is projected: auto the short one, reverse the long one."""
+
+    betas: tuple[float, float] = (0.908, 0.99)
+    """Decay of the first and of the second moment. Paper: (0.908, 0.99)."""
+
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment. Paper: 1e-8."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a weight lost per step, times the learning rate."""
+
+    wants: ClassVar = "matrices"
+    default_lr: ClassVar = 0.001
+    mission: ClassVar = False
+    paper: ClassVar = Paper(
+        "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics",
+        "https://arxiv.org/abs/2410.16103",
+        "ICLR 2025",
+    )
+
+    def rule(self) -> Rule:
+        return Rule(
+            inner=Adam(self.betas, self.eps),
+            projector=Iteration(self.rank, self.side, power=self.power),
+            refresh=Refresh(1, "rotate"),
+            source=ErrorFeedback(self.error_bits, beta=self.betas[0], mix=self.rho),
+            weight_decay=self.weight_decay,
+        )
+
+    def plain(self) -> Rule:
+        return self.rule().plain
+
+    def cost(self, m: int, n: int) -> Cost:
+        return Cost(state=self.rule().state_elements(m, n))

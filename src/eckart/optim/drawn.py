@@ -1,0 +1,151 @@
+"""Subspaces that are drawn, not found: the gradient has no say, so there is nothing to
+decompose, and a basis is a seed or some numbers.
+
+Draws are functions of (seed, parameter's name, step): the same on every process and after a
+resume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from eckart.optim.fixed import Moves
+from eckart.optim.project import (
+    Basis,
+    Chosen,
+    Found,
+    Projector,
+    Search,
+    Subspace,
+    Turn,
+    parts,
+    share,
+)
+
+BITS = 2**32
+
+
+@dataclass(frozen=True)
+class Gaussian(Subspace):
+    """r random directions of the chosen side with entries of variance 1/r, so that lengths
+    are kept on average: E |R|^2 = |G|^2. They are not orthonormal.
+
+    The basis is not stored: it is computed from a seed whenever it is asked for.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("seed",)
+    decomposes: ClassVar[bool] = False
+    from_shards: ClassVar[bool] = True
+    derived: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = False
+
+    def init(self, W: Tensor) -> Found:
+        return {"seed": torch.zeros(W.shape[:-2], dtype=torch.int64, device=W.device)}
+
+    def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Basis:
+        seed, (left, right) = state["seed"], self.ranks(*size)
+        found = parts(
+            lambda: normals(seed, size[0], left).to(like.dtype) / math.sqrt(left),
+            lambda: normals(seed, right, size[1]).to(like.dtype) / math.sqrt(right),
+            left,
+            right,
+        )
+        return Basis(found.get("left"), found.get("right"))
+
+    def find(self, search: Search) -> Found:
+        shape = search.G.shape[1:-2]  # fused experts have one seed each
+        place = torch.arange(math.prod(shape), device=search.G.device).view(shape)
+        return {"seed": torch.stack([seed + place for seed in search.seeds])}
+
+
+@dataclass(frozen=True)
+class Coordinates(Projector):
+    """A share of each matrix's columns, rows or single entries, drawn at random."""
+
+    density: float = 0.25
+    kind: Literal["columns", "rows", "entries"] = "columns"
+    names: ClassVar[tuple[str, ...]] = ("index",)
+    decomposes: ClassVar[bool] = False
+    from_shards: ClassVar[bool] = True
+
+    def ranks(self, m: int, n: int) -> tuple[int, int]:
+        if self.kind == "rows":
+            return share(self.density, m), 0
+        return 0, share(self.density, n if self.kind == "columns" else m * n)
+
+    def low(self, W: Tensor) -> Tensor:
+        return super().low(W)[..., :1, :] if self.kind == "entries" else super().low(W)
+
+    def unsplit(self) -> tuple[str, ...]:
+        return {"columns": ("columns",), "rows": ("rows",)}.get(self.kind, ("rows", "columns"))
+
+    def init(self, W: Tensor) -> Found:
+        r = max(self.ranks(*W.shape[-2:]))
+        index = torch.arange(r, dtype=self.index_dtype(W), device=W.device)
+        return {"index": index.expand(*W.shape[:-2], r).clone()}
+
+    def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Chosen:
+        return Chosen(state["index"].long(), self.axis, self.kind == "entries")
+
+    def find(self, search: Search) -> Found:
+        size, r = self.choices(*search.size), max(self.ranks(*search.size))
+        *shape, _, _ = search.G.shape
+        draws = [drawn(size, r, math.prod(shape[1:]), seed) for seed in search.seeds]
+        return {"index": torch.stack(draws).view(*shape, r).to(search.G.device)}
+
+    def turn(
+        self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Turn:
+        return Moves(old["index"], new["index"], self.axis)
+
+    @property
+    def axis(self) -> int:
+        return -2 if self.kind == "rows" else -1
+
+    def choices(self, m: int, n: int) -> int:
+        """How many coordinates there are to draw from."""
+        return {"columns": n, "rows": m}.get(self.kind, m * n)
+
+    def index_dtype(self, W: Tensor) -> torch.dtype:
+        return torch.int32 if self.choices(*W.shape[-2:]) < 2**31 else torch.int64
+
+
+def drawn(size: int, r: int, times: int, seed: int) -> Tensor:
+    """`times` draws of r of the numbers below `size`, without replacement, ascending [times, r];
+    on the CPU, so the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randperm(size, generator=generator)[:r].sort().values for _ in range(times)]
+    return torch.stack(draws)
+
+
+def normals(seed: Tensor, rows: int, columns: int) -> Tensor:
+    """Standard normal numbers fp32 [*, rows, columns] from seeds int64 [*], on their device.
+
+    Each is a function of its seed and its place alone (Box and Muller 1958, on hashed
+    places): nothing is read back by the host, and all devices draw the same bits before the
+    last logarithm and cosine.
+    """
+    half = -(-rows * columns // 2)
+    place = torch.arange(2 * half, device=seed.device)
+    key = seed.unsqueeze(-1)  # [*, 1]
+    bits = scrambled(scrambled(place ^ scrambled(key)) + key)  # [*, 2 half]
+    first, second = bits[..., :half].float(), bits[..., half:].float()
+    length = (-2 * ((first + 1) / BITS).log()).sqrt()
+    angle = second * (2 * math.pi / BITS)
+    found = torch.cat([length * angle.cos(), length * angle.sin()], -1)
+    return found[..., : rows * columns].reshape(*seed.shape, rows, columns)
+
+
+def scrambled(x: Tensor) -> Tensor:
+    """The lower 32 bits of int64 numbers, mixed so that close numbers end far apart: xors with
+    shifts, and products with odd constants, each of which can be undone."""
+    x = x & (BITS - 1)
+    x = (x ^ (x >> 16)) * 0x7FEB352D & (BITS - 1)
+    x = (x ^ (x >> 15)) * 0x846CA68B & (BITS - 1)
+    return x ^ (x >> 16)

@@ -1,0 +1,49 @@
+"""Power iteration that starts where the last step ended (Dion, Ahn et al. 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eckart.optim.inner import unit_rows
+from eckart.optim.project import Basis, Found, Search, Subspace, gaussian, polish
+
+
+@dataclass(frozen=True)
+class Warm(Subspace):
+    """P = orth(A Q^T) [m, r] for a Q [r, n] that is then replaced by P^T A with rows of length 1.
+
+    Q alone is stored; P, with which A is projected from the left, lives for one step. The
+    first Q is random.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("warm",)
+    derived: ClassVar[bool] = True
+    fleeting: ClassVar[bool] = True
+
+    def ranks(self, m: int, n: int) -> tuple[int, int]:
+        return max(super().ranks(m, n)), 0
+
+    def init(self, W: Tensor) -> Found:
+        *lead, m, n = W.shape
+        eye = torch.eye(self.ranks(m, n)[0], n, dtype=W.dtype, device=W.device)
+        return {"warm": eye.expand(*lead, *eye.shape).clone()}
+
+    def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Basis:
+        """Some coordinates: what is used where A is zero and there is nothing to find."""
+        *lead, r, _ = state["warm"].shape
+        eye = torch.eye(size[0], r, dtype=like.dtype, device=like.device)
+        return Basis(eye.expand(*lead, *eye.shape), None)
+
+    def find(self, search: Search) -> Found:
+        A, Q = search.G, search.old["warm"].to(search.G.dtype)  # [k, *, m, n], [k, *, r, n]
+        if search.first:
+            Z = torch.stack([gaussian(Q.shape[-2], Q.shape[-1], seed) for seed in search.seeds])
+            Q = Z.to(A.device, A.dtype).view(-1, *(1,) * (Q.dim() - 3), *Q.shape[-2:])
+        P = polish(torch.linalg.qr(A @ Q.mT)[0])
+        R = P.mT @ A
+        return {"warm": unit_rows(R), "left": P, "low": R}
