@@ -18,7 +18,7 @@ from eckart.errors import UsageError
 from eckart.io.folder import write_folder
 from eckart.io.presets import quiet
 from eckart.linear import Site
-from eckart.linear.sites import as_stored
+from eckart.linear.sites import as_stored, quantised
 from eckart.recipe import Handle
 from eckart.recipe.adapters import alone
 from eckart.recipe.lock import STRUCTURE, unlock_config
@@ -68,8 +68,8 @@ def obstacle(handle: Handle) -> str | None:
             if not term.linear:
                 return f"{path}.{name} is not a linear map"
         weight = handle.sites[path].module._parameters.get(handle.sites[path].param)
-        if weight is not None and not weight.is_floating_point():
-            return f"{path} is quantised: attach the adapter to the base in 16 or 32 bit"
+        if weight is not None and (quantised(weight) or not weight.is_floating_point()):
+            return f"{path} is quantised: write the adapter, and merge it on the base as it was"
     return None if handle.weights.promised("merges") else "it does not promise to merge"
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eckart.errors import UsageError
 from eckart.io.folder import write_folder
 from eckart.io.presets import quiet
+from eckart.linear.sites import quantised
 from eckart.recipe import Handle
 from eckart.recipe.lock import MODEL_TYPE
 
@@ -49,8 +50,9 @@ def obstacle(handle: Handle) -> str | None:
         return "no terms are attached: this is an ordinary model"
     if handle.suffix or any(other.attached for other in handle.others()):
         return f"{handle.name} is one of several adapters: write it as an adapter, or merge it"
-    quantised = getattr(handle.model.config, "quantization_config", None)
-    if quantised is not None and getattr(quantised, "quant_method", None) != MODEL_TYPE:
+    config = getattr(handle.model.config, "quantization_config", None)
+    foreign = config is not None and getattr(config, "quant_method", None) != MODEL_TYPE
+    if foreign or any(quantised(p) for p in handle.model.parameters()):
         return "the base is quantised: its tensors are not written beside ours"
     return None
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from eckart.linear.sites import quantised
 from eckart.recipe import Handle
 
 
@@ -40,6 +41,13 @@ def held(module: nn.Module) -> list[Tensor]:
 
 
 def size(tensor: Tensor) -> int:
+    """Bytes of its elements; of the parts that it is made of where it is quantised."""
+    if quantised(tensor) and hasattr(tensor, "__tensor_flatten__"):
+        return sum(
+            size(part)
+            for name in tensor.__tensor_flatten__()[0]
+            if (part := getattr(tensor, name)) is not None
+        )
     return tensor.numel() * tensor.element_size()
 
 

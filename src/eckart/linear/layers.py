@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.linear.lowrank import linear_plus_low_rank
+from eckart.linear.mixing import Branch, Mix, change_of, gained, mixed, mixture
+from eckart.linear.sites import quantised
 from eckart.linear.structured import Structured, mixins
 from eckart.linear.term import Pair, Term, plain_mm
 
@@ -34,6 +36,14 @@ class LinearSum(Structured):
             return self.base(x)
         if self._sum.owner is not None:
             return self.tied(x, self._sum.owner)
+        mix = self._sum.mix.get("weight")
+        if mix is None and quantised(self._parameters.get("weight")):
+            mix = Mix((self.in_use(),))  # its own forward knows how to multiply
+        if mix is not None:
+            bias = self.bias if gained(mix) else None  # a gain scales no bias
+            p = self.base(x) if bias is None else self.base(x) - bias
+            y = mixture(self, mix, x, p, lambda term, x: term(x))
+            return y if bias is None else y + bias
         terms, gain, W = self.terms, self.gain_of(), self.matrix()
         if W is None or self._sum.mm is not plain_mm:
             return self.parts(x, W)
@@ -54,7 +64,8 @@ class LinearSum(Structured):
 
     def base(self, x: Tensor) -> Tensor:
         """The layer's own forward, bias included."""
-        if type(self).__bases__[1] is nn.Linear:
+        own = type(self).__bases__[1] is nn.Linear
+        if own and not quantised(self._parameters.get("weight")):
             return kernels.get(frozen_linear, frozen_linear)(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -71,11 +82,17 @@ class LinearSum(Structured):
 
     def tied(self, x: Tensor, owner: Structured) -> Tensor:
         """The other end of a pair whose owner holds the terms: [*, t, m] -> [*, t, n]."""
-        gain, W = owner.gain_of(), owner.matrix()
+        if mix := owner._sum.mix.get("weight"):
+            return mixed(mix, x, self.base(x), lambda b, x, p: self.tied_sum(owner, b, x) - p)
+        return self.tied_sum(owner, owner.in_use(), x)
+
+    def tied_sum(self, owner: Structured, branch: Branch, x: Tensor) -> Tensor:
+        """The base and one branch of the owner, at this end: [*, t, m] -> [*, t, n]."""
+        W, (terms, gain) = owner.matrix(), owner.parts_of(branch)
         if gain is not None and W is not None:
-            x = x * gain.factor(W, owner.terms).to(x.dtype)
+            x = x * gain.factor(W, terms).to(x.dtype)
         y = self.base(x)
-        for term in owner.terms:
+        for term in terms:
             y = add(y, term.back(x) if self._sum.flipped else term(x), y.dtype)
         return y
 
@@ -98,16 +115,22 @@ class EmbeddingSum(Structured):
         if not self._sum.enabled:
             return super().forward(ids)
         owner: Any = self._sum.owner or self
+        if mix := owner._sum.mix.get("weight"):
+            return mixed(mix, ids, super().forward(ids), change_of(owner, self.look_up))
         W, gain = owner.matrix(), owner.gain_of()
         y: Tensor | None = None if W is None else super().forward(ids)
         for term in owner.terms:
-            part = term.columns(ids)
-            # Gemma and BART multiply what they look up; a class attribute would hide the buffer.
-            scale = getattr(self, "embed_scale", None)
-            part = part if scale is None else part * torch.as_tensor(scale, dtype=part.dtype)
+            part = self.look_up(term, ids)
             y = add(y, part, part.dtype)
         assert y is not None  # a map without a dense matrix has terms
         return y if gain is None else y * gain.factor(W, owner.terms).to(y.dtype)
+
+    def look_up(self, term: Term, ids: Tensor) -> Tensor:
+        """A term's columns as this layer scales them: [..] -> [.., m]."""
+        part = term.columns(ids)
+        # Gemma and BART multiply what they look up; a class attribute would hide the buffer.
+        scale = getattr(self, "embed_scale", None)
+        return part if scale is None else part * torch.as_tensor(scale, dtype=part.dtype)
 
 
 class ConvSum(Structured):
@@ -124,16 +147,24 @@ class ConvSum(Structured):
     def forward(self, x: Tensor) -> Tensor:
         """x [b, c, h, w] -> [b, m, h', w']."""
         gain, W = self.gain_of(), self.matrix()
-        if not self._sum.enabled:
+        mix = self._sum.mix.get("weight")
+        if not self._sum.enabled or (W is not None and not mix and not self.terms):
             return super().forward(x)
         patches = self.patches(x)  # [b, t, n]
+        height = self.output_height(x.shape[-2])
+        if mix:
+            bias = self.bias if gained(mix) else None  # a gain scales no bias
+            p = super().forward(x).flatten(2).mT  # [b, t, m]
+            p = p if bias is None else p - bias
+            whole = mixture(self, mix, patches, p, lambda term, x: term(x))
+            whole = whole if bias is None else whole + bias
+            return whole.mT.unflatten(-1, (height, -1))
         y = None if W is None or gain is None else patches @ W.mT  # [b, t, m]
         for term in self.terms:
             y = add(y, term(patches), x.dtype)
         assert y is not None
         if gain is not None and W is not None:
             y = y * gain.factor(W, self.terms).to(y.dtype)
-        height = self.output_height(x.shape[-2])
         if W is not None and gain is None:
             return super().forward(x) + y.mT.unflatten(-1, (height, -1))
         y = y if self.bias is None else y + self.bias
@@ -190,10 +221,14 @@ class ExpertSum(Structured):
         for term in terms:
             y = add(y, term.grouped(x, offsets), x.dtype)
         assert y is not None
-        if gain is None and bias is None:
+        mix = self._sum.mix.get(param)
+        if gain is None and bias is None and mix is None:
             return y
         counts = torch.tensor([b - a for a, b in spans], device=x.device)
         expert = torch.arange(len(spans), device=x.device).repeat_interleave(counts)  # [t]
+        if mix is not None:
+            change = change_of(self, lambda term, x: term.grouped(x, offsets), param, expert)
+            y = mixed(mix, x, y, change)
         if gain is not None and W is not None:
             y = y * gain.factor(W, terms)[expert].to(y.dtype)
         return y if bias is None else y + bias[expert]

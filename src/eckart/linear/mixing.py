@@ -60,7 +60,7 @@ def change_of(
         terms, gain = layer.parts_of(branch)
         parts = [run(term, x).to(p.dtype) for term in terms]
         y = sum(parts[1:], parts[0])
-        W = layer.matrix(param)
+        W = None if gain is None else layer.matrix(param)
         if gain is None or W is None:
             return y
         factor = gain.factor(W, terms).to(p.dtype)  # [m], or [e, m]

@@ -8,6 +8,9 @@ qualified names, so that nothing is imported for their sake.
     Embedding   weight [n, m], n = vocabulary     transposed: a map from one-hot tokens
     Conv2d      weight [m, c, kh, kw]             n = c * kh * kw, by unfolding
     experts     a 3-D parameter [e, m, n]         one matrix per expert
+
+A Linear may be quantised: its weight is then a tensor of torchao's or a packed parameter of
+bitsandbytes. Its own forward computes with it; `dequantised` says what matrix it stands for.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
+QUANTISERS = ("torchao", "bitsandbytes")  # packages whose tensors stand for a matrix
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -96,7 +100,7 @@ class Site:
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [*, m, n], detached; a view where no dtype is asked for."""
-        matrix = as_matrix(self.raw.detach(), self.module, self.kind)
+        matrix = as_matrix(dequantised(self.raw.detach(), self.module), self.module, self.kind)
         return matrix if dtype is None else matrix.to(dtype)
 
     @property
@@ -115,6 +119,28 @@ def seeded_generator(seed: int, *names: object) -> torch.Generator:
 def qualified_name(cls: type) -> str:
     """module.Class of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def quantised(tensor: Any) -> bool:
+    """Is this a weight in the format of another package, whose values are not its elements?"""
+    cls = type(tensor)
+    return cls not in (Tensor, nn.Parameter) and cls.__module__.split(".")[0] in QUANTISERS
+
+
+def dequantised(tensor: Tensor, module: nn.Module) -> Tensor:
+    """The matrix that a quantised weight of this module stands for; any other tensor itself."""
+    raw: Any = getattr(module, "weight", None)
+    if not quantised(tensor) and not quantised(raw):
+        return tensor
+    if hasattr(tensor, "dequantize") and quantised(tensor):
+        return tensor.dequantize()
+    from bitsandbytes import functional
+
+    if getattr(raw, "quant_state", None) is not None:  # Linear4bit, packed two to a byte
+        return functional.dequantize_4bit(raw.data, raw.quant_state)
+    state: Any = getattr(module, "state", None)  # Linear8bitLt: moved here by its first forward
+    rows = raw.SCB if getattr(raw, "SCB", None) is not None else state.SCB
+    return functional.int8_vectorwise_dequant(raw.data, rows)
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -184,7 +210,10 @@ def module_sites(path: str, module: nn.Module, seed: int) -> Iterator[Site]:
         parameter = module._parameters.get(param)
         if parameter is not None:
             name = f"{path}.{param}" if kind == "experts" else path
-            shape = tuple(as_matrix(parameter.detach(), module, kind).shape)
+            if quantised(parameter):  # packed: the module knows its sizes
+                shape = (int(module.out_features), int(module.in_features))  # type: ignore
+            else:
+                shape = tuple(as_matrix(parameter.detach(), module, kind).shape)
             yield Site(name, module, kind, shape, param, seed=seed)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.linear.mixing import Branch, Mix
-from eckart.linear.sites import Site, as_matrix, as_stored
+from eckart.linear.sites import Site, as_matrix, as_stored, dequantised, quantised
 from eckart.linear.term import Gain, Product, Term, plain_mm
 
 mixins: dict[str, type[Structured]] = {}
@@ -63,7 +63,9 @@ class Structured(nn.Module):
 
     def matrix(self, param: str = "weight") -> Tensor | None:
         """The dense matrix [*, m, n] without terms; None where it was dropped."""
-        tensor = self._parameters.get(param)
+        tensor: Tensor | None = self._parameters.get(param)
+        if quantised(tensor) and tensor is not None:
+            return dequantised(tensor.detach(), self)
         return None if tensor is None else as_matrix(tensor, self, self._sum.kind)
 
     def merged(self, param: str = "weight") -> Tensor:

@@ -4,6 +4,7 @@ from eckart.methods.objective.distill import Distill as Distill
 from eckart.methods.objective.orthogonality import Orthogonality as Orthogonality
 from eckart.methods.precision.bf16 import BF16 as BF16
 from eckart.methods.precision.fp32 import FP32 as FP32
+from eckart.methods.precision.int8 import Int8 as Int8
 from eckart.methods.update.adamw import AdamW as AdamW
 from eckart.methods.update.allora import ALLoRA as ALLoRA
 from eckart.methods.update.altlora import AltLoRA as AltLoRA

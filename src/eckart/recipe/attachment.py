@@ -70,6 +70,7 @@ def attach(
     for site in sites:
         site.horizon = horizon
     base = fingerprint(model)
+    convert_base(model, recipe)
     parts = recipe.weights.build(sites) if sites else {}
     by_path = {site.path: site for site in sites}
     handle = Handle(model, recipe, by_path, seed, tuple(also_train), teacher, name)
@@ -101,6 +102,7 @@ def attach_from(
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in structure["fields"].items()}
     weights: Any = cls(**fields)
     recipe = dataclasses.replace(recipe or Recipe(), weights=weights)
+    convert_base(model, recipe)
     here = {site.path: site for site in sites_of(model, structure["seed"])}
     missing = [path for path in structure["sites"] if path not in here]
     if missing:
@@ -123,6 +125,12 @@ def attach_from(
         }
     )
     return handle
+
+
+def convert_base(model: nn.Module, recipe: Recipe) -> None:
+    """Let the precision put the frozen base into its format; terms are built on what that is."""
+    if recipe.precision is not None and recipe.precision.converts:
+        recipe.precision.convert([site for site in sites_of(model) if not site.ties])
 
 
 def choose_all(recipe: Recipe, here: Mapping[str, Site]) -> list[Site]:

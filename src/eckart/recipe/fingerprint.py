@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from eckart.linear import Gain, Shared, Term
+from eckart.linear.sites import dequantised
 
 SAMPLES = 64  # values read of each tensor: enough to tell two trainings apart, cheap at any size
 ESSENTIALS = (
@@ -46,6 +47,8 @@ def fingerprint(model: nn.Module) -> str:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(terms)}
     for name in sorted(tensors):
         tensor = tensors[name].detach()
+        if name.endswith(".weight"):
+            tensor = dequantised(tensor, model.get_submodule(name.removesuffix(".weight")))
         flat = tensor.reshape(-1)
         count = min(SAMPLES, flat.numel())
         at = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eckart.errors import FileError, UsageError
 from eckart.linear import Gain, LowRank, Site, Structured, Term, describe, fold, install, uninstall
-from eckart.linear.sites import as_stored
+from eckart.linear.sites import as_stored, quantised
 from eckart.optim import LowRankOptimizer
 from eckart.recipe import adapters
 from eckart.recipe.adapters import DEFAULT, Choice, adapters_of
@@ -134,6 +134,12 @@ class Handle:
         dense = parts.pop("dense", None)
         if dense is not None:
             assert isinstance(dense, Term)
+            if quantised(site.raw):
+                raise UsageError(
+                    "a quantised base cannot be changed",
+                    [(site.path, f"{self.weights.slug} writes into it")],
+                    "Type precision=bf16, or another method.",
+                )
             self.originals[site.path] = site.raw.detach().clone()
             changed = as_stored(dense.dense(), site.module, site.kind, site.raw.shape)
             site.raw.data.copy_(changed)
@@ -353,6 +359,14 @@ class Handle:
                             "this cannot be merged", [(f"{path}.{name}", "is not a linear map")]
                         )
         sites = {path: handle.sites[path] for handle in handles for path in handle.attached}
+        for path, site in sites.items():
+            if quantised(site.module._parameters.get(site.param)):
+                raise UsageError(
+                    "this base is quantised, and would lose what is merged into it",
+                    [(path, type(site.raw).__name__)],
+                    "Write the adapter, and merge it on the base as it was before:\n"
+                    "eckart convert ADAPTER --to dense",
+                )
         folded = {path: fold(site) for path, site in sites.items()}
         for handle in handles:
             handle.detach()

@@ -44,7 +44,17 @@ class Recipe:
 
     def check(self) -> None:
         """Refuse combinations that cannot work, with the reason."""
-        weights, update = self.weights, self.update
+        weights, update, precision = self.weights, self.update, self.precision
+        trained = weights is not None and weights.base != "frozen"
+        if weights is not None and trained and precision is not None and precision.converts:
+            raise UsageError(
+                "these two do not combine",
+                [
+                    (f"precision = {precision.slug}", "holds the base in what is not trained"),
+                    (f"weights = {weights.slug}", f"its base is {weights.base}"),
+                ],
+                "Type precision=bf16, or weights=lora.",
+            )
         if weights is None or update is None:
             return
         if update.wants == "pairs" and "pairs" not in weights.offers:
