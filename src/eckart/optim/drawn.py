@@ -51,7 +51,7 @@ class Gaussian(Subspace):
     def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Basis:
         seed, (left, right) = state["seed"], self.ranks(*size)
         found = parts(
-            lambda: normals(seed, size[0], left).to(like.dtype) / math.sqrt(left),
+            lambda: normals(seed, left, size[0]).mT.to(like.dtype) / math.sqrt(left),
             lambda: normals(seed, right, size[1]).to(like.dtype) / math.sqrt(right),
             left,
             right,

@@ -1,0 +1,99 @@
+"""What the tests of update rules share: one matrix that is fed gradients, and plain checks."""
+
+import io
+
+import torch
+from torch import nn
+
+from eckart.optim import LowRankOptimizer
+
+F64 = torch.float64
+
+
+def spectrum(shape, steps, seed=0, dtype=F64):
+    """Gradients with singular values from 1 to 0.01, so that subspaces are well defined."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(steps):
+        U, s, Vh = torch.linalg.svd(torch.randn(shape, generator=g, dtype=F64), full_matrices=False)
+        out.append((U * torch.logspace(0, -2, s.shape[-1], dtype=F64) @ Vh).to(dtype))
+    return out
+
+
+def start(shape, seed=5):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def train(rule, W, grads, lr=0.05, stop=None, **group):
+    """(W after each step, its state after each step); a new optimizer goes on from `stop`."""
+    p = nn.Parameter(W.clone())
+
+    def made():
+        return LowRankOptimizer([{"params": [("w", p)], **group}], lr=lr, rule=rule)
+
+    optimizer, path, states = made(), [], []
+    for step, G in enumerate(grads):
+        if step == stop:
+            file = io.BytesIO()
+            torch.save(optimizer.named_state_dict(), file)
+            file.seek(0)
+            optimizer = made()
+            optimizer.load_named_state_dict(torch.load(file, weights_only=True))
+        p.grad = G.clone()
+        optimizer.step()
+        path.append(p.detach().clone())
+        state = optimizer.state[p].items()
+        states.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state})
+    return path, states
+
+
+def check_state(method, *shape):
+    """Tensors and plain scalars alone; of the size that the method says. The names found."""
+    _, states = train(method.rule(), start(shape), spectrum(shape, 3))
+    state = states[-1]
+    assert all(isinstance(v, torch.Tensor | int | float) for v in state.values())
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    assert method.cost(*shape).state == sum(t.numel() for t in tensors.values())
+    return {k: tuple(t.shape) for k, t in tensors.items()}
+
+
+def check_resume(rule, stop, shape=(9, 6)):
+    """Bit for bit, through a file and in the parameter's own dtype."""
+    for dtype in (F64, torch.bfloat16):
+        grads = spectrum(shape, 14, dtype=dtype)
+        path, states = train(rule, start(shape).to(dtype), grads)
+        again, others = train(rule, start(shape).to(dtype), grads, stop=stop)
+        assert torch.equal(again[-1], path[-1])
+        for key, value in states[-1].items():
+            assert torch.equal(torch.as_tensor(others[-1][key]), torch.as_tensor(value)), key
+
+
+def check_zero(rule, shape=(9, 6)):
+    """Zero gradients at the start leave the decay alone, and later nothing that is not finite."""
+    zero, lr = torch.zeros(shape, dtype=F64), 0.05
+    grads = [zero, zero, *spectrum(shape, 6), zero, *spectrum(shape, 2, seed=1)]
+    path, states = train(rule, start(shape), grads, lr)
+    kept = (1 - lr * rule.weight_decay) ** 2 * start(shape)
+    torch.testing.assert_close(path[1], kept, rtol=0, atol=1e-14)
+    assert all(W.isfinite().all() for W in path)
+    assert not torch.equal(path[2], path[1])  # it has not died of it
+    tensors = [v for s in states for v in s.values() if isinstance(v, torch.Tensor)]
+    assert all(t.isfinite().all() for t in tensors)
+
+
+def regression(rule, lr, steps=300, seed=0):
+    """Loss at the end as a share of that at the start: W [12, 8] is to map x to W0 x."""
+    g = torch.Generator().manual_seed(seed)
+    W0, X = (torch.randn(shape, generator=g, dtype=F64) for shape in ((12, 8), (8, 64)))
+    p = nn.Parameter(torch.zeros(12, 8, dtype=F64))
+    optimizer = LowRankOptimizer([("w", p)], lr=lr, rule=rule)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    losses = []
+    for _ in range(steps):
+        loss = ((p - W0) @ X).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return losses[-1] / losses[0]
