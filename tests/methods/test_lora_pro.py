@@ -159,7 +159,7 @@ def by_the_paper(B, A, s, grads, lr, adam, wd, delta=1e-8):
 @pytest.mark.parametrize("inner", ["adam", "sgd"])
 @pytest.mark.parametrize("zero", [True, False])
 def test_follows_the_papers_algorithm(inner, zero, monkeypatch):
-    monkeypatch.setattr("eckart.methods.update.lora_pro.ROWS", 4)  # more than one piece
+    monkeypatch.setattr("eckart.methods.update.lora_pro.CACHED", 4 * N)  # more than one piece
     B, A, _, s, _, _ = problem()
     B = torch.zeros_like(B) if zero else B
     p, q = factors(B, A)

@@ -14,7 +14,16 @@ from eckart.optim.inner import (
     Orthogonal,
 )
 from eckart.optim.optimizer import LowRankOptimizer
-from eckart.optim.pair import Factor, Moments, PairRule, Spectrum, spectrum, stepped, sylvester
+from eckart.optim.pair import (
+    Factor,
+    Moments,
+    PairRule,
+    Spectrum,
+    inverse,
+    spectrum,
+    stepped,
+    sylvester,
+)
 from eckart.optim.project import (
     SVD,
     Basis,
@@ -73,6 +82,7 @@ __all__ = [
     "Subspace",
     "Warm",
     "Whole",
+    "inverse",
     "spectrum",
     "stepped",
     "sylvester",

@@ -4,14 +4,15 @@ matters is how W moves.
 With G = dL/dW, which is never needed, the factors' gradients are gA = s B^T G and
 gB = s G A^T; a change (hA, hB) of the factors moves W, to first order, by s (B hA + hB A).
 
-Pairs of one shape are stacked, so that the r x r work of a whole model is a few batched
-calls. All of it is done in fp64, which costs next to nothing at these sizes: (B^T B)^-1 can
-be 1e8 where B has just left zero.
+Pairs of one shape are stacked where they are small, so that a model's r x r work is a few
+batched calls. That work is done in fp64: (B^T B)^-1 can be 1e8 where B has just left zero.
+The thin products around it are in fp32, as the gradients are: what they round away is as
+small as what the backward pass has rounded away from gA and gB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.inner import Inner
-from eckart.optim.part import Part, State
+from eckart.optim.part import CACHED, CHUNK, Part, State
 from eckart.optim.sharded import local, whole
 
 if TYPE_CHECKING:
@@ -30,51 +31,69 @@ Moments = dict[str, Tensor]
 
 
 class Factor:
-    """B or A of k pairs of one shape: value and gradient [k, *, a, b] in fp64.
+    """B or A of k pairs of one shape and age: value and gradient [k, *, a, b], fp32 at least.
 
     Whole where the parameters are sharded: adapters are small. A factor that rests has a
-    gradient of zero.
+    gradient of zero. Of one pair all is a view, so what is changed in place is changed there.
     """
 
     def __init__(self, entries: list[Entry]):
         self.entries = entries
-        self.value = torch.stack([whole(e.param.detach()) for e in entries]).double()
+        self.value = stacked([whole(e.param.detach()) for e in entries])
         grads = [whole(e.param.grad) for e in entries if e.param.grad is not None]
         self.rests = not grads  # pairs are stacked by whether there are any
-        self.grad = torch.zeros_like(self.value) if self.rests else torch.stack(grads).double()
+        self.grad = torch.zeros_like(self.value) if self.rests else stacked(grads)
 
     def state(self, name: str) -> Tensor:
-        """A state tensor of all of them, stacked, in fp64."""
-        return torch.stack([e.tensors[name] for e in self.entries]).double()
+        """A state tensor of all of them, stacked; `keep` it after changing it in place."""
+        return stacked([e.tensors[name] for e in self.entries])
 
     def keep(self, name: str, value: Tensor) -> None:
         """Write a stacked state tensor back."""
-        for entry, v in zip(self.entries, value, strict=True):
-            entry.tensors[name].copy_(v)
+        write([e.tensors[name] for e in self.entries], value)
 
     @property
     def counts(self) -> list[int]:
         """How many steps each will have taken with this one."""
         return [e.state["step"] + 1 for e in self.entries]
 
-    def corrections(self, beta: float) -> Tensor:
-        """1 - beta^count of each, to divide what is stacked."""
-        values = [1 - beta**t for t in self.counts]
-        c = torch.tensor(values, dtype=self.value.dtype, device=self.value.device)
-        return c.view(-1, *(1,) * (self.value.dim() - 1))
+    def correction(self, beta: float) -> float:
+        """1 - beta^count, the same for all that are stacked."""
+        return 1 - beta ** self.counts[0]
 
-    def move(self, change: Tensor, decay: str = "before") -> None:
-        """value -= lr change, with decoupled decay before or after; counts a step."""
+    def move(
+        self, change: Tensor, size: float = 1.0, over: Tensor | None = None, decay: str = "before"
+    ) -> None:
+        """value -= lr size change (or change / over), with decoupled decay before or after;
+        counts a step."""
         group = self.entries[0].group
         lr = float(group["lr"])
         keep = 1 - lr * group["weight_decay"]
-        if decay == "before":
-            self.value = keep * self.value - lr * change
+        if keep != 1 and decay == "before":
+            self.value.mul_(keep)
+        if over is None:
+            self.value.add_(change, alpha=-lr * size)
         else:
-            self.value = keep * (self.value - lr * change)
-        for entry, v in zip(self.entries, self.value, strict=True):
-            local(entry.param).copy_(local(entry.like_param(v)))
+            self.value.addcdiv_(change, over, value=-lr * size)
+        if keep != 1 and decay == "after":
+            self.value.mul_(keep)
+        laid_out = [local(e.like_param(v)) for e, v in zip(self.entries, self.value, strict=True)]
+        write([local(e.param) for e in self.entries], laid_out)
+        for entry in self.entries:
             entry.state["step"] += 1
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """[k, ...] in fp32 at least: a view of one tensor, else a copy."""
+    together = tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+    return together.to(torch.promote_types(together.dtype, torch.float32))
+
+
+def write(tensors: list[Tensor], values: Iterable[Tensor]) -> None:
+    """Copy values into tensors, where they are not there already."""
+    pairs = [(t, v) for t, v in zip(tensors, values, strict=True) if t.data_ptr() != v.data_ptr()]
+    if pairs:
+        torch._foreach_copy_([t for t, _ in pairs], [v for _, v in pairs])
 
 
 @dataclass(frozen=True)
@@ -134,26 +153,55 @@ def prepare(pairs: list[Pair], entries: Iterable[Entry]) -> None:
 
 
 def move_pairs(pairs: Iterable[Pair]) -> None:
-    """Move all pairs: those of one shape, and of the same groups, together."""
+    """Move all pairs: those of one shape, age and of the same groups together."""
     alike: dict[tuple[object, ...], list[Pair]] = {}
     for pair in pairs:
         ends = (pair.B, pair.A)
-        key = tuple((id(e.group), e.param.shape, e.param.device, e.rests) for e in ends)
+        key = tuple(
+            (id(e.group), e.param.shape, e.param.device, e.rests, e.state["step"]) for e in ends
+        )
         alike.setdefault(key, []).append(pair)
     for some in alike.values():
-        rule = some[0].B.rule
-        assert rule.pair is not None
-        B, A = Factor([p.B for p in some]), Factor([p.A for p in some])
-        s = torch.tensor([p.scale for p in some], dtype=B.value.dtype, device=B.value.device)
-        rule.pair.move(B, A, s.view(-1, *(1,) * (B.value.dim() - 1)), rule.inner)
+        for part in parts(some):
+            rule = part[0].B.rule
+            assert rule.pair is not None
+            B, A = Factor([p.B for p in part]), Factor([p.A for p in part])
+            scales = [p.scale for p in part]
+            s = torch.tensor(scales, dtype=torch.float64, device=B.value.device)
+            rule.pair.move(B, A, s.view(-1, *(1,) * (B.value.dim() - 1)), rule.inner)
+
+
+def parts(pairs: list[Pair]) -> Iterator[list[Pair]]:
+    """Pairs of one shape in pieces that are worth stacking: on a CPU, large ones are not."""
+    B, A = pairs[0].B.param, pairs[0].A.param
+    most = CACHED if B.is_cpu else CHUNK
+    size = max(1, most // (B.numel() + A.numel()))
+    yield from (pairs[i : i + size] for i in range(0, len(pairs), size))
 
 
 def stepped(factor: Factor, h: Tensor, inner: Inner) -> Tensor:
     """The inner rule's direction for one factor's gradients, element by element."""
     states = [e.tensors for e in factor.entries]
     direction = inner.step(list(h), states, factor.counts)
-    pairs = zip(direction.tensors(), direction.correction, strict=True)
-    return torch.stack([(n / c).to(h.dtype) for n, c in pairs])
+    found = direction.tensors()
+    if direction.correction[0] != 1:
+        found = list(torch._foreach_div(found, direction.correction[0]))
+    return stacked(found)
+
+
+def inverse(C: Tensor, damping: float, relative: bool = False) -> Tensor:
+    """(C + damping I)^-1 of Gram matrices C [*, r, r] in fp64, or with damping relative to the
+    mean eigenvalue; what would be divided by zero is zero.
+
+    By Cholesky, a fifth of the time of an eigendecomposition, which takes over where it fails.
+    """
+    shifted = C.clone()
+    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
+    diagonal += damping * diagonal.mean(-1, keepdim=True) if relative else damping
+    L, failed = torch.linalg.cholesky_ex(shifted)
+    if failed.any():
+        return spectrum(C).inverse(damping, relative)
+    return torch.cholesky_inverse(L)
 
 
 class Spectrum(NamedTuple):
@@ -172,7 +220,9 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(C: Tensor) -> Spectrum:
-    """The decomposition of C = F^T F; rounding below zero is zero."""
+    """The decomposition of C = F^T F; rounding below zero is zero, and NaN stays NaN."""
+    if not C.isfinite().all():
+        return Spectrum(torch.full_like(C, torch.nan), torch.full_like(C[..., 0], torch.nan))
     values, vectors = torch.linalg.eigh(C)
     return Spectrum(vectors, values.clamp(min=0))
 

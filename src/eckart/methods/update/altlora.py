@@ -32,19 +32,24 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from eckart.optim import Adam, Factor, Inner, Moments, PairRule, Rule, spectrum
+from eckart.optim import Adam, Factor, Inner, Moments, PairRule, Rule, inverse
 from eckart.recipe.method import Cost, Paper, Update
 
 
-def projected(F: Tensor, g: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """(F^T F + d I)^-1 g and that inverse, for the fixed factor F [*, m, r] and g [*, r, n]."""
-    P = spectrum(F.mT @ F).inverse(damping, relative)  # [*, r, r]
-    return P @ g, P
+def projection(F: Tensor, s: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
+    """P = (F^T F + d I)^-1 and P / s^2, [*, r, r] fp64, for the fixed factor F [*, m, r].
+
+    Of an F that is zero, nothing moves: the second is zero.
+    """
+    C = (F.mT @ F).double()
+    P = inverse(C, damping, relative)
+    alive = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] > 0
+    return P, torch.where(alive, P / s**2, 0)
 
 
-def carried(P: Tensor, F: Tensor, F_old: Tensor, M: Tensor) -> Tensor:
-    """P F^T F_old M: the M' with F M' nearest to F_old M; M [*, r, n]."""
-    return P @ (F.mT @ F_old) @ M
+def carrier(P: Tensor, F: Tensor, F_old: Tensor) -> Tensor:
+    """T = P F^T F_old [*, r, r] fp64: T M is the M' with F M' nearest to F_old M, M [*, r, n]."""
+    return P @ (F.mT @ F_old).double()
 
 
 @dataclass(frozen=True)
@@ -88,27 +93,27 @@ class Alternating(PairRule):
             self.move_one(B, A.value, s, flip=True)  # preconditioned with the new A
 
     def move_one(self, factor: Factor, fixed: Tensor, s: Tensor, flip: bool = False) -> None:
-        """Move A [k, *, r, n] with B fixed; flipped, B with A fixed: all of it transposed."""
-
-        def turned(t: Tensor) -> Tensor:
-            return t.mT if flip else t
-
+        """Move A [k, *, r, n] with B fixed; flipped, B [k, *, m, r] with A fixed."""
         b1, b2 = self.betas
-        F, F_old = turned(fixed), turned(factor.state("other"))
-        h, P = projected(F, turned(factor.grad), self.damping, self.relative)
-        if self.scale_grad:
-            h = h / s**2
-        M = turned(factor.state("exp_avg"))
-        step = b1 * carried(P, F, F_old, M) + (1 - b1) * h
-        factor.keep("exp_avg", turned(b1 * M + (1 - b1) * h if self.store_unaligned else step))
+        g, M, old = factor.grad, factor.state("exp_avg"), factor.state("other")
+
+        def along_rank(Q: Tensor, X: Tensor) -> Tensor:  # Q [*, r, r]
+            Q = Q.to(X.dtype)
+            return X @ Q.mT if flip else Q @ X
+
+        F, F_old = (fixed.mT, old.mT) if flip else (fixed, old)
+        scale = s if self.scale_grad else torch.ones_like(s)
+        P, to_h = projection(F, scale, self.damping, self.relative)
+        h = along_rank(to_h, g)
+        step = along_rank(b1 * carrier(P, F, F_old), M).add_(h, alpha=1 - b1)
+        factor.keep("exp_avg", M.lerp_(h, 1 - b1) if self.store_unaligned else step)
         factor.keep("other", fixed)
-        step = turned(step) / factor.corrections(b1)
+        over = None
         if self.eps is not None:
-            V = b2 * factor.state("exp_avg_sq") + (1 - b2) * turned(h) ** 2
+            V = factor.state("exp_avg_sq").mul_(b2).addcmul_(h, h, value=1 - b2)
             factor.keep("exp_avg_sq", V)
-            step = step / (V.sqrt() + self.eps)
-        alive = (fixed != 0).any(-1, keepdim=True).any(-2, keepdim=True)
-        factor.move(torch.where(alive, step, 0), decay="after")
+            over = V.sqrt().add_(self.eps)
+        factor.move(step, 1 / factor.correction(b1), over, decay="after")
 
     def select(self, state: Moments, shape: torch.Size, axis: int, index: Tensor) -> Moments:
         """The other factor's copy has the rank along its other axis."""

@@ -43,10 +43,40 @@ from eckart.optim import (
     stepped,
     sylvester,
 )
+from eckart.optim.part import CACHED, CHUNK
 from eckart.recipe.method import Cost, Paper, Update
 
 Choice = Literal["sylvester", "zero", "symmetric"]
-ROWS = 1024  # rows of E and N that exist at a time
+
+
+class Frame:
+    """What theorem 2.1 needs to know of a pair B [*, m, r], A [*, r, n]: [*, r, r] in fp64.
+
+    Inverses are damped. At B = 0 that gives the limit: hA = 0, as gA = 0, and X = 0.
+    """
+
+    def __init__(self, B: Tensor, A: Tensor, s: Tensor, damping: float = 1e-8, rel: bool = False):
+        self.B, self.A, self.s = B, A, s
+        self.BB, self.AA = spectrum((B.mT @ B).double()), spectrum((A @ A.mT).double())
+        self.PB = self.BB.inverse(damping, rel) / s**2
+        self.PA = self.AA.inverse(damping, rel)
+
+    def adjusted(
+        self, gB: Tensor, gA: Tensor, choice: Choice = "sylvester"
+    ) -> tuple[Tensor, Tensor]:
+        """(hB, hA) for the gradients gB [*, m, r], gA [*, r, n], with the X that is named.
+
+        hA = PB gA + X A and hB = gB PA / s^2 - B (PB B^T gB PA + X): four thin products.
+        """
+        dtype = gB.dtype
+        Y = self.PB @ (self.B.mT @ gB).double() @ self.PA
+        hA = self.PB.to(dtype) @ gA
+        if choice != "zero":
+            C = self.PB @ (gA @ self.A.mT).double()
+            X = sylvester(self.BB, self.AA, -C) if choice == "sylvester" else -0.5 * C @ self.PA
+            Y = Y + X
+            hA = hA + X.to(dtype) @ self.A
+        return gB @ (self.PA / self.s**2).to(dtype) - self.B @ Y.to(dtype), hA
 
 
 def adjusted(
@@ -59,20 +89,8 @@ def adjusted(
     damping: float = 1e-8,
     relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(hB, hA) of theorem 2.1, with the X that `choice` names; all [*, ., .] in one dtype.
-
-    Inverses are damped. At B = 0 that gives the limit: hA = 0, as gA = 0, and X = 0.
-    """
-    BB, AA = spectrum(B.mT @ B), spectrum(A @ A.mT)  # [*, r, r]
-    PB, PA = BB.inverse(damping, relative), AA.inverse(damping, relative)
-    hA = PB @ gA / s**2  # [*, r, n]
-    outside = gB - B @ (PB @ (B.mT @ gB))  # what B's columns do not reach
-    hB = outside @ PA / s**2  # [*, m, r]
-    if choice == "zero":
-        return hB, hA
-    C = hA @ A.mT
-    X = sylvester(BB, AA, -C) if choice == "sylvester" else -0.5 * C @ PA
-    return hB - B @ X, hA + X @ A
+    """(hB, hA) of theorem 2.1, all [*, ., .] in one dtype; see `Frame`."""
+    return Frame(B, A, s, damping, relative).adjusted(gB, gA, choice)
 
 
 @dataclass(frozen=True)
@@ -92,43 +110,37 @@ class FullMoves(PairRule):
         return inner.init(B.new_empty(*B.shape[:-1], A.shape[-1])), {}
 
     def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
+        frame = Frame(B.value, A.value, s, self.damping, self.relative)
         gB, gA = B.grad, A.grad
         if self.moments == "full":
-            gB, gA = self.through_moments(B, A, s, inner)
-        hB, hA = self.adjust(B, A, gB, gA, s, self.choice)
+            gB, gA = through_moments(frame, B, A, inner)
+        hB, hA = frame.adjusted(gB, gA, self.choice)
         if self.moments == "factored":
             hB, hA = stepped(B, hB, inner), stepped(A, hA, inner)
         B.move(hB)
         A.move(hA)
 
-    def adjust(
-        self, B: Factor, A: Factor, gB: Tensor, gA: Tensor, s: Tensor, choice: Choice
-    ) -> tuple[Tensor, Tensor]:
-        damping, relative = self.damping, self.relative
-        return adjusted(B.value, A.value, gB, gA, s, choice, damping, relative)
 
-    def through_moments(
-        self, B: Factor, A: Factor, s: Tensor, inner: Inner
-    ) -> tuple[Tensor, Tensor]:
-        """Factor gradients of the inner rule's direction for E, Alg. 1 lines 6 to 9.
+def through_moments(frame: Frame, B: Factor, A: Factor, inner: Inner) -> tuple[Tensor, Tensor]:
+    """Factor gradients of the inner rule's direction for E, Alg. 1 lines 6 to 9.
 
-        E and its direction N exist for some rows at a time: B^T N adds up over rows.
-        """
-        hB, hA = self.adjust(B, A, B.grad, A.grad, s, "zero")
-        gB, gA = torch.zeros_like(hB), torch.zeros_like(hA)
-        for i, entry in enumerate(B.entries):
-            state, count = entry.tensors, B.counts[i]
-            wide = torch.promote_types(entry.param.dtype, torch.float32)
-            b, a, hb, ha = (t[i].to(wide) for t in (B.value, A.value, hB, hA))
-            for start in range(0, b.shape[-2], ROWS):
-                rows = (..., slice(start, start + ROWS), slice(None))
-                E = s[i].to(wide) * (b[rows] @ ha + hb[rows] @ a)  # [*, rows, n]
-                moments = {name: t[rows] for name, t in state.items()}
-                direction = inner.step([E], [moments], [count], fused=True)
-                N = direction.tensors()[0] / direction.correction[0]
-                gA[i] += s[i] * (b[rows].mT @ N)
-                gB[i][rows] = (s[i] * (N @ a.mT)).to(gB.dtype)
-        return gB, gA
+    E and its direction N exist for some rows at a time: B^T N adds up over rows.
+    """
+    hB, hA = frame.adjusted(B.grad, A.grad, "zero")
+    left, right = torch.cat([B.value, hB], -1), torch.cat([hA, A.value], -2)  # s left right = E
+    gB, gA = torch.zeros_like(hB), torch.zeros_like(hA)
+    rows = max(1, (CACHED if hB.is_cpu else CHUNK) // hA[0, ..., :1, :].numel())
+    for i, entry in enumerate(B.entries):
+        s, count = float(frame.s[i]), B.counts[i]
+        for start in range(0, hB.shape[-2], rows):
+            some = (..., slice(start, start + rows), slice(None))
+            E = s * left[i][some] @ right[i]  # [*, rows, n]
+            moments = {name: t[some] for name, t in entry.tensors.items()}
+            direction = inner.step([E], [moments], [count], fused=True)
+            N, by = direction.tensors()[0], s / direction.correction[0]
+            gA[i] += by * (B.value[i][some].mT @ N)
+            gB[i][some] = by * (N @ A.value[i].mT)
+    return gB, gA
 
 
 @dataclass(frozen=True)

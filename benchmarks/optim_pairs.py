@@ -1,0 +1,150 @@
+"""Steps of the rules for factor pairs, against a step of AdamW on the same factors.
+
+    python benchmarks/optim_pairs.py [--write]
+
+One Llama block, a factor pair beside each of its seven maps. Beside AdamW of torch (foreach)
+and ours stand AltLoRA, AltLoRA+ and LoRA-Pro; the aim is at most 1.3 times the time of
+torch's. Printed with each: its state in bytes, all of which is read and written, the
+floating-point operations of its products, and how long a step would be at the least that is
+AdamW's and AltLoRA's products without anything else. LoRA-Pro's moments are those of the
+whole matrices, so it is also shown against AdamW on these.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pairs import judge, ratios, spread, take_turns, versions, write
+from torch import nn
+
+from eckart.methods.update.adamw import AdamW
+from eckart.methods.update.altlora import AltLoRA
+from eckart.methods.update.lora_pro import LoRAPro
+from eckart.optim import LowRankOptimizer
+from eckart.recipe import Update
+
+WIDTHS = {512: 1376, 2048: 5504}  # of Llama blocks: the mlp's width
+RANKS = (8, 64)
+AIM = 1.3
+RULES: dict[str, Update] = {
+    "AdamW": AdamW(),
+    "AltLoRA": AltLoRA(),
+    "AltLoRA+": AltLoRA(plus=True),
+    "LoRA-Pro, factored": LoRAPro(moment_space="factored"),
+    "LoRA-Pro": LoRAPro(),
+}
+
+
+def shapes(width: int) -> list[tuple[int, int]]:
+    """[m, n] of the maps of a block."""
+    wide = WIDTHS[width]
+    return [(width, width)] * 4 + [(wide, width)] * 2 + [(width, wide)]
+
+
+def parameters(sizes: list[tuple[int, int]]) -> list[nn.Parameter]:
+    """The same values and gradients at every call."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(s) / 30) for s in sizes]
+    for p in params:
+        p.grad = torch.randn_like(p) / 100
+    return params
+
+
+def factors(width: int, rank: int) -> list[nn.Parameter]:
+    """B and A of each map."""
+    return parameters([s for m, n in shapes(width) for s in ((m, rank), (rank, n))])
+
+
+def step_of(update: Update, params: list[nn.Parameter]) -> LowRankOptimizer:
+    named = [(str(i), p) for i, p in enumerate(params)]
+    pairs = [(str(i), str(i + 1), 2.0) for i in range(0, len(params), 2)]
+    groups = [{"params": named, "pairs": pairs}]
+    return LowRankOptimizer(groups, lr=1e-4, rule=update.rule())
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    held = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in held)
+
+
+def products(name: str, width: int, rank: int) -> int:
+    """FLOPs of the thin and full products that a step is made of, r x r work left out."""
+    total = 0
+    for m, n in shapes(width):
+        thin = 2 * (m + n) * rank**2  # one r x r product along the rank of both factors
+        if name != "AdamW":
+            total += 4 * thin  # AltLoRA: two Gram matrices, carrying, projecting
+        if name == "LoRA-Pro":
+            total += 8 * m * n * rank + 3 * thin  # E, B^T N, N A^T, and a first adjustment
+    return total
+
+
+def floor(width: int, rank: int) -> Callable[[], None]:
+    """AltLoRA's products and nothing else: what no implementation can do without."""
+    work = []
+    for m, n in shapes(width):
+        B, A = torch.randn(m, rank) / 30, torch.randn(rank, n) / 30
+        work.append((B, torch.randn_like(B), A, torch.randn_like(A), torch.randn(rank, rank)))
+
+    def run() -> None:
+        for B, gB, A, gA, Q in work:
+            B.mT @ B, B.mT @ gB, A @ A.mT, A @ gA.mT
+            B @ Q, gB @ Q, Q @ A, Q @ gA
+
+    return run
+
+
+def compared(width: int, rank: int) -> dict[str, Any]:
+    """Ratios and times for one block."""
+    plain = factors(width, rank)
+    whole = parameters(shapes(width))
+    steps: dict[str, torch.optim.Optimizer] = {
+        "torch": torch.optim.AdamW(plain, lr=1e-4, weight_decay=0.0, foreach=True),
+        "torch, whole matrices": torch.optim.AdamW(whole, lr=1e-4, weight_decay=0.0, foreach=True),
+    }
+    steps |= {name: step_of(update, factors(width, rank)) for name, update in RULES.items()}
+    contenders: dict[str, Callable[[], object]] = {name: o.step for name, o in steps.items()}
+    contenders["thin products"] = floor(width, rank)
+    seconds = take_turns(contenders, pairs=9, repeat=3)
+    return {
+        "width": width,
+        "rank": rank,
+        "over_torch": {name: ratios(seconds[name], seconds["torch"]) for name in RULES},
+        "torch_and_thin_products_over_torch": ratios(
+            [a + b for a, b in zip(seconds["torch"], seconds["thin products"], strict=True)],
+            seconds["torch"],
+        ),
+        "over_torch_on_whole_matrices": ratios(
+            seconds["LoRA-Pro"], seconds["torch, whole matrices"]
+        ),
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "state_bytes": {name: state_bytes(o) for name, o in steps.items()},
+        "flops_of_products": {name: products(name, width, rank) for name in RULES},
+    }
+
+
+def report(run: dict[str, Any]) -> None:
+    at = f"width {run['width']}, rank {run['rank']}"
+    base = run["seconds"]["torch"]["median"]
+    print(f"\n{at}: torch's AdamW {1e3 * base:.2f} ms, state {run['state_bytes']['torch']:,} bytes")
+    least = run["torch_and_thin_products_over_torch"]["median"]
+    print(f"  AdamW and AltLoRA's products alone would be {least:.2f} times that")
+    for name in RULES:
+        state, flops = run["state_bytes"][name], run["flops_of_products"][name]
+        print(f"  {name:<20} state {state:>13,} bytes   products {flops / 1e6:>9,.1f} MFLOP")
+        judge(f"{name}, {at}", run["over_torch"][name]["median"], AIM, at_least=False)
+    over = run["over_torch_on_whole_matrices"]["median"]
+    judge(f"LoRA-Pro against AdamW on whole matrices, {at}", over, AIM, at_least=False)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    runs = [compared(width, rank) for width in WIDTHS for rank in RANKS]
+    for run in runs:
+        report(run)
+    what = "steps on a Llama block's factor pairs, fp32, one thread, CPU seconds, 9 turns of 3"
+    write("optim_pairs", {"what": what, "runs": runs, "versions": versions()})
+
+
+if __name__ == "__main__":
+    main()
