@@ -55,8 +55,8 @@ def in_double(handle: Handle) -> Handle:
     return handle
 
 
-def bare(handle: Handle, steps: int, accumulate: int, batch: int = 2) -> list[float]:
-    """The loop that a user writes; the losses of its steps."""
+def bare(handle: Handle, steps: int, accumulate: int, batch: int = 2, **more: Any) -> list[float]:
+    """The loop that a user writes, with `more` for the model; the losses of its steps."""
     optimizer = handle.optimizer(lr=LR, clip=0.5)
     schedule = get_scheduler("linear", optimizer, 0, steps)
     data, losses, queue = rows(), [], []
@@ -69,7 +69,7 @@ def bare(handle: Handle, steps: int, accumulate: int, batch: int = 2) -> list[fl
             total = 0.0
             for ids in [queue.pop(0) for _ in range(accumulate)]:
                 inputs = collate([data[i] for i in ids])
-                loss = handle.loss(inputs, handle.model(**inputs)) / accumulate
+                loss = handle.loss(inputs, handle.model(**inputs, **more)) / accumulate
                 loss.backward()
                 total += loss.item()
             optimizer.step()
@@ -78,6 +78,20 @@ def bare(handle: Handle, steps: int, accumulate: int, batch: int = 2) -> list[fl
             losses.append(total)
         epoch += 1
     return losses
+
+
+def head_of(cls: type[Trainer], handle: Handle) -> dict[str, bool]:
+    """Give the model the head that this trainer computes its loss with; the words that choose it.
+
+    SFTTrainer's takes log-probabilities in fp32 whatever the model: other numbers than the
+    model's own loss, the same ones in every loop.
+    """
+    if cls is Trainer:
+        return {}
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(handle.model, outputs=("log_probs", "entropy", "is_top1"))
+    return {"fused_lm_head": True}
 
 
 def arguments(cls: type[Trainer], out: Path, steps: int, accumulate: int, **more: Any) -> Any:

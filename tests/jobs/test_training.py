@@ -11,7 +11,7 @@ from trl import SFTTrainer
 
 from eckart.errors import Diverged, UsageError
 from eckart.recipe import Objective, registry
-from tests.jobs.loops import LR, arguments, bare, collate, handle_of, logged, mixed, rows
+from tests.jobs.loops import LR, arguments, bare, collate, handle_of, head_of, logged, mixed, rows
 
 LOOPS = [Trainer, SFTTrainer]
 STEPS = 10
@@ -45,20 +45,18 @@ def objectives(kind: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("cls", LOOPS, ids=lambda c: c.__name__)
 def test_trainers_train_as_the_bare_loop_does(cls, accumulate, kind, tmp_path):
-    # SFTTrainer's fused head computes log-probabilities in fp32 whatever the model; Adam's first
-    # steps are signs of gradients, so that this grows tenfold every other step.
-    fused = cls is SFTTrainer and kind != "data"
-    steps = 3 if fused else STEPS
     ours = handle_of(objectives(kind))
-    losses = bare(ours, steps, accumulate)
+    # An objective on logits takes Trainer's own way in both.
+    more = head_of(cls, ours) if kind != "data" else {}
+    losses = bare(ours, STEPS, accumulate, **more)
     theirs = handle_of(objectives(kind))
-    trained = mixed(theirs, cls, tmp_path, steps, accumulate)
+    trained = mixed(theirs, cls, tmp_path, STEPS, accumulate)
     trained.train()
     # Trainer keeps the running loss in fp32: some ulp (1.2e-7) of it.
     torch.testing.assert_close(logged(trained), losses, rtol=1e-5, atol=0)
     for name, tensor in ours.named_state().items():  # fp64: two orders of the same sums
         error = (theirs.named_state()[name] - tensor).norm() / tensor.norm()
-        assert error < (1e-3 if fused else 1e-9), name
+        assert error < 1e-9, name
 
 
 @pytest.mark.parametrize("cls", LOOPS, ids=lambda c: c.__name__)
@@ -142,10 +140,8 @@ def test_the_log_has_our_norm_the_penalty_and_the_rate_that_was_applied(cls, tmp
     optimizer = twin.optimizer(lr=LR, clip=0.5)
     optimizer.register_step_post_hook(lambda o, *_: norms.append(float(o.grad_norm)))
     twin.optimizer = lambda *a, **k: optimizer  # type: ignore[method-assign]
-    bare(twin, 4, 1)
-    # SFTTrainer's fused head is fp32
-    rel = 1e-9 if cls is Trainer else 1e-5
-    assert logged(trained, "grad_norm") == pytest.approx(norms, rel=rel)
+    bare(twin, 4, 1, **head_of(cls, twin))
+    assert logged(trained, "grad_norm") == pytest.approx(norms, rel=1e-9)
     assert all(p > 0 for p in logged(trained, "penalty"))
     rates = sorted([LR * (1 - s / 4) for s in range(4)], reverse=True)
     first, second = logged(trained, "learning_rate"), logged(trained, "learning_rate_2")
