@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from eckart.linear.term import Pair, Product, Term, plain_mm
@@ -28,7 +29,7 @@ class LowRank(Term):
 
     rank_axes: ClassVar[dict[str, int]] = {"B": -1, "A": -2}
     branch_gradient: RowFactor | None = None
-    """Set by an update rule: a row factor on the gradients of A and B (not of x)."""
+    """Set by an update rule on a plain pair: a row factor on the gradients of A and B, not of x."""
     B: Tensor
     A: Tensor
     R: Any  # a tensor or None, as are B0 and A0
@@ -73,6 +74,19 @@ class LowRank(Term):
         """The function between the factors."""
         return getattr(F, self.phi) if self.phi else None
 
+    @property
+    def plain_pair(self) -> bool:
+        """Is it s B A and nothing else, with both factors trained? Row factors are for these."""
+        others = (self.R, self.B0, self.phi or None)
+        return all(o is None for o in others) and {"A", "B"} <= set(self._parameters)
+
+    @property
+    def row_factor(self) -> Tensor | None:
+        """The row factor [*, m] for the coming backward pass; None where there is none."""
+        if self.branch_gradient is None or not torch.is_grad_enabled():
+            return None
+        return self.branch_gradient(self.B.detach(), self.A.detach(), self.scale)
+
     def hold(self, name: str, tensor: Tensor | None, trained: bool) -> None:
         """A parameter where it is trained, a saved buffer where it is frozen."""
         if tensor is not None and trained:
@@ -83,14 +97,15 @@ class LowRank(Term):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.A.dtype)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        if self.branch_gradient is not None:
-            factor = self.branch_gradient(self.B.detach(), self.A.detach(), self.scale)
-            return RowScaledGradient.apply(x, self.A, self.B, factor, self.scale)
+        if (c := self.row_factor) is not None:
+            return RowScaled.apply(*autocast_to(x, self.A, self.B), c, self.scale, False)
         y = low_rank(x, self.A, self.B, self.scale, self.R, self.function, self.mm)
         return y if self.B0 is None else y - low_rank(x, self.A0, self.B0, self.scale, mm=self.mm)
 
     def back(self, x: Tensor) -> Tensor:  # [*, t, m] -> [*, t, n]
         x = x.to(self.A.dtype)
+        if (c := self.row_factor) is not None:
+            return RowScaled.apply(*autocast_to(x, self.A, self.B), c, self.scale, True)
         R = None if self.R is None else self.R.mT
         y = low_rank(x, self.B.mT, self.A.mT, self.scale, R, mm=self.mm)
         if self.B0 is None:
@@ -99,6 +114,8 @@ class LowRank(Term):
 
     def columns(self, ids: Tensor) -> Tensor:  # [..] -> [.., m]
         h = F.embedding(ids, self.A.mT)  # [.., r]
+        if (c := self.row_factor) is not None:
+            return RowScaledProduct.apply(*autocast_to(h * self.scale, self.B), c)
         h = h if self.R is None else self.mm(h, self.R.mT)
         y = self.mm(h * self.scale, self.B.mT)
         if self.B0 is None:
@@ -196,27 +213,56 @@ def linear_plus_low_rank(
     return y + part.to(y.dtype)
 
 
-class RowScaledGradient(torch.autograd.Function):
-    """scale * (x A^T) B^T whose parameter gradients see each output row times `factor`.
+class RowScaled(torch.autograd.Function):
+    """scale * (x A^T) B^T, or backwards scale * (x B) A, where dL/d(B A), of which the
+    gradients of A and B are thin products, has each row multiplied by `factor` [m].
 
-    factor [m] multiplies rows of dL/dy on their way to A and B; dL/dx is left as it is.
+    dL/dx is left as it is, and `factor` is a constant. The m x n gradient is never formed:
+    it is left^T right, with left [t, m] and right [t, n] the two ends of the map.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, factor: Tensor, scale: float
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, factor: Tensor, scale: float, back: bool
     ) -> Tensor:
-        h = x @ A.mT  # [*, t, r]
-        ctx.save_for_backward(x, h, A, B, factor)
-        ctx.scale = scale
-        return (h * scale) @ B.mT
+        h = x @ (B if back else A.mT)  # [*, t, r]
+        ctx.save_for_backward(x, None if back else h, A, B, factor.to(B.dtype))
+        ctx.scale, ctx.back = scale, back
+        return (h * scale) @ (A if back else B.mT)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, h, A, B, factor = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])  # [t, m]
-        dB = factor[:, None] * (flat.mT @ h.reshape(-1, h.shape[-1])) * ctx.scale  # [m, r]
-        # c stands inside the sum over rows: scale B, not dy, and no [t, m] copy is made
-        dA = ((flat @ (factor[:, None] * B)) * ctx.scale).mT @ x.reshape(-1, x.shape[-1])
-        dx = ((dy @ B) * ctx.scale) @ A if ctx.needs_input_grad[0] else None
-        return dx, dA, dB, None, None
+        into = ((dy @ (A.mT if ctx.back else B)) * ctx.scale) if ctx.needs_input_grad[0] else None
+        dx = None if into is None else into @ (B.mT if ctx.back else A)
+        left, right = (t.reshape(-1, t.shape[-1]) for t in ((x, dy) if ctx.back else (dy, x)))
+        h = right @ A.mT if h is None else h.reshape(-1, h.shape[-1])  # [t, r]
+        dB = factor[:, None] * (left.mT @ h) * ctx.scale  # [m, r]
+        # the factor stands inside the sum over rows: scale B, not dy, and no [t, m] copy is made
+        dA = ((left @ (factor[:, None] * B)) * ctx.scale).mT @ right  # [r, n]
+        return dx, dA, dB, None, None, None
+
+
+class RowScaledProduct(torch.autograd.Function):
+    """h B^T for an h [.., r] in which A alone is trained: both see each row times `factor`."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, B: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(h, B, factor.to(B.dtype))
+        return h @ B.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, B, factor = ctx.saved_tensors
+        left, h = dy.reshape(-1, dy.shape[-1]), h.reshape(-1, h.shape[-1])
+        return dy @ (factor[:, None] * B), factor[:, None] * (left.mT @ h), None
+
+
+def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that autocast gives to products; as they are where it is off."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
