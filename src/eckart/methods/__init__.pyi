@@ -20,6 +20,7 @@ from eckart.methods.update.ldadam import LDAdam as LDAdam
 from eckart.methods.update.lisa import LISA as LISA
 from eckart.methods.update.lora_pro import LoRAPro as LoRAPro
 from eckart.methods.update.muon import Muon as Muon
+from eckart.methods.update.riemannian import Riemannian as Riemannian
 from eckart.methods.update.sumo import SUMO as SUMO
 from eckart.methods.weights.block_lora import BlockLoRA as BlockLoRA
 from eckart.methods.weights.bone import Bone as Bone

@@ -1,0 +1,90 @@
+"""Riemannian preconditioning: each factor's gradient divided by the other factor's size.
+
+    gA' = (B^T B + d I)^-1 gA        gB' = gB (A A^T + d I)^-1
+
+and then SGD or Adam with gA', gB' in the gradients' place. For W = W0 + s B A and SGD this is
+scaled gradient descent: without damping W moves the same way however B A is split, so that
+neither a long A nor a short B decides how fast an adapter learns. AltLoRA adds to it momentum
+that is carried along with the factors, and moves one factor after the other. Take it where one
+learning rate should suit adapters of different sizes and ranks; take AltLoRA where momentum
+matters.
+
+Source: F. Zhang and M. Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation
+Models", ICML 2024. As in PEFT, which has it as a wrapper around any optimizer, the scale s is
+left to the learning rate and d is 1e-2 unless told otherwise.
+
+m out, n in, r rank; B [m, r], A [r, n].
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from eckart.optim import SGD, Adam, Factor, Inner, Moments, PairRule, Rule, inverse, stepped
+from eckart.recipe.method import Cost, Paper, Update
+
+
+def preconditioned(
+    B: Tensor, A: Tensor, gB: Tensor, gA: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """gB' and gA' of the formula above; all [*, ., .]. The inverses are found in fp64."""
+    PB, PA = inverse((B.mT @ B).double(), damping), inverse((A @ A.mT).double(), damping)
+    return gB @ PA.to(gB.dtype), PB.to(gA.dtype) @ gA
+
+
+@dataclass(frozen=True)
+class Preconditioned(PairRule):
+    """The inner rule, on preconditioned gradients of both factors."""
+
+    damping: float = 1e-2
+
+    def init(self, B: Tensor, A: Tensor, inner: Inner) -> tuple[Moments, Moments]:
+        return inner.init(B), inner.init(A)
+
+    def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
+        gB, gA = preconditioned(B.value, A.value, B.grad, A.grad, self.damping)
+        B.move(stepped(B, gB, inner))
+        A.move(stepped(A, gA, inner))
+
+
+@dataclass(frozen=True)
+class Riemannian(Update):
+    """Adam or SGD, on gradients that the other factor's Gram matrix divides."""
+
+    damping: Annotated[float, Ge(0)] = 1e-2
+    """d, added to B^T B and A A^T where they are inverted. PEFT: 1e-2."""
+
+    inner: Literal["adam", "sgd"] = "adam"
+    """The rule that follows. Paper: both; only with sgd the split of B A does not matter."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moment. Paper: Adam's."""
+
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of Adam's second moment."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a factor lost per step, times the learning rate."""
+
+    wants: ClassVar = "pairs"
+    default_lr: ClassVar = 1e-3
+    paper: ClassVar = Paper(
+        "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models",
+        "https://arxiv.org/abs/2402.02347",
+        "ICML 2024",
+    )
+
+    def rule(self) -> Rule:
+        pair = Preconditioned(self.damping)
+        return Rule(self.inner_rule(), pair=pair, weight_decay=self.weight_decay)
+
+    def plain(self) -> Rule:
+        return Rule(self.inner_rule(), weight_decay=self.weight_decay)
+
+    def inner_rule(self) -> Inner:
+        return SGD() if self.inner == "sgd" else Adam(self.betas, self.eps)
+
+    def cost(self, m: int, n: int) -> Cost:
+        return Cost(state=0 if self.inner == "sgd" else 2 * m * n)
