@@ -83,7 +83,7 @@ Json = Annotated[bool, option("--json", text="One JSON object on stdout, nothing
 Resume = Annotated[str | None, option("--resume", text="Go on with a run.", metavar="RUN")]
 To = Annotated[
     str | None,
-    option("--to", text="peft, lora, dense, factored or native.", metavar="FORMAT"),
+    option("--to", text="peft, lora, dense, factored, native or kohya.", metavar="FORMAT"),
 ]
 Overwrite = Annotated[bool, option("--overwrite", text="Replace what the folder holds.")]
 

@@ -27,7 +27,7 @@ def base(tmp_path):
 @pytest.mark.parametrize(
     "method, formats",
     [
-        (eckart.LoRA(rank=2), ["peft", "dense", "factored", "native"]),
+        (eckart.LoRA(rank=2), ["peft", "dense", "factored", "native", "kohya"]),
         (eckart.DoRA(rank=2), ["peft", "dense", "factored", "native"]),
         (eckart.LowRank(), ["dense", "factored", "native"]),
         (eckart.Dense(), ["dense", "native"]),

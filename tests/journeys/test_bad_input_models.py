@@ -277,7 +277,7 @@ ADAPTERS = {
         "this adapter was made for another base\n"
         "  native-other      for other-native, fingerprint d4918a7eb8ac\n"
         "  LlamaForCausalLM  fingerprint 4d3d38f2473f\n"
-        "Load the base that it names, unchanged and without other terms.\n",
+        "Load the base that it names, unchanged.\n",
     ),
     "native: a later version": (
         "generate native-later -p x",

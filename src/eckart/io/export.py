@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from eckart.errors import FileError, UsageError, did_you_mean
-from eckart.io import dense, factored, native, peft
+from eckart.io import dense, factored, kohya, native, peft
 from eckart.io.models import Source, load_model, recognise
+from eckart.io.opening import ADAPTERS
 from eckart.recipe import Handle
 from eckart.recipe.adapters import DEFAULT, adapters_of
 from eckart.recipe.handle import handle_of
@@ -21,6 +22,7 @@ WRITERS: dict[str, Callable[..., None]] = {
     "dense": dense.save,
     "factored": factored.save,
     "native": native.save,
+    "kohya": kohya.save,
 }
 
 
@@ -38,6 +40,7 @@ def export(
     dense     an ordinary transformers model, terms merged (`dtype=torch.float32`)
     factored  a transformers model with its terms apart; loads with `import eckart.hf`
     native    an adapter that eckart.load reads, exact for every method
+    kohya     one file of thin pairs in the names that webui and ComfyUI take
 
     Raises UsageError for a format that this method cannot have, naming those it can.
     """
@@ -62,6 +65,7 @@ def reasons(handle: Handle) -> dict[str, str | None]:
         "dense": dense.obstacle(handle),
         "factored": factored.obstacle(handle),
         "native": None,
+        "kohya": kohya.obstacle(handle),
     }
 
 
@@ -83,10 +87,9 @@ def load(
     source = recognise(folder)
     if source.kind == "run":
         return load(Path(source.path) / "final", model, name, **options)
-    readers = {"native": native.load, "peft": peft.load}
-    if source.kind in readers:
+    if source.kind in ADAPTERS:
         base = model if model is not None else load_model(base_of(source), **options)
-        return readers[source.kind](base, source.path, name)
+        return ADAPTERS[source.kind](base, source.path, name)
     if source.kind != "factored":
         raise UsageError(
             "this carries nothing of eckart",

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-Kind = Literal["model", "peft", "native", "run", "config", "preset", "factored", "hub"]
+Kind = Literal["model", "peft", "native", "run", "config", "preset", "factored", "hub", "kohya"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def recognise(source: str | Path) -> Source:
         if path.suffix in PICKLES:
             raise refused(path)
         if path.suffix == ".safetensors":
+            if found := named_by_kohya(path):
+                return found
             raise FileError(
                 "a model is a folder, not one file",
                 [(text, "weights without their config.json")],
@@ -85,11 +87,20 @@ def recognise(source: str | Path) -> Source:
         if read_json(path / "config.json").get("model_type") == "eckart":
             return Source("factored", str(path))
         return Source("model" if weight_files(path) or pickles_in(path) else "config", str(path))
+    if found := named_by_kohya(path):
+        return found
     raise FileError(
         "this folder holds no model",
         [(text, "no config.json, adapter_config.json, eckart.json or run.json")],
         "Type the folder that has one of them.",
     )
+
+
+def named_by_kohya(path: Path) -> Source | None:
+    """An adapter in kohya's names: a file, or a folder with nothing else to load."""
+    from eckart.io import kohya  # it reads headers by this file
+
+    return Source("kohya", str(path), kohya.base_of(path)) if kohya.is_one(path) else None
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -258,7 +269,7 @@ def folder_of(source: str | Path) -> Path:
     found = recognise(source)
     if found.kind == "hub":
         return download(found.path)
-    if found.kind in ("peft", "native"):
+    if found.kind in ("peft", "native", "kohya"):
         raise UsageError(
             "this is an adapter, not a model",
             [(found.path, f"for {found.base or 'a base it does not name'}")],
@@ -356,7 +367,7 @@ def own_task(source: str | Path) -> str:
     found = recognise(source)
     if found.kind == "run":
         return own_task(Path(found.path) / "final")
-    if found.kind in ("peft", "native"):
+    if found.kind in ("peft", "native", "kohya"):
         return own_task(found.base) if found.base else "causal"
     if found.kind in ("preset", "config"):
         return task_of(config_of(found.path))

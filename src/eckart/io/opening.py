@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import torch
 
 from eckart.errors import FileError
-from eckart.io import native, peft
+from eckart.io import kohya, native, peft
 from eckart.io.models import load_model, recognise
 from eckart.recipe import Handle
 
-ADAPTERS = {"native": native.load, "peft": peft.load}
+ADAPTERS: dict[str, Callable[..., Handle]] = {
+    "native": native.load,
+    "peft": peft.load,
+    "kohya": kohya.load,
+}
 
 
 @dataclass(frozen=True)

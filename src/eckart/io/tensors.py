@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,12 +19,28 @@ from eckart.io.models import header, pickles_in, refused
 METADATA = {"format": "pt"}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors under sorted names, whole and contiguous, on the CPU.
 
     A sharded tensor (DTensor) is gathered; tensors that share memory are copied apart.
+    `metadata` are more words for the file's header.
     """
     save({name: standalone(tensors[name]) for name in sorted(tensors)}, path)
+    if metadata:
+        with speaking(path):
+            path.write_bytes(with_metadata(path.read_bytes(), {**METADATA, **metadata}))
+
+
+def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with these words in its header, in sorted order."""
+    length = int.from_bytes(data[:8], "little")
+    content = json.loads(data[8 : 8 + length])
+    content["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -41,8 +41,9 @@ FORMATS = {
     "dense": "plain transformers loads it",
     "factored": "import eckart.hf, then transformers loads it",
     "native": "eckart.load() loads it",
+    "kohya": "one file in the names that webui and ComfyUI take",
 }
-RANKED = ("peft", PLAIN, "factored")  # forms that an approximation can have
+RANKED = ("peft", PLAIN, "factored", "kohya")  # forms that an approximation can have
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def open_source(job: Job, to: str) -> Opened:
         opened = open_model(source)
     if found.kind == "factored":
         opened = Opened(opened.model, handle_of(opened.model), str(found.path))
-        if opened.handle and to in ("peft", PLAIN, "native"):
+        if opened.handle and to in ("peft", PLAIN, "native", "kohya"):
             opened = on_its_base(opened, opened.handle, base)
     opened.model.to(prepare.device()).eval()
     return opened
@@ -217,7 +218,7 @@ def inexact(source: Opened, to: str, rank: int | None) -> str | None:
         return "it is an ordinary model, with whole matrices"
     form = "peft" if to == PLAIN else to
     reason = reasons(handle)[form]
-    if reason is None and (to == PLAIN or (to == "peft" and rank is not None)):
+    if reason is None and (to == PLAIN or (to in ("peft", "kohya") and rank is not None)):
         largest = largest_rank(handle)
         if largest is None:
             reason = f"{handle.weights.slug} is no product of two thin matrices"

@@ -57,7 +57,7 @@ class Training(Cutting):
         self.handle = handle
         self.applied_rates: list[float] = []
         self.moments: dict[str, Any] = {}  # of an earlier training, by name, to go on with
-        super().__init__(handle.model, args, **kwargs)
+        super().__init__(handle.model, args=args, **kwargs)
         if not divides_by_items(handle.model):
             self.model_accepts_loss_kwargs = False
         self.due_cut = DueCut(handle)

@@ -210,6 +210,7 @@ def module_sites(path: str, module: nn.Module, seed: int) -> Iterator[Site]:
         parameter = module._parameters.get(param)
         if parameter is not None:
             name = f"{path}.{param}" if kind == "experts" else path
+            shape: tuple[int, ...]
             if quantised(parameter):  # packed: the module knows its sizes
                 shape = (int(module.out_features), int(module.in_features))  # type: ignore
             else:
