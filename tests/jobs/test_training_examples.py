@@ -26,7 +26,7 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name, steps", [("bare_loop", 12), ("sft", 15)])
+@pytest.mark.parametrize("name, steps", [("bare_loop", 12), ("sft", 15), ("dpo", 15)])
 def test_an_example_learns_and_plain_peft_loads_it(name, steps, tmp_path):
     out = tmp_path / "out"
     losses = example(name).main("", steps, str(out))
