@@ -19,6 +19,7 @@ from eckart.methods.update.galore import GaLore as GaLore
 from eckart.methods.update.ldadam import LDAdam as LDAdam
 from eckart.methods.update.lisa import LISA as LISA
 from eckart.methods.update.lora_pro import LoRAPro as LoRAPro
+from eckart.methods.update.lora_rite import LoRARITE as LoRARITE
 from eckart.methods.update.muon import Muon as Muon
 from eckart.methods.update.riemannian import Riemannian as Riemannian
 from eckart.methods.update.sumo import SUMO as SUMO

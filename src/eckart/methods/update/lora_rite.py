@@ -1,0 +1,166 @@
+"""LoRA-RITE: Adam for factor pairs that does not mind how a product is split.
+
+Each factor's gradient is taken out of the other factor's size, in an orthonormal basis U_B of
+B's columns: with B = U_B R, R = (B^T B)^1/2, and likewise for B in a basis of A's rows,
+
+    g = R^-1 gA = U_B^T G        the gradient of U_B (R A), whatever R is
+    P = U_B^T U_B_old            from the basis of the last step to this one
+    V = b2 P V P^T + (1 - b2) g g^T / n        a second moment of r x r, not of r x n
+    M = b1 P M + (1 - b1) (V + e I)^-1/2 g
+    A -= lr R^-1 M
+
+e is the mass that leaves V when the subspace turns away from it; without it the next steps
+would be too long. Adam scales each element of A by itself, so that (B T, T^-1 A) trains
+otherwise than (B, A); here W moves the same way. The state is one moment per factor and
+three r x r matrices. Take it where Adam's way with LoRA depends on luck with the start; take
+LoRA-Pro or AltLoRA where the move of the whole matrix is the aim.
+
+Source: J.-N. Yen et al., "LoRA Done RITE: Robust Invariant Transformation Equilibration for
+LoRA Optimization", arXiv 2410.20625, Alg. 1, and its code for what the paper leaves open: V
+is a mean over the long side and bias-corrected, so that learning rates are near Adam's. We
+differ from that code in three points: e is on unless told otherwise, as in the paper; its own
+clipping and skipping of steps by size are left to the house's; and the bases of the last step
+are not kept, since r x r products of old and new factors tell what is needed of them.
+
+m out, n in, r rank; B [m, r], A [r, n].
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from eckart.optim import Adam, Factor, Inner, Moments, PairRule, Rule, Spectrum, spectrum
+from eckart.optim.part import State
+from eckart.recipe.method import Cost, Paper, Update
+
+SMALLEST = 1e-12  # of B^T B's eigenvalues, over the largest: below are directions that B has not
+
+
+def inverse_root(F: Tensor) -> Tensor:
+    """(F^T F)^-1/2 of F [*, m, r], [*, r, r] in fp64; zero along what F does not reach."""
+    wide = F.double()  # the smallest eigenvalues count, and squares lose half of the digits
+    vectors, values = spectrum(wide.mT @ wide)
+    kept = values > SMALLEST * values[..., -1:]
+    return Spectrum(vectors, torch.where(kept, values.sqrt(), 0)).inverse(0.0)
+
+
+def escaped(V_old: Tensor, V: Tensor) -> Tensor:
+    """How much of a second moment [*, r, r] a change of basis has lost at the most along any
+    direction, [*]: the largest fall of an eigenvalue, or of the trace if that is less."""
+    falls = (torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)).amax(-1)
+    traces = (V_old - V).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.minimum(falls, traces).clamp(min=0)
+
+
+def corrected(beta: float, count: int) -> float:
+    """The decay with which a running mean is free of its start at zero."""
+    return beta * (1 - beta ** (count - 1)) / (1 - beta**count)
+
+
+@dataclass(frozen=True)
+class Equilibrated(PairRule):
+    """The rule above."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    escape: bool = True
+
+    def init(self, B: Tensor, A: Tensor, inner: Inner) -> tuple[Moments, Moments]:
+        def moments(own: Tensor) -> Moments:
+            lead, r = own.shape[:-2], min(A.shape[-2], B.shape[-1])
+            state = {
+                "exp_avg": torch.zeros_like(
+                    own, dtype=torch.promote_types(own.dtype, torch.float32)
+                ),
+                "second": own.new_zeros(*lead, r, r, dtype=torch.float64),  # V
+                "passage": own.new_zeros(*lead, r, r, dtype=torch.float64),  # B^T U_B_old
+            }
+            if self.escape:
+                state["escaped"] = own.new_zeros(lead, dtype=torch.float64)
+            return state
+
+        return moments(B), moments(A)
+
+    def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
+        roots = inverse_root(B.value), inverse_root(A.value.mT)
+        A_step = self.direction(A, roots[0])
+        B_step = self.direction(B, roots[1], flip=True)
+        B_old, A_old = B.value.clone(), A.value.clone()
+        B.move(B_step)
+        A.move(A_step)
+        A.keep("passage", (B.value.mT @ B_old).double() @ roots[0])
+        B.keep("passage", (A.value @ A_old.mT).double() @ roots[1])
+
+    def direction(self, factor: Factor, root: Tensor, flip: bool = False) -> Tensor:
+        """R^-1 M for A [k, *, r, n], given R^-1 of B; flipped, for B [k, *, m, r], of A."""
+
+        def along_rank(Q: Tensor, X: Tensor) -> Tensor:  # Q [*, r, r]
+            Q = Q.to(X.dtype)
+            return X @ Q.mT if flip else Q @ X
+
+        b1, b2 = (corrected(b, factor.counts[0]) for b in self.betas)
+        P = root @ factor.state("passage")
+        g = along_rank(root, factor.grad)
+        S = g.mT @ g / g.shape[-2] if flip else g @ g.mT / g.shape[-1]
+        V_old = factor.state("second")
+        carried = P @ V_old @ P.mT
+        V = b2 * carried + (1 - b2) * S.double()
+        values, mass = spectrum(V), torch.zeros_like(V[..., 0, 0])
+        if self.escape:
+            mass = b2 * (factor.state("escaped") + escaped(V_old, carried))
+            factor.keep("escaped", mass)
+        factor.keep("second", V)
+        sizes = (values.values + mass.unsqueeze(-1)).sqrt() + self.eps
+        u = along_rank(Spectrum(values.vectors, sizes).inverse(0.0), g)
+        M = b1 * along_rank(P, factor.state("exp_avg")) + (1 - b1) * u
+        factor.keep("exp_avg", M)
+        return along_rank(root, M)
+
+    def select(self, state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
+        """The basis that the moments are written in goes with the components: a fresh start."""
+        r = len(index)
+        sizes = {"exp_avg": shape[:axis] + (r,) + shape[axis:][1:]}
+        square = shape[:-2] + (r, r)
+        return {
+            key: t.new_zeros(sizes.get(key, shape[:-2] if key == "escaped" else square))
+            for key, t in state.items()
+        }
+
+
+@dataclass(frozen=True)
+class LoRARITE(Update):
+    """Adam in the factors' own bases, with a second moment of r x r."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the momentum and of the second moment. Usual: Adam's."""
+
+    eps: Annotated[float, Gt(0)] = 1e-6
+    """Added to the roots of the second moment's eigenvalues. Code: 1e-6."""
+
+    escape: bool = True
+    """Add the mass that the second moment loses as the bases turn (paper); the code does not."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a factor lost per step, times the learning rate."""
+
+    wants: ClassVar = "pairs"
+    default_lr: ClassVar = 1e-3
+    paper: ClassVar = Paper(
+        "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization",
+        "https://arxiv.org/abs/2410.20625",
+        "ICLR 2025",
+    )
+
+    def rule(self) -> Rule:
+        pair = Equilibrated(self.betas, self.eps, self.escape)
+        return Rule(Adam(self.betas), pair=pair, weight_decay=self.weight_decay)
+
+    def plain(self) -> Rule:
+        return Rule(Adam(self.betas), weight_decay=self.weight_decay)
+
+    def cost(self, m: int, n: int) -> Cost:
+        """Of a factor, of which the short side is the rank."""
+        return Cost(state=m * n + 2 * min(m, n) ** 2 + (1 if self.escape else 0))
