@@ -1,10 +1,12 @@
 """`eckart estimate` as a person uses it: bytes and operations before anything is loaded."""
 
 import json
+import re
 
 import pytest
 
 from eckart.io.models import load_model
+from eckart.jobs import proposals
 from tests.journeys.adapters import adapter
 from tests.journeys.runs import eckart, model_folder, texts
 
@@ -26,24 +28,54 @@ def test_a_configuration_is_all_that_is_read(place):
     assert ran.code == 0, ran.err
     assert [line.split()[0] for line in ran.err.splitlines()] == ["model", "method", "batch"]
     lines = ran.out.splitlines()
-    named = [line[9:21].strip() for line in lines[:6]]
-    parts = ["weights", "factors", "gradients", "state", "activations", "together"]
+    named = [line[9:21].strip() for line in lines[:7]]
+    parts = ["weights", "factors", "gradients", "state", "activations", "together", "at once"]
     assert named == parts and "   fits: " in lines[5]
-    assert lines[6].startswith("work     ") and lines[6].endswith(" TFLOP a step")
+    assert lines[7].startswith("work     ") and lines[7].endswith(" TFLOP a step")
+    assert re.fullmatch(
+        r"time     \S+ s a step \(\S+ to \S+\); by one layer on \d+ x \d+ tokens on this machine",
+        lines[8],
+    )
 
 
-def test_what_is_estimated_is_what_a_training_takes(place, tmp_path):
-    """Rows of the full length: then activations agree too."""
-    file = tmp_path / "long.jsonl"
-    row = json.dumps({"text": "low rank is enough for most of what a model learns " * 2})
-    file.write_text((row + "\n") * 40)
-    words = ("method=lora", "train.batch_size=4", "train.steps=2", "data.seq_len=32")
-    ran = eckart("finetune", place / "m", file, *words, "-o", tmp_path / "r", "--json")
-    found = eckart("estimate", "finetune", place / "m", *words, "--json").document
-    assert found["estimated_memory_bytes"] == ran.document["estimated_memory_bytes"]
-    assert found["parameters"]["trainable"] == ran.document["parameters"]["trainable"]
-    assert found["parameters"]["by_role"] == ran.document["parameters"]["by_role"]
-    assert found["batch"] == {"rows": 4, "accumulate": 1, "seq_len": 32}
+def test_the_time_is_work_over_a_measured_speed(place):
+    words = ("method=lora", "data.seq_len=32", "train.accumulate=1")
+    one, four = (
+        eckart(
+            "estimate", "finetune", place / "m", *words, f"train.batch_size={n}", "--json"
+        ).document
+        for n in (1, 4)
+    )
+    for found in (one, four):
+        seconds, work = found["seconds"], found["flops"]["per_step"]
+        fastest, slowest = seconds["interval"]
+        assert 0 < fastest <= seconds["per_step"] <= slowest
+        assert seconds["per_step"] == pytest.approx(work / seconds["flops_per_second"])
+        held = sum(v for k, v in found["memory"].items() if k not in ("activations", "gradients"))
+        assert found["peak_bytes"] > held + found["memory"]["activations"]
+    assert four["flops"]["per_step"] == 4 * one["flops"]["per_step"]
+
+
+def test_recipes_that_fit_are_proposed_with_the_reason(place, monkeypatch):
+    words = ("finetune", place / "m", "data.seq_len=32", "train.batch_size=4", "train.accumulate=1")
+    asked = list(proposals.candidates())
+    assert len(asked) > 15 and len({name for name, *_ in asked}) == len(asked)
+    few = [c for c in asked if c[0] in ("weights=lora", "weights=dense")]
+    monkeypatch.setattr(proposals, "candidates", lambda: few)
+
+    def found(size):
+        return eckart("estimate", *words, "--fit", size, "--json").document
+
+    best, second = found("1GB")["proposals"]
+    assert (
+        best["words"] == "weights=dense" and best["reason"] == "trains everything, 4 rows at once"
+    )
+    assert second["words"] == "weights=lora" and second["trainable"] < best["trainable"]
+    tight = found(f"{best['bytes'] * 2 // 3}B")["proposals"][0]
+    assert tight["rows"] < 4 and tight["bytes"] <= best["bytes"] * 2 // 3
+    none = eckart("estimate", *words, "--fit", "1kB")
+    assert none.code == 5 and none.err.startswith("no recipe fits\n")
+    assert eckart("estimate", *words, "--fit", "lots").err.startswith("cannot read lots as a size")
 
 
 def test_an_adapter_is_estimated_by_its_own_method(place):

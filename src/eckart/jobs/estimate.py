@@ -4,7 +4,8 @@
 
 Reads a configuration and nothing else. Weights, factors, gradients and the optimizer's state
 are exact; activations are those of rows of the full length, kept as autograd keeps them;
-operations are counted in a pass that computes nothing.
+operations are counted in a pass that computes nothing, and become seconds by what this machine
+does in one layer of the model (speed.py). With --fit SIZE: which recipes would fit there.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from eckart.io.peft_read import method_of
 from eckart.jobs import prepare, settle
 from eckart.jobs.config import Choice, Job
 from eckart.jobs.imagined import Imagined, imagine
-from eckart.jobs.memory import in_words, room
+from eckart.jobs.memory import in_bytes, in_words, room
 from eckart.jobs.outcome import recipe_of, shown
+from eckart.jobs.proposals import proposals
+from eckart.jobs.proposals import say as say_proposals
 from eckart.jobs.screen import Screen, amount
+from eckart.jobs.speed import Speed, measured
 from eckart.recipe import Recipe, registry
 
 TRAININGS = ("finetune", "pretrain")
@@ -42,6 +46,8 @@ def run(job: Job) -> dict[str, Any]:
     if job.command == "compress":
         return compressed(job, config, place, screen)
     job = settle.seq_len(job, getattr(config, "max_position_embeddings", None), place)
+    if limit := job.options.get("fit"):
+        return fitting(job, config, place, in_bytes(str(limit)), screen)
     dtype = prepare.dtype_of(job)
     found = imagine(config, job.recipe(), dtype, place)
     base = found.parameters - (found.trainable if found.factors else 0)
@@ -57,9 +63,14 @@ def run(job: Job) -> dict[str, Any]:
     parts = {**found.fixed, "activations": activations}
     rows, length = int(job.train.batch_size), int(job.data.seq_len)
     forward, backward = found.flops(1, length)
-    per_step = (forward + backward) * rows * int(job.train.accumulate)
-    fits = sum(parts.values()) <= free
-    say(screen, job, parts, (free, total), per_step)
+    again = forward if job.train.checkpointing else 0
+    per_step = (forward + again + backward) * rows * int(job.train.accumulate)
+    peak = found.peak(
+        rows, length, bool(job.train.checkpointing), min(2, int(job.train.accumulate))
+    )
+    fits = max(peak, sum(parts.values())) <= free
+    speed = measured(config, dtype, place, rows, length)
+    say(screen, job, parts, peak, (free, total), per_step, speed)
     if not fits:
         remedies(screen, job, found, parts, free)
     return {
@@ -69,6 +80,7 @@ def run(job: Job) -> dict[str, Any]:
         "recipe": recipe_of(job),
         "memory": parts,
         "estimated_memory_bytes": sum(parts.values()),
+        "peak_bytes": peak,
         "free_bytes": free,
         "fits": fits,
         "by_formula": found.by_formula,
@@ -79,7 +91,39 @@ def run(job: Job) -> dict[str, Any]:
         },
         "batch": {"rows": rows, "accumulate": int(job.train.accumulate), "seq_len": length},
         "flops": {"forward_per_row": forward, "backward_per_row": backward, "per_step": per_step},
+        "seconds": seconds_of(per_step, speed),
         "warnings": list(screen.warnings),
+    }
+
+
+def fitting(
+    job: Job, config: Any, place: torch.device, limit: int, screen: Screen
+) -> dict[str, Any]:
+    """The recipes that fit into a size, best first."""
+    rows, length = settle.rows_per_step(job, ROWS), int(job.data.seq_len)
+    speed = measured(config, prepare.dtype_of(job), place, rows, length)
+    found, left = proposals(job, config, place, limit, rows, speed)
+    say_proposals(screen, found, left, limit)
+    return {
+        "command": "estimate",
+        "exit": 0,
+        "of": job.command,
+        "limit_bytes": limit,
+        "batch": {"rows": rows, "seq_len": length},
+        "proposals": [p.document() for p in found],
+        "too_large": left,
+        "warnings": list(screen.warnings),
+    }
+
+
+def seconds_of(operations: int, speed: Speed) -> dict[str, Any]:
+    """A step's time on this machine, with the ends of the interval."""
+    typical, fastest, slowest = speed.seconds(operations)
+    return {
+        "per_step": typical,
+        "interval": [fastest, slowest],
+        "measured": speed.of,
+        "flops_per_second": speed.typical,
     }
 
 
@@ -189,9 +233,15 @@ def full() -> Any:
 
 
 def say(
-    screen: Screen, job: Job, parts: dict[str, int], memory: tuple[int, int], per_step: int
+    screen: Screen,
+    job: Job,
+    parts: dict[str, int],
+    peak: int,
+    memory: tuple[int, int],
+    per_step: int,
+    speed: Speed,
 ) -> None:
-    """The batch, each category, the sum against what is there, the operations of a step."""
+    """The batch, each category, the sum against what is there, the work and time of a step."""
     size, split = job.train.batch_size, job.train.accumulate
     shape = f"{size} rows of {job.data.seq_len} tokens"
     shape += f", {split} times a step" if split != 1 else ""
@@ -203,10 +253,15 @@ def say(
         screen.line("" if i else "memory", f"{name:<12}{in_words(part):>10}{note}", result=True)
     free, total = memory
     whole = sum(parts.values())
-    verdict = "fits" if whole <= free else "does NOT fit"
+    verdict = "fits" if max(whole, peak) <= free else "does NOT fit"
     text = f"{in_words(whole):>10}   {verdict}: {in_words(free)} free of {in_words(total)}"
     screen.line("", f"{'together':<12}{text}", result=True)
+    text = f"{in_words(peak):>10}   in a pass, with what is dropped again"
+    screen.line("", f"{'at once':<12}{text}", result=True)
+    typical, fastest, slowest = speed.seconds(per_step)
     screen.line("work", f"{per_step / 1e12:.3g} TFLOP a step", result=True)
+    interval = f"{typical:.2g} s a step ({fastest:.2g} to {slowest:.2g})"
+    screen.line("time", f"{interval}; by {speed.of} on this machine", result=True)
 
 
 def remedies(screen: Screen, job: Job, found: Imagined, parts: dict[str, int], free: int) -> None:

@@ -8,8 +8,8 @@ cannot be built so; its `cost` says them then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,10 @@ from torch.utils.flop_counter import (
 from eckart.errors import EckartError
 from eckart.io.presets import quiet
 from eckart.io.tasks import task_class
-from eckart.jobs.memory import activation_bytes, model_bytes, size, state_bytes
+from eckart.jobs.memory import Live, activation_bytes, model_bytes, size, state_bytes
 from eckart.linear import Horizon, Site
 from eckart.recipe import Handle, Recipe, Weights, registry
-from eckart.recipe.attachment import choose
+from eckart.recipe.attachment import choose, convert_base
 from eckart.recipe.groups import default_lr, default_update
 
 UNKNOWN = (  # what is raised where a number of a fake tensor is asked for
@@ -83,27 +83,45 @@ class Imagined:
 
     def activations(self, rows: int, length: int, checkpointing: bool = False) -> int:
         """Bytes that autograd keeps for a batch of rows of this length."""
-        mode, handle = self.live
-        with mode, quiet():
-            model: Any = handle.model
-            if checkpointing:
-                model.activation_checkpointing_enable()
-            try:
-                return activation_bytes(model, batch(rows, length))
-            finally:
-                if checkpointing:
-                    model.activation_checkpointing_disable()
+        with self.ready(checkpointing) as model, quiet():
+            return activation_bytes(model, batch(rows, length))
+
+    def peak(self, rows: int, length: int, checkpointing: bool = False, passes: int = 1) -> int:
+        """The most bytes alive at once in so many forward and backward passes of a step.
+
+        What is held throughout, gradients as they come, activations, and what an operation
+        makes and drops again (logits in fp32, say), which `activations` leaves out. Not the
+        optimizer's own temporaries.
+        """
+        with self.ready(checkpointing) as model, Live() as live:
+            for _ in range(passes):
+                model(**batch(rows, length)).loss.backward()
+        return self.weights + self.factors + self.state + live.peak
 
     def flops(self, rows: int, length: int) -> tuple[int, int]:
         """Floating-point operations of a forward pass, and of the backward pass after it."""
-        mode, handle = self.live
-        with mode:
-            handle.model.train()
+        with self.ready() as model:
             with FlopCounterMode(display=False, custom_mapping=ON_CPU) as forward:
-                loss = handle.model(**batch(rows, length)).loss
+                loss = model(**batch(rows, length)).loss
             with FlopCounterMode(display=False, custom_mapping=ON_CPU) as backward:
                 loss.backward()
         return forward.get_total_flops(), backward.get_total_flops()
+
+    @contextmanager
+    def ready(self, checkpointing: bool = False) -> Iterator[Any]:
+        """The model in training, without gradients before and after."""
+        mode, handle = self.live
+        model: Any = handle.model
+        with mode:
+            model.train()
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            try:
+                yield model
+            finally:
+                model.zero_grad()
+                if checkpointing:
+                    model.activation_checkpointing_disable()
 
 
 def batch(rows: int, length: int) -> dict[str, Tensor]:
@@ -161,6 +179,7 @@ def built(
             stack.enter_context(context)
         model = task_class(task).from_config(config, dtype=dtype)
         sites = choose(model, recipe.weights, 0)
+        convert_base(model, recipe)
         for site in sites:
             site.horizon = Horizon(steps, default_lr(recipe), 0)
             site.gradient = torch.zeros(site.matrix_shape)
@@ -211,7 +230,8 @@ def by_formula(
     instead = registry.load(registry.DEFAULTS["weights"])
     rank = min(getattr(weights, "rank", None) or 16, 16)
     stand_in = instead(rank=rank, targets=weights.targets)  # type: ignore[call-arg]
-    handle = built(mode, config, Recipe(weights=stand_in), dtype, device, steps, task)  # type: ignore[arg-type]
+    light = Recipe(weights=stand_in, precision=recipe.precision)  # type: ignore[arg-type]
+    handle = built(mode, config, light, dtype, device, steps, task)
     with mode:
         base = model_bytes(handle)["weights"]
         sites = list(handle.sites.values())

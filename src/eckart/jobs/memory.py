@@ -11,6 +11,7 @@ Figures are tensor bytes, not the process's size, which depends on allocators.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from eckart.errors import UsageError
 from eckart.linear.sites import quantised
 from eckart.recipe import Handle
 
@@ -99,12 +104,12 @@ class Kept:
 
     def __init__(self, model: nn.Module):
         self.ours = {t.untyped_storage()._cdata for t in held(model)}
-        self.storages: dict[int, int] = {}
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     @property
     def bytes(self) -> int:
-        """Bytes of distinct storages."""
-        return sum(self.storages.values())
+        """Bytes of the distinct storages that still live: ask before the graph is gone."""
+        return sum(count for alive, count in self.storages.values() if not alive.expired())
 
     @contextmanager
     def count(self) -> Any:
@@ -112,14 +117,37 @@ class Kept:
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.ours:
-                # by the storage's own address, which tensors without memory have too; one
-                # that is used again inside a pass was freed, so not kept
-                self.storages[storage._cdata] = storage.nbytes()
+            if storage._cdata not in self.ours:  # a weak reference keeps the address from reuse
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
+
+
+class Live(TorchDispatchMode):
+    """Inside the block: the most bytes of distinct storages, made there, alive at once.
+
+    Works on fake tensors too. What was there before does not count, nor do a kernel's own
+    buffers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.living: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.living.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.living = {k: v for k, v in self.living.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(count for _, count in self.living.values()))
+        return out
 
 
 def activation_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
@@ -129,11 +157,12 @@ def activation_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
     devices = [model_device(model)] if model_device(model).type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), kept.count():
-            outputs = model(**batch)
+            outputs = model(**batch)  # holds the graph, and so what is kept
+        found = kept.bytes
         del outputs
     finally:
         model.train(was_training)
-    return kept.bytes
+    return found
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -156,6 +185,14 @@ def described(parts: Mapping[str, int], total: int) -> str:
     scale = unit(whole)[0]
     listed = ", ".join(f"{name} {part / scale:.2g}" for name, part in parts.items() if part)
     return f"{in_words(whole)} of {in_words(total)}: {listed}"
+
+
+def in_bytes(text: str) -> int:
+    """24GB, 500 MB or 1e9 as a number of bytes. UsageError for anything else."""
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
+    if match is None or not float(match[1]) > 0:
+        raise UsageError(f"cannot read {text} as a size", fix="Type for example 24GB or 800MB.")
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
 
 
 def in_words(count: int) -> str:

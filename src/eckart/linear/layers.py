@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from eckart.linear.lowrank import linear_plus_low_rank
 from eckart.linear.mixing import Branch, Mix, change_of, gained, mixed, mixture
 from eckart.linear.sites import quantised
 from eckart.linear.structured import Structured, mixins
-from eckart.linear.term import Pair, Term, plain_mm
+from eckart.linear.term import Gain, Term, plain_mm
 
 kernels: dict[Callable[..., Any], Callable[..., Any]] = {}
 """Faster forms of plain functions, filled by `eckart.kernels`; empty, all still runs."""
@@ -22,6 +23,9 @@ kernels: dict[Callable[..., Any], Callable[..., Any]] = {}
 def add(y: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
     """y + part in y's dtype; the first part starts the sum in `dtype`."""
     return part.to(dtype) if y is None else y + part.to(y.dtype)
+
+
+PLAIN = (Tensor, FakeTensor)  # no subclass of another package; an estimate has no numbers
 
 
 class LinearSum(Structured):
@@ -47,20 +51,27 @@ class LinearSum(Structured):
         terms, gain, W = self.terms, self.gain_of(), self.matrix()
         if W is None or self._sum.mm is not plain_mm:
             return self.parts(x, W)
-        pair = lone_pair(terms, W) if self._sum.kind == "linear" else None
-        if pair is not None:
-            fused = kernels.get(linear_plus_low_rank, linear_plus_low_rank)
-            if gain is None:
-                return fused(x, W, self.bias, *pair)
-            y = fused(x, W, None, *pair)
-            y = y * gain.factor(W, terms).to(y.dtype)
-            return y if self.bias is None else y + self.bias
+        if self._sum.kind == "linear" and len(terms) == 1 and type(W.data) in PLAIN:
+            fused = self.fused(x, W, terms[0], gain)
+            if fused is not None:
+                return fused
         if gain is not None:
             return self.parts(x, W)
         y = self.base(x)
         for term in terms:
             y = add(y, term(x), y.dtype)
         return y
+
+    def fused(self, x: Tensor, W: Tensor, term: Term, gain: Gain | None) -> Tensor | None:
+        """The base with its only term in fewer products, where the term offers that; or None."""
+        if gain is None:
+            return kernels.get(alone, alone)(self, x, W, term)
+        pair = term.pair()
+        if pair is None:
+            return None
+        y = kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, None, *pair)
+        y = y * gain.factor(W, [term]).to(y.dtype)
+        return y if self.bias is None else y + self.bias
 
     def base(self, x: Tensor) -> Tensor:
         """The layer's own forward, bias included."""
@@ -102,9 +113,13 @@ def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, W, bias)
 
 
-def lone_pair(terms: list[Term], W: Tensor) -> Pair | None:
-    """The factors of the only term, where a fused product may take over on a plain matrix."""
-    return terms[0].pair() if len(terms) == 1 and type(W.data) is Tensor else None
+def alone(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
+    """A layer's frozen matrix with its only term, in fewer products where the term offers that,
+    else None: the reference for a kernel that computes several layers of one input at once."""
+    pair = term.pair()
+    if pair is None:
+        return term.with_base(x, W, layer.bias)
+    return kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, layer.bias, *pair)
 
 
 class EmbeddingSum(Structured):
