@@ -1,4 +1,7 @@
-"""Every command: its signature and one call into `jobs`. Nothing heavy is imported here."""
+"""Every command: its words, its options and one call into `jobs`. Nothing heavy is imported here.
+
+The table of jobs stands first; then come the commands that are no jobs.
+"""
 
 import errno
 import json
@@ -7,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,30 +24,162 @@ app = typer.Typer(
     help="Low-rank learning on transformers: train, compress, linearize and compose models.",
     epilog="A job takes key=value words and -c FILE; all keys: eckart config schema",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=False,  # ours below: typer's own two options cost pydantic in every command
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings=HELP,
 )
+config_app = typer.Typer(
+    help="See, describe or check the keys of a job.", no_args_is_help=True, rich_markup_mode=None
+)
 
 # Unknown flags reach `to_job` as words, where they are answered with the key that is meant.
 JOB = {"ignore_unknown_options": True}
-WORDS = "Paths or hub ids, then keys: method=lora weights.rank=8 train.lr=1e-3"
+COMPLETING = "_ECKART_COMPLETE"  # a shell sets it to ask what a word may be
+FLAGS = ("out", "seed", "dry_run", "json", "resume", "overwrite")  # of the command line itself
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command whose job is there; `evaluate` is typed `eval`."""
-    job = Path(__file__).parent / "jobs" / f"{function.__name__}.py"
-    name = function.__name__.removesuffix("uate")
-    return app.command(name, context_settings=JOB)(function) if job.exists() else function
+# --- options, each defined once ------------------------------------------------------------
 
 
-def option(*names: str, text: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+def option(
+    name: str, kind: Any, *flags: str, text: str, metavar: str | None = None, default: Any = None
+) -> Parameter:
+    """An option of a type; None where it is left out, False where it is a switch."""
+    about = typer.Option(*flags, help=text, metavar=metavar, show_default=False)
+    return parameter(name, kind, about, default)
 
 
-def words(metavar: str) -> Any:
-    return typer.Argument(metavar=metavar, show_default=False, help=WORDS)
+def parameter(name: str, kind: Any, about: Any, default: Any = None) -> Parameter:
+    default = False if kind is bool else default
+    annotation = Annotated[kind if kind is bool else kind | None, about]  # type: ignore[valid-type]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def words(metavar: str) -> Parameter:
+    """What is typed without a flag: paths, hub ids and keys, completed by the shell."""
+    text = "Paths or hub ids, then keys: method=lora weights.rank=8 train.lr=1e-3"
+    return parameter(
+        "words",
+        list[str],
+        typer.Argument(metavar=metavar, show_default=False, help=text, autocompletion=completed),
+    )
+
+
+def completed(context: typer.Context, incomplete: str) -> list[Any]:
+    """What a word of a job may be. The shell names files by itself where this is empty."""
+    from eckart.jobs.completion import completions
+
+    typed = [str(word) for word in context.params.get("words") or ()]
+    return completions(context.command.name or "", typed, incomplete)
+
+
+def named(incomplete: str) -> list[str]:
+    """Methods whose names begin so."""
+    from eckart.jobs.completion import method_names
+
+    return [name for name in method_names() if name.startswith(incomplete)]
+
+
+CONFIG = option(
+    "config", list[Path], "-c", "--config", text="A YAML file of keys; repeatable, later wins."
+)
+OUT = option("out", str, "-o", "--out", text="The run's folder.", metavar="FOLDER")
+SEED = option("seed", int, "--seed", text="Same as train.seed=.")
+DRY = option("dry_run", bool, "--dry-run", text="Decide everything, train and write nothing.")
+JSON = option("json", bool, "--json", text="One JSON object on stdout, nothing else.")
+RESUME = option("resume", str, "--resume", text="Go on with a run.", metavar="RUN")
+OVERWRITE = option("overwrite", bool, "--overwrite", text="Replace what the folder holds.")
+TRAINING = (CONFIG, OUT, SEED, DRY, JSON, RESUME, OVERWRITE)
+AGAINST = option(
+    "against", str, "--against", text="Another model on the same rows: drift.", metavar="OTHER"
+)
+TO = option("to", str, "--to", text="peft, lora, dense, factored or native.", metavar="FORMAT")
+FIT = option("fit", str, "--fit", text="Which recipes fit into this: 24GB.", metavar="SIZE")
+PROMPT = option("prompt", list[str], "-p", "--prompt", text="Text to go on from; repeatable.")
+TOKENS = option("tokens", int, "-n", "--tokens", text="New tokens at most; 100.", default=100)
+TEMPERATURE = option(
+    "temperature", float, "-t", "--temperature",
+    text="0 takes the likeliest token; the default.", default=0.0,
+)  # fmt: skip
+PROCESSES = option("processes", int, "--processes", text="Runs at once.")
+BENCH = (
+    option("methods", str, "--methods", text="For example lora:rank=4,dense+galore", metavar="A,B"),
+    option("budget", str, "--budget", text="steps=300, tokens=1e6, seconds=60 or bytes=2GB."),
+    option("match", str, "--match", text="parameters: ranks to train as many as the baseline."),
+    option("seeds", int, "--seeds", text="Seeds of the report; 5."),
+    option("choose", int, "--choose", text="Seeds that choose a rate; 2."),
+    option("window", int, "--window", text="Rates tried first; 5."),
+    option("purse", int, "--purse", text="Rates tried at most; 9."),
+    option("margin", float, "--margin", text="Nats that make no difference; half an sd."),
+    option("sampler", str, "--sampler", text="tpe: Optuna chooses the rates, not the grid."),
+    PROCESSES,
+    option("ray", bool, "--ray", text="Runs on a Ray cluster, or a local one."),
+)
+JOB_WORDS = words("COMMAND MODEL DATA KEY=VALUE")
+
+
+# --- the table of jobs ---------------------------------------------------------------------
+
+
+def job(name: str, shown: str, options: tuple[Parameter, ...], text: str, file: str = "") -> None:
+    """Register a command that resolves a job and runs it, where `jobs` has its file."""
+    module = file or name
+    if not (Path(__file__).parent / "jobs" / f"{module}.py").exists():
+        return
+
+    def run(**given: Any) -> None:
+        flags = {key: given.pop(key) for key in FLAGS if key in given}
+        typed, files = given.pop("words", None), given.pop("config", None)
+        run_job(module, typed, files, flags, given or None)
+
+    takes = [*([words(shown)] if shown else []), *options]
+    app.command(name, help=text, context_settings=JOB)(signed(run, takes))
+
+
+def signed(function: Callable[..., None], takes: list[Parameter]) -> Callable[..., None]:
+    """The function as typer is to see it."""
+    function.__signature__ = Signature(takes)  # type: ignore[attr-defined]
+    return function
+
+
+MODEL_DATA = "MODEL DATA KEY=VALUE"
+# fmt: off
+job("finetune", MODEL_DATA, TRAINING,
+    "Teach a model from data: MODEL is a model, an adapter or a run to continue from.")
+job("pretrain", MODEL_DATA, TRAINING,
+    "Train from random weights: MODEL is a configuration or the name of a preset.")
+job("compress", "MODEL [DATA] KEY=VALUE", TRAINING,
+    "Make a trained model smaller: keep=0.8, rank=64 or error=0.1.")
+job("linearize", MODEL_DATA, TRAINING,
+    "Replace softmax attention by a linear one and teach it to agree.")
+job("eval", MODEL_DATA, (CONFIG, AGAINST, JSON),
+    "Measure a model, an adapter or a run on data: loss, bits per byte, accuracy, intervals.",
+    file="evaluate")
+job("convert", "SOURCE", (TO, OUT, JSON, OVERWRITE),
+    "Write a run, an adapter or a model in another form.")
+job("inspect", "SOURCE", (JSON,),
+    "Show a model's, an adapter's or a run's structure, spectra and effective ranks.")
+job("generate", "MODEL KEY=VALUE", (CONFIG, PROMPT, TOKENS, TEMPERATURE, SEED, JSON),
+    "Let a model, an adapter or a run write; prompts from -p or standard input.")
+job("demo", "", (OUT, JSON, OVERWRITE), "A first run: a few minutes, no network.")
+job("bench", MODEL_DATA, (CONFIG, *BENCH, OUT, SEED, JSON, RESUME, OVERWRITE),
+    "Compare methods with the same tuning: paired seeds, intervals, a report.")
+# fmt: on
+
+
+def command(
+    *takes: Parameter, of: typer.Typer = app, name: str | None = None, **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function under its name, with these words and options."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        return of.command(name, **settings)(signed(function, list(takes)))
+
+    return register
+
+
+# --- commands that are no jobs -------------------------------------------------------------
 
 
 def print_help(context: typer.Context, wanted: bool) -> None:
@@ -60,6 +196,18 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def install_completion(context: typer.Context, param: Any, wanted: bool) -> None:
+    from typer.completion import install_callback
+
+    install_callback(context, param, wanted)
+
+
+def show_completion(context: typer.Context, param: Any, wanted: bool) -> None:
+    from typer.completion import show_callback
+
+    show_callback(context, param, wanted)
+
+
 Help = Annotated[
     bool,
     typer.Option("-h", "--help", callback=print_help, is_eager=True, help="Show this and exit."),
@@ -68,209 +216,45 @@ Version = Annotated[
     bool,
     typer.Option("--version", callback=print_version, is_eager=True, help="Print it and exit."),
 ]
-ModelData = Annotated[list[str] | None, words("MODEL DATA KEY=VALUE")]
-Source = Annotated[list[str] | None, words("SOURCE")]
-JobWords = Annotated[list[str] | None, words("COMMAND MODEL DATA KEY=VALUE")]
-ModelMaybeData = Annotated[list[str] | None, words("MODEL [DATA] KEY=VALUE")]
-Model = Annotated[list[str] | None, words("MODEL KEY=VALUE")]
-Config = Annotated[
-    list[Path] | None, option("-c", "--config", text="A YAML file of keys; repeatable, later wins.")
-]
-Out = Annotated[str | None, option("-o", "--out", text="The run's folder.", metavar="FOLDER")]
-Seed = Annotated[int | None, option("--seed", text="Same as train.seed=.")]
-Dry = Annotated[bool, option("--dry-run", text="Decide everything, train and write nothing.")]
-Json = Annotated[bool, option("--json", text="One JSON object on stdout, nothing else.")]
-Resume = Annotated[str | None, option("--resume", text="Go on with a run.", metavar="RUN")]
-To = Annotated[
-    str | None,
-    option("--to", text="peft, lora, dense, factored, native or kohya.", metavar="FORMAT"),
-]
-Overwrite = Annotated[bool, option("--overwrite", text="Replace what the folder holds.")]
+Install = Annotated[
+    bool,
+    typer.Option(
+        "--install-completion", callback=install_completion, is_eager=True,
+        help="Let the tab key complete methods, keys and presets in this shell.",
+    ),
+]  # fmt: skip
+Show = Annotated[
+    bool,
+    typer.Option(
+        "--show-completion", callback=show_completion, is_eager=True,
+        help="Print the script that does so.",
+    ),
+]  # fmt: skip
 
 
-@command
-def finetune(
-    words: ModelData = None,
-    config: Config = None,
-    out: Out = None,
-    seed: Seed = None,
-    dry_run: Dry = False,
-    json: Json = False,
-    resume: Resume = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Teach a model from data: MODEL is a model, an adapter or a run to continue from."""
-    flags = job_flags(out, seed, dry_run, json, resume, overwrite)
-    run_job("finetune", words, config, flags)
-
-
-@command
-def pretrain(
-    words: ModelData = None,
-    config: Config = None,
-    out: Out = None,
-    seed: Seed = None,
-    dry_run: Dry = False,
-    json: Json = False,
-    resume: Resume = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train from random weights: MODEL is a configuration or the name of a preset."""
-    flags = job_flags(out, seed, dry_run, json, resume, overwrite)
-    run_job("pretrain", words, config, flags)
-
-
-@command
-def compress(
-    words: ModelMaybeData = None,
-    config: Config = None,
-    out: Out = None,
-    seed: Seed = None,
-    dry_run: Dry = False,
-    json: Json = False,
-    resume: Resume = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Make a trained model smaller: keep=0.8, rank=64 or error=0.1."""
-    flags = job_flags(out, seed, dry_run, json, resume, overwrite)
-    run_job("compress", words, config, flags)
-
-
-@command
-def linearize(
-    words: ModelData = None,
-    config: Config = None,
-    out: Out = None,
-    seed: Seed = None,
-    dry_run: Dry = False,
-    json: Json = False,
-    resume: Resume = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Replace softmax attention by a linear one and teach it to agree."""
-    flags = job_flags(out, seed, dry_run, json, resume, overwrite)
-    run_job("linearize", words, config, flags)
-
-
-@command
-def evaluate(
-    words: ModelData = None,
-    config: Config = None,
-    against: Annotated[
-        str | None,
-        option("--against", text="Another model on the same rows: drift.", metavar="OTHER"),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Measure a model, an adapter or a run on data: loss, bits per byte, accuracy, intervals."""
-    run_job("evaluate", words, config, {"json": json}, {"against": against})
-
-
-@command
-def convert(
-    words: Source = None,
-    to: To = None,
-    out: Out = None,
-    json: Json = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a run, an adapter or a model in another form."""
-    run_job("convert", words, None, {"out": out, "json": json, "overwrite": overwrite}, {"to": to})
-
-
-@command
-def inspect(words: Source = None, json: Json = False) -> None:
-    """Show a model's, an adapter's or a run's structure, spectra and effective ranks."""
-    run_job("inspect", words, None, {"json": json})
-
-
-@app.command(context_settings=JOB)
-def estimate(words: JobWords = None, config: Config = None, json: Json = False) -> None:
+@command(JOB_WORDS, CONFIG, FIT, JSON, context_settings=JOB)
+def estimate(words: Any, config: Any, fit: str | None, json: bool) -> None:
     """Say what a job will take, before anything is loaded: eckart estimate finetune MODEL ..."""
-    command, rest = job_words(words)
+    name, rest = job_words(words)
+    options = {"fit": fit} if fit else {}
     document = call(
         "estimate",
-        lambda job: job.run(to_job(command, rest, config, {"json": json}, partial=True)),
+        lambda job: job.run(to_job(name, rest, config, {"json": json}, options, partial=True)),
         json,
     )
     show(document, json)
 
 
-@command
-def generate(
-    words: Model = None,
-    config: Config = None,
-    prompt: Annotated[
-        list[str] | None, option("-p", "--prompt", text="Text to go on from; repeatable.")
-    ] = None,
-    tokens: Annotated[int, option("-n", "--tokens", text="New tokens at most; 100.")] = 100,
-    temperature: Annotated[
-        float, option("-t", "--temperature", text="0 takes the likeliest token; the default.")
-    ] = 0.0,
-    seed: Seed = None,
-    json: Json = False,
-) -> None:
-    """Let a model, an adapter or a run write; prompts from -p or standard input."""
-    options = {"prompt": prompt, "tokens": tokens, "temperature": temperature}
-    run_job("generate", words, config, {"seed": seed, "json": json}, options)
-
-
-@command
-def demo(out: Out = None, json: Json = False, overwrite: Overwrite = False) -> None:
-    """A first run: a few minutes, no network."""
-    run_job("demo", None, None, {"out": out, "json": json, "overwrite": overwrite})
-
-
-@command
-def bench(
-    words: ModelData = None,
-    config: Config = None,
-    methods: Annotated[
-        str | None, option("--methods", text="For example lora:rank=4,dense+galore", metavar="A,B")
-    ] = None,
-    budget: Annotated[
-        str | None, option("--budget", text="steps=300, tokens=1e6, seconds=60 or bytes=2GB.")
-    ] = None,
-    match: Annotated[
-        str | None, option("--match", text="parameters: ranks to train as many as the baseline.")
-    ] = None,
-    seeds: Annotated[int | None, option("--seeds", text="Seeds of the report; 5.")] = None,
-    choose: Annotated[int | None, option("--choose", text="Seeds that choose a rate; 2.")] = None,
-    window: Annotated[int | None, option("--window", text="Rates tried first; 5.")] = None,
-    purse: Annotated[int | None, option("--purse", text="Rates tried at most; 9.")] = None,
-    margin: Annotated[
-        float | None, option("--margin", text="Nats that make no difference; half an sd.")
-    ] = None,
-    sampler: Annotated[
-        str | None, option("--sampler", text="tpe: Optuna chooses the rates, not the grid.")
-    ] = None,
-    processes: Annotated[int | None, option("--processes", text="Runs at once; 1.")] = None,
-    ray: Annotated[bool, option("--ray", text="Runs on a Ray cluster, or a local one.")] = False,
-    out: Out = None,
-    seed: Seed = None,
-    json: Json = False,
-    resume: Resume = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Compare methods with the same tuning: paired seeds, intervals, a report."""
-    options = {
-        "methods": methods, "budget": budget, "match": match, "seeds": seeds, "choose": choose,
-        "window": window, "purse": purse, "margin": margin, "sampler": sampler,
-        "processes": processes, "ray": ray,
-    }  # fmt: skip
-    run_job("bench", words, config, job_flags(out, seed, False, json, resume, overwrite), options)
-
-
-@command
+@command(
+    parameter("slugs", list[str], typer.Argument(metavar="[SLUG]...", autocompletion=named)),
+    option("quick", bool, "--quick", text="See that it runs; no verdict."),
+    option("full", bool, "--full", text="All arms, longer, twice the seeds."),
+    PROCESSES,
+    option("out", str, "-o", "--out", text="Keep the documents here.", metavar="FOLDER"),
+    JSON,
+)
 def reproduce(
-    slugs: Annotated[list[str] | None, typer.Argument(metavar="[SLUG]...")] = None,
-    quick: Annotated[bool, option("--quick", text="See that it runs; no verdict.")] = False,
-    full: Annotated[bool, option("--full", text="All arms, longer, twice the seeds.")] = False,
-    processes: Annotated[int | None, option("--processes", text="Runs at once; 2.")] = None,
-    out: Annotated[
-        str | None, option("-o", "--out", text="Keep the documents here.", metavar="FOLDER")
-    ] = None,
-    json: Json = False,
+    slugs: Any, quick: bool, full: bool, processes: int | None, out: str | None, json: bool
 ) -> None:
     """Test papers' claims on a small scale: confirmed, not seen or refuted. All without SLUG."""
     budget = "quick" if quick else "full" if full else "default"
@@ -281,32 +265,41 @@ def reproduce(
 
 
 # typer loads pydantic to read any parameter that is not a bool, its own --help among them. This
-# command must answer at once, so NAME comes from the context and --help is ours.
-@app.command(
+# command must answer at once, so NAME comes from the context, but where a shell asks what NAME
+# may be, and --help is ours.
+NAMES = (
+    [parameter("names", list[str], typer.Argument(autocompletion=named))]
+    if COMPLETING in os.environ
+    else []
+)
+
+
+@command(
+    Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+    JSON,
+    option("cite", bool, "--cite", text="BibTeX entries of the papers."),
+    *NAMES,
+    Parameter("help", Parameter.KEYWORD_ONLY, default=False, annotation=Help),
     options_metavar="[NAME] [OPTIONS]",
     context_settings={"allow_extra_args": True},
 )
-def methods(
-    context: typer.Context,
-    json: Json = False,
-    cite: Annotated[bool, option("--cite", text="BibTeX entries of the papers.")] = False,
-    help: Help = False,
-) -> None:
+def methods(context: typer.Context, json: bool, cite: bool, help: bool, **names: Any) -> None:
     """List what can be chosen on each axis; with NAME, all about one method."""
     show(call("methods", lambda job: job.run(context.args, cite=cite, json=json), json), json)
 
 
-@app.command(context_settings=HELP)
-def runs(
-    folder: Annotated[str, typer.Argument(metavar="[DIR]", show_default=False)] = "runs",
-    json: Json = False,
-) -> None:
+@command(
+    parameter("folder", str, typer.Argument(metavar="[DIR]", show_default=False), "runs"),
+    JSON,
+    context_settings=HELP,
+)
+def runs(folder: str, json: bool) -> None:
     """List the runs in a folder with recipe, state and score; DIR is runs/ without it."""
     show(call("runs", lambda job: job.run(folder, json), json), json)
 
 
-@app.command(context_settings=HELP)
-def doctor(json: Json = False) -> None:
+@command(JSON, context_settings=HELP)
+def doctor(json: bool) -> None:
     """Show versions, devices and extras, and what each extra unlocks."""
     document = call("doctor", lambda job: job.run(json), json)
     show(document, json)
@@ -314,64 +307,55 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(code)
 
 
-config_app = typer.Typer(
-    help="See, describe or check the keys of a job.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(config_app, name="config")
-
-
-@config_app.command("show", context_settings=JOB)
-def config_show(words: JobWords = None, config: Config = None) -> None:
+@command(JOB_WORDS, CONFIG, of=config_app, name="show", context_settings=JOB)
+def config_show(words: Any, config: Any) -> None:
     """Print every key of a job with its value; what is auto is decided when the job runs."""
-    command, rest = job_words(words)
-    call(
-        "schema", lambda schema: schema.show(to_job(command, rest, config, {}, partial=True)), False
-    )
+    name, rest = job_words(words)
+    call("schema", lambda schema: schema.show(to_job(name, rest, config, {}, partial=True)), False)
 
 
-@config_app.command("validate", context_settings=JOB)
-def config_validate(words: JobWords = None, config: Config = None) -> None:
+@command(JOB_WORDS, CONFIG, of=config_app, name="validate", context_settings=JOB)
+def config_validate(words: Any, config: Any) -> None:
     """Check files and keys without running anything."""
-    command, rest = job_words(words)
+    name, rest = job_words(words)
     call(
         "schema",
-        lambda schema: schema.validate(to_job(command, rest, config, {}, partial=True)),
+        lambda schema: schema.validate(to_job(name, rest, config, {}, partial=True)),
         False,
     )
 
 
-@config_app.command("schema")
+@command(of=config_app, name="schema")
 def config_schema() -> None:
     """Print the JSON schema of all keys, with every method's fields."""
     call("schema", lambda schema: schema.schema(), False)
 
 
-@config_app.command("import")
-def config_import(
-    file: Annotated[str, typer.Argument(metavar="FILE", show_default=False)],
-) -> None:
+@command(
+    Parameter(
+        "file",
+        Parameter.KEYWORD_ONLY,
+        annotation=Annotated[str, typer.Argument(metavar="FILE", show_default=False)],
+    ),
+    of=config_app,
+    name="import",
+)
+def config_import(file: str) -> None:
     """Turn a file of PEFT, LLaMA-Factory or axolotl into a job file; say what is left out."""
     call("foreign", lambda foreign: foreign.run(file), False)
 
 
+app.add_typer(config_app, name="config")
+
+
 @app.callback()
-def common(version: Version = False, help: Help = False) -> None:
-    """Both flags answer by themselves, before any command."""
+def common(
+    version: Version = False, install: Install = False, show: Show = False, help: Help = False
+) -> None:
+    """These flags answer by themselves, before any command."""
 
 
-# From words to a job, and from its end to an exit code
-
-
-def job_flags(
-    out: str | None,
-    seed: int | None,
-    dry_run: bool,
-    json: bool,
-    resume: str | None,
-    overwrite: bool,
-) -> dict[str, Any]:
-    """The flags that every training command has, by name."""
-    return locals()
+# --- from words to a job, and from its end to an exit code ----------------------------------
 
 
 def run_job(
@@ -477,6 +461,10 @@ def show(document: Any, as_json: bool) -> None:
 
 def main() -> None:
     """The console command."""
+    if COMPLETING in os.environ:
+        from typer.completion import completion_init
+
+        completion_init()
     app(prog_name="eckart")
 
 
