@@ -74,8 +74,22 @@ def test_recipes_that_fit_are_proposed_with_the_reason(place, monkeypatch):
     tight = found(f"{best['bytes'] * 2 // 3}B")["proposals"][0]
     assert tight["rows"] < 4 and tight["bytes"] <= best["bytes"] * 2 // 3
     none = eckart("estimate", *words, "--fit", "1kB")
-    assert none.code == 5 and none.err.startswith("no recipe fits\n")
+    assert none.code == 4 and none.err.startswith("no recipe fits\n")
     assert eckart("estimate", *words, "--fit", "lots").err.startswith("cannot read lots as a size")
+
+
+def test_what_is_estimated_is_what_a_training_takes(place, tmp_path):
+    """Rows of the full length: then activations agree too."""
+    file = tmp_path / "long.jsonl"
+    row = json.dumps({"text": "low rank is enough for most of what a model learns " * 2})
+    file.write_text((row + "\n") * 40)
+    words = ("method=lora", "train.batch_size=4", "train.steps=2", "data.seq_len=32")
+    ran = eckart("finetune", place / "m", file, *words, "-o", tmp_path / "r", "--json")
+    found = eckart("estimate", "finetune", place / "m", *words, "--json").document
+    assert found["estimated_memory_bytes"] == ran.document["estimated_memory_bytes"]
+    assert found["parameters"]["trainable"] == ran.document["parameters"]["trainable"]
+    assert found["parameters"]["by_role"] == ran.document["parameters"]["by_role"]
+    assert found["batch"] == {"rows": 4, "accumulate": 1, "seq_len": 32}
 
 
 def test_an_adapter_is_estimated_by_its_own_method(place):
