@@ -5,6 +5,7 @@ The table of jobs stands first; then come the commands that are no jobs.
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -94,13 +95,19 @@ TRAINING = (CONFIG, OUT, SEED, DRY, JSON, RESUME, OVERWRITE)
 AGAINST = option(
     "against", str, "--against", text="Another model on the same rows: drift.", metavar="OTHER"
 )
-TO = option("to", str, "--to", text="peft, lora, dense, factored or native.", metavar="FORMAT")
+TO = option(
+    "to", str, "--to", text="peft, lora, dense, factored, native or kohya.", metavar="FORMAT"
+)
 FIT = option("fit", str, "--fit", text="Which recipes fit into this: 24GB.", metavar="SIZE")
 PROMPT = option("prompt", list[str], "-p", "--prompt", text="Text to go on from; repeatable.")
 TOKENS = option("tokens", int, "-n", "--tokens", text="New tokens at most; 100.", default=100)
 TEMPERATURE = option(
     "temperature", float, "-t", "--temperature",
     text="0 takes the likeliest token; the default.", default=0.0,
+)  # fmt: skip
+ADAPTER = option(
+    "adapter", list[str], "--adapter",
+    text="Write with this one on MODEL; repeatable.", metavar="NAME=PATH",
 )  # fmt: skip
 PROCESSES = option("processes", int, "--processes", text="Runs at once.")
 BENCH = (
@@ -158,9 +165,9 @@ job("eval", MODEL_DATA, (CONFIG, AGAINST, JSON),
     file="evaluate")
 job("convert", "SOURCE", (TO, OUT, JSON, OVERWRITE),
     "Write a run, an adapter or a model in another form.")
-job("inspect", "SOURCE", (JSON,),
+job("inspect", "SOURCE", (AGAINST, OUT, JSON),
     "Show a model's, an adapter's or a run's structure, spectra and effective ranks.")
-job("generate", "MODEL KEY=VALUE", (CONFIG, PROMPT, TOKENS, TEMPERATURE, SEED, JSON),
+job("generate", "MODEL KEY=VALUE", (CONFIG, PROMPT, TOKENS, TEMPERATURE, ADAPTER, SEED, JSON),
     "Let a model, an adapter or a run write; prompts from -p or standard input.")
 job("demo", "", (OUT, JSON, OVERWRITE), "A first run: a few minutes, no network.")
 job("bench", MODEL_DATA, (CONFIG, *BENCH, OUT, SEED, JSON, RESUME, OVERWRITE),
@@ -465,6 +472,9 @@ def main() -> None:
         from typer.completion import completion_init
 
         completion_init()
+    # Where torchao is installed transformers loads it, and it warns of other machines' kernels.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     app(prog_name="eckart")
 
 

@@ -46,3 +46,10 @@ def test_the_trainer_example_resumes_where_it_was(tmp_path):
     assert again == losses
     a, b = (load_model(folder / "final").state_dict() for folder in (whole, parts))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_adapters_example_gives_each_row_its_own_words(tmp_path):
+    said = example("many_adapters").main("", 12, str(tmp_path))
+    assert list(said) == ["english", "german", "french", "base"]
+    assert len(set(said.values())) > 1 and said["german"] != said["base"]
+    PeftModel.from_pretrained(build_model("llama-tiny", vocab=257), tmp_path / "german")

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from eckart.errors import UsageError
+from eckart.io.export import load
 from eckart.io.models import load_tokenizer, own_task
 from eckart.io.opening import open_model
 from eckart.io.tasks import LANGUAGE
 from eckart.jobs.config import Job
+from eckart.recipe import Handle
 
 
 def run(job: Job) -> Mapping[str, Any]:
@@ -25,25 +27,52 @@ def run(job: Job) -> Mapping[str, Any]:
     require_language(job.model, task)
     model = open_model(job.model).model.eval()
     tokenizer = load_tokenizer(job.model)
+    beside = adapters_beside(model, job.options.get("adapter") or (), task)
     if task == "masked":
         return filled_in(job, model, tokenizer, prompts, begun)
-    texts = complete(
-        model,
-        tokenizer,
-        prompts,
-        tokens=job.options["tokens"],
-        temperature=job.options["temperature"],
-        seed=job.train.seed,
-    )
+    said: list[dict[str, str]] = []
+    for name, handle in beside.items() or [("", None)]:
+        if handle is not None:
+            handle.use(name)
+        texts = complete(
+            model,
+            tokenizer,
+            prompts,
+            tokens=job.options["tokens"],
+            temperature=job.options["temperature"],
+            seed=job.train.seed,
+        )
+        which = {"adapter": name} if name else {}
+        said += [{**which, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
     if not job.flags.json:
-        for prompt, text in zip(prompts, texts, strict=True):
-            print(text if task == "seq2seq" else prompt + text)
+        for one in said:
+            text = one["text"] if task == "seq2seq" else one["prompt"] + one["text"]
+            print(f"{one['adapter']}: {text}" if beside else text)
     return {
         "command": "generate",
         "exit": 0,
         "seconds": time.monotonic() - begun,
-        "texts": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)],
+        "texts": said,
     }
+
+
+def adapters_beside(model: Any, words: Sequence[str], task: str) -> dict[str, Handle]:
+    """The adapters of --adapter NAME=PATH on one model, by name. UsageError for other words."""
+    found: dict[str, Handle] = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        if not (name and path):
+            raise UsageError(
+                "--adapter needs a name and a path", [(f"--adapter {word}", "command line")],
+                f"Type --adapter NAME={path or word}",
+            )  # fmt: skip
+        if task == "masked":
+            raise UsageError(
+                "--adapter is for models that go on from a text", [(word, task)],
+                f"Type eckart generate {path} -p TEXT",
+            )  # fmt: skip
+        found[name] = load(path, model, name)
+    return found
 
 
 def require_language(model: str, task: str) -> None:
