@@ -1,18 +1,50 @@
-"""A method of several stages on the command line: what a dry run says, and that it only says."""
+"""A method of several stages on the command line: what it says, and the page that it leaves."""
 
 import json
+
+import pytest
 
 from tests.journeys.runs import eckart, model_folder, texts
 
 
-def test_a_dry_run_names_the_stages_and_trains_nothing(tmp_path, monkeypatch):
+@pytest.fixture
+def place(tmp_path, monkeypatch):
     monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
     model_folder(tmp_path / "m")
     texts(tmp_path / "d.jsonl")
+    return tmp_path
+
+
+def test_a_dry_run_names_the_stages_and_trains_nothing(place):
     run = eckart(
-        "finetune", tmp_path / "m", tmp_path / "d.jsonl", "method=codyra", "train.steps=2",
-        "--dry-run", "--json", "-o", tmp_path / "run",
+        "finetune", place / "m", place / "d.jsonl", "method=codyra", "train.steps=2",
+        "--dry-run", "--json", "-o", place / "run",
     )  # fmt: skip
     assert run.code == 0, run.err
     assert len(json.loads(run.out)["stages"]) >= 2
-    assert not (tmp_path / "run").exists()
+    assert not (place / "run").exists()
+
+
+def test_it_says_its_memory_and_leaves_a_page_as_any_other_run(place):
+    texts(place / "e.jsonl", rows=30)
+    data = f"data.train=[{place / 'd.jsonl'},{place / 'e.jsonl'}]"
+    out = place / "run"
+    ran = eckart("finetune", place / "m", data, "method=codyra", "train.steps=3", "-o", out)
+    assert ran.code == 0, ran.err
+    trained = [path.parent.name for path in sorted((out / "stages").glob("*/run.json"))]
+    assert len(trained) == 2, "one for each task"
+    said = [line.split()[1] for line in ran.err.splitlines() if line.startswith("memory")]
+    assert said == trained
+    facts = json.loads((out / "run.json").read_text())
+    for name in trained:
+        memory = json.loads((out / "stages" / name / "run.json").read_text())["memory"]
+        # the estimate takes every row for as long as the longest of sixteen
+        whole = sum(memory["estimated"].values())
+        assert sum(memory["measured"].values()) == pytest.approx(whole, rel=0.1)
+        assert whole <= facts["estimated_memory_bytes"]
+    assert facts["peak_memory_bytes"] > 0
+    done = next(line for line in ran.out.splitlines() if line.startswith("done"))
+    assert "measured" in done and "estimated" in done and "loads it" in done
+    page = (out / "report.html").read_text()
+    assert "Tensor bytes" in page and f"{trained[0]} measured" in page
+    assert "nats per token" in page and 'src="http' not in page

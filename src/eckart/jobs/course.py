@@ -18,10 +18,10 @@ from eckart.io.text import Data
 from eckart.jobs import continual, held_out, launch, outcome, prepare, settle
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
-from eckart.jobs.memory import described, room
+from eckart.jobs.memory import described, in_words, room
 from eckart.jobs.page import write_page
 from eckart.jobs.screen import Screen, amount, rate
-from eckart.jobs.stages import Course, as_handle, carry_out, scores
+from eckart.jobs.stages import Course, as_handle, carry_out, memory_of, metrics_of, scores
 from eckart.recipe import Handle
 
 Write = Callable[[Run, Handle, Any], str]  # (run, handle, tokenizer) -> the format of final/
@@ -33,6 +33,7 @@ def begin(job: Job) -> tuple[Job, Screen]:
         outcome.refuse_early(job)
     if job.flags.resume:
         job = settle.as_it_began(job, Path(job.flags.resume))
+    job = settle.layerwise(job)
     quiet = job.flags.json or not launch.is_first()
     return settle.precision(job, prepare.device()), Screen(quiet)
 
@@ -131,16 +132,27 @@ def staged_course(
         after = scores(shared, work.model)
         handle = as_handle(work)
         form = write(run, handle, tokenizer)
-        found = outcome.document(job, screen, outcome.parameters_of(handle), 0, run)
+        memory = memory_of(shared)
+        estimated, peak = (
+            max((sum(p.values()) for name, p in memory.items() if name.endswith(kind)), default=0)
+            for kind in ("estimated", "measured")
+        )
+        found = outcome.document(job, screen, outcome.parameters_of(handle), estimated, run)
         found |= {"seconds": time.monotonic() - begun, "tasks": measured}
+        found["peak_memory_bytes"] = peak
         found["eval"] = {"before": before, "after": after}
         found["stream"] = continual.summary(before, [row["held_out"] for row in measured])
         run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+        if launch.is_first():
+            write_page(run, job, handle, memory, metrics_of(shared))
     for name in (name for name in tasks if before[name]):
         gained = f"held out {before[name]['loss']:.3f} -> {after[name]['loss']:.3f}"
         screen.line("task", gained, name, result=True)
     if found["stream"] and len(tasks) > 1:
         continual.show(screen, found["stream"])
+    said = f"{in_words(peak)} measured, {in_words(estimated)} estimated" if peak else ""
+    facts = [said, f"{form}: {outcome.LOADED_BY[form]}"]
+    screen.line("done", "; ".join(f for f in facts if f), outcome.shown(found["run"]), result=True)
     outcome.following(screen, found["run"], form)
     return found
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,22 +17,27 @@ ABOUT = ("command", "steps", "seconds", "tokens_per_second", "format", "seed", "
 LISTED = 300  # characters of a value
 
 
-def write_page(run: Run, job: Job, handle: Handle, memory: Mapping[str, Mapping[str, int]]) -> None:
-    """Write report.html. Reads run.json and metrics.jsonl as they are by now."""
+def write_page(
+    run: Run,
+    job: Job,
+    handle: Handle,
+    memory: Mapping[str, Mapping[str, int]],
+    metrics: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Write report.html from run.json as it is by now, and `metrics`, the run's own if None."""
     from eckart.report import page  # brings matplotlib, at the end of a run alone
 
     facts = run.facts
     kept = {k: facts[k] for k in (*ABOUT, "recipe", "eval", "warnings") if facts.get(k)}
     text = page(
         {"name": run.folder.name, **kept},
-        run.metrics(),
+        run.metrics() if metrics is None else metrics,
         command=f"eckart {job.command} -c {run.folder / 'resolved.yaml'}",
         spectra={int(facts.get("steps") or 0): spectra(handle)} if handle.attached else {},
         coverage=handle.coverage.by_role,
         memory=memory,
         resolved=[
-            (key, str(value)[:LISTED], reason(job, key))
-            for key, value in job.everything().items()
+            (key, str(value)[:LISTED], reason(job, key)) for key, value in job.everything().items()
         ],
     )
     write_text(run.report, text)

@@ -26,13 +26,14 @@ from torch import nn
 
 from eckart.errors import UsageError
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
-from eckart.io.run import Run, latest_checkpoint
+from eckart.io.run import Run, latest_checkpoint, read_metrics
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.io.text import Data
-from eckart.jobs import held_out, launch, settle
+from eckart.jobs import held_out, launch, prepare, settle
 from eckart.jobs.checkpoints import OPTIMIZER, read_state
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
+from eckart.jobs.memory import described, model_device, room
 from eckart.jobs.screen import Screen
 from eckart.linear.narrow import take_shapes
 from eckart.recipe import Handle, Recipe, Stage, Work, attach, attach_from, registry
@@ -178,7 +179,16 @@ def train(course: Course, found: list[Place], place: Place, work: Work) -> Work:
         moments = {}
         if place.stage.optimizer == "migrate" and checkpoint is None:
             moments = moments_before(course, found, place)
-        fit(job, run, handle, data, course.screen, checkpoint, moments)
+        told = run.facts.get("memory") or {}
+        if checkpoint is None:  # else its terms have no values yet
+            parts = prepare.into_memory(job, handle, data)[1]
+            course.screen.line(
+                "memory", described(parts, room(model_device(handle.model))[1]), place.name
+            )
+            told = {"estimated": parts}
+            run.record(memory=told)
+        fitted = fit(job, run, handle, data, course.screen, checkpoint, moments)
+        run.record(memory={**told, "measured": fitted.memory}, seconds=fitted.seconds)
     return dataclasses.replace(
         work, handle=handle, model=handle.model, output=dict(handle.named_state())
     )
@@ -228,6 +238,30 @@ def moments_before(course: Course, found: list[Place], place: Place) -> dict[str
     if checkpoint is None:
         return {}
     return {**read_tensors(checkpoint / OPTIMIZER), **read_state(checkpoint)["optimizer"]}
+
+
+def memory_of(course: Course) -> dict[str, dict[str, int]]:
+    """Bytes by category of every training stage, estimated and measured."""
+    found = {}
+    for folder in trained_folders(course):
+        for kind, parts in (read_json(folder / "run.json").get("memory") or {}).items():
+            if parts:  # nothing is measured where a stage had only its result left to write
+                found[f"{folder.name} {kind}"] = parts
+    return found
+
+
+def metrics_of(course: Course) -> list[dict[str, Any]]:
+    """All stages' lines of metrics.jsonl, their steps counted on."""
+    found: list[dict[str, Any]] = []
+    for folder in trained_folders(course):
+        before = found[-1]["step"] if found else 0
+        found += [{**row, "step": before + row["step"]} for row in read_metrics(folder)]
+    return found
+
+
+def trained_folders(course: Course) -> list[Path]:
+    """The folders of stages that trained, in their order."""
+    return sorted(path.parent for path in course.folder.glob("*/run.json"))
 
 
 def scores(course: Course, model: nn.Module) -> dict[str, Any]:
