@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eckart.io.run import latest_checkpoint, read_metrics
+from eckart.jobs.fit import RunTraining
 from tests.journeys.runs import eckart, model_folder, texts
 
 ROOT = Path(__file__).parents[2]
@@ -82,3 +83,37 @@ def test_ctrl_c_saves_on_all_and_resumes(place, tmp_path):
     ran = eckart("finetune", "--resume", out, f"train.steps={step + 3}")
     assert ran.code == 0, ran.err
     assert max(m["step"] for m in read_metrics(out)) == step + 3
+
+
+def interrupted_after(step, typed, monkeypatch):
+    """Run a command in this process until it dies in the forward pass after a step."""
+    original = RunTraining.compute_loss
+
+    def failing(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTraining, "compute_loss", failing)
+        assert eckart(*typed).code == 130
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_back(place, tmp_path):
+    """Checkpoints are whole whoever wrote them; a step keeps its rows."""
+    constant = ["train.schedule=constant", "train.warmup=0", "train.best=false"]
+    one = eckart(*words(place, tmp_path / "one", *constant, "train.batch_size=4"))
+    out = tmp_path / "run"
+    begun = [*constant, "train.processes=2", "train.batch_size=2", "train.steps=4"]
+    assert eckart(*words(place, out, *begun)).code == 0
+    went = eckart("finetune", "--resume", out, "train.steps=7", "train.processes=1")
+    assert went.code == 0, went.err
+    assert "accumulate: 2" in (out / "resolved.yaml").read_text()
+    wrong = eckart("finetune", "--resume", out, "train.steps=10", "train.accumulate=3")
+    assert wrong.code == 2 and "a resumed run keeps the rows of its steps" in wrong.err
+    assert "Type train.batch_size=2 train.accumulate=1." in wrong.err
+    back = eckart("finetune", "--resume", out, "train.steps=10", "train.accumulate=1")
+    assert one.code == back.code == 0, back.err
+    a, b = (load_file(f / "final" / "adapter_model.safetensors") for f in (tmp_path / "one", out))
+    for name, tensor in a.items():
+        assert (b[name] - tensor).norm() < 1e-3 * tensor.norm(), name  # fp32, as above

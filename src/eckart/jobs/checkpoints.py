@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
-from eckart.errors import FileError, UsageError
+from eckart.errors import FileError
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
 from eckart.io.run import checkpoint_folders, latest_checkpoint
 from eckart.io.tensors import read_tensors, write_tensors
+from eckart.linear import seeded_generator
 from eckart.recipe import Handle
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -206,14 +207,13 @@ class Checkpointing(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        saved = read_state(checkpoint)["generators"]
-        if len(saved) != self.args.world_size:
-            raise UsageError(
-                "a run resumes with the number of processes it was started with",
-                [("train.processes", f"saved {len(saved)}, now {self.args.world_size}")],
-                f"Type train.processes={len(saved)}.",
-            )
-        load_generator_state(saved[self.args.process_index])
+        saved, index = read_state(checkpoint)["generators"], self.args.process_index
+        if len(saved) == self.args.world_size:
+            load_generator_state(saved[index])
+        else:  # other processes: each draws its own noise anew, and none that was drawn before
+            step = self.state.global_step
+            own = seeded_generator(self.args.seed, "process", index, "from step", step)
+            torch.manual_seed(own.initial_seed())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As Trainer's; a new best is always saved, or it could not be the result."""

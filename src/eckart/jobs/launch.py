@@ -25,6 +25,7 @@ from accelerate import PartialState
 
 from eckart.errors import EckartError
 from eckart.io.run import Run
+from eckart.jobs import settle
 from eckart.jobs.config import Job
 
 GRACE = 60.0  # seconds the others have to end after one has
@@ -79,6 +80,8 @@ def told(word: str) -> str:
 
 def in_processes(job: Job) -> dict[str, Any]:
     """Run the job in its processes; rank 0's document, or SystemExit with its code."""
+    # what each of them would refuse is refused before they start
+    settle.layerwise(settle.as_it_began(job, Path(job.flags.resume)) if job.flags.resume else job)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job.yaml")
         file.write_text(job.dump())

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from eckart.errors import OutOfRoom
+from eckart.errors import OutOfRoom, UsageError
 from eckart.jobs.config import Choice, Job, resolve, value_at
+from eckart.jobs.memory import size
 from eckart.jobs.tree import Train
+from eckart.optim.layerwise import check_layerwise, peak_gradient_bytes
 from eckart.recipe import Recipe, registry
-from eckart.recipe.groups import default_lr
+from eckart.recipe.groups import default_lr, default_update
 
 OPEN = (
     "data.seq_len",
@@ -49,7 +51,31 @@ def as_it_began(job: Job, run: Path) -> Job:
             job = job.settle(key, value_at(before, tuple(key.split("."))), "as the run began")
     if job.choices["precision"].name == "auto":
         job = job.choose("precision", before.choices["precision"], "as the run began")
-    return job
+    return with_as_many_rows(job, before)
+
+
+def with_as_many_rows(job: Job, before: Job) -> Job:
+    """A resumed job whose steps have as many rows as they had, on however many processes."""
+    train, was = job.train, before.train
+    if train.processes == was.processes or "auto" in (train.batch_size, was.batch_size):
+        return job
+    rows = int(was.batch_size) * int(was.accumulate) * was.processes
+    together = int(train.batch_size) * train.processes
+    if "train.accumulate" in job.settled and rows % together == 0:
+        reason = f"{rows} rows a step, as the run began"
+        return job.settle("train.accumulate", rows // together, reason)
+    if together * int(train.accumulate) == rows:
+        return job
+    fits = rows // train.processes
+    sizes = f"train.batch_size={fits} train.accumulate=1"
+    raise UsageError(
+        "a resumed run keeps the rows of its steps",
+        [
+            ("the run", f"{rows} rows, on {was.processes} processes"),
+            ("now", f"{together * int(train.accumulate)} rows, on {train.processes}"),
+        ],
+        f"Type {sizes}." if fits * train.processes == rows else "Take a number that divides them.",
+    )
 
 
 def precision(job: Job, device: torch.device) -> Job:
@@ -62,6 +88,46 @@ def precision(job: Job, device: torch.device) -> Job:
         if entry.axis == "precision" and entry.declares.get("dtype") == name:
             return job.choose("precision", Choice(slug, registry.load(slug)()), reason)
     return job
+
+
+def layerwise(job: Job) -> Job:
+    """What layer-wise mode asks of the job. Raises UsageError where it cannot work."""
+    if not job.train.layerwise:
+        return job
+    recipe, train = job.recipe(), job.train
+    rule = (recipe.update or default_update()).rule()
+    penalties = [o.slug for o in recipe.objective if o.kind == "penalty"]
+    if penalties and rule.projector.names:
+        raise UsageError(
+            "a penalty needs gradients that layer-wise mode has freed",
+            [(f"objective = {name}", "train.layerwise = true") for name in penalties],
+            "Leave train.layerwise out, or the penalty.",
+        )
+    if rule.needs_gradient and train.processes > 1:
+        raise UsageError(
+            "this update rule cannot share its work layer by layer",
+            [(f"update = {job.choices['update'].name}", f"train.processes = {train.processes}")],
+            "Leave train.layerwise out, type train.processes=1, or take update=galore.",
+        )
+    if rule.needs_gradient and train.accumulate == "auto":
+        job = job.settle("train.accumulate", 1, "layer by layer this update cannot accumulate")
+    elif rule.needs_gradient and train.accumulate != 1:
+        raise UsageError(
+            "this update rule cannot accumulate micro-batches layer by layer",
+            [(f"update = {job.choices['update'].name}", f"train.accumulate = {train.accumulate}")],
+            "Type train.accumulate=1, or leave train.layerwise out.",
+        )
+    refresh_from = "first" if rule.needs_gradient else "step"
+    check_layerwise([{"rule": rule}], refresh_from, None, train.clip)
+    return job
+
+
+def gradient_bytes(train: Train, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of gradients that are alive at once at most."""
+    if not train.layerwise:
+        return sum(size(p) for group in optimizer.param_groups for p in group["params"])
+    whole = train.accumulate == 1 and train.processes == 1  # a micro-batch is the whole step
+    return peak_gradient_bytes(optimizer.param_groups, "first" if whole else "step")
 
 
 def seq_len(job: Job, context: int | None, device: torch.device) -> Job:

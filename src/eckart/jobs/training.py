@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -47,7 +48,13 @@ class Training(Cutting):
 
     optimizer: Any
 
-    def __init__(self, handle: Handle, args: TrainingArguments | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        handle: Handle,
+        args: TrainingArguments | None = None,
+        layerwise: bool = False,
+        **kwargs: Any,
+    ):
         args = copy.copy(args) if args is not None else TrainingArguments("output")
         handle.recipe.require_no_accumulation(args.gradient_accumulation_steps)
         refuse_two_passes(handle.recipe)
@@ -55,6 +62,7 @@ class Training(Cutting):
         self.clip, args.max_grad_norm = args.max_grad_norm or float("inf"), 0.0
         args.logging_nan_inf_filter = False  # a loss that is not finite is an error here
         self.handle = handle
+        self.layerwise = layerwise  # is each gradient projected as it comes, and freed?
         self.applied_rates: list[float] = []
         self.moments: dict[str, Any] = {}  # of an earlier training, by name, to go on with
         super().__init__(handle.model, args=args, **kwargs)
@@ -69,7 +77,11 @@ class Training(Cutting):
         if self.args.world_size > 1:  # Trainer gives all the same seed: dropout would repeat
             own = seeded_generator(self.args.seed, "process", self.args.process_index)
             torch.manual_seed(own.initial_seed())
-        return super().train(resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            if self.layerwise and self.optimizer is not None:
+                self.inner_optimizer.detach_layerwise()
 
     # --- the optimizer ---------------------------------------------------------------------
 
@@ -82,7 +94,25 @@ class Training(Cutting):
             # A bad gradient moves nothing and stays where it is, so that it can be found.
             self.optimizer.skip_nonfinite = True
             self.optimizer.register_step_post_hook(self._check_norm)
+            if self.layerwise:
+                self.attach_layerwise()
         return self.optimizer
+
+    def attach_layerwise(self) -> None:
+        """Free each gradient as it comes. DDP, which wraps the model later, leaves those that
+        are projected to the optimizer: it averages what is left of them."""
+        several = self.args.world_size > 1 and not self.is_fsdp_enabled
+        group = torch.distributed.group.WORLD if several else None
+        self.optimizer.attach_layerwise(self.refresh_from, group)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self.model, self.optimizer.layerwise_names
+        )
+
+    @property
+    def refresh_from(self) -> str:
+        """Bases come from the first micro-batch where it is the whole step."""
+        whole = self.args.gradient_accumulation_steps == 1 and self.args.world_size == 1
+        return "first" if whole else "step"
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As Trainer's; events learn the horizon where attach() was not told."""

@@ -80,6 +80,9 @@ class Train(Section):
     """Evaluations without a better loss before it stops; null for never."""
     checkpointing: bool | Auto = "auto"
     """Are activations computed again in the backward pass, to save memory?"""
+    layerwise: bool = False
+    """Is each gradient projected as soon as it is there, and freed? For update rules that
+    project (galore, ...); others are refused with the reason."""
     compile: bool = False
     """Is the model compiled by torch.compile?"""
     processes: Annotated[int, Ge(1)] = 1

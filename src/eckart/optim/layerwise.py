@@ -11,21 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from eckart.errors import UsageError
 from eckart.optim.bucket import Bucket, Entry
+from eckart.optim.project import as_matrix
 from eckart.optim.refresh import refresh
-from eckart.optim.sharded import sum_
+from eckart.optim.sharded import local, sum_
 
 
 class Projected:
     """The low-rank gradients of this step so far, by name, and the hooks that gather them.
 
     A rule that needs all of G at its update makes the update in the hook; a step is then one
-    micro-batch, and what would look at all gradients before (clipping) is refused.
+    micro-batch, and what would look at all gradients before (clipping) is refused. The norm
+    is measured by the way.
 
     `refresh_from`: "step" keeps the whole gradient of parameters that are due (in the very
     first step all of them are), and equals the normal mode exactly; "first" takes the basis
@@ -39,7 +42,7 @@ class Projected:
         self.refresh_from = refresh_from
         self.average_over = average_over
         self.low: dict[str, Tensor] = {}
-        self.moved: set[str] = set()  # by their hook, in this step
+        self.moved: dict[str, Tensor] = {}  # by their hook, in this step: squared norms
         self.handles: dict[Tensor, RemovableHandle] = {}
 
     def bind(self, params: Iterable[Tensor], absorb: Callable[[Tensor], None]) -> None:
@@ -50,10 +53,11 @@ class Projected:
         for p in wanted - set(self.handles):
             self.handles[p] = p.register_post_accumulate_grad_hook(absorb)
 
-    def absorb(self, entry: Entry) -> None:
+    def absorb(self, entry: Entry, skip_nonfinite: bool = False) -> None:
         """Take the parameter's gradient in, unless it must be kept until the step."""
         if entry.rule.needs_gradient:
-            self.move(entry)
+            if not (skip_nonfinite and spoilt(entry)):  # else the step finds it and skips
+                self.move(entry)
             return
         if entry.state["due"] <= entry.state["step"]:
             if self.refresh_from == "step":
@@ -74,9 +78,12 @@ class Projected:
                 [(entry.name, "a second gradient before step()")],
                 "Set train.accumulate=1, or leave layer-wise mode out.",
             )
-        self.moved.add(entry.name)
         bucket = Bucket([entry])
         bucket.project()
+        squares = bucket.norms().square()
+        if entry.layout is not None:
+            sum_([squares], entry.layout.split)
+        self.moved[entry.name] = squares
         bucket.apply()
         entry.param.grad = None
 
@@ -84,6 +91,11 @@ class Projected:
         """Begin a new step."""
         self.low.clear()
         self.moved.clear()
+
+    def norm(self, rest: Tensor) -> Tensor:
+        """The norm of all gradients as applied, given that of what the step itself moves."""
+        squares = [s.to(rest.device, rest.dtype) for s in self.moved.values()]
+        return (rest.square() + torch.cat(squares).sum()).sqrt() if squares else rest
 
     def average(self, buckets: list[Bucket]) -> None:
         """Average over processes what no reducer has seen: small R, and G where it is due."""
@@ -93,6 +105,34 @@ class Projected:
             if bucket.entries[0].projected:
                 tensors = [e.gradient if e.low is None else e.low for e in bucket.entries]
                 sum_(tensors, (self.average_over,), mean=True)
+
+
+def spoilt(entry: Entry) -> bool:
+    """Is a gradient not finite, on any process? One host read."""
+    bad = local(entry.gradient).isfinite().all().logical_not().float()
+    if entry.layout is not None:
+        sum_([bad], entry.layout.every)
+    return bool(bad)
+
+
+def peak_gradient_bytes(groups: Iterable[dict[str, Any]], refresh_from: str) -> int:
+    """Bytes of gradients, whole and projected, that are alive at once at most."""
+    held, largest = 0, 0
+    for group in groups:
+        for p in group["params"]:
+            rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
+            size = p.numel() * p.element_size()
+            if rule.projector.identity:
+                held += size
+            elif refresh_from == "step":  # in the first step all bases are due
+                held += size
+            elif not rule.needs_gradient:
+                W = as_matrix(torch.empty(p.shape, dtype=p.dtype, device="meta"), leading)
+                held += rule.projector.low(W).numel() * p.element_size()
+                largest = max(largest, size)
+            else:
+                largest = max(largest, size)
+    return held + largest
 
 
 def check_layerwise(
@@ -116,7 +156,7 @@ def check_layerwise(
         )
     if not any(group["rule"].needs_gradient for group in groups):
         return
-    if clip is not None:
+    if clip is not None and clip != float("inf"):
         raise UsageError(
             "this update rule cannot be clipped layer by layer",
             [("update rule", "needs the whole gradient, which is gone when the norm is known")],

@@ -66,6 +66,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self.penalties: list[Penalty] = []
         self.projected: Projected | None = None  # layer-wise mode
+        self.places: dict[Tensor, tuple[str, dict[str, Any]]] = {}  # names and groups, for it
         self.bound: dict[str, Tensor] = {}  # the parameters of the last step
         self.resting: set[str] = set()  # parameters that do not train now
         self.aside: set[str] = set()  # parameters that follow their rule's `resting` now
@@ -161,6 +162,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             bucket.project()
         if self.clip is not None:
             self.grad_norm = clip_(moving, self.clip)
+            if self.projected is not None:
+                self.grad_norm = self.projected.norm(self.grad_norm)
         for bucket in moving:
             bucket.add(penalties)
         pairs = self.pairs(moving)
@@ -186,7 +189,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 continue
             entry = entry_of(name, p, group, self.state[p], self.seed)
             if self.projected is not None and entry.projected and p.grad is not None:
-                self.projected.absorb(entry)  # what came before its hook was bound
+                self.projected.absorb(entry, self.skip_nonfinite)  # what came before its hook was bound
                 if p.grad is None and name not in kept:
                     continue  # and was moved at once
             entry.low = kept.get(name)
@@ -248,18 +251,26 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.projected = Projected(refresh_from, average_over)
         self.bind_hooks()
 
+    def detach_layerwise(self) -> None:
+        """Take the hooks off: gradients stay where they are again."""
+        if self.projected is not None:
+            self.projected.bind([], lambda p: None)
+            self.projected = None
+
     def bind_hooks(self) -> None:
         """Hook the projected parameters that are in the groups now."""
         assert self.projected is not None
-        found = {p: (name, group) for name, p, group in self.named()}
+        self.places = {p: (name, group) for name, p, group in self.named()}
 
         @torch.no_grad()
         def absorb(p: Tensor) -> None:
             assert self.projected is not None
-            name, group = found[p]
-            self.projected.absorb(entry_of(name, p, group, self.state[p], self.seed))
+            name, group = self.places[p]  # not as it was bound: loading makes new groups
+            entry = entry_of(name, p, group, self.state[p], self.seed)
+            self.projected.absorb(entry, self.skip_nonfinite)
 
-        self.projected.bind((p for p in found if is_projected(p, found[p][1])), absorb)
+        wanted = (p for p, (_, group) in self.places.items() if is_projected(p, group))
+        self.projected.bind(wanted, absorb)
 
     @property
     def layerwise_names(self) -> list[str]:
@@ -411,6 +422,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             state[params[i]] = {k: named.copy_to(v, params[i]) for k, v in entry.items()}
         self.__setstate__({"state": state, "param_groups": groups})
         self.rebind()
+        if self.projected is not None:
+            self.bind_hooks()
         self.rest()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

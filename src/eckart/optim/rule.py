@@ -94,7 +94,7 @@ class Rule(Part):
                 [("rounding", "stochastic"), ("pair rule", type(self.pair).__name__)],
                 "Train the factors in fp32, or take rounding=nearest.",
             )
-        if self.residual is not None and self.projector.identity:
+        if self.residual is not None and not self.projector.names:
             raise UsageError(
                 "a residual needs a projector: without one nothing is left over",
                 [("residual", type(self.residual).__name__)],
