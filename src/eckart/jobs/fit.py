@@ -32,9 +32,9 @@ from eckart.io.text import Data
 from eckart.jobs import held_out
 from eckart.jobs.checkpoints import TRAINER, everyone, load_model_state
 from eckart.jobs.config import Job
-from eckart.jobs.memory import Kept, held_state_bytes, model_bytes, model_device, size
+from eckart.jobs.memory import Kept, held_state_bytes, model_bytes, model_device
 from eckart.jobs.screen import Progress, Screen
-from eckart.jobs.settle import warmup_steps
+from eckart.jobs.settle import gradient_bytes, warmup_steps
 from eckart.jobs.training import Training
 from eckart.recipe import Handle
 
@@ -164,6 +164,7 @@ class RunTraining(Training):
         super().__init__(
             handle,
             arguments(job, run, handle, data),
+            layerwise=job.train.layerwise,
             train_dataset=data.train,
             eval_dataset=data.evaluation or None,
             data_collator=data.collate,
@@ -219,7 +220,7 @@ class RunTraining(Training):
             return {"allocated": torch.cuda.max_memory_allocated(device)}
         return {
             **model_bytes(self.handle),
-            "gradients": sum(size(p) for p in self.handle.trainable().values()),
+            "gradients": gradient_bytes(self.job.train, self.inner_optimizer),
             "state": held_state_bytes(self.inner_optimizer),
             "activations": self.kept_bytes,
         }

@@ -28,7 +28,6 @@ from eckart.jobs.memory import (
     model_bytes,
     model_device,
     room,
-    size,
     state_bytes,
 )
 from eckart.recipe import Handle, Recipe, attach, attach_from
@@ -261,7 +260,7 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
     """The batch settled by what fits, and the bytes that the run will take by category."""
     optimizer = handle.optimizer(float(job.train.lr))
     parts = model_bytes(handle)
-    parts["gradients"] = sum(size(p) for p in handle.trainable().values())
+    parts["gradients"] = settle.gradient_bytes(job.train, optimizer)
     parts["state"] = state_bytes(optimizer)
     place = model_device(handle.model)
     held = ("weights", "factors", "teacher")  # already there
