@@ -1,6 +1,8 @@
 """`eckart inspect` as a person uses it: which layers are low-rank, and what an adapter adds."""
 
 import math
+import re
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ def place(tmp_path_factory):
     texts(folder / "d.jsonl")
     adapter(folder / "lora", folder / "m", "lora", rank=3)
     adapter(folder / "dora", folder / "m", "dora", rank=3)
+    adapter(folder / "wide", folder / "m", "lora", rank=5)
     model = load_model(folder / "m")
     with torch.no_grad():  # one layer's gate of rank 2
         W = model.model.layers[1].mlp.gate_proj.weight
@@ -111,7 +114,7 @@ def test_an_adapter_is_compared_with_itself_switched_off(place):
         assert with_adapter["without"] == pytest.approx(alone["centred"], rel=1e-5)
         assert with_adapter["centred"] != pytest.approx(alone["centred"], rel=1e-3)
         assert alone["without"] == alone["centred"]
-        assert alone["regime"] in ("easy", "hard") and alone["width"] == 8
+        assert alone["regime"] in ("easy", "measured", "hard") and alone["width"] == 8
 
 
 def test_the_line_says_how_many_heads_are_easy(place):
@@ -124,3 +127,86 @@ def test_what_has_no_weights_is_not_inspected(place):
     assert (ran.code, ran.out) == (2, "") and ran.err.startswith("this is a shape without weights")
     ran = eckart("inspect")
     assert ran.code == 2 and ran.err.startswith("eckart inspect needs model\n")
+
+
+def test_errors_are_measured_where_few_features_would_do(place):
+    """42 tokens and heads of 8 numbers: degree 1 has 9 features, degree 2 has 45."""
+    heads = eckart("inspect", place / "m", place / "d.jsonl", "--json").document["heads"]
+    length = heads[0]["length"]
+    assert length == 42 and all(set(head["errors"]) == {"1"} for head in heads)
+    for head in heads:
+        assert 0 < head["errors"]["1"] < 1
+        assert head["threshold"] == pytest.approx(math.sqrt(math.log(42)))
+        assert head["norms"]["q"] * head["norms"]["k"] * 8**0.5 >= head["reach"]
+        within = [g for g, error in head["errors"].items() if error <= 1e-2]
+        assert head["measured_degree"] == (int(min(within)) if within else None)
+        assert (head["regime"] == "hard") == (not within and head["features"] >= length)
+    out = eckart("inspect", place / "m", place / "d.jsonl").out
+    rows = [line.split() for line in out[out.index("norms") :].splitlines()]
+    assert rows[0][:5] == ["norms", "layer", "|q|", "(1.9)", "|k|"] and len(rows) == 3
+
+
+# --- two of them ---------------------------------------------------------------------------
+
+
+def test_two_models_differ_where_one_was_changed(place):
+    ran = eckart("inspect", place / "m", "--against", place / "low", "--json")
+    assert ran.code == 0, ran.err
+    found = ran.document
+    assert (found["kind"], found["changed"], found["overlaps"]) == ("pair", 1, {})
+    (path,) = found["matrices"]
+    assert path == "model.layers.1.mlp.gate_proj" and not found["one_base"]
+    one, other = (load_model(place / name).model.layers[1].mlp.gate_proj for name in ("m", "low"))
+    change = (other.weight - one.weight).detach()
+    numbers = found["matrices"][path]
+    assert numbers["relative_norm"] == pytest.approx(float(change.norm() / one.weight.norm()))
+    s = torch.linalg.svdvals(change)
+    assert numbers["effective_rank"] == pytest.approx(float(effective_rank(s)), rel=1e-5)
+    same = eckart("inspect", place / "m", "--against", place / "m")
+    assert same.code == 0 and "0 of 16 matrices differ" in same.err + same.out
+
+
+def test_two_adapters_of_one_base_share_what_they_share(place):
+    found = eckart("inspect", place / "lora", "--against", place / "wide", "--json").document
+    assert found["one_base"] and found["changed"] == 14
+    shared = found["matrices"]["model.layers.0.self_attn.q_proj"]["shared"]
+    one, other = (
+        update(place / name, "model.layers.0.self_attn.q_proj") for name in ("lora", "wide")
+    )
+    assert shared["cosine"] == pytest.approx(
+        float((one * other).sum() / (one.norm() * other.norm())), abs=1e-5
+    )
+    r = shared["rank"]
+    U, V = (torch.linalg.svd(D)[0][:, :r] for D in (one, other))
+    assert shared["left"] == pytest.approx(float((U.mT @ V).square().sum() / r), abs=1e-4)
+    assert shared["left_by_chance"] == r / one.shape[0]
+    out = eckart("inspect", place / "lora", "--against", place / "wide").out
+    assert "effective, one" in out and "by chance" not in out  # the note goes to stderr
+    itself = eckart("inspect", place / "dora", "--against", place / "m", "--json").document
+    assert itself["changed"] == 14 and itself["overlaps"] == {}
+
+
+def update(folder, path):
+    opened = open_model(folder)
+    module = opened.model.get_submodule(path)
+    return (module.merged() - module.weight.double()).detach()
+
+
+def test_models_of_two_shapes_are_refused(place, tmp_path):
+    model_folder(tmp_path / "other", hidden_size=16)
+    ran = eckart("inspect", place / "m", "--against", tmp_path / "other")
+    assert ran.code == 2 and ran.err.startswith("these two are not of one shape\n")
+
+
+def test_layers_are_drawn_as_a_page_or_an_image(place, tmp_path):
+    ran = eckart("inspect", place / "low", "-o", tmp_path / "layers.svg")
+    assert ran.code == 0, ran.err
+    root = ElementTree.parse(tmp_path / "layers.svg").getroot()
+    text = (tmp_path / "layers.svg").read_text()
+    assert root.tag.endswith("svg") and "mlp.gate" in text and "<desc>" in text
+    assert set(re.findall(r"var\((--\w+)\)", text)) <= set(re.findall(r"(--\w+):#", text))
+    eckart("inspect", place / "lora", place / "d.jsonl", "-o", tmp_path / "layers.html")
+    page = (tmp_path / "layers.html").read_text()
+    assert page.count("<svg") == 4 and "Reach of the logits" in page
+    wrong = eckart("inspect", place / "low", "-o", tmp_path / "layers.png")
+    assert wrong.code == 2 and wrong.err.splitlines()[-1] == "Type -o layers.html"

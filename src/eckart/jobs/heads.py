@@ -1,13 +1,16 @@
 """How far the logits of each attention head reach on a text, the adapter on and off.
 
-Queries and keys are taken where the model hands them to attention: after biases, rotation
-and norms, with keys repeated for grouped queries.
+Queries, keys and values are taken where the model hands them to attention: after biases,
+rotation and norms, with keys and values repeated for grouped queries. Beside the reach that
+the theory's bound asks for, each degree with fewer features than tokens is tried: the error of
+the gradient by polynomials on the text itself, for a random gradient of the output.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +28,36 @@ from eckart.decompose.bounds import (
     regime,
     required_degree,
 )
+from eckart.decompose.polynomial import gradient_errors
 from eckart.jobs.drift import Text
+from eckart.linear.sites import seeded_generator
 from eckart.recipe import Handle, terms_off
 
 PROBE = "eckart_reach"
+EPS = 1e-2  # relative error that a fast gradient may have
+TRIED = 1024  # tokens of a row at most for which errors are measured
+NORMS = ("q", "k", "k_centred", "v")
+
+
+@dataclass
+class Layer:
+    """What a layer's heads did on the text: largest entries and logits, [heads] each."""
+
+    width: int
+    norms: dict[str, Tensor]  # largest |entry| of Q, K, K centred and V
+    reach: Tensor
+    centred: Tensor
+    errors: dict[int, Tensor]  # degree -> largest relative error of dQ, dK, dV
+
+    def widen(self, other: Layer) -> None:
+        """Take in another row."""
+        for name in NORMS:
+            self.norms[name] = torch.maximum(self.norms[name], other.norms[name])
+        self.reach = torch.maximum(self.reach, other.reach)
+        self.centred = torch.maximum(self.centred, other.centred)
+        for degree, error in other.errors.items():
+            before = self.errors.get(degree, torch.zeros_like(error))
+            self.errors[degree] = torch.maximum(before, error)
 
 
 @dataclass(frozen=True)
@@ -42,6 +71,8 @@ class HeadReach:
     reach: float  # max |S|
     centred: float  # the same with centred keys, which decides
     without: float  # that with the adapter off; the same number where there is none
+    norms: Mapping[str, float]  # largest |entry| of q, k, k_centred, v
+    errors: Mapping[int, float]  # of the gradient by polynomials, by degree; few features alone
 
     @property
     def degree(self) -> int:
@@ -53,7 +84,18 @@ class HeadReach:
 
     @property
     def regime(self) -> str:
+        """easy by the bound; measured where a degree does on the text; else hard."""
+        hard = self.regime_by_bound == "hard"
+        return "measured" if hard and self.measured_degree is not None else self.regime_by_bound
+
+    @property
+    def regime_by_bound(self) -> str:
         return regime(self.centred, self.width, self.length)
+
+    @property
+    def measured_degree(self) -> int | None:
+        """The least degree whose gradient is within EPS on the text."""
+        return next((g for g, error in sorted(self.errors.items()) if error <= EPS), None)
 
     @property
     def regime_without(self) -> str:
@@ -64,7 +106,10 @@ class HeadReach:
         scale = largest_easy_scale(self.without, self.centred, self.width, self.length)
         return {
             **dataclasses.asdict(self),
+            "threshold": math.sqrt(math.log(max(2, self.length))),
             "degree": self.degree,
+            "features": self.features,
+            "measured_degree": self.measured_degree,
             "regime": self.regime,
             "regime_without": self.regime_without,
             "largest_easy_scale": scale if scale < float("inf") else None,
@@ -80,17 +125,25 @@ def reaches(model: Any, text: Text, handle: Handle | None = None) -> list[HeadRe
     length = max(len(row["input_ids"]) for row in text.rows)
     return [
         HeadReach(
-            layer, i, width, length, float(reach[i]), float(middle[i]), float(off[layer][2][i])
+            number,
+            i,
+            layer.width,
+            length,
+            float(layer.reach[i]),
+            float(layer.centred[i]),
+            float(off[number].centred[i]),
+            {name: float(layer.norms[name][i]) for name in NORMS},
+            {degree: float(error[i]) for degree, error in layer.errors.items()},
         )
-        for layer, (width, reach, middle) in sorted(found.items())
-        for i in range(len(reach))
+        for number, layer in sorted(found.items())
+        for i in range(len(layer.reach))
     ]
 
 
 @torch.inference_mode()
-def measured(model: Any, text: Text) -> dict[int, tuple[int, Tensor, Tensor]]:
-    """{layer: (h, max |S| [heads], the same with centred keys)}, over all rows one by one."""
-    found: dict[int, tuple[int, Tensor, Tensor]] = {}
+def measured(model: Any, text: Text) -> dict[int, Layer]:
+    """All layers by number, over all rows one by one."""
+    found: dict[int, Layer] = {}
     device = next(model.parameters()).device
     with probed(model, found):
         for row in text.rows:
@@ -100,7 +153,7 @@ def measured(model: Any, text: Text) -> dict[int, tuple[int, Tensor, Tensor]]:
 
 
 @contextmanager
-def probed(model: Any, found: dict[int, tuple[int, Tensor, Tensor]]) -> Iterator[None]:
+def probed(model: Any, found: dict[int, Layer]) -> Iterator[None]:
     """Let attention write its reach down on the way, and compute as before."""
     before = model.config._attn_implementation
     plain: Any = AttentionInterface._global_mapping.get("sdpa")
@@ -110,7 +163,12 @@ def probed(model: Any, found: dict[int, tuple[int, Tensor, Tensor]]) -> Iterator
     ) -> Any:
         layer = getattr(module, "layer_idx", None)
         if layer is not None:
-            note(found, int(layer), query, key, kwargs.get("scaling"))
+            causal = bool(getattr(module, "is_causal", True))
+            row = looked_at(query, key, value, kwargs.get("scaling"), causal)
+            if int(layer) in found:
+                found[int(layer)].widen(row)
+            else:
+                found[int(layer)] = row
         return plain(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(PROBE, probe)
@@ -122,20 +180,29 @@ def probed(model: Any, found: dict[int, tuple[int, Tensor, Tensor]]) -> Iterator
         AttentionInterface._global_mapping.pop(PROBE, None)
 
 
-def note(
-    found: dict[int, tuple[int, Tensor, Tensor]],
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    scaling: float | None,
-) -> None:
-    """The running maximum of a layer; query [1, heads, L, h], key [1, kv heads, L, h]."""
-    heads, h = query.shape[1], query.shape[-1]
-    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+def looked_at(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool
+) -> Layer:
+    """One row; query [1, heads, L, h], key and value [1, kv heads, L, h]."""
+    heads, length, h = query.shape[1:]
+    Q, K, V = (
+        t[0].float().repeat_interleave(heads // t.shape[1], dim=0) for t in (query, key, value)
+    )
     scale = scaling if scaling is not None else h**-0.5
-    reach = logit_reach(query, key, scale)[0].cpu()
-    middle = logit_reach(query, centred(key.float()), scale)[0].cpu()
-    if layer in found:
-        _, old, old_middle = found[layer]
-        reach, middle = torch.maximum(reach, old), torch.maximum(middle, old_middle)
-    found[layer] = (h, reach, middle)
+    middle = centred(K)
+    parts = dict(zip(NORMS, (Q, K, middle, V), strict=True))
+    norms = {name: t.abs().flatten(1).amax(1).cpu() for name, t in parts.items()}
+    errors: dict[int, Tensor] = {}
+    if length <= TRIED:
+        dO = torch.randn(V.shape, generator=seeded_generator(0, "dO")).to(V)
+        for degree in affordable(h, length):
+            found = gradient_errors(Q, middle, V, dO, scale, degree, causal)
+            worst = torch.stack([found[name] for name in ("dQ", "dK", "dV")]).amax(0)
+            errors[degree] = worst.nan_to_num(float("inf")).cpu()
+    reach, with_centred = (logit_reach(Q, keys, scale).cpu() for keys in (K, middle))
+    return Layer(h, norms, reach, with_centred, errors)
+
+
+def affordable(h: int, length: int) -> list[int]:
+    """Degrees from 1 whose features are fewer than the tokens; a handful at most."""
+    return [g for g in range(1, 9) if feature_count(h, g) < length]

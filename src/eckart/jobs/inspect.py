@@ -2,13 +2,15 @@
 
 Of a model the matrices are judged, of an adapter what it adds to them. With DATA the heads
 are judged too: how far their logits reach, and whether attention, and an adapter's gradient
-through it, could be had in less than quadratic time (decompose/bounds.py).
+through it, could be had in less than quadratic time (decompose/bounds.py). With --against OTHER
+what differs between the two is judged (pairs.py). -o FILE draws it all as a page or one SVG.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -31,8 +33,10 @@ from eckart.jobs import prepare
 from eckart.jobs.config import Job
 from eckart.jobs.drift import Text
 from eckart.jobs.finetune import require_weights
-from eckart.jobs.heads import HeadReach, reaches
+from eckart.jobs.heads import NORMS, HeadReach, reaches
 from eckart.jobs.outcome import shown
+from eckart.jobs.pairs import all_sites, common_base, overlaps_by_role, pairs
+from eckart.jobs.pictures import draw
 from eckart.jobs.screen import Screen, amount
 from eckart.linear import Site
 from eckart.recipe import Handle
@@ -78,6 +82,15 @@ def run(job: Job) -> dict[str, Any]:
     """Everything from a source to the printed tables; the object of --json."""
     screen = Screen(quiet=job.flags.json)
     require_weights(job)
+    found = of_pair(job, screen) if job.options.get("against") else of_one(job, screen)
+    if job.flags.out:
+        draw(found, job.flags.out)
+        screen.line("drawn", job.flags.out, result=True)
+    return {**found, "picture": job.flags.out, "warnings": list(screen.warnings)}
+
+
+def of_one(job: Job, screen: Screen) -> dict[str, Any]:
+    """A model, or what an adapter adds to one."""
     opened = opened_with_terms(str(job.model))
     handle = opened.handle
     kind = "adapter" if handle and handle.weights.base == "frozen" else "model"
@@ -103,7 +116,38 @@ def run(job: Job) -> dict[str, Any]:
         "roles": by_role(found),
         "matrices": found,
         "heads": [head.document() for head in heads],
-        "warnings": list(screen.warnings),
+    }
+
+
+def of_pair(job: Job, screen: Screen) -> dict[str, Any]:
+    """What differs between two checkpoints, and how their changes of one base lie."""
+    names = str(job.model), str(job.options["against"])
+    one, other = (opened_with_terms(name) for name in names)
+    base = common_base(names, (one, other), screen)
+    found = pairs(one, other, base)
+    count, same = len(all_sites(one)), len(all_sites(one)) - len(found)
+    screen.line("pair", f"{len(found)} of {count} matrices differ", " against ".join(names))
+    matrices = {pair.site.path: matrix(pair.site, pair.s, pair.relative).numbers for pair in found}
+    for pair in found:
+        matrices[pair.site.path]["shared"] = pair.shared
+    roles, lie = by_role(matrices), overlaps_by_role(found)
+    if found:
+        table(screen, roles, "pair")
+    if lie:
+        overlaps(screen, lie)
+    return {
+        "command": "inspect",
+        "exit": 0,
+        "source": names[0],
+        "against": names[1],
+        "kind": "pair",
+        "one_base": base is not None,
+        "changed": len(found),
+        "unchanged": same,
+        "roles": roles,
+        "overlaps": lie,
+        "matrices": matrices,
+        "heads": [],
     }
 
 
@@ -227,6 +271,18 @@ def table(screen: Screen, roles: Mapping[str, Mapping[str, Any]], kind: str) -> 
         screen.line("", "(in brackets, and `of random`: a random matrix of the same shape)")
 
 
+def overlaps(screen: Screen, roles: Mapping[str, Mapping[str, float]]) -> None:
+    """How the two changes of one base lie to each other, by role."""
+    rows = [["role", "rank", "left", "right", "cosine", "effective, one", "other"]]
+    for role, n in roles.items():
+        sides = [f"{n[side]:.0%} ({n[f'{side}_by_chance']:.0%})" for side in ("left", "right")]
+        ranks = [f"{n[f'effective_rank_{which}']:.1f}" for which in ("one", "other")]
+        rows.append([role, f"{n['rank']:.0f}", *sides, f"{n['cosine']:+.2f}", *ranks])
+    for i, line in enumerate(aligned(rows)):
+        screen.line("shared" if i == 0 else "", line, result=True)
+    screen.line("", "(share of the leading directions that both changes have; by chance)")
+
+
 def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
@@ -277,12 +333,12 @@ def looked_at_heads(job: Job, opened: Opened, screen: Screen) -> list[HeadReach]
     if not heads:
         screen.warn("this model's attention is not one that can be looked into")
         return []
-    easy = sum(head.regime == "easy" for head in heads)
+    counts = {kind: sum(h.regime == kind for h in heads) for kind in ("easy", "measured")}
     lowest = min(heads, key=lambda head: head.centred)
     screen.line(
         "heads",
-        f"{easy} of {len(heads)} easy at {heads[0].length} tokens of {text.name} (easy: fewer "
-        "features than tokens would do)",
+        f"{counts['easy']} of {len(heads)} easy at {heads[0].length} tokens of {text.name} (fewer "
+        f"features than tokens would do, by the bound); {counts['measured']} more as measured",
         result=True,
     )
     screen.line(
@@ -294,9 +350,29 @@ def looked_at_heads(job: Job, opened: Opened, screen: Screen) -> list[HeadReach]
         result=True,
     )
     if opened.handle is not None and opened.handle.weights.base == "frozen":
-        turned = sum(h.regime != h.regime_without for h in heads)
+        turned = sum(h.regime_by_bound != h.regime_without for h in heads)
         screen.line("", f"the adapter moves {turned} of them across the line", result=True)
+    norms(screen, heads)
     return heads
+
+
+def norms(screen: Screen, heads: Sequence[HeadReach]) -> None:
+    """A line for each layer: the largest entries, beside the theory's threshold, and what follows.
+
+    The threshold has no constant: sqrt(ln L) is a mark to look at, the reach decides.
+    """
+    mark = f"|q| ({math.sqrt(math.log(max(2, heads[0].length))):.1f})"
+    rows = [["layer", mark, "|k|", "|k| centred", "|v|", "reach", "best error", "easy"]]
+    for number in sorted({h.layer for h in heads}):
+        layer = [h for h in heads if h.layer == number]
+        tops = [f"{max(h.norms[name] for h in layer):.2f}" for name in NORMS]
+        errors = [min(h.errors.values()) for h in layer if h.errors]
+        best = f"{min(errors):.1e}" if errors else "-"
+        easy = sum(h.regime != "hard" for h in layer)
+        reach = f"{max(h.centred for h in layer):.2f}"
+        rows.append([str(number), *tops, reach, best, f"{easy}/{len(layer)}"])
+    for i, line in enumerate(aligned(rows)):
+        screen.line("norms" if i == 0 else "", line, result=True)
 
 
 def counted(number: int) -> str:

@@ -1,0 +1,168 @@
+"""`eckart inspect ONE --against OTHER`: what differs between two checkpoints, matrix by matrix.
+
+    change      OTHER - ONE of each matrix: its size, and how low its rank is
+    overlap     where both were made from one base (adapters, or runs): do their changes point
+                into the same directions? |U1^T U2|^2 / r for the leading r left vectors, the
+                same for the right ones, beside what chance gives (r / m and r / n); and the
+                cosine <D1, D2> / (|D1| |D2|)
+
+r directions hold 90 % of the energy of the change that needs fewer, 16 at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eckart.decompose import rank_for_energy, truncated_svd
+from eckart.decompose.spectra import effective_rank
+from eckart.errors import EckartError, UsageError
+from eckart.io.models import load_model, recognise
+from eckart.io.opening import Opened
+from eckart.jobs.screen import Screen
+from eckart.jobs.words import read_file
+from eckart.linear import Site
+from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.targets import sites_of
+
+MOST, ENERGY = 16, 0.9
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One matrix in both: the spectrum [*, k] of the change, and how two changes lie."""
+
+    site: Site
+    s: Tensor
+    relative: float  # |change| / |ONE|
+    shared: Mapping[str, float] | None = None
+
+
+def pairs(one: Opened, other: Opened, base: Any | None) -> list[Pair]:
+    """Every matrix that differs; UsageError where the models are not of one shape."""
+    theirs = all_sites(other)
+    found = []
+    for path, site in all_sites(one).items():
+        if path not in theirs or theirs[path].shape != site.shape:
+            there = f"{theirs[path].shape[0]} x {theirs[path].shape[1]}" if path in theirs else "-"
+            raise UsageError(
+                "these two are not of one shape",
+                [(path, f"{site.shape[0]} x {site.shape[1]} against {there}")],
+                "Compare checkpoints of the same model.",
+            )
+        if pair := compared(site, whole(one, site), whole(other, theirs[path]), base):
+            found.append(pair)
+    return found
+
+
+@torch.no_grad()
+def compared(site: Site, W1: Tensor, W2: Tensor, base: Any | None) -> Pair | None:
+    """One matrix; None where it is the same in both. W1, W2 [*, m, n] fp64."""
+    change = W2 - W1
+    if not bool(change.any()):
+        return None
+    s = torch.linalg.svdvals(change.float()).cpu()
+    relative = float(change.norm() / W1.norm().clamp_min(1e-30))
+    if base is None or W1.ndim != 2:
+        return Pair(site, s, relative)
+    W0 = at_base(base, site).to(W1)
+    return Pair(site, s, relative, shared(W1 - W0, W2 - W0))
+
+
+def shared(D1: Tensor, D2: Tensor) -> dict[str, float] | None:
+    """How two changes [m, n] of one base lie to each other; None where one has none."""
+    if not (bool(D1.any()) and bool(D2.any())):
+        return None
+    (U1, s1, V1), (U2, s2, V2) = (truncated_svd(D.float(), min(D.shape)) for D in (D1, D2))
+    r = min(MOST, *(rank_for_energy(s, ENERGY) for s in (s1, s2)))
+    (m, n) = D1.shape
+    return {
+        "rank": r,
+        "left": overlap(U1[:, :r], U2[:, :r]),
+        "right": overlap(V1[:r].mT, V2[:r].mT),
+        "left_by_chance": r / m,
+        "right_by_chance": r / n,
+        "cosine": float((D1 * D2).sum() / (D1.norm() * D2.norm())),
+        "effective_rank_one": float(effective_rank(s1)),
+        "effective_rank_other": float(effective_rank(s2)),
+    }
+
+
+def overlap(P: Tensor, Q: Tensor) -> float:
+    """|P^T Q|_F^2 / r of orthonormal columns [d, r]: 1 for one subspace, 0 for orthogonal ones."""
+    return float((P.mT @ Q).square().sum() / P.shape[-1])
+
+
+# --- what is compared ----------------------------------------------------------------------
+
+
+def all_sites(opened: Opened) -> dict[str, Site]:
+    """The sites of a model, those that carry terms among them."""
+    handle = opened.handle
+    carried = {path: handle.sites[path] for path in handle.attached} if handle else {}
+    return {site.path: site for site in sites_of(opened.model)} | carried
+
+
+def whole(opened: Opened, site: Site) -> Tensor:
+    """The matrix [*, m, n] that stands there with all that is attached, fp64."""
+    handle = opened.handle
+    if handle is None or site.path not in handle.attached:
+        return site.weight(torch.float64)
+    module: Any = site.module
+    matrix: Tensor = module.merged(site.param)
+    return matrix
+
+
+def at_base(base: Any, site: Site) -> Tensor:
+    """The base's matrix at a site, fp64."""
+    found: Tensor = base[site.path].weight(torch.float64)
+    return found
+
+
+def base_of(source: str, opened: Opened) -> str | None:
+    """What a checkpoint was made from: an adapter's base, a run's model."""
+    if opened.base != source and opened.handle is not None:
+        return opened.base
+    found = recognise(source)
+    if found.kind == "run":
+        given = read_file(f"{found.path}/config.yaml")
+        return next((str(s.value) for s in given if s.key == ("model",)), None)
+    return None
+
+
+def common_base(
+    sources: tuple[str, str], both: tuple[Opened, Opened], screen: Screen
+) -> dict[str, Site] | None:
+    """The sites of the model that both were made from; None where there is none."""
+    named = [base_of(source, opened) for source, opened in zip(sources, both, strict=True)]
+    if None in named:
+        return None
+    try:
+        first, second = (load_model(str(name)) for name in named)
+    except EckartError as fault:
+        screen.warn(f"their bases cannot be opened, so overlaps are left out: {fault.what}")
+        return None
+    if fingerprint(first) != fingerprint(second):
+        return None
+    device = next(both[0].model.parameters()).device
+    return {site.path: site for site in sites_of(first.to(device))}
+
+
+# --- by role -------------------------------------------------------------------------------
+
+
+def overlaps_by_role(found: list[Pair]) -> dict[str, dict[str, float]]:
+    """Medians of what two changes share, over the matrices of a role."""
+    roles: dict[str, list[Mapping[str, float]]] = {}
+    for pair in found:
+        if pair.shared is not None:
+            roles.setdefault(pair.site.role, []).append(pair.shared)
+    return {
+        role: {key: median(each[key] for each in group) for key in group[0]}
+        for role, group in sorted(roles.items())
+    }
