@@ -66,8 +66,8 @@ def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
 
 
 def kept_bytes(model: nn.Module, ids: torch.Tensor) -> int:
-    """Bytes of distinct storages that autograd keeps, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes of distinct storages that autograd keeps, those of the model itself left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from eckart.kernels.low_rank import BLOCK, FusedLowRank, fused_linear_plus_low_rank
+from eckart.kernels.low_rank import BLOCK, fused_linear_plus_low_rank
 from eckart.linear import LowRank, find_sites, install, kernels, linear_plus_low_rank
 
 NAMES = ("y", "dx", "dA", "dB")
@@ -30,7 +30,7 @@ def run(function, x, W, bias, A, B, dtype=None):
 def test_fused_equals_plain_in_fp64():
     given = inputs()
     plain = run(linear_plus_low_rank, *given, dtype=torch.float64)
-    fused = run(FusedLowRank.apply, *given, dtype=torch.float64)
+    fused = run(fused_linear_plus_low_rank, *given, dtype=torch.float64)
     for name in NAMES:  # the same products in blocks: round-off of sums of a thousand terms
         torch.testing.assert_close(fused[name], plain[name], rtol=1e-12, atol=1e-11)
 
@@ -54,7 +54,7 @@ def test_gradcheck():
     for t in (x, A, B):
         t.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, A, B: FusedLowRank.apply(x, W, bias, A, B, 0.5), (x, A, B)
+        lambda x, A, B: fused_linear_plus_low_rank(x, W, bias, A, B, 0.5), (x, A, B)
     )
 
 

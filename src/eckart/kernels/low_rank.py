@@ -1,29 +1,48 @@
-"""A frozen linear map, alone or with a low-rank term, in one autograd function.
+"""Frozen linear maps with low-rank terms, one or several of one input, in one autograd function.
 
-    y = x W^T + b + s (x A^T) B^T - s (x A0^T) B0^T
+    y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T - s_i (x A0_i^T) B0_i^T
 
 The plain form keeps x twice where the factors are fp32 and the base is bf16 (as it is, and
 cast), and writes three [t, m] temporaries. Here x is kept once, in its own dtype and only
-where A is trained, with h = x A^T [t, r] where B is; the scale is folded into thin tensors
-and the term is added into the base's result. Thin products run in the factors' dtype, a block
-of tokens at a time, so that casts stay in the cache; accuracy is that of the plain form or
-better.
+where an A is trained, with h = x A^T [t, r] where a B is; the scale is folded into thin
+tensors and the term is added into the base's result. Maps of one input share one product
+with all A and one dL/dx. Thin products run in the factors' dtype, a block of tokens at a time,
+so that casts stay in the cache; accuracy is that of the plain form or better.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from eckart.linear import frozen_linear, linear_plus_low_rank
+from eckart.linear import Pair, frozen_linear, linear_plus_low_rank
 
 BF16_ON_CPU = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # an estimate runs on tensors without numbers
 BLOCK = 512  # tokens whose fp32 copies (n and m wide) are alive at once
 
-Start = tuple[Tensor, Tensor]  # B0 [m, r], A0 [r, n]
+
+class Map(NamedTuple):
+    """One frozen map and its term. W, bias, B0 and A0 are constants."""
+
+    W: Tensor  # [m, n]
+    bias: Tensor | None  # [m]
+    A: Tensor  # [r, n]
+    B: Tensor  # [m, r]
+    B0: Tensor | None
+    A0: Tensor | None
+    scale: float
+
+
+def map_of(W: Tensor, bias: Tensor | None, pair: Pair) -> Map:
+    """A frozen map and the factors of its term."""
+    B0, A0 = pair.start or (None, None)
+    return Map(W, bias, pair.A, pair.B, B0, A0, pair.scale)
 
 
 def fused_linear_plus_low_rank(
@@ -33,13 +52,20 @@ def fused_linear_plus_low_rank(
     A: Tensor,
     B: Tensor,
     scale: float,
-    start: Start | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `linear_plus_low_rank`; falls back to it where W is trained or autocast is on."""
-    B0, A0 = start or (None, None)
-    if not ordinary(x, W, bias, A, B, A0, B0):
+    one = map_of(W, bias, Pair(A, B, scale, start))
+    if not ordinary(x, *one[:-1]):
         return linear_plus_low_rank(x, W, bias, A, B, scale, start)
-    return FusedLowRank.apply(x, W, bias, A, B, scale, A0, B0)
+    return fused(x, [one])[0]
+
+
+def fused(x: Tensor, maps: Sequence[Map]) -> tuple[Tensor, ...]:
+    """All maps of x [.., n]: [.., m_i] each. Factors are of one dtype, all A trained or none."""
+    scales = tuple(one.scale for one in maps)
+    tensors = [t for one in maps for t in one[:-1]]
+    return FusedLowRank.apply(x, scales, *tensors)
 
 
 def fused_frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,74 +80,115 @@ def ordinary(x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor | None)
     trained = W.requires_grad or (bias is not None and bias.requires_grad)
     if trained or torch.is_autocast_enabled(x.device.type):
         return False
-    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in (x, W, *factors))
+    return all(t is None or type(t) in PLAIN for t in (x, W, *factors))
+
+
+def unpack(scales: Sequence[float], tensors: Sequence[Any]) -> list[Map]:
+    """The maps from their tensors in a row."""
+    columns = [tensors[i::6] for i in range(6)]
+    return [
+        Map(W, bias, A, B, B0, A0, scale)
+        for W, bias, A, B, B0, A0, scale in zip(*columns, scales, strict=True)
+    ]
+
+
+def side_by_side(maps: Sequence[Map]) -> tuple[Tensor, list[slice]]:
+    """All A in one [sum r, n], and which rows belong to which map."""
+    edges = [0]
+    for one in maps:
+        edges.append(edges[-1] + one.A.shape[0])
+    A = maps[0].A if len(maps) == 1 else torch.cat([one.A for one in maps])
+    return A, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 class FusedLowRank(torch.autograd.Function):
-    """See the file's head. W, bias, A0 and B0 are frozen."""
+    """See the file's head. Six tensors a map, as in `Map`, after x and the scales."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        A0: Tensor | None = None,
-        B0: Tensor | None = None,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        maps = unpack(scales, tensors)
         flat = x.reshape(-1, x.shape[-1])  # [t, n]
-        y = F.linear(flat, W, bias)  # [t, m]
-        h = flat.new_empty(flat.shape[0], A.shape[0], dtype=A.dtype)  # [t, r]
-        thin = (B * scale).mT  # [r, m]
-        for rows in blocks(flat, A0 is not None):
+        ys = [F.linear(flat, one.W, one.bias) for one in maps]  # [t, m]
+        A, parts = side_by_side(maps)
+        h = flat.new_empty(flat.shape[0], A.shape[0], dtype=A.dtype)  # [t, sum r]
+        thin = [(one.B * one.scale).mT for one in maps]  # [r, m]
+        for rows in blocks(flat, any(one.A0 is not None for one in maps)):
             wide = flat[rows].to(A.dtype)
             torch.mm(wide, A.mT, out=h[rows])
-            if A0 is None or B0 is None:
-                add_product(y[rows], h[rows], thin)
-            else:  # two products of one shape: equal factors cancel exactly
-                y[rows] += h[rows] @ thin - (wide @ A0.mT) @ (B0 * scale).mT
-        _, _, _, for_A, for_B, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if for_A else None, h if for_B else None, W, A, B, A0, B0)
-        ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], W.shape[0])
+            for one, y, part, up in zip(maps, ys, parts, thin, strict=True):
+                if one.A0 is None or one.B0 is None:
+                    add_product(y[rows], h[rows, part], up)
+                else:  # two products of one shape: equal factors cancel exactly
+                    start = (wide @ one.A0.mT) @ (one.B0 * one.scale).mT
+                    y[rows] += h[rows, part].contiguous() @ up - start
+        _, _, *wanted = ctx.needs_input_grad
+        kept = [t for one in maps for t in one._replace(bias=None)[:-1]]
+        # x for the gradient of an A, h for that of a B
+        ctx.save_for_backward(
+            x if any(wanted[2::6]) else None, h if any(wanted[3::6]) else None, *kept
+        )
+        ctx.scales, ctx.shape = scales, x.shape
+        ctx.set_materialize_grads(False)  # a result that nobody used has no gradient
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, h, W, A, B, A0, B0 = ctx.saved_tensors
-        dy = dy.reshape(-1, dy.shape[-1])  # [t, m]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, h, *tensors = ctx.saved_tensors
+        every = unpack(ctx.scales, tensors)
+        used = [i for i, dy in enumerate(grads) if dy is not None]
+        if not used:
+            return (None,) * (2 + len(tensors))
+        maps, dys = [every[i] for i in used], [grads[i] for i in used]
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [t, m]
         flat = None if x is None else x.reshape(-1, x.shape[-1])  # [t, n]
-        wide = emulated(W) and A.dtype == torch.float32
-        base = W.float() if wide else W
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy.new_empty(dy.shape[0], W.shape[1]) if wide else dy @ W  # [t, n]
-        scaled = B * ctx.scale  # [m, r]
+        columns = side_by_side(every)[1]  # of h
+        A, parts = side_by_side(maps)
+        wide = emulated(maps[0].W) and A.dtype == torch.float32
+        dx = base_gradient(maps, dys, wide) if ctx.needs_input_grad[0] else None
+        bases = [one.W.float() if wide and dx is not None else one.W for one in maps]
+        scaled = [one.B * one.scale for one in maps]  # [m, r]
         dA = None if flat is None else torch.zeros_like(A)
-        dB = None if h is None else torch.zeros_like(B)
-        for rows in blocks(dy):
-            dy_rows = dy[rows].to(B.dtype)  # [block, m]
-            if dB is not None:
-                dB.addmm_(dy_rows.mT, h[rows], alpha=ctx.scale)
+        dBs = [None if h is None else torch.zeros_like(one.B) for one in maps]
+        for rows in blocks(dys[0]):
+            low = [dy[rows].to(A.dtype) for dy in dys]  # [block, m]
+            for i, dB, dy in zip(used, dBs, low, strict=True):
+                if dB is not None:
+                    dB.addmm_(dy.mT, h[rows, columns[i]], alpha=every[i].scale)
             if dA is None and dx is None:
                 continue
-            dh = dy_rows @ scaled  # [block, r]
+            dh = torch.cat([dy @ B for dy, B in zip(low, scaled, strict=True)], -1)
             if dA is not None and flat is not None:
                 dA.addmm_(dh.mT, flat[rows].to(A.dtype))
             if dx is None:
                 continue
-            if A0 is not None:
-                dh, A_ = torch.cat([dh, dy_rows @ (B0 * -ctx.scale)], -1), torch.cat([A, A0])
+            part_x = dh @ A if wide else None
+            for one, dy, W in zip(maps, low, bases, strict=True):
+                if part_x is not None:
+                    part_x.addmm_(dy, W)
+                if one.A0 is not None and one.B0 is not None:
+                    start = (dy @ (one.B0 * -one.scale), one.A0)
+                    add_product(dx[rows] if part_x is None else part_x, *start)
+            if part_x is None:
+                add_product(dx[rows], dh, A)
             else:
-                A_ = A
-            if wide:
-                dx[rows] = torch.addmm(dh @ A_, dy_rows, base).to(dx.dtype)
-            else:
-                add_product(dx[rows], dh, A_)
-        dx = None if dx is None else dx.view(ctx.shape)
-        return dx, None, None, dA, dB, None, None, None
+                dx[rows] = part_x.to(dx.dtype)
+        found: list[Tensor | None] = [None] * (2 + len(tensors))
+        found[0] = None if dx is None else dx.view(ctx.shape)
+        for i, part, dB in zip(used, parts, dBs, strict=True):
+            found[2 + 6 * i + 2], found[2 + 6 * i + 3] = None if dA is None else dA[part], dB
+        return tuple(found)
+
+
+def base_gradient(maps: Sequence[Map], dys: Sequence[Tensor], wide: bool) -> Tensor:
+    """dL/dx [t, n] of the frozen maps; empty where it will be computed in blocks, `wide`."""
+    if wide:
+        return dys[0].new_empty(dys[0].shape[0], maps[0].W.shape[1])
+    dx = dys[0] @ maps[0].W
+    for one, dy in zip(maps[1:], dys[1:], strict=True):
+        dx.addmm_(dy, one.W)
+    return dx
 
 
 class WideGradient(torch.autograd.Function):

@@ -1,10 +1,10 @@
 """What is a map made of? Terms, sums of terms, and the sites where they live."""
 
-from eckart.linear.layers import frozen_linear, kernels
+from eckart.linear.layers import alone, frozen_linear, kernels
 from eckart.linear.lowrank import LowRank, linear_plus_low_rank, low_rank
 from eckart.linear.sites import Horizon, Site, find_sites, seeded_generator
 from eckart.linear.structured import Structured, fold, install, uninstall
-from eckart.linear.term import Dense, Gain, Pair, Product, Shared, Term, describe, plain_mm
+from eckart.linear.term import Dense, Gain, Pair, Product, Shared, Term, alike, describe, plain_mm
 
 __all__ = [
     "Dense",
@@ -17,6 +17,8 @@ __all__ = [
     "Site",
     "Structured",
     "Term",
+    "alike",
+    "alone",
     "describe",
     "find_sites",
     "fold",

@@ -38,6 +38,7 @@ class Sum:
     flipped: bool = False  # this end of a tied pair runs the map backwards
     mm: Product = plain_mm
     enabled: bool = True
+    peers: Any = None  # this map and those that are given the same input, see `peers.py`
 
 
 class Structured(nn.Module):

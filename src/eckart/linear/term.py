@@ -22,6 +22,12 @@ def plain_mm(x: Tensor, w: Tensor) -> Tensor:
     return x @ w
 
 
+def alike(*tensors: Tensor) -> bool:
+    """Are they of one dtype, with autocast off? Then their sums can be taken before products."""
+    off = not torch.is_autocast_enabled(tensors[0].device.type)
+    return off and len({t.dtype for t in tensors}) == 1
+
+
 class Pair(NamedTuple):
     """scale * (B A - B0 A0): what a product fused with the base's needs to know of a term."""
 
@@ -63,6 +69,11 @@ class Term(nn.Module):
 
     def pair(self) -> Pair | None:
         """The factors that `forward` multiplies by, where it is exactly that; else None."""
+        return None
+
+    def with_base(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x (W + dense())^T + bias for the site's frozen W [m, n], where one product for both
+        is cheaper and equals the base while dense() is zero; else None."""
         return None
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:

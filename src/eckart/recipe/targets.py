@@ -41,6 +41,8 @@ ROLES: tuple[tuple[str, str], ...] = (
     (r"(up_proj|wi_1|\.wi|\.w3|c_fc|fc1|intermediate\.dense|lin1|gate_up_proj)$", "mlp.up"),
     (r"(down_proj|\.wo|\.w2|mlp\.c_proj|fc2|output\.dense|lin2)$", "mlp.down"),
 )
+ONE_INPUT = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("experts.up",))
+ACROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
 TOKENS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings)$")
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 RANGE = re.compile(r"^(?P<name>[\w.]+?)\.(?P<first>\d+)-(?P<last>\d+)$")
@@ -67,6 +69,19 @@ def sites_of(model: nn.Module, seed: int = 0) -> list[Site]:
     for site in sites:
         site.role = role_of(site)
     return sites
+
+
+def same_input(sites: Iterable[Site]) -> list[list[Site]]:
+    """Linear maps beside each other that a model gives one input: q, k and v; gate and up.
+
+    Attention between two sequences is left out: its k and v see another input than its q.
+    """
+    groups: dict[tuple[str, tuple[str, ...]], list[Site]] = {}
+    for site in sites:
+        roles = next((roles for roles in ONE_INPUT if site.role in roles), None)
+        if roles is not None and site.kind == "linear" and not ACROSS.search(site.path):
+            groups.setdefault((site.path.rpartition(".")[0], roles), []).append(site)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def matches(target: str, site: Site) -> bool:

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from eckart.errors import FileError, UsageError
-from eckart.linear import Site, Term, plain_mm
+from eckart.linear import Site, Term, alike, plain_mm
 from eckart.recipe import Cost, Paper, Weights
 
 
@@ -134,6 +134,12 @@ class BlockAffine(Term):
             return Recomputed.apply(x, W, B)
         return self.mm(x, affine(W, B).mT)
 
+    def with_base(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not alike(x, W, self.B):
+            return None
+        y = Recomputed.apply(x, W.detach(), self.B, True)
+        return y if bias is None else y + bias
+
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
         W = self.base()
         parts = [
@@ -164,10 +170,14 @@ def in_blocks(W: Tensor, r: int) -> Tensor:
     return W.unflatten(-1, (-1, r)).unflatten(-3, (-1, r)).flatten(-3, -2)
 
 
-def affine(W: Tensor, B: Tensor) -> Tensor:
-    """dW [*, m, n] with dW_ij = (W_ij + I) B_i: one batched product. B [*, m/r, r, r]."""
+def affine(W: Tensor, B: Tensor, whole: bool = False) -> Tensor:
+    """dW [*, m, n] with dW_ij = (W_ij + I) B_i: one batched product. B [*, m/r, r, r].
+
+    The `whole` map W + dW is W_ij (I + B_i) + B_i: exactly W where B is zero.
+    """
     (m, n), r = W.shape[-2:], B.shape[-1]
-    products = in_blocks(W.to(B.dtype), r) @ B  # [*, m/r, r n/r, r]
+    right = B + torch.eye(r, dtype=B.dtype, device=B.device) if whole else B
+    products = in_blocks(W.to(B.dtype), r) @ right  # [*, m/r, r n/r, r]
     columns = -(-n // r)
     blocks = products.unflatten(-2, (r, columns)) + B.unsqueeze(-2)  # [*, m/r, r, n/r, r]
     return blocks.flatten(-2).flatten(-3, -2)[..., :m, :n]
@@ -183,29 +193,33 @@ def affine_gradient(W: Tensor, G: Tensor, r: int) -> Tensor:
 class Recomputed(torch.autograd.Function):
     """x affine(W, B)^T, which builds dW again in the backward pass and never holds all of G.
 
-    x [.., t, n], W [m, n], B [m/r, r, r]. Kept: x and references to W and B.
+    x [.., t, n], W [m, n], B [m/r, r, r]. Kept: x and references to W and B. `whole` adds the
+    base's own x W^T in the same products.
     """
 
     ROWS = 1024  # of G at a time: a few large products, at most ROWS x n numbers
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, B: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, W: Tensor, B: Tensor, whole: bool = False
+    ) -> Tensor:
         ctx.save_for_backward(x, W, B)
-        return x @ affine(W, B).mT
+        ctx.whole = whole
+        return F.linear(x, affine(W, B, whole))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, W, B = ctx.saved_tensors
         r = B.shape[-1]
-        dx = dy @ affine(W, B) if ctx.needs_input_grad[0] else None
+        dx = dy @ affine(W, B, ctx.whole) if ctx.needs_input_grad[0] else None
         flat_y, flat_x = dy.reshape(-1, W.shape[0]), x.reshape(-1, W.shape[1])
         step = max(1, Recomputed.ROWS // r) * r  # whole blocks
         parts = [
             affine_gradient(W[a : a + step], flat_y[:, a : a + step].mT @ flat_x, r)
             for a in range(0, W.shape[0], step)
         ]
-        return dx, None, torch.cat(parts)
+        return dx, None, torch.cat(parts), None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from eckart.errors import FileError
-from eckart.linear import Site, Term, plain_mm
+from eckart.linear import Site, Term, alike, plain_mm
 from eckart.linear.basis import RandomBasis, uniform
 from eckart.recipe import Cost, Paper, Weights
 
@@ -67,7 +67,8 @@ def scaling_gradients(
 class Scaled(torch.autograd.Function):
     """s x dW^T for dW = B U, or (B U)^T where `across`, by the cheaper way, nothing big kept.
 
-    x [.., t, n], lam [r, N], gam [N, d], A [r, 1 or N, d], B [D, N r].
+    x [.., t, n], lam [r, N], gam [N, d], A [r, 1 or N, d], B [D, N r]. With the frozen W
+    [m, n] it is x (W + s dW)^T, in one product.
     """
 
     @staticmethod
@@ -81,26 +82,35 @@ class Scaled(torch.autograd.Function):
         scale: float,
         order: str,
         across: bool,
+        W: Tensor | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(x, lam, gam, A, B)
+        ctx.save_for_backward(x, lam, gam, A, B, W)
         ctx.options = scale, order, across
-        U, B = scaled_rows(A, lam, gam, order), B.to(lam.dtype)
-        return times(x, U, B, across) * scale
+        U, B = scaled_rows(A, lam, gam, order) * scale, B.to(lam.dtype)
+        return times(x, U, B, across) if W is None else F.linear(x, summed(W, U, B, across))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, lam, gam, A, B = ctx.saved_tensors
+        x, lam, gam, A, B, W = ctx.saved_tensors
         scale, order, across = ctx.options
-        U, B, dy = scaled_rows(A, lam, gam, order), B.to(lam.dtype), dy * scale
-        dx = times(dy, U, B, not across) if ctx.needs_input_grad[0] else None
+        U, B = scaled_rows(A, lam, gam, order) * scale, B.to(lam.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = times(dy, U, B, not across) if W is None else dy @ summed(W, U, B, across)
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         long, short = (x, dy) if across else (dy, x)  # [t, D], [t, d]
         if long.shape[0] > B.shape[0]:  # as in `times`
             H = B.mT @ (long.mT @ short)
         else:
             H = (long @ B).mT @ short
-        return dx, *scaling_gradients(A, lam, gam, H, order), None, None, None, None, None
+        found = scaling_gradients(A, lam, gam, H * scale, order)
+        return dx, *found, None, None, None, None, None, None
+
+
+def summed(W: Tensor, U: Tensor, B: Tensor, across: bool) -> Tensor:
+    """W + B U, or W + (B U)^T where `across`: [m, n]. Exactly W where U is zero."""
+    return torch.addmm(W, U.mT, B.mT) if across else torch.addmm(W, B, U)
 
 
 def times(x: Tensor, U: Tensor, B: Tensor, across: bool) -> Tensor:
@@ -153,6 +163,18 @@ class ScaledBases(Term):
             return self.mm(x, self.dense().mT)
         A, B = self.slices()
         return Scaled.apply(x, self.lam, self.gam, A, B, self.scale, self.order, self.across)
+
+    def with_base(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+        D, d, tokens = max(W.shape), min(W.shape), x.numel() // x.shape[-1]
+        # beside the base's own t D d: D d^2 here, t d (D + d) as two thin products there
+        dear = tokens * (D + d) <= D * d
+        if dear or not alike(x, W, self.lam) or (self.dropout and self.training):
+            return None
+        A, B = self.slices()
+        y = Scaled.apply(
+            x, self.lam, self.gam, A, B, self.scale, self.order, self.across, W.detach()
+        )
+        return y if bias is None else y + bias
 
     def dense(self) -> Tensor:  # [*, m, n]
         A, B = self.slices()

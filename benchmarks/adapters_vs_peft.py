@@ -1,0 +1,169 @@
+"""Every adapter that PEFT has too, against PEFT's; and what each of ours adds to a frozen base.
+
+    python benchmarks/adapters_vs_peft.py [NAME ...] [--write]
+
+The model of lora_vs_peft.py, the same numbers on both sides: PEFT writes the adapter, we read
+its files. Aims: on a bf16 base with fp32 factors at least 1.1 times PEFT's speed at most 0.7
+of its bytes; in fp32 never slower, never more bytes. VeRA is PEFT's alone. The base's own
+step is forward and backward down to the embedding's output, nothing trained.
+"""
+
+import copy
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lora_vs_peft import ALPHA, MAPS, RANK, ROWS, TOKENS, base, kept_bytes
+from pairs import judge, ratios, take_turns, versions, write
+from peft import LoraConfig, MissConfig, RandLoraConfig, get_peft_model
+from torch import nn
+
+import eckart
+from eckart.io import peft_read
+from eckart.recipe import Recipe, attach
+
+LORA = {"r": RANK, "lora_alpha": ALPHA, "target_modules": MAPS}
+SHARED = {"r": RANK, "target_modules": MAPS}
+PEFTS: dict[str, Any] = {
+    "lora": LoraConfig(**LORA),
+    "rslora": LoraConfig(**LORA, use_rslora=True),
+    "dora": LoraConfig(**LORA, use_dora=True),
+    "pissa": LoraConfig(**LORA, init_lora_weights="pissa"),
+    "olora": LoraConfig(**LORA, init_lora_weights="olora"),
+    "bone tile": MissConfig(**SHARED),
+    "bone mini": MissConfig(**SHARED, mini_r=RANK, init_weights="mini"),
+    "bone bat": MissConfig(**SHARED, init_weights="bat"),
+    "randlora": RandLoraConfig(**SHARED),
+}
+CHANGED_BASE = ("pissa", "olora")  # PEFT's files hold no whole adapter of these
+OURS: dict[str, Any] = {
+    "lora": eckart.LoRA(rank=RANK),
+    "pissa": eckart.LoRA(rank=RANK, init="pissa"),
+    "olora": eckart.LoRA(rank=RANK, init="olora"),
+    "dora": eckart.DoRA(rank=RANK),
+    "bone tile": eckart.Bone(rank=RANK),
+    "bone mini": eckart.Bone(rank=RANK, mode="mini", mini_rank=RANK),
+    "bone bat": eckart.Bone(rank=RANK, mode="bat"),
+    "nola": eckart.NOLA(rank=RANK),
+    "randlora": eckart.RandLoRA(rank=RANK),
+    "loldu": eckart.LoLDU(rank=RANK),
+    "lamda": eckart.LaMDA(rank=RANK),
+    "lora-sb": eckart.LoRASB(rank=RANK),
+    "codyra": eckart.CoDyRA(rank=RANK),
+    "dylora": eckart.DyLoRA(rank=RANK),
+    "block-lora": eckart.BlockLoRA(rank=RANK, blocks=2),
+    "block-lora arms": eckart.BlockLoRA(rank=RANK, blocks=2, form="arms"),
+    "block-lora row": eckart.BlockLoRA(rank=RANK, blocks=2, form="row"),
+    "block-lora grid": eckart.BlockLoRA(rank=RANK, blocks=2, form="grid"),
+}
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 512, (ROWS, TOKENS), generator=torch.Generator().manual_seed(2))
+
+
+def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
+    """One training step with a small plain update, so that what is kept between steps is old."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            for parameter in trained:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=1e-6)
+                    parameter.grad = None
+
+    return run
+
+
+def both(name: str, model: nn.Module, folder: str) -> tuple[nn.Module, nn.Module]:
+    """Ours and PEFT's model with the same adapter."""
+    ours = copy.deepcopy(model)
+    theirs = get_peft_model(model, PEFTS[name])  # type: ignore[arg-type]
+    if name in CHANGED_BASE:
+        return with_method(ours, OURS[name]), theirs
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    theirs.save_pretrained(folder)
+    peft_read.load(ours, folder)
+    return ours, theirs
+
+
+def with_method(model: nn.Module, method: Any) -> nn.Module:
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    calibration = [batch] if method.needs else None
+    attach(model, Recipe(weights=method), calibration=calibration, steps=100, lr=1e-3)
+    return model
+
+
+def against_peft(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = both(name, base(dtype), folder)
+    ids = tokens()
+    with torch.no_grad():
+        found, expected = ours(input_ids=ids).logits, theirs(input_ids=ids).logits
+    seconds = take_turns({"eckart": step(ours, ids), "peft": step(theirs, ids)})
+    return {
+        "peft_over_eckart_seconds": ratios(seconds["peft"], seconds["eckart"]),
+        "eckart_over_peft_bytes": round(kept_bytes(ours, ids) / kept_bytes(theirs, ids), 4),
+        "difference_of_logits": round(float((found - expected).norm() / expected.norm()), 9),
+    }
+
+
+def over_base(methods: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Seconds of a step over the base's own, and bytes that it keeps beyond the base's."""
+    ids, plain = tokens(), base(dtype)
+    for parameter in plain.parameters():
+        parameter.requires_grad_(False)
+    embedding: Any = plain.get_submodule("model.embed_tokens")
+    embedding.register_forward_hook(lambda module, args, y: y.requires_grad_())
+    models = {name: with_method(base(dtype), method) for name, method in methods.items()}
+    runs = {"base": step(plain, ids), **{name: step(m, ids) for name, m in models.items()}}
+    seconds, own = take_turns(runs), kept_bytes(plain, ids)
+    return {
+        name: {
+            "step_over_base": ratios(seconds[name], seconds["base"]),
+            "bytes_over_base": round(kept_bytes(model, ids) / own, 4),
+        }
+        for name, model in models.items()
+    }
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    results: dict[str, Any] = {}
+    for dtype, speed, size in (("bfloat16", 1.1, 0.7), ("float32", 1.0, 1.0)):
+        print(f"{dtype}: against PEFT")
+        results[dtype] = {}
+        for name in PEFTS:
+            if words and name not in words:
+                continue
+            found = results[dtype][name] = against_peft(name, getattr(torch, dtype))
+            judge(f"{name}, speed", found["peft_over_eckart_seconds"]["median"], speed)
+            judge(f"{name}, bytes", found["eckart_over_peft_bytes"], size, at_least=False)
+            if not math.isfinite(found["difference_of_logits"]):
+                print(f"FALLS SHORT  {name}: logits are not finite")
+        print(f"{dtype}: over the frozen base")
+        chosen = {name: m for name, m in OURS.items() if not words or name in words}
+        results[f"{dtype} over base"] = table = over_base(chosen, getattr(torch, dtype))
+        for name, row in table.items():
+            step_ = row["step_over_base"]
+            print(
+                f"  {name:16} {step_['median']:6.2f} x the step ({step_['min']:.2f} to "
+                f"{step_['max']:.2f}), {row['bytes_over_base']:5.2f} x the bytes"
+            )
+    facts = {"what": "2 Llama layers of width 256, 4 x 128 tokens, rank 16, 1 thread"}
+    write("adapters_vs_peft", {**facts, **results, "versions": versions("transformers", "peft")})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Maps that are given the same input (q, k, v; gate, up), computed at once for the first.
+
+The others take their results when they are called with that very tensor; with another one
+they compute for themselves. Which maps are peers is known from attaching on and does not
+depend on what happened before: a run that is resumed, and a pass that checkpointing repeats,
+compute the same bits. In training alone: without a gradient it does not pay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart.kernels.low_rank import Map, fused, map_of, ordinary
+from eckart.linear import Structured, Term, alone, plain_mm
+from eckart.linear.layers import LinearSum
+
+
+def together(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
+    """As `alone`; a call that finds no result of its own computes those of all peers."""
+    peers = layer._sum.peers
+    if peers is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return alone(layer, x, W, term)
+    member = any(layer is other for other in peers.members)  # a replica is none
+    if not member or x.is_inference():
+        return alone(layer, x, W, term)
+    if (taken := peers.take(layer, x)) is not None:
+        return taken
+    peers.forget()
+    maps = [one for one in (free_map(other, x) for other in peers.members) if one is not None]
+    if len(maps) < len(peers.members) or not matching(maps):
+        return alone(layer, x, W, term)
+    peers.keep(x, fused(x, maps))
+    return peers.take(layer, x)
+
+
+def free_map(layer: nn.Module, x: Tensor) -> Map | None:
+    """A layer's map, where nothing else wants to see or prepare its own call; else None."""
+    if not isinstance(layer, Structured) or layer._forward_pre_hooks:
+        return None
+    record, terms, W = layer._sum, layer.terms, layer.matrix()
+    usual = record.enabled and not record.mix and not record.gain and record.mm is plain_mm
+    if not usual or W is None or len(terms) != 1:
+        return None
+    pair = terms[0].pair()
+    if pair is None:
+        return None
+    bias: Any = layer.bias
+    one = map_of(W, bias, pair)
+    # An offloaded or sharded weight is elsewhere until its own layer is called.
+    here = W.device == x.device and W.untyped_storage().size() > 0
+    return one if here and ordinary(x, *one[:-1]) else None
+
+
+def matching(maps: list[Map]) -> bool:
+    """Have they one dtype each for bases and factors, and all A trained or none?"""
+    kinds = {(m.W.dtype, m.W.shape[1], m.A.dtype, m.B.dtype, m.A.requires_grad) for m in maps}
+    return len(kinds) == 1

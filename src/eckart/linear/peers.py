@@ -1,0 +1,53 @@
+"""Maps that a model gives one and the same input: q, k, v; gate, up."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from eckart.linear.structured import Structured
+
+
+class Peers:
+    """Maps of one input, and results that wait to be taken.
+
+    Results are for the very tensor that they were computed from, unchanged since.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]):
+        self.members = list(members)
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.members = state["members"]
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop results that nobody took."""
+        self.input: Any = None  # a weak reference, and the version of what it refers to
+        self.waiting: dict[int, Tensor] = {}  # id of a member -> its result
+
+    def keep(self, x: Tensor, results: Sequence[Tensor]) -> None:
+        """The results of all members for an input."""
+        self.input = weakref.ref(x), x._version
+        self.waiting = {id(m): y for m, y in zip(self.members, results, strict=True)}
+
+    def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The result for a layer, once, if it was computed for this very input."""
+        if self.input is None or self.input[0]() is not x or self.input[1] != x._version:
+            return None
+        return self.waiting.pop(id(layer), None)
+
+
+def introduce(modules: Sequence[nn.Module]) -> None:
+    """Let structured maps know that they are given the same input."""
+    peers = Peers(modules)
+    for module in modules:
+        if isinstance(module, Structured):
+            module._sum.peers = peers
