@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from eckart.recipe import Recipe as Recipe
     from eckart.recipe import attach as attach
     from eckart.recipe import attach_from as attach_from
+    from eckart.recipe.foreign import optimizer_for as optimizer_for
 
 PUBLIC = {
     "EckartError": "eckart.errors",
@@ -29,6 +30,7 @@ PUBLIC = {
     "attach_from": "eckart.recipe",
     "export": "eckart.io.export",
     "load": "eckart.io.export",
+    "optimizer_for": "eckart.recipe.foreign",
     "swap": "eckart.io.export",
     "trainer": "eckart.jobs.training",
 }

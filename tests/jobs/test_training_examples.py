@@ -26,12 +26,15 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name, steps", [("bare_loop", 12), ("sft", 15), ("dpo", 15)])
+STEPS = {"bare_loop": 12, "sft": 15, "dpo": 15, "peft_optimizer": 12}
+
+
+@pytest.mark.parametrize("name, steps", STEPS.items())
 def test_an_example_learns_and_plain_peft_loads_it(name, steps, tmp_path):
     out = tmp_path / "out"
     losses = example(name).main("", steps, str(out))
     assert losses[-1] < losses[0] - 0.1
-    folder = out if name == "bare_loop" else out / "final"
+    folder = out if name in ("bare_loop", "peft_optimizer") else out / "final"
     PeftModel.from_pretrained(build_model("llama-tiny", vocab=257), folder)
 
 

@@ -40,7 +40,7 @@ class Tilted(LoRA):
             for B, A in ((term.B, term.A), (term.B0, term.A0)):
                 B.div_(self.tilt)
                 A.mul_(self.tilt)
-        return {"lora": term}
+        return {"tilted": term}
 
 
 def pair_of(rank: int, update: Update | None = None) -> Recipe:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from eckart.linear import LowRank
 from eckart.recipe import registry
@@ -24,14 +27,28 @@ def default_lr(recipe: Recipe) -> float:
 def groups(handle: Handle, lr: float) -> list[dict[str, Any]]:
     """Parameter groups by rule, ratios and leading dimensions, in the model's own order."""
     update = handle.recipe.update or default_update()
-    rules = {True: update.rule(), False: update.plain()}
     special, leading = special_parameters(handle, update), leading_dimensions(handle)
-    pairs = factor_pairs(handle)
+    trained, ratios = handle.trainable(), handle.weights.ratios
+    return arranged(trained, update, special, leading, factor_pairs(handle), lr, ratios)
+
+
+def arranged(
+    trained: Mapping[str, Tensor],
+    update: Update,
+    special: Container[str],
+    leading: Mapping[str, int],
+    pairs: Iterable[tuple[str, str, float]],
+    lr: float,
+    ratios_of: Callable[[str, Tensor], Mapping[str, float]] = lambda name, tensor: {},
+) -> list[dict[str, Any]]:
+    """Groups of the trained parameters: those called special follow the update's rule, the
+    others its plain one; vectors do not decay."""
+    rules = {True: update.rule(), False: update.plain()}
     decay = getattr(update, "weight_decay", 0.0)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, parameter in handle.trainable().items():
+    for name, parameter in trained.items():
         ratios = {"lr": 1.0, "weight_decay": 1.0 if parameter.ndim > 1 else 0.0, "clip": 1.0}
-        ratios.update(handle.weights.ratios(name, parameter))
+        ratios.update(ratios_of(name, parameter))
         if name not in special:
             ratios["lr"] *= update.plain_lr()
         key = (name in special, leading.get(name, 0), *ratios.values())
@@ -73,8 +90,13 @@ def special_parameters(handle: Handle, update: Update) -> set[str]:
         return set(handle.trainable())
     if update.wants == "pairs":
         return {name for pair in factor_pairs(handle) for name in pair[:2]}
+    return matrices_of(handle.model, update)
+
+
+def matrices_of(model: nn.Module, update: Update) -> set[str]:
+    """Names of the trained matrices that the update's targets mean."""
     words = [t for t in update.targets if t != EVERYTHING]
-    everything = sites_of(handle.model, handle.seed)
+    everything = sites_of(model)
     chosen = select(everything, words, axis="update") if words else everything
     return {f"{s.module_path}.{s.param}" for s in chosen if s.raw.requires_grad}
 
