@@ -39,7 +39,7 @@ def first_run(place):
 def test_a_first_run_says_what_it_does_and_gains(first_run, place):
     assert first_run.code == 0, first_run.err
     said = [line.split()[0] for line in first_run.err.splitlines() if line[:1].strip()]
-    assert said == ["model", "data", "method", "memory", "lr", "steps"]
+    assert said == ["model", "data", "method", "memory", "lr", "steps", "memory"]
     assert "20/20  loss" in first_run.err
     done, following = first_run.out.splitlines()
     assert done.startswith("done") and "plain PEFT loads it" in done

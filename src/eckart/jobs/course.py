@@ -15,10 +15,10 @@ from typing import Any
 from eckart.io.opening import Opened
 from eckart.io.run import Run
 from eckart.io.text import Data
-from eckart.jobs import continual, held_out, launch, outcome, prepare, settle
+from eckart.jobs import continual, held_out, launch, observe, outcome, prepare, settle
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
-from eckart.jobs.memory import described, in_words, room
+from eckart.jobs.memory import by_category, described, in_words, room
 from eckart.jobs.page import write_page
 from eckart.jobs.screen import Screen, amount, rate
 from eckart.jobs.stages import Course, as_handle, carry_out, memory_of, metrics_of, scores
@@ -53,6 +53,8 @@ def course(
     screen.line("data", "\n".join([summary, *rows_lines(data)]), name)
 
     before = held_out.measure(opened.model, data, 8) if not job.flags.resume else {}
+    begun = None if job.flags.dry_run else observe.beginnings(data)
+    wrote = observe.gone_on(opened.model, tokenizer, begun, screen) if before else []
     job = settle.horizon(job, len(data.train), job.recipe())
     prepare.require_unfinished(job)
     handle = prepare.carry(job, opened, data)
@@ -71,15 +73,22 @@ def course(
     with launch.shared(lambda: outcome.open_run(job, data, parameters, estimate)) as run:
         before = before or (run.facts.get("eval") or {}).get("before") or {}
         run.record(eval={"before": before, "after": None})
+        wrote = wrote or run.facts.get("wrote_before") or []
+        run.record(wrote_before=wrote)
         fitted = fit(job, run, handle, data, screen, prepare.resume_from(job))
         after = held_out.measure(handle.model, data, int(job.train.batch_size))
         if data.chat_template:
             tokenizer.chat_template = data.chat_template
         form = write(run, handle, tokenizer)
         found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
+        memory = found["memory"] = {"estimated": parts, "measured": fitted.memory}
         run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+        after_it = observe.gone_on(handle.model, tokenizer, begun, screen)
         if launch.is_first():
-            write_page(run, job, handle, {"estimated": parts, "measured": fitted.memory})
+            said = observe.samples(begun, tokenizer, wrote, after_it)
+            write_page(run, job, handle, memory, samples=said)
+    if fitted.memory:
+        screen.line("memory", by_category(memory), "measured")
     outcome.report(screen, found, form, fitted)
     return found
 

@@ -33,6 +33,7 @@ from eckart.jobs import held_out
 from eckart.jobs.checkpoints import TRAINER, everyone, load_model_state
 from eckart.jobs.config import Job
 from eckart.jobs.memory import Kept, held_state_bytes, model_bytes, model_device
+from eckart.jobs.observe import Observer
 from eckart.jobs.screen import Progress, Screen
 from eckart.jobs.settle import gradient_bytes, warmup_steps
 from eckart.jobs.training import Training
@@ -138,8 +139,8 @@ def arguments(job: Job, run: Run, handle: Handle, data: Data) -> TrainingArgumen
         seed=train.seed,
         activation_checkpointing=bool(train.checkpointing),
         torch_compile=train.compile,
-        # A base that is trained stays in fp32, so that small updates are not rounded away.
-        bf16=half and handle.weights.base == "trained",
+        # What is trained of the model stays in fp32: small updates would be rounded away.
+        bf16=half and handle.weights.trains_the_model,
         use_cpu=device.type == "cpu",
         report_to=list(job.track) or "none",
         disable_tqdm=True,
@@ -174,7 +175,10 @@ class RunTraining(Training):
         self.kept_bytes = 0
         self.remove_callback(PrinterCallback)
         self.add_callback(self.interrupt)
+        self.observer: Observer | None = None
         if self.args.should_save:
+            self.observer = Observer(run, handle, lambda: self.inner_optimizer)
+            self.add_callback(self.observer)
             self.add_callback(Metrics(run))
             if not screen.quiet:
                 self.add_callback(Progress())
@@ -207,6 +211,11 @@ class RunTraining(Training):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.kept_bytes = kept.bytes
         return loss
+
+    def step_facts(self) -> dict[str, float]:
+        """As Training's, and how far the step went."""
+        norm = self.observer.update_norm if self.observer else None
+        return super().step_facts() | ({} if norm is None else {"update_norm": norm})
 
     def tokens(self, steps: int) -> float:
         """Tokens seen in so many steps, padding left out."""

@@ -187,6 +187,17 @@ def described(parts: Mapping[str, int], total: int) -> str:
     return f"{in_words(whole)} of {in_words(total)}: {listed}"
 
 
+def by_category(memory: Mapping[str, Mapping[str, int]]) -> str:
+    """`weights 78.5 of 78.5, ... MB estimated`; a GPU's allocator tells no categories apart."""
+    estimated, measured = memory["estimated"], memory["measured"]
+    scale, name = unit(max(sum(estimated.values()), sum(measured.values())))
+    known = [key for key in estimated if key in measured] or ["all"]
+    if known == ["all"]:
+        estimated, measured = ({"all": sum(m.values())} for m in (estimated, measured))
+    parts = [f"{k} {measured[k] / scale:.3g} of {estimated[k] / scale:.3g}" for k in known]
+    return f"{', '.join(parts)} {name} estimated"
+
+
 def in_bytes(text: str) -> int:
     """24GB, 500 MB or 1e9 as a number of bytes. UsageError for anything else."""
     match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())

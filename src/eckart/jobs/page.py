@@ -23,19 +23,28 @@ def write_page(
     handle: Handle,
     memory: Mapping[str, Mapping[str, int]],
     metrics: Sequence[Mapping[str, Any]] | None = None,
+    samples: Sequence[tuple[str, str, str]] = (),
 ) -> None:
     """Write report.html from run.json as it is by now, and `metrics`, the run's own if None."""
     from eckart.report import page  # brings matplotlib, at the end of a run alone
 
-    facts = run.facts
+    facts, rows = run.facts, run.metrics() if metrics is None else metrics
+    overlaps: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, share in (row.get("overlaps") or {}).items():
+            overlaps.setdefault(name, []).append((row["step"], share))
+    last = spectra(handle) if handle.attached else {}
+    over_time = {row["step"]: row["spectra"] for row in rows if row.get("spectra")}
     kept = {k: facts[k] for k in (*ABOUT, "recipe", "eval", "warnings") if facts.get(k)}
     text = page(
         {"name": run.folder.name, **kept},
-        run.metrics() if metrics is None else metrics,
+        rows,
         command=f"eckart {job.command} -c {run.folder / 'resolved.yaml'}",
-        spectra={int(facts.get("steps") or 0): spectra(handle)} if handle.attached else {},
+        spectra=over_time | ({rows[-1]["step"]: last} if rows and last else {}),
+        overlaps=overlaps,
         coverage=handle.coverage.by_role,
         memory=memory,
+        samples=samples,
         resolved=[
             (key, str(value)[:LISTED], reason(job, key)) for key, value in job.everything().items()
         ],

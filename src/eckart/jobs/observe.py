@@ -1,0 +1,150 @@
+"""What a run's page shows beside its metrics: how the update grew, turned and what it says.
+
+    update_norm   |theta_after - theta_before| of a step that is logged, all that is trained
+    spectra       singular values of what was learned, six times in a run
+    overlaps      at a refresh of a basis: |P_old^T P_new|^2 / r, the share of it that stays
+    samples       the same held-out beginnings gone on with, before and after
+
+All but the samples are lines of metrics.jsonl, so a resumed run goes on with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from eckart.io.run import Run
+from eckart.io.text import Data
+from eckart.jobs.memory import size
+from eckart.jobs.page import spectra
+from eckart.jobs.screen import Screen
+from eckart.recipe import Handle
+
+COPIED = 256 * 10**6  # bytes of trained tensors up to which a step's update is measured
+TIMES, REFRESHES = 6, 100  # spectra and overlaps of a run at most
+WATCHED, VALUES = 8, 64  # matrices whose basis is watched; singular values that are kept
+PROMPTS, BEGUN, TOKENS = 2, 64, 32  # samples: how many, tokens given, tokens written
+
+
+class Observer(TrainerCallback):
+    """Watches the steps of a training and writes down what its page draws."""
+
+    def __init__(self, run: Run, handle: Handle, optimizer: Callable[[], Any]):
+        self.run, self.handle, self.optimizer = run, handle, optimizer
+        self.before: list[Tensor] = []
+        self.bases: dict[tuple[str, str], Tensor] = {}
+        self.next_overlap = 0
+        self.update_norm: float | None = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        step, trained = state.global_step + 1, self.trained()
+        logged = step == 1 or step % int(args.logging_steps) == 0
+        if logged and args.world_size == 1 and sum(size(p) for p in trained) <= COPIED:
+            self.before = [p.detach().clone() for p in trained]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.before:
+            pairs = zip(self.trained(), self.before, strict=True)
+            norms = [(p.detach() - b).float().norm() for p, b in pairs]
+            self.update_norm, self.before = float(torch.stack(norms).norm()), []
+        step = state.global_step + 1
+        if (found := self.turned()) and step >= self.next_overlap:
+            self.next_overlap = step + max(1, state.max_steps // REFRESHES)
+            self.run.log(step=step, overlaps=found)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        step, every = state.global_step, max(1, state.max_steps // TIMES)
+        due = self.handle.attached and (step % every == 0 or step == state.max_steps)
+        if due and (found := spectra(self.handle)):
+            kept = {path: rounded(values[:VALUES]) for path, values in found.items()}
+            self.run.log(step=step, spectra=kept)
+
+    def trained(self) -> list[Tensor]:
+        return list(self.handle.trainable().values())
+
+    def turned(self) -> dict[str, float]:
+        """Which of the watched bases have changed, and the share of each that stays."""
+        found = {}
+        for name, side, new in self.watched():
+            old = self.bases.get((name, side))
+            if old is not None and old.shape == new.shape and not torch.equal(old, new):
+                found[name] = overlap(old, new, side)
+            if old is None or name in found:
+                self.bases[name, side] = new.clone()
+        return found
+
+    def watched(self) -> list[tuple[str, str, Tensor]]:
+        """(parameter, side, directions) of the first projected matrices."""
+        named = {p: name for name, p, _ in self.optimizer().named()}
+        found = [
+            (named[p].removesuffix(".weight"), side, entry[side].detach())
+            for p, entry in self.optimizer().state.items()
+            for side in ("left", "right")
+            if p in named and isinstance(entry.get(side), Tensor) and entry[side].ndim == 2
+        ]
+        step = max(1, len(found) // WATCHED)
+        return found[::step][:WATCHED]
+
+
+def overlap(old: Tensor, new: Tensor, side: str) -> float:
+    """|P_old^T P_new|^2 / r, with P [m, r] on the left and [r, n] on the right."""
+    product = old.float().mT @ new.float() if side == "left" else old.float() @ new.float().mT
+    return float(product.square().sum() / product.shape[-1])
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Five digits: enough to draw."""
+    return [float(f"{v:.5g}") for v in values]
+
+
+# --- samples -------------------------------------------------------------------------------
+
+
+def beginnings(data: Data) -> Tensor | None:
+    """Beginnings of held-out rows, token ids [prompts, t]; None where nothing is gone on with."""
+    rows = next(iter(data.evaluation.values()), None)
+    if data.task != "causal" or rows is None or not len(rows):
+        return None
+    chosen = [rows[i]["input_ids"] for i in range(0, len(rows), max(1, len(rows) // PROMPTS))]
+    length = min(BEGUN, *(len(ids) // 2 for ids in chosen[:PROMPTS]), 10**9)
+    return torch.tensor([list(ids[:length]) for ids in chosen[:PROMPTS]]) if length else None
+
+
+@torch.no_grad()
+def gone_on(model: Any, tokenizer: Any, begun: Tensor | None, screen: Screen) -> list[str]:
+    """What the model adds to each beginning, the likeliest tokens; empty where it cannot."""
+    if begun is None or torch.distributed.is_initialized() or not hasattr(model, "generate"):
+        return []
+    training, begun = model.training, begun.to(model.device)
+    room = (getattr(model.config, "max_position_embeddings", None) or 10**9) - begun.shape[1]
+    try:
+        out = model.eval().generate(
+            input_ids=begun, attention_mask=torch.ones_like(begun), do_sample=False,
+            max_new_tokens=min(TOKENS, room), pad_token_id=tokenizer.pad_token_id or 0,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as fault:
+        screen.warn(f"no samples on the page: {str(fault).splitlines()[0]}")
+        return []  # a picture less is no reason to lose a run
+    finally:
+        model.train(training)
+    return [tokenizer.decode(ids[begun.shape[1] :], skip_special_tokens=True) for ids in out]
+
+
+def samples(
+    begun: Tensor | None, tokenizer: Any, before: Sequence[str], after: Sequence[str]
+) -> list[tuple[str, str, str]]:
+    """(prompt, before, after) as the page takes them."""
+    if begun is None:
+        return []
+    prompts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in begun]
+    return [(p, b, a) for p, b, a in zip(prompts, before, after, strict=False)]

@@ -1,0 +1,89 @@
+"""What a run writes down for its page: updates, turning bases, spectra over time, samples."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eckart.jobs.observe import Observer, overlap
+from tests.journeys.runs import eckart, model_folder, texts
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("observe")
+    model_folder(folder / "m")
+    texts(folder / "d.jsonl")
+    return folder
+
+
+def trained(place, out, *words):
+    ran = eckart("finetune", place / "m", place / "d.jsonl", *words, "train.steps=12",
+                 "data.seq_len=24", "-o", out)  # fmt: skip
+    assert ran.code == 0, ran.err
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return ran, rows, (out / "report.html").read_text()
+
+
+def test_a_projected_run_shows_how_its_bases_turn(place, tmp_path):
+    words = ("weights=dense", "update=galore", "update.rank=4", "update.every=5")
+    _, rows, page = trained(place, tmp_path / "r", *words)
+    turned = [row for row in rows if "overlaps" in row]
+    times = {}
+    for row in turned:
+        for name, share in row["overlaps"].items():
+            times.setdefault(name, []).append(row["step"])
+            assert 0 <= share <= 1 + 1e-5
+    assert len(times) == 8
+    for steps in times.values():  # refreshes of one matrix lie five steps apart
+        assert len(steps) >= 2 and all(b - a == 5 for a, b in zip(steps, steps[1:], strict=False))
+    assert "<title>Overlap of a subspace with the one before</title>" in page
+
+
+def test_an_adapter_shows_its_spectra_over_time_and_by_layer(place, tmp_path):
+    ran, rows, page = trained(place, tmp_path / "r", "method=lora")
+    seen = {row["step"]: row["spectra"] for row in rows if "spectra" in row}
+    assert sorted(seen) == [2, 4, 6, 8, 10, 12] and all(len(s) == 14 for s in seen.values())
+    for values in seen[12].values():
+        assert values == sorted(values, reverse=True) and len(values) == 16
+    for title in (
+        "Effective rank",
+        "Effective rank by layer and role",
+        "Gradient and update norms",
+    ):
+        assert f"<title>{title}</title>" in page
+    assert "--- before" in page and "--- after" in page
+    line = next(x for x in ran.err.splitlines() if x.startswith("memory   measured"))
+    facts = json.loads((tmp_path / "r" / "run.json").read_text())["memory"]
+    for name in ("weights", "factors", "gradients", "state"):
+        assert facts["estimated"][name] == facts["measured"][name] and f"{name} " in line
+
+
+def test_the_update_is_what_the_step_moved():
+    p = torch.nn.Parameter(torch.zeros(3, 4))
+    handle = SimpleNamespace(trainable=lambda: {"p": p}, attached=())
+    optimizer = SimpleNamespace(state={}, named=list)
+    observer = Observer(None, handle, lambda: optimizer)
+    args = SimpleNamespace(logging_steps=2, world_size=1)
+    for step, moved in ((0, 3.0), (1, 4.0), (2, 5.0)):  # steps 1 and 2 are logged, 3 is not
+        state = SimpleNamespace(global_step=step, max_steps=10)
+        observer.on_pre_optimizer_step(args, state, None)
+        with torch.no_grad():
+            p[0, 0] += moved
+        observer.on_optimizer_step(args, state, None)
+        assert observer.update_norm == pytest.approx(min(moved, 4.0))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_overlap_is_one_for_the_same_subspace_and_none_for_another(side):
+    Q = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+    turned = Q[:, :3] @ torch.linalg.qr(torch.randn(3, 3))[0]
+    half = torch.cat([Q[:, :1], Q[:, 3:5]], 1)
+
+    def share(a, b):
+        return overlap(*((a, b) if side == "left" else (a.mT, b.mT)), side)
+
+    assert share(Q[:, :3], turned) == pytest.approx(1, abs=1e-5)
+    assert share(Q[:, :3], Q[:, 3:6]) == pytest.approx(0, abs=1e-5)
+    assert share(Q[:, :3], half) == pytest.approx(1 / 3, abs=1e-5)
