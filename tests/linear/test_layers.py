@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from eckart.errors import UsageError
 from eckart.linear import LowRank, Site, find_sites, fold, install, uninstall
 from eckart.linear.lowrank import low_rank
 
@@ -23,11 +24,24 @@ def layers() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     g = torch.Generator().manual_seed(0)
     image = torch.randn(2, 3, 9, 7, generator=g, dtype=torch.float64)
     conv = {"kernel_size": (3, 2), "dtype": torch.float64}
+    line, video = (
+        torch.randn(2, 3, *size, generator=g, dtype=torch.float64) for size in ((17,), (6, 9, 7))
+    )
+    wide = {"stride": 2, "padding": (1, 2, 0), "dilation": (1, 2, 1)}
     return {
         "linear": (nn.Linear(7, 5).double(), torch.randn(2, 4, 7, generator=g).double()),
         "embedding": (nn.Embedding(11, 6).double(), torch.randint(0, 11, (2, 5), generator=g)),
         "conv": (nn.Conv2d(3, 4, stride=2, padding=1, dilation=2, **conv), image),
         "conv circular": (nn.Conv2d(3, 4, padding=1, padding_mode="circular", **conv), image),
+        "conv of one image": (nn.Conv2d(3, 4, padding=1, **conv), image[0]),
+        "conv 1d": (nn.Conv1d(3, 4, 3, 2, 1, 2).double(), line),
+        "conv 1d reflect": (nn.Conv1d(3, 4, 5, padding=2, padding_mode="reflect").double(), line),
+        "conv 1d same": (nn.Conv1d(3, 4, 3, padding="same", dilation=2).double(), line),
+        "conv 3d": (nn.Conv3d(3, 4, (2, 3, 2), **wide).double(), video),
+        "conv 3d circular": (
+            nn.Conv3d(3, 4, 3, padding=1, padding_mode="circular").double(),
+            video,
+        ),
         "conv same": (nn.Conv2d(3, 4, padding="same", bias=False, **conv), image),
     }
 
@@ -143,3 +157,11 @@ def test_tied_group_is_one_site_that_the_embedding_owns():
         "embed.weight",
         "head.weight",
     ]
+
+
+def test_a_convolution_in_groups_is_refused_by_name():
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
+    (site,) = find_sites(model)
+    with pytest.raises(UsageError, match="a convolution in groups cannot carry terms"):
+        install(site, {"lora": random_term(site)})
+    assert type(model[0]) is nn.Conv1d

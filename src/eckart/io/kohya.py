@@ -36,7 +36,7 @@ from eckart.recipe.targets import sites_of
 TENSORS = "lora.safetensors"
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 PREFIX = re.compile(r"^lora_(unet|te\d?|transformer)_")
-KINDS = ("linear", "conv1d", "conv2d")  # of layers that the names know
+KINDS = ("linear", "conv1d", "conv")  # of layers that the names know
 BASE = "ss_sd_model_name"  # kohya's own key for the model that was trained on
 
 
@@ -66,8 +66,8 @@ def save(
         if not A.shape[0]:  # a site whose rank has become 0
             continue
         site = handle.sites[path]
-        if site.kind == "conv2d":
-            A, B = A.unflatten(-1, site.raw.shape[1:]), B[..., None, None]
+        if site.kind == "conv":
+            A, B = A.unflatten(-1, site.raw.shape[1:]), B[(..., *[None] * (site.raw.ndim - 2))]
         stem = f"lora_{part_of(handle.model)}_{names[path]}"
         tensors |= {f"{stem}.{DOWN}": A, f"{stem}.{UP}": B}
         tensors[f"{stem}.{ALPHA}"] = torch.tensor(alpha, dtype=torch.float32)

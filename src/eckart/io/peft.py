@@ -97,9 +97,9 @@ def obstacle(handle: Handle, uniform: bool = False) -> str | None:
 def unreadable(site: Site, parts: Mapping[str, nn.Module]) -> str | None:
     """What PEFT cannot do at this kind of layer."""
     gained = any(isinstance(part, Gain) for part in parts.values())
-    if site.kind == "conv2d":
+    if site.kind == "conv":
         module: Any = site.module
-        if tuple(module.dilation) != (1, 1) or module.padding_mode != "zeros":
+        if set(module.dilation) != {1} or module.padding_mode != "zeros":
             return "PEFT ignores a convolution's dilation and padding mode"
     if gained and (site.kind == "experts" or site.ties):
         what = "fused experts" if site.kind == "experts" else "a tied embedding"

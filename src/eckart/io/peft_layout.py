@@ -27,13 +27,14 @@ def to_layout(site: Site, name: str, matrix: Tensor) -> tuple[str, Tensor]:
     """PEFT's suffix and tensor for a matrix; a name that no rule knows stays as it is."""
     if site.kind == "embedding" and name in EMBEDDING:
         return EMBEDDING[name], matrix
-    if site.kind == "conv2d":
+    if site.kind == "conv":
+        axes = [None] * (site.raw.ndim - 2)
         if name == "lora_A":  # [r, c kh kw] -> [r, c, kh, kw]
             matrix = matrix.unflatten(-1, site.raw.shape[1:])
         elif name == "lora_B":  # [m, r] -> [m, r, 1, 1]
-            matrix = matrix[..., None, None]
+            matrix = matrix[(..., *axes)]
         elif name == "lora_magnitude_vector":  # [m] -> [1, m, 1, 1]
-            matrix = matrix[None, :, None, None]
+            matrix = matrix[(None, slice(None), *axes)]
     if site.kind == "experts":
         if name == "lora_A":  # [e, r, n] -> [e r, n]
             matrix = matrix.flatten(0, 1)
@@ -47,9 +48,9 @@ def from_layout(site: Site, suffix: str, tensor: Tensor) -> tuple[str, Tensor]:
     name = suffix.removesuffix(".weight")
     if site.kind == "embedding":
         name = {theirs: ours for ours, theirs in EMBEDDING.items()}.get(name, name)
-    if site.kind == "conv2d" and name in ("lora_A", "lora_B"):
+    if site.kind == "conv" and name in ("lora_A", "lora_B"):
         return name, tensor.flatten(1)
-    if site.kind == "conv2d" and name == "lora_magnitude_vector":
+    if site.kind == "conv" and name == "lora_magnitude_vector":
         return name, tensor.flatten()
     if site.kind == "experts" and site.leading:
         experts = site.leading[0]

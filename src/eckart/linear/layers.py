@@ -149,31 +149,32 @@ class EmbeddingSum(Structured):
 
 
 class ConvSum(Structured):
-    """Conv2d of one group: terms see patches [b, t, c * kh * kw]."""
+    """Conv1d, Conv2d, Conv3d of one group: terms see patches [b, t, n], n = c * kh * kw.
+
+    t counts the places of the output, the last axis fastest.
+    """
 
     bias: nn.Parameter | None
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    padding: Any
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
     padding_mode: str
-    _reversed_padding_repeated_twice: list[int]
+    _reversed_padding_repeated_twice: list[int]  # of the last axis first
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [b, c, h, w] -> [b, m, h', w']."""
+        """x [b, c, h, w] -> [b, m, h', w'], or without b."""
         gain, W = self.gain_of(), self.matrix()
         mix = self._sum.mix.get("weight")
         if not self._sum.enabled or (W is not None and not mix and not self.terms):
             return super().forward(x)
         patches = self.patches(x)  # [b, t, n]
-        height = self.output_height(x.shape[-2])
         if mix:
             bias = self.bias if gained(mix) else None  # a gain scales no bias
-            p = super().forward(x).flatten(2).mT  # [b, t, m]
+            p = super().forward(x).flatten(-len(self.kernel_size)).mT  # [b, t, m]
             p = p if bias is None else p - bias
             whole = mixture(self, mix, patches, p, lambda term, x: term(x))
             whole = whole if bias is None else whole + bias
-            return whole.mT.unflatten(-1, (height, -1))
+            return self.in_place(whole, x)
         y = None if W is None or gain is None else patches @ W.mT  # [b, t, m]
         for term in self.terms:
             y = add(y, term(patches), x.dtype)
@@ -181,22 +182,43 @@ class ConvSum(Structured):
         if gain is not None and W is not None:
             y = y * gain.factor(W, self.terms).to(y.dtype)
         if W is not None and gain is None:
-            return super().forward(x) + y.mT.unflatten(-1, (height, -1))
+            return super().forward(x) + self.in_place(y, x)
         y = y if self.bias is None else y + self.bias
-        return y.mT.unflatten(-1, (height, -1))
+        return self.in_place(y, x)
 
     def patches(self, x: Tensor) -> Tensor:
-        """Unfold with the convolution's own padding, stride and dilation."""
-        padding = self.padding
-        if self.padding_mode != "zeros" or isinstance(padding, str):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0
-        return F.unfold(x, self.kernel_size, self.dilation, padding, self.stride).mT
+        """x [b, c, h, w] -> [b, t, n], with the convolution's padding, stride and dilation."""
+        kernel, dilation, stride = self.kernel_size, self.dilation, self.stride
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        single = x.ndim == len(kernel) + 1
+        x = F.pad(x.unsqueeze(0) if single else x, self._reversed_padding_repeated_twice, mode)
+        b = x.shape[0]
+        if len(kernel) == 1:  # an image of one row
+            x, kernel, dilation, stride = (
+                x.unsqueeze(-2),
+                (1, *kernel),
+                (1, *dilation),
+                (1, *stride),
+            )
+        if len(kernel) == 3:  # an image for each depth, whose channels are (c, kd)
+            span = dilation[0] * (kernel[0] - 1) + 1
+            x = x.unfold(2, span, stride[0])[..., :: dilation[0]]  # [b, c, d', h, w, kd]
+            x = x.permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)  # [b d', c kd, h, w]
+        found = F.unfold(x, kernel[-2:], dilation[-2:], 0, stride[-2:]).mT  # [b d', t, n]
+        found = found.reshape(b, -1, found.shape[-1])
+        return found.squeeze(0) if single else found
 
-    def output_height(self, height: int) -> int:
-        """Rows of the output for an input of this height."""
-        padded = height + sum(self._reversed_padding_repeated_twice[-2:])
-        return (padded - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[0] + 1
+    def in_place(self, y: Tensor, x: Tensor) -> Tensor:
+        """Results y [b, t, m] for an input x [b, c, h, w] as an image: [b, m, h', w']."""
+        pads = self._reversed_padding_repeated_twice
+        axes = range(len(self.kernel_size))
+        shape = x.shape[-len(axes) :]
+        sizes = []
+        for i in axes:
+            padded = shape[i] + sum(pads[2 * (axes[-1] - i) : 2 * (axes[-1] - i) + 2])
+            span = self.dilation[i] * (self.kernel_size[i] - 1) + 1
+            sizes.append((padded - span) // self.stride[i] + 1)
+        return y.mT.unflatten(-1, sizes)
 
 
 class ExpertSum(Structured):
@@ -250,5 +272,5 @@ class ExpertSum(Structured):
 
 
 mixins.update(
-    linear=LinearSum, conv1d=LinearSum, embedding=EmbeddingSum, conv2d=ConvSum, experts=ExpertSum
+    linear=LinearSum, conv1d=LinearSum, embedding=EmbeddingSum, conv=ConvSum, experts=ExpertSum
 )

@@ -6,7 +6,7 @@ qualified names, so that nothing is imported for their sake.
     Linear      weight [m, n]                     as it is
     Conv1D      weight [n, m] (GPT-2)             transposed
     Embedding   weight [n, m], n = vocabulary     transposed: a map from one-hot tokens
-    Conv2d      weight [m, c, kh, kw]             n = c * kh * kw, by unfolding
+    Conv1d..3d  weight [m, c, kh, kw]             n = c * kh * kw, by unfolding
     experts     a 3-D parameter [e, m, n]         one matrix per expert
 
 A Linear may be quantised: its weight is then a tensor of torchao's or a packed parameter of
@@ -144,13 +144,13 @@ def dequantised(tensor: Tensor, module: nn.Module) -> Tensor:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """linear, conv1d, embedding, conv2d, experts; None for all others."""
+    """linear, conv1d (GPT-2's), embedding, conv, experts; None for all others."""
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if isinstance(module, nn.Conv2d):
-        return "conv2d"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv"
     if any(qualified_name(c) == CONV1D for c in type(module).__mro__):
         return "conv1d"
     if expert_parameters(module):
@@ -173,14 +173,14 @@ def transposed(module: nn.Module, kind: str) -> bool:
 
 def as_matrix(tensor: Tensor, module: nn.Module, kind: str) -> Tensor:
     """A stored tensor as [*, m, n]."""
-    if kind == "conv2d":
+    if kind == "conv":
         return tensor.flatten(1)
     return tensor.mT if transposed(module, kind) else tensor
 
 
 def as_stored(matrix: Tensor, module: nn.Module, kind: str, shape: torch.Size) -> Tensor:
     """A matrix [*, m, n] in the module's own layout."""
-    if kind == "conv2d":
+    if kind == "conv":
         return matrix.reshape(shape)
     return matrix.mT if transposed(module, kind) else matrix
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eckart.errors import UsageError
 from eckart.linear.mixing import Branch, Mix
 from eckart.linear.sites import Site, as_matrix, as_stored, dequantised, quantised
 from eckart.linear.term import Gain, Product, Term, plain_mm
@@ -152,6 +153,12 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
     unregistered reference to the terms. With `drop` the dense parameter is removed.
     """
     module = site.module
+    if site.kind == "conv" and getattr(module, "groups", 1) != 1:
+        raise UsageError(
+            "a convolution in groups cannot carry terms",
+            [(site.path, f"groups = {module.groups}: its outputs see different inputs")],
+            "Leave it out of weights.targets.",
+        )
     mixin = mixins[site.kind]
     if not isinstance(module, Structured):
         module.__class__ = structured_class(mixin, type(module))

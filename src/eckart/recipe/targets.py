@@ -52,7 +52,7 @@ def role_of(site: Site) -> str:
     """The role of a site, from its kind and its path."""
     if site.kind == "experts":
         return "experts.down" if site.param == "down_proj" else "experts.up"
-    if site.kind == "conv2d":
+    if site.kind == "conv":
         return "conv"
     if site.kind == "embedding":
         return "embedding" if TOKENS.search(site.path) or site.ties else "embedding.other"

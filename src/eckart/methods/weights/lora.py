@@ -108,7 +108,7 @@ def principal_inputs(sites: list[Site], most: list[int]) -> dict[str, Inputs]:
     seen, last = torch.empty(0), Inputs(torch.empty(0), torch.empty(0))
     for site, count in zip(sites, most, strict=True):
         X = site.activations  # [t, n]
-        if X is None or site.kind in ("embedding", "conv2d") or X.shape[-1] != site.shape[1]:
+        if X is None or site.kind in ("embedding", "conv") or X.shape[-1] != site.shape[1]:
             continue
         if not torch.equal(X, seen):  # q, k, v and gate, up are neighbours with the same inputs
             seen, centred = X, X - X.mean(0)
