@@ -7,7 +7,7 @@ model.safetensors   the tensors, under their raw names in the model
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from eckart.io.tensors import read_tensors, write_tensors
 from eckart.recipe import Handle, attach_from
 from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.fingerprint import fingerprint, origin
+from eckart.recipe.vocabulary import brought, resized
 
 FORMAT = 1
 DESCRIPTION, TENSORS = "eckart.json", "model.safetensors"
@@ -77,16 +78,20 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     folder = Path(folder)
     require_free(model, name)
     content = read_description(folder)
-    check_base(model, content, folder)
-    tensors = read_tensors(folder / TENSORS)
-    before = dict(model.named_parameters())
     with readable(folder / DESCRIPTION):
-        handle = attach_from(model, structure_of(content), name=name)
-    try:
-        handle.load_named_state(tensors)
-    except BaseException:
-        handle.undo(before)
-        raise
+        rows = content["structure"].get("vocabulary")
+        whole = brought(model, content["structure"])
+    check_base(model, content, folder, whole)
+    tensors = read_tensors(folder / TENSORS)
+    with resized(model, rows):
+        before = dict(model.named_parameters())
+        with readable(folder / DESCRIPTION):
+            handle = attach_from(model, structure_of(content), name=name)
+        try:
+            handle.load_named_state(tensors)
+        except BaseException:
+            handle.undo(before)
+            raise
     return handle
 
 
@@ -129,9 +134,14 @@ def structure_of(content: dict[str, Any]) -> dict[str, Any]:
     return {**content["structure"], **{key: content[key] for key in keys}}
 
 
-def check_base(model: nn.Module, content: dict[str, Any], folder: Path) -> None:
-    """Raise FileError unless the model is the base that the adapter was made for."""
-    found = fingerprint(model)
+def check_base(
+    model: nn.Module, content: dict[str, Any], folder: Path, whole: Sequence[str] = ()
+) -> None:
+    """Raise FileError unless the model is the base that the adapter was made for.
+
+    `whole` are modules that the adapter brings.
+    """
+    found = fingerprint(model, whole)
     if found != content["fingerprint"]:
         name = content.get("base") or "a base without a name"
         raise FileError(

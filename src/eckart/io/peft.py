@@ -37,6 +37,7 @@ from eckart.linear import Gain, Site, Term
 from eckart.linear.mixing import padded
 from eckart.recipe import Handle
 from eckart.recipe.fingerprint import origin
+from eckart.recipe.vocabulary import held_whole, tied_ends
 
 __all__ = ["load", "method_of", "obstacle", "read", "save", "translate"]
 
@@ -112,7 +113,7 @@ def expected_trained(handle: Handle) -> list[str]:
     names = [
         f"{stem}.{key}" for stem, part in handle.carried().items() for key in part.state_dict()
     ]
-    for name in handle.also_train:
+    for name in held_whole(handle.model, handle.also_train):
         names += [f"{name}.{key}" for key in handle.model.get_submodule(name).state_dict()]
     return names
 
@@ -162,7 +163,7 @@ def translate(handle: Handle, uniform: bool = False) -> tuple[dict[str, Any], di
             tensors[f"{stem(site, entries)}.{suffix}"] = tensor
         tensors |= tied_tensors(site, matrices)
     state = handle.named_state()
-    for module in handle.also_train:
+    for module in held_whole(handle.model, handle.also_train):
         tensors |= {PREFIX + n: t for n, t in state.items() if n.startswith(f"{module}.")}
     if peft_type != GENERAL:
         shared = handle.weights.to_peft_shared(handle.shared)
@@ -210,10 +211,12 @@ def describe(handle: Handle, entries: Mapping[str, Entry]) -> dict[str, Any]:
         config["target_parameters"] = short_names(experts, raw)
     if any(site.kind == "conv1d" for site in sites):
         config["fan_in_fan_out"] = True
-    if by_peft:
+    whole = held_whole(handle.model, handle.also_train)
+    if by_peft or (handle.vocabulary is not None and tied_ends(handle.model)):
         config["ensure_weight_tying"] = True
-    if handle.also_train:
-        config["modules_to_save"] = short_names(handle.also_train, all_modules)
+        whole = whole[:1] if handle.vocabulary is not None else whole
+    if whole:
+        config["modules_to_save"] = short_names(whole, all_modules)
     return {
         "base_model_name_or_path": origin(handle.model),
         "revision": None,

@@ -36,6 +36,14 @@ from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.handle import ROOT
 from eckart.recipe.targets import sites_of
+from eckart.recipe.vocabulary import (
+    ends,
+    held_whole,
+    resized,
+    rows_of,
+    tied_ends,
+    vocabulary_of,
+)
 
 RENAMED = {"BONE": ("MISS", {"bone_block": "miss_block"})}  # type and tensors, since PEFT 0.17
 # Options that change the forward and have no counterpart here; harmless where they are empty.
@@ -64,8 +72,45 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     config, tensors = read(folder)
     method = method_of(config, folder)
     shared, tensors = take_shared(method, tensors, folder)
-    assigned, whole = assign(model, config, tensors, folder)
-    return attach(model, method, config, assigned, shared, whole, folder, name)
+    config, tensors, rows = take_vocabulary(model, config, tensors, folder)
+    with resized(model, rows):
+        assigned, whole = assign(model, config, tensors, folder)
+        return attach(model, method, config, assigned, shared, whole, folder, name)
+
+
+def take_vocabulary(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor], int | None]:
+    """Config, tensors and rows of an embedding that was resized or trained whole; None elsewhere.
+
+    PEFT writes such an embedding under `modules_to_save`, beside its own wrappings, or without
+    a word in the config, and a tied head once more.
+    """
+    tensors = {k: t for k, t in tensors.items() if ".original_module." not in k}
+    for path in ends(model):
+        wrapped = [k for k in tensors if k.startswith(f"{path}.modules_to_save.")]
+        for key in wrapped:
+            tensors[f"{path}.weight"] = tensors.pop(key)
+    held = [path for path in ends(model) if f"{path}.weight" in tensors]
+    before = rows_of(model)
+    rows = len(tensors[f"{held[0]}.weight"]) if held else before
+    named = any(meant(config.get("modules_to_save"), path) for path in held)
+    if rows == before and not named:
+        return config, tensors, None
+    if tied_ends(model) and len(held) == 2:
+        embedding, head = (tensors[f"{path}.weight"] for path in held)
+        if not torch.equal(embedding, head):
+            raise FileError(
+                "this adapter does not act alike on both ends of a tied pair",
+                [(str(folder), held[0]), ("tied with", held[1])],
+                "Train it with ensure_weight_tying=True, or untie the model.",
+            )
+        del tensors[f"{held.pop()}.weight"]
+    saved = [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
+    if tied_ends(model):
+        saved = [path for path in saved if path != ends(model)[1]]
+    config = {**config, "modules_to_save": list(dict.fromkeys((*saved, *held)))}
+    return config, tensors, rows if held[:1] == list(ends(model)[:1]) else None
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -319,7 +364,8 @@ def attach(
     if faults:
         raise FileError("the adapter does not fit the model", [(str(folder), ""), *faults[:8]])
     parts[ROOT] = method.shared_from_peft({name: standing(t) for name, t in shared.items()})
-    base = fingerprint(model)
+    new = vocabulary_of(model, saved) is not None
+    base = fingerprint(model, held_whole(model, saved) if new else ())
     handle = Handle(model, Recipe(weights=method), sites, also_train=tuple(saved), name=name)
     handle.fingerprint = base
     handle.install(parts)

@@ -32,6 +32,7 @@ from eckart.jobs.memory import (
 )
 from eckart.recipe import Handle, Recipe, attach, attach_from
 from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.vocabulary import brought
 
 CALIBRATION = (8, 4)  # batches and rows in each, for methods that look at gradients first
 
@@ -206,7 +207,7 @@ def require_unfinished(job: Job) -> None:
 def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:
     """The terms of a checkpoint with its values; no calibration is repeated."""
     structure = read_state(checkpoint)["structure"]
-    found = fingerprint(model)
+    found = fingerprint(model, brought(model, structure))
     if structure["fingerprint"] != found:
         raise FileError(
             "this run was started on another base",

@@ -85,7 +85,8 @@ def precision(job: Job, device: torch.device) -> Job:
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     name, reason = ("bfloat16", "this GPU computes in it") if fast else ("float32", "no GPU here")
     for slug, entry in registry.methods().items():
-        if entry.axis == "precision" and entry.declares.get("dtype") == name:
+        plain = entry.axis == "precision" and not entry.declares.get("converts")
+        if plain and entry.declares.get("dtype") == name:
             return job.choose("precision", Choice(slug, registry.load(slug)()), reason)
     return job
 

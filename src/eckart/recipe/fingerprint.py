@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -25,8 +26,10 @@ def origin(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
     """A name for a base: which architecture, which tensors, which values.
+
+    `without` names modules that an adapter brings whole (see vocabulary.py).
 
     SHA-256 over what of the config changes the function, then each distinct parameter and
     saved buffer (names sorted; of a tied pair the first) with its shape and 64 evenly spaced
@@ -42,7 +45,9 @@ def fingerprint(model: nn.Module) -> str:
     saved = model.state_dict(keep_vars=True)
     tensors |= {name: t for name, t in model.named_buffers() if name in saved}
     terms = tuple(
-        f"{path}." for path, m in model.named_modules() if isinstance(m, Term | Gain | Shared)
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, Term | Gain | Shared) or path in without
     )
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(terms)}
     for name in sorted(tensors):

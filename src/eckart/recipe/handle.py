@@ -25,6 +25,7 @@ from eckart.recipe.lock import lock, unlock
 from eckart.recipe.method import Objective, Update, Weights
 from eckart.recipe.recipe import Recipe
 from eckart.recipe.targets import EVERYTHING
+from eckart.recipe.vocabulary import ends, vocabulary_of
 
 ROOT = ""  # the path under which build() returns modules shared by all sites
 FORMAT = 1  # version of the structure that is written to disk
@@ -51,6 +52,7 @@ class Handle:
         self.model, self.recipe, self.sites, self.seed = model, recipe, sites, seed
         self.weights: Weights = recipe.weights
         self.also_train, self.teacher = also_train, teacher
+        self.vocabulary = vocabulary_of(model, also_train)  # rows of an embedding trained whole
         self.steps: int | None = None
         self.lr: float | None = None
         self.warmup: int | None = None
@@ -238,6 +240,8 @@ class Handle:
             names.update(f"{stem}.{key}" for key in part.state_dict())
         for path in self.originals:
             names.add(f"{self.sites[path].module_path}.{self.sites[path].param}")
+        if self.vocabulary is not None:
+            names.update(f"{path}.weight" for path in ends(self.model))
         state = self.model.state_dict(keep_vars=True)
         return {self.in_files(name): state[name] for name in sorted(names)}
 
@@ -274,6 +278,7 @@ class Handle:
             },
             "shared": {name: describe(module) for name, module in self.shared.items()},
             "changed": sorted(self.originals),
+            **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
         }
 
     # --- training --------------------------------------------------------------------------

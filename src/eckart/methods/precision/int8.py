@@ -33,10 +33,9 @@ class Int8(Precision):
 
     converts: ClassVar = True
 
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        """How the base is loaded."""
-        return self.compute
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dtype", self.compute)  # how the base is loaded
 
     def convert(self, sites: Sequence[Site]) -> None:
         chosen = [s for s in sites if s.kind == "linear" and s.role[:3] in ("att", "mlp")]

@@ -1,0 +1,103 @@
+"""New tokens: an embedding that was resized before attach, trained whole, and kept with the terms.
+
+The rows that are new exist nowhere else, so an adapter that trains the embedding holds it
+whole, with the head's matrix where that is one of its own, and its base is known by all other
+tensors. A model with the old rows is resized when such an adapter is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from eckart.errors import FileError
+
+
+def ends(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the input embedding and the output head; none for a model without words."""
+    found = []
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, ask)()
+        except (AttributeError, NotImplementedError):  # a plain module, or one that sees images
+            continue
+        found += [path for path, other in model.named_modules() if other is module]
+    return tuple(dict.fromkeys(found))
+
+
+def tied_ends(model: nn.Module) -> bool:
+    """Do embedding and head share one matrix?"""
+    weights = [getattr(model.get_submodule(path), "weight", None) for path in ends(model)]
+    return len(weights) == 2 and weights[0] is weights[1]
+
+
+def rows_of(model: nn.Module) -> int | None:
+    """Rows of the input embedding."""
+    return next((len(model.get_parameter(f"{path}.weight")) for path in ends(model)[:1]), None)
+
+
+def vocabulary_of(model: nn.Module, also_train: Sequence[str]) -> int | None:
+    """Rows of the embedding, where that is trained whole; None where it is not."""
+    words: Any = next((model.get_submodule(p) for p in ends(model)[:1] if p in also_train), None)
+    return words.num_embeddings if isinstance(words, nn.Embedding) else None
+
+
+def held_whole(model: nn.Module, also_train: Sequence[str]) -> tuple[str, ...]:
+    """Modules that an adapter holds whole: those it trains, and the head of new tokens."""
+    new = vocabulary_of(model, also_train) is not None
+    return tuple(dict.fromkeys((*also_train, *(ends(model) if new else ()))))
+
+
+def brought(model: nn.Module, structure: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules that count not as the base's, since the adapter of a structure holds them."""
+    new = structure.get("vocabulary") is not None
+    return held_whole(model, structure["also_train"]) if new else ()
+
+
+class End:
+    """An embedding or a head as it is now; resizing changes the module itself, or replaces it."""
+
+    def __init__(self, model: nn.Module, path: str):
+        self.path, self.module = path, model.get_submodule(path)
+        self.weight: nn.Parameter = self.module.get_parameter("weight")
+        self.data = self.weight.data
+        counts = ("num_embeddings", "out_features", "padding_idx")
+        self.counts = {
+            name: vars(self.module)[name] for name in counts if name in vars(self.module)
+        }
+
+    def put_back(self, model: nn.Module) -> None:
+        """Make it that again."""
+        model.set_submodule(self.path, self.module)
+        self.module.register_parameter("weight", self.weight)
+        self.weight.data = self.data
+        vars(self.module).update(self.counts)
+
+
+@contextmanager
+def resized(model: Any, rows: int | None) -> Iterator[None]:
+    """Give a model an embedding of so many rows; a failure inside makes it what it was."""
+    paths = ends(model) if rows is not None else ()
+    if rows is None or model.get_submodule(paths[0]).num_embeddings == rows:
+        yield
+        return
+    before = [End(model, path) for path in paths]
+    count = model.config.get_text_config().vocab_size
+    try:
+        # Rows that are new are read from the adapter: what they are drawn from is no matter.
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    except Exception as fault:
+        raise FileError(
+            "this model takes no other number of tokens", [(type(model).__name__, f"{rows:,}")]
+        ) from fault
+    try:
+        yield
+    except BaseException:
+        for end in before:
+            end.put_back(model)
+        model.config.get_text_config().vocab_size = count
+        model.tie_weights()
+        raise
