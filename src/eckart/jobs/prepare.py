@@ -44,10 +44,10 @@ def device() -> torch.device:
 
 
 def dtype_of(job: Job) -> torch.dtype:
-    """How the model is loaded: a base that is trained stays in fp32 (bf16 is autocast then)."""
+    """How the model is loaded: what is trained of it stays in fp32 (bf16 is autocast then)."""
     weights: Any = job.choices["weights"].method
     precision: Any = job.choices["precision"].method
-    trained = weights is not None and weights.base == "trained"
+    trained = weights is not None and weights.trains_the_model
     return torch.float32 if trained else getattr(torch, precision.dtype)
 
 

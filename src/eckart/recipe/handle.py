@@ -316,8 +316,21 @@ class Handle:
         params = [p for p in self.model.parameters() if p.requires_grad]
         terms = self.terms()
         with torch.enable_grad():
-            total = torch.stack([o.penalty(terms) for o in self.penalties]).sum()
+            found = [objective.penalty(terms) for objective in self.penalties]
+            total = torch.stack(found).sum()
+        for objective, penalty in zip(self.penalties, found, strict=True):
+            if not penalty.requires_grad and self.events.step == 0:
+                raise UsageError(
+                    f"{objective.slug} finds nothing to act on",
+                    [
+                        (f"objective = {objective.slug}", "wants trained terms of its own kind"),
+                        (f"weights = {self.weights.slug}", "trains none of that kind"),
+                    ],
+                    f"Leave {objective.slug} out, or type weights=lora.",
+                )
         self.penalty = total.detach()
+        if not total.requires_grad:  # all that it acts on rests, or was frozen on the way
+            return {}
         grads = torch.autograd.grad(total, params, allow_unused=True)
         return {p: g for p, g in zip(params, grads, strict=True) if g is not None}
 

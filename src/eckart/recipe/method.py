@@ -196,6 +196,11 @@ class Weights(Method):
     peft_shared: ClassVar[tuple[str, ...]] = ()  # tensors that PEFT keeps once, at the root
     default_lr: ClassVar[float] = 1e-3
 
+    @property
+    def trains_the_model(self) -> bool:
+        """Are tensors of the model itself trained? Those stay in fp32 in every precision."""
+        return "trained" in (self.base, self.rest)
+
     def build(self, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
         """The terms of all sites at once: {site.path: {name: term}}; {} leaves a site alone.
 

@@ -27,11 +27,20 @@ def divergence(logits: Tensor, reference: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(q, p, log_target=True, reduction="batchmean")
 
 
+def predicts_the_next(model: nn.Module) -> bool:
+    """Is position i of the logits about token i + 1? Not where the model shifts its own input."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    # transformers' name of the task; None is its word for causal models under an older name
+    task = getattr(model, "loss_type", None)
+    return task in (None, "ForCausalLM", "ForConditionalGeneration")
+
+
 def counted(logits: Tensor, labels: Tensor | None, shifts: bool) -> Tensor:
-    """The logits [t, v] of the positions that the task's loss counts."""
+    """The logits [t, v] of the positions, or of the examples, that the task's loss counts."""
     if labels is None or labels.shape != logits.shape[:-1]:
         return logits.reshape(-1, logits.shape[-1])
-    if shifts:  # position i predicts token i + 1
+    if shifts and labels.dim() > 1:  # position i predicts token i + 1
         logits, labels = logits[:, :-1], labels[:, 1:]
     return logits[labels != -100]
 
@@ -61,7 +70,7 @@ class Distill(Objective):
         reference: Any = None,
     ) -> Tensor:
         labels = inputs.get("labels")
-        shifts = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        shifts = predicts_the_next(model)
         mine = counted(outputs["logits"], labels, shifts)
         theirs = counted(reference["logits"], labels, shifts)
         return (1 - self.weight) * loss + self.weight * divergence(mine, theirs, self.temperature)
