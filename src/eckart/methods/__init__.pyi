@@ -37,3 +37,4 @@ from eckart.methods.weights.loram import LoRAM as LoRAM
 from eckart.methods.weights.lowrank import LowRank as LowRank
 from eckart.methods.weights.nola import NOLA as NOLA
 from eckart.methods.weights.randlora import RandLoRA as RandLoRA
+from eckart.methods.weights.relora import ReLoRA as ReLoRA

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,8 @@ class EventHook:
         self.step = 0  # completed optimizer steps
         self.steps: int | None = None
         self.handles: list[Any] = []
+        self.methods = methods
+        self.rates: list[Any] = []  # the groups' own, while a step is taken with others
 
     def bind(self, optimizer: Optimizer) -> None:
         """Tick with this optimizer's steps; binding another one lets go of the last."""
@@ -40,11 +43,24 @@ class EventHook:
         ]
 
     def before(self, optimizer: Optimizer, *_: Any) -> None:
-        """Run what is due before this step."""
+        """Run what is due before this step, and scale its learning rates."""
+        self.restore_rates(optimizer)  # of a step that failed
         self.run("before", optimizer)
+        factor = prod(method.rate(self.step) for method in self.methods)
+        if factor != 1:
+            self.rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
+
+    def restore_rates(self, optimizer: Optimizer) -> None:
+        """Give the groups their own learning rates back: a scheduler goes on from these."""
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=False):
+            group["lr"] = rate
+        self.rates = []
 
     def after(self, optimizer: Optimizer, *_: Any) -> None:
         """Count the step, then run what is due after it."""
+        self.restore_rates(optimizer)
         self.step += 1
         self.run("after", optimizer)
 
@@ -53,8 +69,13 @@ class EventHook:
         for event in self.events:
             if event.when == when and event.at(self.step):
                 done = event.run(self.now(event.name))
-                if event.moments == "reset" and done is not False:
-                    reset_moments(optimizer, self.terms())
+                if event.moments == "keep" or done is False:
+                    continue
+                for parameter in parameters_of(self.terms()):
+                    if event.moments == "reset":
+                        optimizer.state.pop(parameter, None)
+                    elif parameter in optimizer.state:
+                        event.moments(optimizer.state[parameter], parameter)
 
     def now(self, name: str) -> Now:
         """What an event of this name sees at the current step."""
@@ -79,9 +100,8 @@ class EventHook:
         self.step = int(state["step"])
 
 
-def reset_moments(optimizer: Optimizer, terms: Terms) -> None:
-    """Drop the optimizer's state of all terms' parameters, in any torch optimizer."""
+def parameters_of(terms: Terms) -> Iterator[Tensor]:
+    """The parameters of all terms."""
     for by_name in terms.values():
         for term in by_name.values():
-            for parameter in term.parameters():
-                optimizer.state.pop(parameter, None)
+            yield from term.parameters()

@@ -118,6 +118,9 @@ class Handle:
         if weights.base == "trained":
             for site in self.sites.values():
                 site.raw.requires_grad_(True)
+        if weights.base == "rewritten":
+            for site in self.sites.values():
+                site.raw.requires_grad_(False)
         for name in self.also_train:
             self.model.get_submodule(name).requires_grad_(True)
         for path, by_term in self.terms().items():
@@ -238,7 +241,7 @@ class Handle:
         names = set(self.trainable())
         for stem, part in self.carried().items():
             names.update(f"{stem}.{key}" for key in part.state_dict())
-        for path in self.originals:
+        for path in self.sites if self.weights.base == "rewritten" else self.originals:
             names.add(f"{self.sites[path].module_path}.{self.sites[path].param}")
         if self.vocabulary is not None:
             names.update(f"{path}.weight" for path in ends(self.model))
@@ -397,6 +400,8 @@ class Handle:
         """Take the terms away; the base is back bit for bit where restores_base is promised."""
         if self.weights.base == "dropped" and self.attached:
             raise UsageError("the base was dropped", [(self.weights.slug, "")], "Use merge().")
+        if self.weights.base == "rewritten" and self.attached:
+            raise UsageError("the base was rewritten", [(self.weights.slug, "")], "Use merge().")
         self.detach()
         with torch.no_grad():
             for path, original in self.originals.items():

@@ -63,14 +63,15 @@ class Event:
     """Something that happens at certain optimizer steps, changing tensors in place.
 
     `at` is asked with the number of completed steps. `moments` says what becomes of the
-    optimizer state of all terms' parameters, unless `run` answers False: nothing was done.
+    optimizer state of all terms' parameters, unless `run` answers False: nothing was done. A
+    function is given the state of each of them, to change in place, and the parameter.
     """
 
     name: str
     at: Callable[[int], bool]
     run: Callable[[Now], bool | None]
     when: Literal["before", "after"] = "after"
-    moments: Literal["keep", "reset"] = "keep"
+    moments: Literal["keep", "reset"] | Callable[[dict[str, Any], Tensor], None] = "keep"
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,10 @@ class Method:
         """What happens at certain steps; none by default."""
         return ()
 
+    def rate(self, step: int) -> float:
+        """A factor on all learning rates in the step after `step` completed ones."""
+        return 1.0
+
     def operate(self, work: Work) -> Work:
         """Carry out a stage of kind "operate", told by `work.stage.name`."""
         raise NotImplementedError(f"{self.slug} does not say how to {work.stage.name}")
@@ -189,7 +194,8 @@ class Weights(Method):
     """Other values of this method's fields at some maps: {match: "layers.0-3", rank: 8}."""
 
     axis: ClassVar[str] = "weights"
-    base: ClassVar[Literal["frozen", "trained", "dropped"]] = "frozen"
+    base: ClassVar[Literal["frozen", "trained", "dropped", "rewritten"]] = "frozen"
+    """rewritten: frozen for the optimizer, changed in place by events."""
     rest: ClassVar[Literal["frozen", "trained"]] = "frozen"  # what has no terms
     offers: ClassVar[tuple[str, ...]] = ("pairs",)  # to update rules: "pairs", "matrices"
     peft_type: ClassVar[str | None] = None
