@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from eckart.errors import OutOfRoom, UsageError
+from eckart.errors import MissingExtra, OutOfRoom, UsageError
 from eckart.jobs import bench, contest, lengths, runner
 from eckart.jobs.config import resolve
 from eckart.jobs.job import Flags
@@ -177,6 +177,14 @@ def test_a_local_ray_gives_the_same_bytes(place, whole, tmp_path):
 
     ray.shutdown()
     assert files(tmp_path / "out") == files(whole[0])
+
+
+def test_without_ray_the_extra_is_named_and_the_code_is_six(place, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtra) as e:
+        bench.run(job(place, "dense+galore:rank=2", tmp_path / "out", ray=True))
+    assert e.value.exit_code == 6
+    assert e.value.text().startswith("--ray needs ray\n") and "eckart[sweeps]" in e.value.text()
 
 
 # --- who takes part ------------------------------------------------------------------------
