@@ -1,15 +1,16 @@
 """Every adapter that PEFT has too, against PEFT's; and what each of ours adds to a frozen base.
 
-    python benchmarks/adapters_vs_peft.py [NAME ...] [--write]
+    python benchmarks/adapters_vs_peft.py [bfloat16 | float32] [NAME ...] [--write]
 
 The model of lora_vs_peft.py, the same numbers on both sides: PEFT writes the adapter, we read
 its files. Aims: on a bf16 base with fp32 factors at least 1.1 times PEFT's speed at most 0.7
 of its bytes; in fp32 never slower, never more bytes. VeRA is PEFT's alone. The base's own
-step is forward and backward down to the embedding's output, nothing trained.
+step is forward and backward down to the embedding's output, nothing trained. Figures are put
+beside those of earlier runs with other names.
 """
 
 import copy
-import math
+import json
 import sys
 import tempfile
 import warnings
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from lora_vs_peft import ALPHA, MAPS, RANK, ROWS, TOKENS, base, kept_bytes
-from pairs import judge, ratios, take_turns, versions, write
+from pairs import RESULTS, judge, ratios, take_turns, versions, write
 from peft import LoraConfig, MissConfig, RandLoraConfig, get_peft_model
 from torch import nn
 
@@ -60,6 +61,10 @@ OURS: dict[str, Any] = {
     "block-lora row": eckart.BlockLoRA(rank=RANK, blocks=2, form="row"),
     "block-lora grid": eckart.BlockLoRA(rank=RANK, blocks=2, form="grid"),
 }
+
+
+AIMS = {"bfloat16": (1.1, 0.7), "float32": (1.0, 1.0)}
+TURNS = {torch.bfloat16: 3, torch.float32: 9}  # bf16 is emulated on most processors: slow
 
 
 def tokens() -> torch.Tensor:
@@ -110,7 +115,7 @@ def against_peft(name: str, dtype: torch.dtype) -> dict[str, Any]:
     ids = tokens()
     with torch.no_grad():
         found, expected = ours(input_ids=ids).logits, theirs(input_ids=ids).logits
-    seconds = take_turns({"eckart": step(ours, ids), "peft": step(theirs, ids)})
+    seconds = take_turns({"eckart": step(ours, ids), "peft": step(theirs, ids)}, TURNS[dtype])
     return {
         "peft_over_eckart_seconds": ratios(seconds["peft"], seconds["eckart"]),
         "eckart_over_peft_bytes": round(kept_bytes(ours, ids) / kept_bytes(theirs, ids), 4),
@@ -127,7 +132,7 @@ def over_base(methods: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     embedding.register_forward_hook(lambda module, args, y: y.requires_grad_())
     models = {name: with_method(base(dtype), method) for name, method in methods.items()}
     runs = {"base": step(plain, ids), **{name: step(m, ids) for name, m in models.items()}}
-    seconds, own = take_turns(runs), kept_bytes(plain, ids)
+    seconds, own = take_turns(runs, TURNS[dtype]), kept_bytes(plain, ids)
     return {
         name: {
             "step_over_base": ratios(seconds[name], seconds["base"]),
@@ -139,30 +144,36 @@ def over_base(methods: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    results: dict[str, Any] = {}
-    for dtype, speed, size in (("bfloat16", 1.1, 0.7), ("float32", 1.0, 1.0)):
+    words = {word for word in sys.argv[1:] if not word.startswith("-")}
+    names = words - AIMS.keys()
+    for dtype, (speed, size) in AIMS.items():
+        if words & AIMS.keys() and dtype not in words:
+            continue
         print(f"{dtype}: against PEFT")
-        results[dtype] = {}
-        for name in PEFTS:
-            if words and name not in words:
-                continue
-            found = results[dtype][name] = against_peft(name, getattr(torch, dtype))
+        for name in (name for name in PEFTS if name in names or not names):
+            found = against_peft(name, getattr(torch, dtype))
             judge(f"{name}, speed", found["peft_over_eckart_seconds"]["median"], speed)
             judge(f"{name}, bytes", found["eckart_over_peft_bytes"], size, at_least=False)
-            if not math.isfinite(found["difference_of_logits"]):
-                print(f"FALLS SHORT  {name}: logits are not finite")
+            keep(f"{dtype} against PEFT", {name: found})
         print(f"{dtype}: over the frozen base")
-        chosen = {name: m for name, m in OURS.items() if not words or name in words}
-        results[f"{dtype} over base"] = table = over_base(chosen, getattr(torch, dtype))
+        chosen = {name: m for name, m in OURS.items() if name in names or not names}
+        table = over_base(chosen, getattr(torch, dtype))
         for name, row in table.items():
-            step_ = row["step_over_base"]
+            once = row["step_over_base"]
             print(
-                f"  {name:16} {step_['median']:6.2f} x the step ({step_['min']:.2f} to "
-                f"{step_['max']:.2f}), {row['bytes_over_base']:5.2f} x the bytes"
+                f"  {name:16} {once['median']:5.2f} x the step ({once['min']:.2f} to "
+                f"{once['max']:.2f}), {row['bytes_over_base']:5.2f} x the bytes"
             )
+        keep(f"{dtype} over base", table)
+
+
+def keep(table: str, rows: Mapping[str, Any]) -> None:
+    """Put rows beside those that were measured before."""
+    path = RESULTS / "adapters_vs_peft.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
     facts = {"what": "2 Llama layers of width 256, 4 x 128 tokens, rank 16, 1 thread"}
-    write("adapters_vs_peft", {**facts, **results, "versions": versions("transformers", "peft")})
+    tables = {**before, **facts, table: {**before.get(table, {}), **rows}}
+    write("adapters_vs_peft", {**tables, "versions": versions("transformers", "peft")})
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def affine(W: Tensor, B: Tensor, whole: bool = False) -> Tensor:
     right = B + torch.eye(r, dtype=B.dtype, device=B.device) if whole else B
     products = in_blocks(W.to(B.dtype), r) @ right  # [*, m/r, r n/r, r]
     columns = -(-n // r)
-    blocks = products.unflatten(-2, (r, columns)) + B.unsqueeze(-2)  # [*, m/r, r, n/r, r]
+    blocks = products.unflatten(-2, (r, columns)).add_(B.unsqueeze(-2))  # [*, m/r, r, n/r, r]
     return blocks.flatten(-2).flatten(-3, -2)[..., :m, :n]
 
 
