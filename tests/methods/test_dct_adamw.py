@@ -273,6 +273,16 @@ def test_trion_refuses_a_second_error_feedback():
         DCTAdamW(inner="trion", error_feedback=True).rule()
 
 
+def test_vectors_follow_adamw_beside_trion():
+    p, q = (nn.Parameter(start((7,))) for _ in "ab")
+    ours = LowRankOptimizer([("b", p)], lr=0.05, rule=DCTAdamW(inner="trion").rule())
+    torchs = torch.optim.AdamW([q], lr=0.05, weight_decay=0.0)
+    p.grad = q.grad = start((7,), seed=1)
+    ours.step()
+    torchs.step()
+    assert torch.equal(p, q)
+
+
 def test_plain_parameters_are_torchs_adamw_bit_for_bit():
     grads = gradients((9, 7), 12)
     W, _ = train(DCTAdamW(weight_decay=0.1).plain(), start((9, 7)), grads)

@@ -6,7 +6,7 @@ parameter, with torch's foreach operations: on a GPU a few launches for a whole 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -36,8 +36,8 @@ class Direction:
         """N without any bias correction, and what divides it then: same product."""
         if self.excess is None:
             return self.tensors(), self.correction
-        N = [n / x for n, x in zip(self.tensors(), self.excess, strict=True)]
-        return N, [c / x for c, x in zip(self.correction, self.excess, strict=True)]
+        N = torch._foreach_div(self.tensors(), self.excess)
+        return list(N), [c / x for c, x in zip(self.correction, self.excess, strict=True)]
 
     def tensors(self) -> Tensors:
         """N = numerator / denominator, which is overwritten. Where there is none N may be
@@ -177,7 +177,7 @@ class Adam(Inner):
         lr = -c1 leaves N; in hf mode root_c2 is taken out of lr and of eps.
         """
         R = [r.contiguous() for r in R]  # the kernel knows no strides
-        N = [torch.zeros_like(r) for r in R]
+        N = zeros_like_each(R)
         b1, b2 = self.betas
         for t in set(counts):
             chosen = [i for i, count in enumerate(counts) if count == t]
@@ -328,7 +328,9 @@ class Orthogonal(Inner):
         self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
     ) -> Direction:
         M = self.averaged(R, states)
-        found = [exactly_orthogonal(t) if self.exact else orthogonalised(t, self.steps) for t in M]
+        if self.exact:
+            return Direction(each(exactly_orthogonal, M), None, [1.0] * len(R))
+        found = each(lambda t: orthogonalised(t, self.steps), M)
         return Direction(found, None, [1.0] * len(R))
 
     def step_on_shards(
@@ -463,6 +465,21 @@ def present(values: Tensor, size: int) -> Tensor:
     """1 for singular (or Gram) values [*, k] above rounding, else 0; no value of 0 is."""
     noise = torch.finfo(values.dtype).eps * size * values.amax(-1, keepdim=True)
     return (values > noise).to(values.dtype)
+
+
+def zeros_like_each(tensors: Tensors) -> Tensors:
+    """Zeros like each; in one allocation where they have one shape."""
+    first = tensors[0]
+    if any(t.shape != first.shape for t in tensors):
+        return [torch.zeros_like(t) for t in tensors]
+    return list(first.new_zeros(len(tensors), *first.shape).unbind())
+
+
+def each(function: Callable[[Tensor], Tensor], tensors: Tensors) -> Tensors:
+    """A function of matrices [*, a, b] on each; as one stack where they have one shape."""
+    if len(tensors) == 1 or any(t.shape != tensors[0].shape for t in tensors):
+        return [function(t) for t in tensors]
+    return list(function(torch.stack(tensors)).unbind())
 
 
 def wide(t: Tensor) -> Tensor:

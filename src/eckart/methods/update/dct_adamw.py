@@ -112,6 +112,7 @@ class DCTAdamW(Update):
         error = ErrorFeedback(self.error_bits) if self.error_feedback else None
         return Rule(
             inner=Orthogonal() if trion else self.adam(),
+            vectors=self.adam() if trion else None,
             projector=Selected(
                 self.rank, self.side, kind=self.basis, norm=self.ell_norm, route=self.route
             ),
