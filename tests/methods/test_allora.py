@@ -10,6 +10,8 @@ from torch.autograd.gradcheck import GradcheckError
 
 import eckart
 from eckart import Recipe, attach
+from eckart.jobs.config import resolve
+from eckart.jobs.contest import contestant
 from eckart.linear import LowRank, low_rank
 from eckart.linear.sites import as_matrix
 from eckart.methods.update.allora import ALLoRA, row_factor, slowed
@@ -276,6 +278,20 @@ def test_a_precision_with_products_of_its_own_is_refused():
     recipe = (LoRA(rank=4, alpha=4.0), ALLoRA(), Rounded())
     assert "has a backward pass of its own" in message(*recipe)
     Recipe(recipe[0], ALLoRA(apply="update"), recipe[2])
+
+
+def test_the_command_line_sets_what_nobody_spoke_about():
+    job = resolve("finetune", "m", "d", ["update=allora", "weights.rank=8"])
+    assert (job.choices["weights"].method.alpha, job.choices["weights"].method.dropout) == (
+        8.0,
+        0.0,
+    )
+    assert job.settled["weights.alpha"] == "allora asks for it"
+    with pytest.raises(eckart.EckartError, match=r"Type weights\.alpha=16\.0\."):
+        resolve("finetune", "m", "d", ["update=allora", "weights.alpha=32"])
+    bench = resolve("bench", "m", "d")
+    one = contestant("lora:rank=4+allora:eta=8", bench)
+    assert one.recipe.weights.alpha == 4.0 and one.recipe.update.eta == 8.0
 
 
 def test_what_is_no_plain_pair_is_refused():
