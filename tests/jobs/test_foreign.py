@@ -136,6 +136,17 @@ def test_axolotl(tmp_path):
     assert names == ["load_in_4bit", "adapter", "flash_attention"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("base", ["load_in_8bit: true", "quantization_bit: 8"])
+def test_a_base_in_8_bits_keeps_what_was_said_of_activations(base, order, tmp_path):
+    lines = ["base_model: m", *[base, "bf16: true"][::order], "micro_batch_size: 2"]
+    job, left = imported(tmp_path, "\n".join(lines) + "\n")
+    assert (job.choices["precision"].name, left) == ("int8", [])
+    assert job.choices["precision"].method.dtype == "bfloat16"
+    _, left = imported(tmp_path, "base_model: m\nmicro_batch_size: 2\nquantization_bit: 4\n")
+    assert len(left) == 1 and left[0].endswith("type precision=int8")
+
+
 @pytest.mark.parametrize(
     ("slug", "given"),
     [

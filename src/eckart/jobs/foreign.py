@@ -295,12 +295,32 @@ def optimizer(found: Found, setting: Setting) -> None:
 
 def half(found: Found, setting: Setting) -> None:
     """bf16: true or auto, fp16: true."""
-    slug = setting.key[0]
-    if setting.value in (True, "true", "auto", "full"):
-        if slug in registry.methods():
-            found.words["precision"] = slug
-        else:
-            found.lose(setting)
+    entry = registry.methods().get(setting.key[0])
+    if setting.value not in (True, "true", "auto", "full"):
+        return
+    if entry is None:
+        found.lose(setting)
+    elif found.words.get("precision") == held_in_bytes():
+        found.words["precision.compute"] = entry.declares["dtype"]
+    else:
+        found.words["precision"] = entry.name
+
+
+def held_in_bytes() -> str:
+    """The precision that converts the base itself."""
+    entries = registry.methods().values()
+    return next(e.name for e in entries if e.axis == "precision" and e.declares.get("converts"))
+
+
+def quantised_base(found: Found, setting: Setting) -> None:
+    """load_in_8bit: true, quantization_bit: 8; what was said of activations stays."""
+    if setting.value in (True, "true") or str(setting.value) == "8":
+        before = registry.methods().get(str(found.words.get("precision")))
+        found.words["precision"] = held_in_bytes()
+        if before is not None:
+            found.words["precision.compute"] = before.declares["dtype"]
+    elif setting.value not in (False, "false", None):
+        found.lose(setting, "bases are held in 8 bits: type precision=" + held_in_bytes())
 
 
 def stage(found: Found, setting: Setting) -> None:
@@ -367,6 +387,8 @@ SPECIAL: dict[str, Callable[[Found, Setting], None]] = {
     "optim": optimizer,
     "optimizer": optimizer,
     "optim_args": options,
+    "load_in_8bit": quantised_base,
+    "quantization_bit": quantised_base,
     "bf16": half,
     "fp16": half,
     "stage": stage,
