@@ -1,18 +1,22 @@
 """Two processes, replicated or sharded, train as one does on the whole batch."""
 
+import functools
+
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from eckart.errors import UsageError
 from tests.conftest import randomise
 from tests.laws.matrix import attached, slugs, weights_methods
 from tests.processes import in_processes
 
 METHODS = weights_methods() + slugs("update")
-ARCHITECTURES = ("llama", "gpt2")  # one of each storage; the second has tied embeddings
-STEPS = 5
+# Plain matrices; transposed ones in a model whose embedding is tied.
+ARCHITECTURES = ("llama", pytest.param("gpt2", marks=pytest.mark.slow))
+STEPS = 4  # rules with a refresh every third step have had it
 
 
 def prepared(slug, architecture):
@@ -57,21 +61,36 @@ def sharded(rank, slug, architecture):
     return train(handle, model, rank, 2)
 
 
-def all_of(rank, way, cases):
-    return {case: way(rank, *case) for case in cases}
+def all_of(rank, way, architecture):
+    """What every method ends with, or how it was refused: one launch for all."""
+    found = {}
+    for slug in METHODS:
+        try:
+            found[slug] = way(rank, slug, architecture)
+        except UsageError as refusal:
+            found[slug] = f"{refusal.what}; {refusal.fix}"
+    return found
+
+
+@functools.cache
+def alone(slug, architecture):
+    model, handle = prepared(slug, architecture)
+    return train(handle, model, 0, 1)
 
 
 @pytest.mark.parametrize("way", [replicated, sharded], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one(way):
-    cases = [(slug, architecture) for slug in METHODS for architecture in ARCHITECTURES]
-    first, second = in_processes(all_of, way, cases)
-    for case in cases:
-        model, handle = prepared(*case)
-        alone = train(handle, model, 0, 1)
-        assert alone.keys() == first[case].keys(), case
-        for name, expected in alone.items():
-            # fp64: the mean of two half batches against that of the whole, five steps of
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_processes_equal_one(architecture, way):
+    first, second = in_processes(all_of, way, architecture)
+    for slug in METHODS:
+        if isinstance(first[slug], str):
+            assert way is sharded and first[slug] == second[slug], first[slug]
+            continue
+        expected = alone(slug, architecture)
+        assert expected.keys() == first[slug].keys(), slug
+        for name, tensor in expected.items():
+            # fp64: the mean of two half batches against that of the whole, four steps of
             # Adam, whose division by small moments amplifies round-off
-            close = {"rtol": 0, "atol": 1e-9, "msg": lambda m, c=case, n=name: f"{c} {n}: {m}"}
-            torch.testing.assert_close(first[case][name], expected, **close)
-            assert torch.equal(first[case][name], second[case][name]), (case, name)
+            close = {"rtol": 0, "atol": 1e-9, "msg": lambda m, c=slug, n=name: f"{c} {n}: {m}"}
+            torch.testing.assert_close(first[slug][name], tensor, **close)
+            assert torch.equal(first[slug][name], second[slug][name]), (slug, name)
