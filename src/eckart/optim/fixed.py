@@ -33,8 +33,7 @@ class Moves(NamedTuple):
     def mean(self, M: Tensor) -> Tensor:
         place = torch.searchsorted(self.old, self.new).clamp(max=self.old.shape[-1] - 1)
         stays = self.old.gather(-1, place) == self.new
-        place, stays = (t.unsqueeze(-3 - self.axis).expand_as(M) for t in (place, stays))
-        return torch.where(stays, M.gather(self.axis, place), 0)
+        return torch.where(stays.unsqueeze(-3 - self.axis), picked(M, place, self.axis), 0)
 
     def variance(self, V: Tensor, M: Tensor, c1: float, c2: float) -> Tensor:
         return self.mean(V)
@@ -53,6 +52,7 @@ class Selected(Subspace):
     route: Literal["matmul", "fft"] = "matmul"
     names: ClassVar[tuple[str, ...]] = ("index",)
     decomposes: ClassVar[bool] = False
+    measures: ClassVar[bool] = True
     from_shards: ClassVar[bool] = True
     derived: ClassVar[bool] = True
 
@@ -79,21 +79,38 @@ class Selected(Subspace):
 
     def find(self, search: Search) -> Found:
         left, right = self.ranks(*search.size)
-        A = search.G.mT if left else search.G  # [k, *, long side, n]
-        if self.route == "fft":
-            S = dct2(A)
-        else:
-            S = A @ directions(self.kind, A.shape[-1], A.dtype, A.device)
-        score = search.total((S.abs() if self.norm == 1 else S * S).sum(-2))  # [k, *, n]
+        axis = -2 if left else -1  # of the coordinates
+        S = self.coordinates(search.G, axis)
+        score = search.total((S.abs() if self.norm == 1 else S * S).sum(-3 - axis))  # [k, *, n]
         order = score.sort(dim=-1, descending=True, stable=True).indices
         index = order[..., : left or right].sort(-1).values
-        R = S.gather(-1, index.unsqueeze(-2).expand(*S.shape[:-1], index.shape[-1]))
-        return {"index": index, "low": R.mT if left else R}
+        return {"index": index, "low": picked(S, index, axis), "energy": score.sum(-1)}
+
+    def coordinates(self, G: Tensor, axis: int) -> Tensor:
+        """Q^T G (axis -2) or G Q (axis -1) of G [k, *, m, n]."""
+        if self.route == "fft":
+            return dct2(G.mT).mT if axis == -2 else dct2(G)
+        Q = directions(self.kind, G.shape[axis], G.dtype, G.device)
+        if axis == -1:
+            return G @ Q
+        if G.shape[:-2].numel() == 1:  # not as a batched product of one
+            return (Q.mT @ G.reshape(G.shape[-2:])).view(G.shape)
+        return Q.mT @ G
 
     def turn(
         self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]
     ) -> Turn:
         return Moves(old["index"], new["index"], -2 if self.ranks(*size)[0] else -1)
+
+
+def picked(t: Tensor, index: Tensor, axis: int) -> Tensor:
+    """The rows (axis -2) or columns (axis -1) of t [*, m, n] that index [*, r] names."""
+    if index.shape[:-1].numel() == 1:
+        return t.index_select(axis, index.flatten())
+    line = index.unsqueeze(-3 - axis)  # [*, r, 1], or [*, 1, r]
+    shape = list(t.shape)
+    shape[axis] = index.shape[-1]
+    return t.gather(axis, line.expand(shape))
 
 
 @cache
@@ -136,9 +153,14 @@ def dct2(A: Tensor) -> Tensor:
     n = A.shape[-1]
     spread = torch.cat([A[..., ::2], A[..., 1::2].flip(-1)], -1)
     F = torch.fft.rfft(spread)  # [*, n // 2 + 1]
-    k = torch.arange(F.shape[-1], device=A.device, dtype=torch.float64)
+    F = F.mul_(turns(n, F.dtype, F.device))
+    return torch.cat([F.real, -F.imag[..., 1 : (n + 1) // 2].flip(-1)], -1)
+
+
+@cache
+def turns(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """sqrt(2 / n) exp(-i pi k / 2n) for k up to n / 2, the first smaller by sqrt(2)."""
+    k = torch.arange(n // 2 + 1, dtype=torch.float64)
     turn = torch.polar(torch.ones_like(k), -math.pi * k / (2 * n)) * math.sqrt(2 / n)
-    F = F * turn.to(F.dtype)
-    S = torch.cat([F.real, -F.imag[..., 1 : (n + 1) // 2].flip(-1)], -1)
-    S[..., 0] *= math.sqrt(0.5)
-    return S
+    turn[0] *= math.sqrt(0.5)
+    return turn.to(device, dtype)

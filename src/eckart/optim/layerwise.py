@@ -122,10 +122,8 @@ def peak_gradient_bytes(groups: Iterable[dict[str, Any]], refresh_from: str) -> 
         for p in group["params"]:
             rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
             size = p.numel() * p.element_size()
-            if rule.projector.identity:
-                held += size
-            elif refresh_from == "step":  # in the first step all bases are due
-                held += size
+            if rule.projector.identity or refresh_from == "step":
+                held += size  # in the first step all bases are due
             elif not rule.needs_gradient:
                 W = as_matrix(torch.empty(p.shape, dtype=p.dtype, device="meta"), leading)
                 held += rule.projector.low(W).numel() * p.element_size()

@@ -189,7 +189,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 continue
             entry = entry_of(name, p, group, self.state[p], self.seed)
             if self.projected is not None and entry.projected and p.grad is not None:
-                self.projected.absorb(entry, self.skip_nonfinite)  # what came before its hook was bound
+                self.projected.absorb(
+                    entry, self.skip_nonfinite
+                )  # what came before its hook was bound
                 if p.grad is None and name not in kept:
                     continue  # and was moved at once
             entry.low = kept.get(name)

@@ -38,6 +38,11 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
+def stacked(tensors: Tensors) -> Tensor:
+    """Tensors of one shape as [k, *]; of one alone a view, so do not write into it."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
 # In bf16 on the CPU torch's foreach forms of these two round otherwise than its plain ones,
 # which torch.optim takes there; on a GPU it takes foreach.
 

@@ -186,6 +186,7 @@ class Projector(Part):
     from_shards: ClassVar[bool] = False  # can it find a right basis with shards of the rows?
     derived: ClassVar[bool] = False  # is its state whole on all processes, the basis made of it?
     decomposes: ClassVar[bool] = True  # and so must wait for the device at a search
+    measures: ClassVar[bool] = False  # does a search also find how large G is, as "energy"?
     orthonormal: ClassVar[bool] = True  # are its directions?
     fleeting: ClassVar[bool] = False  # does its basis live for one step, found with its state?
 
@@ -362,7 +363,8 @@ class Randomised(Subspace):
         Z = Z.reshape(len(seeds), *(1,) * (G.dim() - 3), n, k)
         for _ in range(self.power + 1):
             Z = torch.linalg.qr(G.mT @ (G @ Z))[0]
-        inner = torch.linalg.svd(G @ Z, full_matrices=False)[2].mT  # [k, *, r + p, r + p]
+        B = G @ Z  # [k, *, m, r + p]
+        inner = torch.linalg.eigh(B.mT @ B)[1].flip(-1)  # its right singular vectors
         return fix_signs(polish(Z @ inner[..., :rank]), -2)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from eckart.optim.part import CHUNK, Part, State, counted
+from eckart.optim.part import CACHED, CHUNK, Part, State, Tensors, counted, stacked
 from eckart.optim.project import Basis, Directions, Found, Search, usable
 from eckart.optim.sharded import Layout, local, sum_, whole
 
@@ -67,7 +67,8 @@ def refresh(entries: list[Entry]) -> None:
     if not entries[0].projected or not entries[0].rule.projector.names:
         return  # there is no basis
     due = [e for e in entries if e.state["due"] <= e.state["step"]]
-    together = max(1, CHUNK // max(1, entries[0].param.numel()))
+    cached = entries[0].param.is_cpu and not entries[0].rule.projector.decomposes
+    together = max(1, (CACHED if cached else CHUNK) // max(1, entries[0].param.numel()))
     for first in (True, False):
         some = [e for e in due if (e.state["step"] == 0) == first]
         for start in range(0, len(some), together):
@@ -90,23 +91,28 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
         fresh = ok.reshape(len(entries), -1).any(1).tolist()
     else:
         fresh = [True] * len(entries)  # where it is not, old and new are equal
+    kept = [i for i, is_fresh in enumerate(fresh) if is_fresh]
     for i, entry in enumerate(entries):
         step = entry.state["step"]
         if not fresh[i]:
             entry.state["due"] = step + 1
             continue
-        before, after = ({name: t[i] for name, t in state.items()} for state in (old, new))
         if rule.refresh.adaptive is not None and not first:
-            bases = (projector.basis(b, entry.local, entry.size) for b in (before, after))
+            both = ({name: t[i] for name, t in state.items()} for state in (old, new))
+            bases = (projector.basis(b, entry.local, entry.size) for b in both)
             rule.refresh.stretch(entry.state, entry.tensors["cosines"], *bases)
         gap = entry.state.get("gap", rule.refresh.every)
         entry.state["due"] = rule.refresh.next(step, entry.name, gap)
         if source is not None:
             source.turn(entry, 1.0)
-        renew_moments(entry, before, after)
-        for name, t in after.items():
-            placed = t if layout is None else local(layout.place(t, rule.kind(name)))
-            entry.tensors[name].copy_(placed)
+    renew_moments(entries, kept, old, new)
+    for name, t in new.items():
+        placed = [
+            t[i] if layout is None else local(layout.place(t[i], rule.kind(name))) for i in kept
+        ]
+        write([entries[i].tensors[name] for i in kept], placed)
+    for i in kept:
+        entry = entries[i]
         if source is not None:
             source.turn(entry, -1.0)
         if projector.fleeting:
@@ -131,12 +137,16 @@ def found_from_gradients(
         sum_([t], groups)
         return t
 
-    G = torch.stack([e.sought if rows else e.whole_sought for e in entries])  # [k, *, m, n]
+    G = stacked([e.sought if rows else e.whole_sought for e in entries])  # [k, *, m, n]
     G = G.to(torch.promote_types(G.dtype, torch.float32))
-    ok = usable(total(G.square().sum((-2, -1))))
-    G = torch.where(ok[..., None, None], G, 0)  # a NaN would end a batched decomposition
-    seeds = [e.seed for e in entries]
-    return ok, projector.find(Search(G, old, seeds, first, entries[0].size, total))
+    search = Search(G, old, [e.seed for e in entries], first, entries[0].size, total)
+    if projector.measures:
+        found = projector.find(search)
+        return usable(found.pop("energy")), found
+    ok = usable(total(torch.linalg.vector_norm(G, dim=(-2, -1)).square()))
+    if projector.decomposes:  # a NaN would end a batched decomposition
+        search = replace(search, G=torch.where(ok[..., None, None], G, 0))
+    return ok, projector.find(search)
 
 
 def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found]:
@@ -153,17 +163,43 @@ def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found
     return ok, {"right": entries[0].rule.projector.find_right(C, rank)}
 
 
-def renew_moments(entry: Entry, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    """Keep, rotate or reset the moments of an entry whose basis changes."""
-    refresh, inner = entry.rule.refresh, entry.rule.inner
-    if counted(entry.state) == 0:
-        return  # nothing has been seen yet
-    if refresh.moments == "rotate":
-        turn = entry.rule.projector.turn(old, new, entry.size)
-        inner.rotate(entry.tensors, turn, counted(entry.state))
-    if refresh.moments == "reset":
-        inner.reset(entry.rule.moments(entry.tensors))
-        entry.state["start"] = entry.state["step"]
+def renew_moments(entries: list[Entry], kept: list[int], old: Found, new: Found) -> None:
+    """Keep, rotate or reset the moments of the entries whose bases change, those at the places
+    `kept`; old and new state of the projector [k, *, ...].
+
+    Moments that have seen as many steps are turned together, where the inner rule knows no
+    shapes.
+    """
+    rule = entries[0].rule
+    projector, inner = rule.projector, rule.inner
+    counts = {i: counted(entries[i].state) for i in kept}
+    seen = [i for i in kept if counts[i] > 0]
+    if rule.refresh.moments == "reset":
+        for i in seen:
+            inner.reset(rule.moments(entries[i].tensors))
+            entries[i].state["start"] = entries[i].state["step"]
+    if rule.refresh.moments != "rotate":
+        return
+    for count in dict.fromkeys(counts[i] for i in seen):
+        some = [i for i in seen if counts[i] == count]
+        together = inner.elementwise and len(some) > 1
+        for places in [some] if together else [[i] for i in some]:
+            before, after = ({k: t[places] for k, t in state.items()} for state in (old, new))
+            moments = [rule.moments(entries[i].tensors) for i in places]
+            if together:
+                all_of = {k: torch.stack([m[k] for m in moments]) for k in moments[0]}
+                inner.rotate(all_of, projector.turn(before, after, entries[0].size), count)
+                for k, t in all_of.items():
+                    write([m[k] for m in moments], list(t.unbind()))
+            else:
+                a, b = ({k: t[0] for k, t in state.items()} for state in (before, after))
+                inner.rotate(moments[0], projector.turn(a, b, entries[0].size), count)
+
+
+def write(tensors: Tensors, values: Tensors) -> None:
+    """Copy each value into the tensor in its place."""
+    if tensors:
+        torch._foreach_copy_(tensors, values)
 
 
 def leading_direction(basis: Directions) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.inner import Direction, Inner, Memoryless
-from eckart.optim.part import Part, Tensors
+from eckart.optim.part import Part, Tensors, stacked
 from eckart.optim.project import Subspace, add_up_
 from eckart.optim.sharded import sum_
 
@@ -73,15 +73,16 @@ class Rescaled(Residual):
         rule = entries[0].rule
         c = rule.scale if self.center == "scaled" else 1.0
         N, correction = direction.raw()
+        low, R = stacked(N), stacked([e.R for e in entries])  # [k, *, a, b]
         if c == 1 and spans(entries[0]):
-            psis = [n.new_zeros(()) for n in N]
+            psi = low.new_zeros(len(entries), 1, 1)
         else:
-            psis = factors(entries, N, c, self.phi, self.phi_max)
-        for e, n, psi, x in zip(entries, N, psis, correction, strict=True):
-            W, g, psi, size = e.weight, e.view(e.gradient), psi.to(n.dtype), rate / x
-            inside = rule.scale * n - c * psi * e.R
+            psi = factors(entries, R, low, c, self.phi, self.phi_max).to(low.dtype)
+        low = torch.addcmul(rule.scale * low, psi.to(R.dtype), R, value=-c)
+        for e, inside, p, x in zip(entries, low, psi, correction, strict=True):
+            W, g, size = e.weight, e.view(e.gradient), rate / x
             add_up_(W, inside, e.basis, alpha=-size, beta=keep)
-            W.addcmul_(g.to(W.dtype), psi.to(W.dtype), value=-size)
+            W.addcmul_(g.to(W.dtype), p.to(W.dtype), value=-size)
             e.write(W)
 
 
@@ -99,7 +100,8 @@ class Replaced(Residual):
 
     def move(self, entries: list[Entry], direction: Direction, rate: float, keep: float) -> None:
         N, correction = direction.raw()
-        psis = factors(entries, N, 0.0, self.phi)
+        R = stacked([e.R for e in entries])
+        psis = factors(entries, R, stacked(N), 0.0, self.phi)
         for e, psi, x in zip(entries, psis, correction, strict=True):
             W, g, size = e.weight, e.view(e.gradient), rate * e.rule.scale / x
             W.mul_(keep).addcmul_(g.to(W.dtype), psi.to(W.dtype), value=-size)
@@ -134,59 +136,65 @@ def spans(entry: Entry) -> bool:
 
 def factors(
     entries: list[Entry],
-    N: Tensors,
+    R: Tensor,
+    N: Tensor,
     c: float,
     by: Literal["line", "matrix"],
     most: float | None = None,
-) -> Tensors:
-    """phi / q for each entry: [*, m, 1] or [*, 1, n] where phi goes by lines, else [*, 1, 1].
+) -> Tensor:
+    """phi / q [k, *, m, 1] or [k, *, 1, n] where phi goes by lines, else [k, *, 1, 1].
 
-    S = phi (G - c up(R)) is what the limiter holds back. N is the direction before its bias
-    correction. One collective for lines and one for norms where the weights are sharded.
+    S = phi (G - c up(R)) is what the limiter holds back. R [k, *, a, b], and N alike, is the
+    direction before its bias correction. One collective for lines and one for norms where the
+    weights are sharded.
     """
     rule, layout = entries[0].rule, entries[0].layout
     side = -2 if rule.projector.ranks(*entries[0].size)[0] else -1  # the projected one
-    of_G = [squares(e.view(e.gradient), side) for e in entries]
+    of_G = stacked([norms(e.view(e.gradient), side) for e in entries]).square()
     if layout is not None:
-        sum_(of_G, layout.partial)  # lines run along the projected side
-    of_R, of_N = ([squares(t, side) for t in ts] for ts in ([e.R for e in entries], N))
-    energy = [g - (2 * c - c * c) * r for g, r in zip(of_G, of_R, strict=True)]
+        sum_([of_G], layout.partial)  # lines run along the projected side
+    of_R, of_N = squares(R, side), squares(N, side)
+    energy = of_G - (2 * c - c * c) * of_R
     if by == "matrix":
-        totals = [t.sum(-side - 3, keepdim=True) for ts in (of_R, of_N, energy) for t in ts]
+        of_R, of_N, energy = (t.sum(-side - 3, keepdim=True) for t in (of_R, of_N, energy))
         if layout is not None:
-            sum_(totals, layout.split)
-        k = len(entries)
-        of_R, of_N, energy = totals[:k], totals[k : 2 * k], totals[2 * k :]
-    phi = [n.sqrt() / (r.sqrt() + 1e-8) for n, r in zip(of_N, of_R, strict=True)]
+            sum_([of_R, of_N, energy], layout.split)
+    phi = of_N.sqrt() / (of_R.sqrt() + 1e-8)
     if most is not None:
-        phi = [p.clamp(max=most) for p in phi]
+        phi = phi.clamp(max=most)
     if rule.limiter is None:
         return phi
-    norms = [(p * p * e.clamp(min=0)).sum((-2, -1)) for p, e in zip(phi, energy, strict=True)]
+    lengths = (phi * phi * energy.clamp(min=0)).sum((-2, -1))
     if layout is not None and by == "line":
-        sum_(norms, layout.split)
-    q = held_back(entries, norms, rule.limiter)
-    return [p / x for p, x in zip(phi, q, strict=True)]
+        sum_([lengths], layout.split)
+    return phi / held_back(entries, lengths, rule.limiter)
 
 
 def limited(entries: list[Entry], N: Tensors, limiter: NormGrowth) -> Tensors:
     """N, held back as a whole: its norm is that of up(N), the basis being orthonormal."""
-    norms = [squares(n, -1).sum((-2, -1)) for n in N]
+    low = stacked(N)
+    lengths = squares(low, -1).sum((-2, -1))
     layout = entries[0].layout
     if layout is not None:
-        sum_(norms, layout.split)
-    q = held_back(entries, norms, limiter)
-    return [n / x.to(n.dtype) for n, x in zip(N, q, strict=True)]
+        sum_([lengths], layout.split)
+    return list(low / held_back(entries, lengths, limiter).to(low.dtype))
 
 
-def held_back(entries: list[Entry], norms: Tensors, limiter: NormGrowth) -> Tensors:
-    """q [*, 1, 1] for each entry, from squared norms [*]; the limiter's state moves."""
-    pairs = zip(norms, entries, strict=True)
-    q = [limiter.limit(n.sqrt(), e.tensors["limiter"]) for n, e in pairs]
-    return [x[..., None, None] for x in q]
+def held_back(entries: list[Entry], lengths: Tensor, limiter: NormGrowth) -> Tensor:
+    """q [k, *, 1, 1] for entries, from squared lengths [k, *]; the limiter's states move."""
+    states = [e.tensors["limiter"] for e in entries]
+    before = torch.stack(states)
+    q = limiter.limit(lengths.sqrt(), before)
+    torch._foreach_copy_(states, list(before.unbind()))
+    return q[..., None, None]
 
 
 def squares(t: Tensor, dim: int) -> Tensor:
     """Squared norms of lines along a dimension, which is kept; in fp32 at least."""
+    return norms(t, dim).square()
+
+
+def norms(t: Tensor, dim: int) -> Tensor:
+    """Norms of lines along a dimension, which is kept; in fp32 at least."""
     wide = torch.promote_types(t.dtype, torch.float32)
-    return torch.linalg.vector_norm(t, dim=dim, keepdim=True, dtype=wide).square()
+    return torch.linalg.vector_norm(t, dim=dim, keepdim=True, dtype=wide)
