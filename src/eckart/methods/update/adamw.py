@@ -10,7 +10,7 @@ Source: I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", 20
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
@@ -32,12 +32,18 @@ class AdamW(Update):
     """Share of a weight lost per step, times the learning rate. Usual: 0 for adapters,
     0.1 for pretraining."""
 
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of bf16 weights when they move: by chance (stochastic), an update below half a bf16 step
+    is not lost but made now and then. fp32 weights are never rounded. Usual: nearest."""
+
     paper: ClassVar = Paper(
         "Decoupled Weight Decay Regularization", "https://arxiv.org/abs/1711.05101", "ICLR 2019"
     )
 
     def rule(self) -> Rule:
-        return Rule(Adam(self.betas, self.eps), weight_decay=self.weight_decay)
+        return Rule(
+            Adam(self.betas, self.eps), weight_decay=self.weight_decay, rounding=self.rounding
+        )
 
     def cost(self, m: int, n: int) -> Cost:
         return Cost(state=2 * m * n)

@@ -103,6 +103,10 @@ class GaLore(Update):
     state_dtype: Literal["param", "float32"] = "param"
     """The dtype of the moments. Code: the parameter's."""
 
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of bf16 weights when they move: to nearest, or by chance so that small updates count on
+    average (Q-GaLore). Paper: nearest."""
+
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 0.01
     mission: ClassVar = True
@@ -120,6 +124,7 @@ class GaLore(Update):
             scale=self.scale,
             weight_decay=self.weight_decay,
             decay="before" if self.eps_mode == "torch" or self.inner == "adafactor" else "after",
+            rounding=self.rounding,
         )
 
     def plain(self) -> Rule:
