@@ -1,0 +1,124 @@
+"""What holds for all adapters alike: one rounding at a merge, one product beside two."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+
+from eckart.linear import alone, find_sites, fold, kernels
+from eckart.linear.layers import LinearSum
+from eckart.methods.weights.block_lora import BlockLoRA
+from eckart.methods.weights.bone import Bone
+from eckart.methods.weights.dora import DoRA
+from eckart.methods.weights.dylora import DyLoRA
+from eckart.methods.weights.lamda import LaMDA
+from eckart.methods.weights.loldu import LoLDU
+from eckart.methods.weights.lora import LoRA
+from eckart.methods.weights.nola import NOLA
+from eckart.methods.weights.randlora import RandLoRA
+from eckart.recipe import Recipe, attach
+from tests.conftest import randomise
+
+F64 = torch.float64
+METHODS = {
+    "lora": LoRA(rank=3, targets=("map",)),
+    "pissa": LoRA(rank=3, init="pissa", targets=("map",)),
+    "dora": DoRA(rank=3, targets=("map",)),
+    "bone tile": Bone(rank=5, targets=("map",)),
+    "bone mini": Bone(rank=5, mode="mini", mini_rank=4, targets=("map",)),
+    "bone bat": Bone(rank=5, mode="bat", targets=("map",)),
+    "nola": NOLA(rank=3, bases=20, targets=("map",)),
+    "randlora": RandLoRA(rank=5, scale=2.0, targets=("map",)),
+    "loldu": LoLDU(rank=7, targets=("map",)),
+    "lamda": LaMDA(rank=3, targets=("map",)),
+    "dylora": DyLoRA(rank=3, targets=("map",)),
+    "block-lora arms": BlockLoRA(rank=4, blocks=2, form="arms", targets=("map",)),
+}
+M, N, TOKENS = 18, 27, 40  # no rank above divides both sides; more tokens than either
+
+
+class One(nn.Module):
+    """A model of one map."""
+
+    def __init__(self, m=M, n=N):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.map = nn.Linear(n, m)
+
+    def forward(self, x):
+        return self.map(x)
+
+
+def carried(name, dtype, m=M, n=N):
+    model = One(m, n)
+    handle = attach(model, Recipe(weights=METHODS[name]), steps=10)
+    model.to(dtype)
+    randomise(handle)
+    return model, handle, torch.randn(TOKENS, n, generator=torch.Generator().manual_seed(1)).to(F64)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_merge_rounds_once(name):
+    model, _, x = carried(name, torch.float32)
+    exact = model.map.merged()  # fp64
+    (site,) = find_sites(model)
+    merged = fold(site).double()
+    # An entry is off by half a unit of itself, so y by no more than 4 eps sum |x| |w|
+    bound = 4 * torch.finfo(torch.float32).eps * (x.abs() @ exact.abs().mT)
+    assert ((x @ merged.mT - x @ exact.mT).abs() <= bound).all()
+    assert not torch.equal(merged, exact)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("m, n", [(M, N), (N, M)])
+def test_fewer_products_compute_the_plain_sum(name, m, n, monkeypatch):
+    model, handle, x = carried(name, F64, m, n)
+
+    def run():
+        inputs = x.clone().requires_grad_()
+        y = model(inputs)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=F64).view_as(y)
+        trained = list(handle.trainable().values())
+        return y, *torch.autograd.grad((y * weights).sum(), [inputs, *trained], allow_unused=True)
+
+    fast = run()
+    monkeypatch.setattr(LinearSum, "fused", lambda *_: None)
+    monkeypatch.setattr("eckart.linear.layers.kernels", {})
+    # fp64, sums of some hundred products of order 1 in another order
+    torch.testing.assert_close(fast, run(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bone bat", "randlora"])
+def test_the_base_in_the_terms_product_is_exact_at_the_start(name):
+    model = One()
+    x = torch.randn(TOKENS, N, generator=torch.Generator().manual_seed(1))
+    expected = model(x)
+    handle = attach(model, Recipe(weights=METHODS[name]))
+    (term,) = (t for by_name in handle.terms().values() for t in by_name.values())
+    assert term.with_base(x, model.map.weight, None) is not None
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["bone bat", "randlora"])
+def test_gradients_through_one_product_for_both(name):
+    model, handle, x = carried(name, F64)
+    (term,) = (t for by_name in handle.terms().values() for t in by_name.values())
+    names, tensors = zip(*term.named_parameters(), strict=True)
+
+    def forward(x, *tensors):
+        for key, tensor in zip(names, tensors, strict=True):
+            term._parameters.pop(key, None)
+            setattr(term, key, tensor)
+        return term.with_base(x, model.map.weight, model.map.bias)
+
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    assert gradcheck(forward, (x[:30].clone().requires_grad_(), *tensors))
+
+
+def test_without_kernels_all_runs(monkeypatch):
+    model, _, x = carried("lora", F64)
+    fast = model(x)
+    assert kernels[alone] is not alone
+    monkeypatch.setattr("eckart.linear.layers.kernels", {})
+    torch.testing.assert_close(model(x), fast, rtol=0, atol=1e-12)
