@@ -14,7 +14,8 @@ from torch.autograd import gradcheck
 
 from eckart.io import native, peft
 from eckart.linear import LowRank, find_sites
-from eckart.linear.basis import RandomBasis
+from eckart.linear.basis import RandomBasis, combined
+from eckart.methods.weights import nola
 from eckart.methods.weights.nola import NOLA, Combination, frozen_start, quantise, rounded
 from eckart.recipe import Recipe, attach
 from tests.conftest import randomise, tiny
@@ -104,6 +105,46 @@ def test_one_hot_bases_train_as_lora():
                     parameter -= 2e-3 * parameter.grad
     assert lora.B.abs().max() > 0.1
     torch.testing.assert_close(nola.dense(), lora.dense(), rtol=0, atol=1e-12)
+
+
+def test_a_step_is_loras_step_projected_on_the_span_of_the_bases():
+    A, B = draw(K, N, R, seed=1), draw(K, M, R, seed=2)
+    term, lr = term_with(A, B, K), 0.1
+    lora = LowRank(*(t.detach().clone() for t in term.factors()))
+    x, dy = draw(4, N, seed=3), draw(4, M, seed=4)
+    before = [t.detach().clone() for t in term.factors()]
+    for map_ in (term, lora):
+        (map_(x) * dy).sum().backward()
+    with torch.no_grad():
+        for c in (term.a, term.b):
+            c -= lr * c.grad
+    for old, new, grad, basis in (
+        (before[0], term.factors()[0], lora.B.grad, B),
+        (before[1].mT, term.factors()[1].mT, lora.A.grad.mT, A),
+    ):
+        P = basis.flatten(1) / K**0.5  # its rows span the subspace
+        projected = (grad.flatten() @ P.mT @ P).view_as(grad)
+        # fp64, sums of at most 45 products of order 1 to 10
+        torch.testing.assert_close(new - old, -lr * projected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_factors_are_made_once_per_step(hold, monkeypatch):
+    model, handle, batch = carried(NOLA(rank=3, bases=24, hold=hold), "llama")
+    randomise(handle)
+    made = []
+
+    def counted(coefficients, basis, known=None):
+        made.append(known is None)
+        return combined(coefficients, basis, known)
+
+    monkeypatch.setattr(nola, "combined", counted)
+    optimizer = handle.optimizer(lr=1e-3)
+    for step in range(1, 3):
+        for _ in range(3):
+            model(**batch)["loss"].backward()
+        assert sum(made) == 2 * len(handle.terms()) * step  # A and B of every map
+        optimizer.step()
 
 
 def test_update_has_the_promised_rank_and_entries():

@@ -164,7 +164,8 @@ class NOLA(Weights):
 
     hold: bool = True
     """Keep one pair of bases in memory, k r (m + n) numbers for the largest m and n of the
-    model; false draws them again, piece by piece, in every pass, which is far slower."""
+    model; false draws them again, piece by piece, after every step and in every backward pass,
+    which is far slower."""
 
     base: ClassVar = "frozen"
     offers: ClassVar = ()
@@ -211,7 +212,7 @@ class NOLA(Weights):
         return {"weight_decay": 0.0}  # of a would lead to A_0, not to the base
 
     def cost(self, m: int, n: int) -> Cost:
-        r = min(self.rank, m, n)  # the bases are combined once per pass: k r (m + n) FLOPs
+        r = min(self.rank, m, n)  # k r (m + n) FLOPs to combine, once a step, and in each backward
         return Cost(
             parameters=2 * self.bases,
             frozen=r * n,
