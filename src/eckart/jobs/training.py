@@ -126,7 +126,10 @@ class Training(Cutting):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _note_rates(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self.applied_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        """Every group's rate; that of train.lr itself stands before those with a ratio to it."""
+        given = self.args.learning_rate
+        groups = sorted(optimizer.param_groups, key=lambda g: g.get("initial_lr") != given)
+        self.applied_rates = [float(group["lr"]) for group in groups]
 
     def _check_norm(self, optimizer: Any, *_: Any) -> None:
         norm = optimizer.grad_norm
