@@ -116,9 +116,7 @@ def require_same_tokens(model: str, tokenizer: Any, other: str) -> None:
         )
 
 
-def open_for(
-    source: str, job: Job, task: str, labels: tuple[str, ...], tokenizer: Any
-) -> Opened:
+def open_for(source: str, job: Job, task: str, labels: tuple[str, ...], tokenizer: Any) -> Opened:
     """A model to measure, with its head for classes where the data has labels."""
     precision: Any = job.choices["precision"].method
     dtype = getattr(torch, precision.dtype) if precision is not None else None
