@@ -19,12 +19,15 @@ from eckart.errors import FileError
 def ends(model: nn.Module) -> tuple[str, ...]:
     """Paths of the input embedding and the output head; none for a model without words."""
     found = []
-    for ask in ("get_input_embeddings", "get_output_embeddings"):
+    for ask, kind in (("get_input_embeddings", nn.Embedding), ("get_output_embeddings", nn.Module)):
         try:
             module = getattr(model, ask)()
-        except (AttributeError, NotImplementedError):  # a plain module, or one that sees images
+        except (AttributeError, NotImplementedError):  # a plain module
             continue
-        found += [path for path, other in model.named_modules() if other is module]
+        if isinstance(module, kind) and "weight" in module._parameters:
+            found += [path for path, other in model.named_modules() if other is module]
+        elif not found:
+            return ()  # patches of images are no rows of a vocabulary
     return tuple(dict.fromkeys(found))
 
 
