@@ -109,10 +109,11 @@ def test_a_run_goes_on_with_another_number_of_processes_and_back(place, tmp_path
     went = eckart("finetune", "--resume", out, "train.steps=7", "train.processes=1")
     assert went.code == 0, went.err
     assert "accumulate: 2" in (out / "resolved.yaml").read_text()
-    wrong = eckart("finetune", "--resume", out, "train.steps=10", "train.accumulate=3")
+    two = ["--resume", out, "train.steps=10", "train.processes=2"]
+    wrong = eckart("finetune", *two, "train.accumulate=3")
     assert wrong.code == 2 and "a resumed run keeps the rows of its steps" in wrong.err
     assert "Type train.batch_size=2 train.accumulate=1." in wrong.err
-    back = eckart("finetune", "--resume", out, "train.steps=10", "train.accumulate=1")
+    back = eckart("finetune", *two)
     assert one.code == back.code == 0, back.err
     a, b = (load_file(f / "final" / "adapter_model.safetensors") for f in (tmp_path / "one", out))
     for name, tensor in a.items():
