@@ -32,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "own_task",
     "recognise",
+    "result_of",
 ]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
@@ -362,11 +363,23 @@ def problems(
         raise FileError(f"the weights do not fit {kind}", [(str(folder), ""), *facts])
 
 
+def result_of(run: str | Path) -> Path:
+    """A run's `final/`. Raises FileError where it is not written yet."""
+    final = Path(run) / "final"
+    if not final.is_dir():
+        raise FileError(
+            "the run has no result yet",
+            [(str(run), "final/ is missing")],
+            f"Finish it: --resume {run}",
+        )
+    return final
+
+
 def own_task(source: str | Path) -> str:
     """What a model, an adapter's base, a run or a shape is made for; no weights are read."""
     found = recognise(source)
     if found.kind == "run":
-        return own_task(Path(found.path) / "final")
+        return own_task(result_of(found.path))
     if found.kind in ("peft", "native", "kohya"):
         return own_task(found.base) if found.base else "causal"
     if found.kind in ("preset", "config"):

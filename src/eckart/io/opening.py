@@ -11,7 +11,7 @@ import torch
 
 from eckart.errors import FileError
 from eckart.io import kohya, native, peft
-from eckart.io.models import load_model, recognise
+from eckart.io.models import load_model, recognise, result_of
 from eckart.recipe import Handle
 
 ADAPTERS: dict[str, Callable[..., Handle]] = {
@@ -40,14 +40,7 @@ def open_model(
     """
     found = recognise(source)
     if found.kind == "run":
-        final = Path(found.path) / "final"
-        if not final.is_dir():
-            raise FileError(
-                "the run has no result yet",
-                [(found.path, "final/ is missing")],
-                f"Finish it: --resume {found.path}",
-            )
-        return open_model(final, dtype, task, seed)
+        return open_model(result_of(found.path), dtype, task, seed)
     if found.kind not in ADAPTERS:
         model = load_model(source, dtype, task, seed)
         return Opened(model, None, str(source))

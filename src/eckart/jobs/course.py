@@ -22,6 +22,7 @@ from eckart.jobs.memory import by_category, described, in_words, room
 from eckart.jobs.page import write_page
 from eckart.jobs.screen import Screen, amount, rate
 from eckart.jobs.stages import Course, as_handle, carry_out, memory_of, metrics_of, scores
+from eckart.jobs.trackers import require_trackers
 from eckart.recipe import Handle
 
 Write = Callable[[Run, Handle, Any], str]  # (run, handle, tokenizer) -> the format of final/
@@ -29,6 +30,7 @@ Write = Callable[[Run, Handle, Any], str]  # (run, handle, tokenizer) -> the for
 
 def begin(job: Job) -> tuple[Job, Screen]:
     """What comes before anything is loaded: a free folder, a resumed run's own values."""
+    require_trackers(job)
     if launch.is_first():
         outcome.refuse_early(job)
     if job.flags.resume:

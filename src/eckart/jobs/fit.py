@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from eckart.errors import Diverged, Interrupted, OutOfRoom
+from eckart.errors import Diverged, Interrupted
 from eckart.io.run import Run
 from eckart.io.text import Data
 from eckart.jobs import held_out
@@ -34,6 +34,7 @@ from eckart.jobs.checkpoints import TRAINER, everyone, load_model_state
 from eckart.jobs.config import Job
 from eckart.jobs.memory import Kept, held_state_bytes, model_bytes, model_device
 from eckart.jobs.observe import Observer
+from eckart.jobs.remedies import out_of_memory
 from eckart.jobs.screen import Progress, Screen
 from eckart.jobs.settle import gradient_bytes, warmup_steps
 from eckart.jobs.training import Training
@@ -86,7 +87,8 @@ def fit(
         raise last_good(fault, run, job) from None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
         if is_out_of_memory(fault):
-            raise out_of_memory(job) from fault
+            optimizer = trained.inner_optimizer or handle.optimizer(float(job.train.lr))
+            raise out_of_memory(job, handle, optimizer, estimated_bytes(run)) from fault
         raise
     steps, seconds = trained.state.global_step, time.monotonic() - begun
     if trained.interrupt.asked and steps < int(job.train.steps):
@@ -335,13 +337,8 @@ def is_out_of_memory(fault: BaseException) -> bool:
     return "DefaultCPUAllocator: can't allocate memory" in str(fault)
 
 
-def out_of_memory(job: Job) -> OutOfRoom:
-    """Memory ran out in a step: what would take less."""
-    size, parts = int(job.train.batch_size), int(job.train.accumulate)
-    if size > 1:
-        fix = f"Type train.batch_size={size // 2} train.accumulate={parts * 2}."
-    elif not job.train.checkpointing:
-        fix = "Type train.checkpointing=true."
-    else:
-        fix = f"Type data.seq_len={int(job.data.seq_len) // 2}."
-    return OutOfRoom("out of memory", [("train.batch_size", str(size))], fix)
+def estimated_bytes(run: Run) -> int:
+    """What the run, or this stage of one, was thought to take before it began."""
+    facts = run.facts
+    parts = (facts.get("memory") or {}).get("estimated")
+    return sum(parts.values()) if parts else int(facts.get("estimated_memory_bytes") or 0)
