@@ -5,7 +5,6 @@ import pty
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -88,7 +87,6 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(plac
     assert not (place / "run").exists()
 
 
-@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_gets_the_curves(place):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
