@@ -237,6 +237,7 @@ def test_an_interrupted_claim_goes_on_where_it_stopped(planted):
     assert len(set(resumed)) == len(resumed)  # nothing twice
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_document(planted):
     one = reproduce.run(["planted"], json=True, processes=1)
     (planted / "log").write_text("")
