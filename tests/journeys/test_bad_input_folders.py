@@ -176,6 +176,7 @@ def test_a_missing_extra_is_named_with_the_line_that_installs_it(place):
     )
 
 
+@pytest.mark.slow
 def test_the_same_texts_come_from_a_process_of_its_own(place):
     ran = command("finetune", "m", "d.jsonl", "weights.rank=0")
     assert (ran.returncode, ran.stdout, ran.stderr) == (

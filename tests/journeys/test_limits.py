@@ -68,7 +68,8 @@ def no_space(ran: subprocess.CompletedProcess[str], below: Path) -> None:
     assert Path(said[1]).is_relative_to(below)
 
 
-@pytest.mark.parametrize("size", ["4k", "100k"])  # for the run's own files, for a checkpoint
+# for the run's own files, for a checkpoint
+@pytest.mark.parametrize("size", [pytest.param("4k", marks=pytest.mark.slow), "100k"])
 def test_a_file_system_without_space_is_said(place, size):
     (place / f"small{size}").mkdir()
     mount = f"mount -t tmpfs -o size={size} tmpfs small{size}"

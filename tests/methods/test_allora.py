@@ -161,6 +161,7 @@ def test_under_autocast_gradients_are_those_of_fp32_up_to_bf16():
     assert grads[1].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_the_same():
     model, handle, batch = attached(targets=("linear",))
     randomise(handle)

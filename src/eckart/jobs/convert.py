@@ -69,7 +69,10 @@ def run(job: Job) -> dict[str, Any]:
         drift = text.drift(reopened(beside), source.model) if text else None
         require_near(job, drift)
         size = sum(f.stat().st_size for f in beside.rglob("*"))
-    report(screen, job, to, out, drift, exact=approximation is None)
+    kind = "exact" if approximation is None else "approximate"
+    if to == "dense" and source.model.dtype != torch.float32:
+        kind += f", rounded to {str(source.model.dtype).removeprefix('torch.')} as the base is"
+    report(screen, job, to, out, drift, kind)
     return {
         "command": "convert",
         "exit": 0,
@@ -355,13 +358,12 @@ def say_errors(screen: Screen, found: Approximation, rank: int) -> None:
 
 
 def report(
-    screen: Screen, job: Job, to: str, out: Path, drift: dict[str, Any] | None, exact: bool
+    screen: Screen, job: Job, to: str, out: Path, drift: dict[str, Any] | None, kind: str
 ) -> None:
-    """The last lines: how near it is, and what to type next."""
+    """The last lines: how near it is, of which kind, and what to type next."""
     if drift:
         near = f"KL {drift['kl']:.2g} nats a token; the same first choice at "
         near += f"{100 * drift['same_first_choice']:.1f} % of {drift['tokens']:,} tokens"
         screen.line("drift", f"{near} ({drift['text']})", result=True)
-    kind = "exact" if exact else "approximate"
     screen.line("done", f"{kind}; {to}: {FORMATS[to]}", shown(str(out)), result=True)
     screen.line("next", f"eckart generate {shown(str(out))}", result=True)
