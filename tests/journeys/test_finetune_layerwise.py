@@ -37,6 +37,7 @@ def assert_same_result(one, two, near):
     assert len(norms[0]) > 2 and norms[0] == pytest.approx(norms[1], rel=near)
 
 
+@pytest.mark.slow
 def test_on_two_processes_what_one_trains_without_it(place, tmp_path, monkeypatch):
     """And resumes in the middle of a period, to the bit."""
     one = eckart(*words(place, tmp_path / "one", "train.batch_size=4"))

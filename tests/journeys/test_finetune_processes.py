@@ -55,6 +55,7 @@ def test_two_processes_train_what_one_does(place, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_error_is_said_once_with_its_code(place, tmp_path):
     ran = subprocess.run(
         [sys.executable, "-m", "eckart", "finetune", str(place / "m"), str(tmp_path / "no.jsonl"),

@@ -95,6 +95,7 @@ def test_a_killed_run_goes_on(place, whole, tmp_path):
     assert same(out, whole)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(place, whole, tmp_path):
     out = tmp_path / "run"
     assert stopped(place, out, signal.SIGKILL, "1/24").returncode == -9
