@@ -212,7 +212,7 @@ def module_sites(path: str, module: nn.Module, seed: int) -> Iterator[Site]:
             name = f"{path}.{param}" if kind == "experts" else path
             shape: tuple[int, ...]
             if quantised(parameter):  # packed: the module knows its sizes
-                shape = (int(module.out_features), int(module.in_features))  # type: ignore
+                shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
             else:
                 shape = tuple(as_matrix(parameter.detach(), module, kind).shape)
             yield Site(name, module, kind, shape, param, seed=seed)

@@ -275,8 +275,8 @@ class Update(Method):
         raise NotImplementedError
 
     def plain(self) -> Rule:
-        """The parts for all others; the same rule by default."""
-        return self.rule()
+        """The parts for all others; by default the inner rule of the same one alone."""
+        return self.rule().plain
 
     def plain_lr(self) -> float:
         """The learning rate of parameters that follow `plain`, as a share of the rule's."""
@@ -293,7 +293,7 @@ class Update(Method):
 
     def cost(self, m: int, n: int) -> Cost:
         """Elements of optimizer state for one trained [m, n] parameter."""
-        return Cost()
+        return Cost(state=self.rule().state_elements(m, n))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt
 
 from eckart.optim import Adam, Gaussian, NormGrowth, Refresh, Replaced, Rule
-from eckart.recipe.method import Cost, Paper, Update
+from eckart.recipe.method import Paper, Update
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,3 @@ class APOLLO(Update):
             weight_decay=self.weight_decay,
             decay="after" if self.eps_mode == "hf" else "before",
         )
-
-    def plain(self) -> Rule:
-        return self.rule().plain
-
-    def cost(self, m: int, n: int) -> Cost:
-        return Cost(state=self.rule().state_elements(m, n))

@@ -23,7 +23,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Gt
 
 from eckart.optim import Adam, Gaussian, NormGrowth, Refresh, Replaced, Rule
-from eckart.recipe.method import Cost, Paper, Update
+from eckart.recipe.method import Paper, Update
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,3 @@ class APOLLOMini(Update):
             weight_decay=self.weight_decay,
             decay="after",
         )
-
-    def plain(self) -> Rule:
-        return self.rule().plain
-
-    def cost(self, m: int, n: int) -> Cost:
-        return Cost(state=self.rule().state_elements(m, n))

@@ -28,7 +28,7 @@ from annotated_types import Ge, Gt, Lt
 
 from eckart.errors import UsageError
 from eckart.optim import Adam, ErrorFeedback, Momentum, Orthogonal, Refresh, Rule, Selected
-from eckart.recipe.method import Cost, Paper, Update
+from eckart.recipe.method import Paper, Update
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,3 @@ class DCTAdamW(Update):
 
     def adam(self) -> Adam:
         return Adam(self.betas, self.eps, age_correct=self.age_correct)
-
-    def cost(self, m: int, n: int) -> Cost:
-        return Cost(state=self.rule().state_elements(m, n))

@@ -26,7 +26,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt
 
 from eckart.optim import Adam, Momentum, Normalised, Refresh, Rule, Warm
-from eckart.recipe.method import Cost, Paper, Update
+from eckart.recipe.method import Paper, Update
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,5 @@ class Dion(Update):
             weight_decay=self.weight_decay,
         )
 
-    def plain(self) -> Rule:
-        return self.rule().plain
-
     def plain_lr(self) -> float:
         return self.rest_lr
-
-    def cost(self, m: int, n: int) -> Cost:
-        return Cost(state=self.rule().state_elements(m, n))

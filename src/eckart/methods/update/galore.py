@@ -38,7 +38,7 @@ from eckart.optim import (
     Refresh,
     Rule,
 )
-from eckart.recipe.method import Cost, Paper, Update
+from eckart.recipe.method import Paper, Update
 
 SEARCHES = {"svd": SVD, "gram": Gram, "randomised": Randomised, "iteration": Iteration}
 
@@ -127,9 +127,6 @@ class GaLore(Update):
             rounding=self.rounding,
         )
 
-    def plain(self) -> Rule:
-        return self.rule().plain
-
     def projector(self) -> Projector:
         search = SEARCHES[self.search]
         if self.basis_dtype == "int4":
@@ -141,6 +138,3 @@ class GaLore(Update):
             return Adafactor()
         adam = Adam(self.betas, self.eps, self.eps_mode, self.state_dtype)
         return EightBit(adam) if self.inner == "adam8bit" else adam
-
-    def cost(self, m: int, n: int) -> Cost:
-        return Cost(state=self.rule().state_elements(m, n))

@@ -27,7 +27,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt
 
 from eckart.optim import Adam, ErrorFeedback, Iteration, Refresh, Rule
-from eckart.recipe.method import Cost, Paper, Update
+from eckart.recipe.method import Paper, Update
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,3 @@ class LDAdam(Update):
             source=ErrorFeedback(self.error_bits, beta=self.betas[0], mix=self.rho),
             weight_decay=self.weight_decay,
         )
-
-    def plain(self) -> Rule:
-        return self.rule().plain
-
-    def cost(self, m: int, n: int) -> Cost:
-        return Cost(state=self.rule().state_elements(m, n))

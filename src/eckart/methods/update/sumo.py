@@ -27,7 +27,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt
 
 from eckart.optim import Adam, NormGrowth, Orthogonal, Randomised, Refresh, Rule
-from eckart.recipe.method import Cost, Paper, Update
+from eckart.recipe.method import Paper, Update
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,3 @@ class SUMO(Update):
             scale_by=self.step_scale,
             weight_decay=self.weight_decay,
         )
-
-    def plain(self) -> Rule:
-        return self.rule().plain
-
-    def cost(self, m: int, n: int) -> Cost:
-        return Cost(state=self.rule().state_elements(m, n))
