@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import launches, llama_shapes, problem, state_bytes
+from counting import beside, llama_shapes, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 
 from eckart.methods.update.dct_adamw import DCTAdamW
@@ -88,8 +88,7 @@ def compared(name: str) -> dict[str, Any]:
             p.grad = torch.randn_like(p)
             q.grad, r.grad = p.grad.clone(), p.grad.clone()
         ours.step(), theirs.step(), plain.step()
-    gap = max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
-    count = {"eckart": launches(ours.step), "published": launches(theirs.step)}
+    facts = beside(ours, theirs, (a, b))
     contenders = {
         "products": products(c, rank),
         "eckart": ours.step,
@@ -104,13 +103,8 @@ def compared(name: str) -> dict[str, Any]:
         "published_over_matmul_step": ratios(seconds["published"], seconds["eckart, matmul"]),
         "matmul_step_over_products": ratios(seconds["eckart, matmul"], seconds["products"]),
         "seconds": {k: spread(v) for k, v in seconds.items()},
-        "operations": count,
-        "state_bytes": {
-            "eckart": state_bytes(ours.state.values()),
-            "published": state_bytes(theirs.states),
-        },
         "products_flops": sum(2 * p.numel() * (min(p.shape) + rank) for p in a),
-        "largest_difference_of_weights": gap,
+        **facts,
     }
 
 

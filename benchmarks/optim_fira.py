@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import launches, llama_shapes, problem, state_bytes
+from counting import beside, llama_shapes, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import Tensor
 
@@ -95,8 +95,7 @@ def compared(name: str) -> dict[str, Any]:
     ours, theirs = LowRankOptimizer(a, lr=LR, rule=rule), Published(b, rank)
     for _ in range(2):  # the first step finds the bases
         ours.step(), theirs.step()
-    gap = max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
-    count = {"eckart": launches(ours.step), "published": launches(theirs.step)}
+    facts = beside(ours, theirs, (a, b))
     contenders = {
         "products": products(c, rank),
         "eckart": ours.step,
@@ -109,13 +108,8 @@ def compared(name: str) -> dict[str, Any]:
         "step_over_products": ratios(seconds["eckart"], seconds["products"]),
         "published_over_step": ratios(seconds["published"], seconds["eckart"]),
         "seconds": {k: spread(v) for k, v in seconds.items()},
-        "operations": count,
-        "state_bytes": {
-            "eckart": state_bytes(ours.state.values()),
-            "published": state_bytes(theirs.states),
-        },
         "products_flops": sum(4 * p.numel() * rank for p in a),
-        "largest_difference_of_weights": gap,
+        **facts,
     }
 
 

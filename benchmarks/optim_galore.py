@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from counting import llama_shapes, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import nn
 
@@ -35,17 +36,6 @@ def galore_torch() -> type:
     package.__path__ = list(spec.submodule_search_locations or ())
     sys.modules["galore_torch"] = package
     return importlib.import_module("galore_torch.adamw").AdamW
-
-
-def problem(width: int) -> list[nn.Parameter]:
-    """The same weights and gradients at every call."""
-    torch.manual_seed(0)
-    wide, blocks = WIDTHS[width]
-    shapes = [(width, width)] * 4 + [(wide, width)] * 2 + [(width, wide)]
-    params = [nn.Parameter(torch.randn(s) / 30) for s in shapes * blocks]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    return params
 
 
 def ours(params: list[nn.Parameter]) -> Callable[[], object]:
@@ -79,7 +69,8 @@ def products(params: list[nn.Parameter]) -> Callable[[], None]:
 
 def compared(width: int, AdamW: type) -> dict[str, object]:
     """Ratios and times for blocks of one width."""
-    a, b, c = (problem(width) for _ in range(3))
+    wide, blocks = WIDTHS[width]
+    a, b, c = (problem(llama_shapes(width, wide, blocks)) for _ in range(3))
     step, other, thin = ours(a), theirs(b, AdamW), products(c)
     step(), other()  # the first step finds the bases
     step(), other()
