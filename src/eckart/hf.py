@@ -23,7 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import FileError
-from eckart.io.models import header, listed
+from eckart.io.headers import header, listed
 from eckart.io.native import readable
 from eckart.recipe import Handle, attach_from, registry
 from eckart.recipe.attachment import revive

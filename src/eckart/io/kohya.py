@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from eckart.errors import FileError, UsageError
 from eckart.io import peft_read
 from eckart.io.folder import write_folder
-from eckart.io.models import header, listed
+from eckart.io.headers import header, listed
 from eckart.io.peft_layout import to_patterns
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.linear import LowRank, Site, Term

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 import eckart
 from eckart.errors import FileError, UsageError
 from eckart.io.folder import write_folder, write_json
-from eckart.io.models import read_json
+from eckart.io.headers import read_json
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.recipe import Handle, attach_from
 from eckart.recipe.adapters import DEFAULT, require_free

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import FileError
-from eckart.io.models import listed, read_json
+from eckart.io.headers import listed, read_json
 from eckart.io.peft_layout import (
     DESCRIPTION,
     PREFIX,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.folder import write_json
-from eckart.io.models import check_folder, folder_of, header, weight_files
+from eckart.io.headers import check_folder, header, weight_files
+from eckart.io.models import folder_of
 from eckart.io.tensors import save
 
 INDEX = "model.safetensors.index.json"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eckart.errors import FileError
 from eckart.io.folder import speaking
-from eckart.io.models import header, pickles_in, refused
+from eckart.io.headers import header, pickles_in, refused
 
 # Transformers refuses files that do not name their framework. One key only: safetensors
 # writes its metadata in the order of a hash map.

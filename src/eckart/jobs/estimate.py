@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from eckart.errors import FileError, OutOfRoom, UsageError
-from eckart.io.models import config_of, read_json, recognise
+from eckart.io.headers import read_json
+from eckart.io.models import config_of, recognise
 from eckart.io.peft_read import method_of
 from eckart.jobs import prepare, settle
 from eckart.jobs.config import Choice, Job

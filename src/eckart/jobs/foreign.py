@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.errors import FileError, UsageError
-from eckart.io.models import read_json
+from eckart.io.headers import read_json
 from eckart.jobs.config import Job, resolve
 from eckart.jobs.words import HABITS, Setting, read_file
 from eckart.recipe import registry
