@@ -13,7 +13,6 @@ so that a kill at any moment leaves the last whole one.
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from transformers import Trainer
 
 from eckart.errors import FileError
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
+from eckart.io.headers import read_json
 from eckart.io.run import checkpoint_folders, latest_checkpoint
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.linear import seeded_generator
@@ -79,7 +79,7 @@ def from_hex(text: str) -> Tensor:
 
 def read_state(folder: str | Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
-    state: dict[str, Any] = json.loads((Path(folder) / STATE).read_text())
+    state: dict[str, Any] = read_json(Path(folder) / STATE)
     return state
 
 

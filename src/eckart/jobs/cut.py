@@ -11,7 +11,6 @@ A kill between the two writings leaves the uncut checkpoint: resuming finds the 
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from eckart.io.folder import close_with_manifest, write_folder, write_json
+from eckart.io.headers import read_json
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.jobs.checkpoints import (
     MODEL,
@@ -110,7 +110,7 @@ def cut_checkpoint(handle: Handle, folder: Path, kept: Kept, write: bool = True)
     step = state["events"]["step"]
     state |= {"structure": handle.structure(), "cut_at": step}
     state["optimizer"] = {k: v for k, v in moments.items() if not isinstance(v, Tensor)}
-    progress = json.loads((folder / TRAINER).read_text())
+    progress = read_json(folder / TRAINER)
     # A better model before the cut has another shape and cannot be the result.
     progress |= dict.fromkeys(("best_metric", "best_global_step", "best_model_checkpoint"))
     with write_folder(folder, overwrite=True) as beside:

@@ -7,11 +7,11 @@ it never saw. LoRA teaches it, and the same prompt is completed before and after
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import eckart
+from eckart.io.headers import read_json
 from eckart.io.models import load_tokenizer
 from eckart.io.opening import open_model
 from eckart.jobs import finetune
@@ -39,7 +39,7 @@ TOKENS = 40
 def run(job: Job) -> dict[str, Any]:
     """Fine-tune the shipped model and show what changed; the object of --json."""
     screen = Screen(quiet=job.flags.json)
-    made = json.loads((BASE / "MADE.json").read_text())
+    made = read_json(BASE / "MADE.json")
     screen.line("demo", f"{made['what']}\nmade by {made['command']}")
     flags = Flags(out=job.flags.out, json=job.flags.json, overwrite=job.flags.overwrite)
     before = sample(BASE)

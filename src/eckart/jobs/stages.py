@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -26,6 +25,7 @@ from torch import nn
 
 from eckart.errors import UsageError
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
+from eckart.io.headers import read_json
 from eckart.io.run import Run, latest_checkpoint, read_metrics
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.io.text import Data
@@ -278,7 +278,7 @@ def save(folder: Path, work: Work, measured: Mapping[str, Any]) -> None:
     with write_folder(folder / "state", overwrite=True) as beside:
         write_tensors(beside / MODEL, dict(work.model.state_dict()))
         write_tensors(beside / OUTPUT, work.output)
-        write_json(beside / STRUCTURE, work.handle.structure() if work.handle else None)
+        write_json(beside / STRUCTURE, work.handle.structure() if work.handle else {})
         write_json(beside / "scores.json", measured)
         close_with_manifest(beside, stage=work.stage.name, task=work.task)
 
@@ -292,10 +292,6 @@ def load(course: Course, place: Place) -> Work:
     handle = attach_from(model, structure, recipe=course.recipe) if structure else None
     model.load_state_dict(tensors)
     return Work(place.stage, model, handle, place.task)
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 def as_handle(work: Work) -> Handle:

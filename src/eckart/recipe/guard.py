@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from eckart.errors import UsageError
 
 if TYPE_CHECKING:
-    from eckart.recipe.attachment import Handle
+    from eckart.recipe.handle import Handle
 
 guarded: WeakSet[Handle] = WeakSet()
 
