@@ -36,7 +36,7 @@ class Observer(TrainerCallback):
     def __init__(self, run: Run, handle: Handle, optimizer: Callable[[], Any]):
         self.run, self.handle, self.optimizer = run, handle, optimizer
         self.before: list[Tensor] = []
-        self.bases: dict[tuple[str, str], Tensor] = {}
+        self.bases: dict[tuple[str, str], tuple[int, Tensor]] = {}
         self.next_overlap = 0
         self.update_norm: float | None = None
 
@@ -56,7 +56,7 @@ class Observer(TrainerCallback):
             norms = [(p.detach() - b).float().norm() for p, b in pairs]
             self.update_norm, self.before = float(torch.stack(norms).norm()), []
         step = state.global_step + 1
-        if (found := self.turned()) and step >= self.next_overlap:
+        if found := self.turned(measure=step >= self.next_overlap):
             self.next_overlap = step + max(1, state.max_steps // REFRESHES)
             self.run.log(step=step, overlaps=found)
 
@@ -72,22 +72,28 @@ class Observer(TrainerCallback):
     def trained(self) -> list[Tensor]:
         return list(self.handle.trainable().values())
 
-    def turned(self) -> dict[str, float]:
-        """Which of the watched bases have changed, and the share of each that stays."""
+    def turned(self, measure: bool) -> dict[str, float]:
+        """Which of the watched bases are new, and the share of each old one that stays.
+
+        A basis is copied when its next refresh has been set, and compared only where it is
+        to be measured: no other step waits for the device.
+        """
         found = {}
-        for name, side, new in self.watched():
-            old = self.bases.get((name, side))
-            if old is not None and old.shape == new.shape and not torch.equal(old, new):
-                found[name] = overlap(old, new, side)
-            if old is None or name in found:
-                self.bases[name, side] = new.clone()
+        for name, side, due, new in self.watched():
+            last = self.bases.get((name, side))
+            if last is not None and last[0] == due:
+                continue
+            if measure and last is not None and last[1].shape == new.shape:
+                if not torch.equal(last[1], new):
+                    found[name] = overlap(last[1], new, side)
+            self.bases[name, side] = due, new.clone()
         return found
 
-    def watched(self) -> list[tuple[str, str, Tensor]]:
-        """(parameter, side, directions) of the first projected matrices."""
+    def watched(self) -> list[tuple[str, str, int, Tensor]]:
+        """(parameter, side, step of its next refresh, directions) of some projected matrices."""
         named = {p: name for name, p, _ in self.optimizer().named()}
         found = [
-            (named[p].removesuffix(".weight"), side, entry[side].detach())
+            (named[p].removesuffix(".weight"), side, entry["due"], entry[side].detach())
             for p, entry in self.optimizer().state.items()
             for side in ("left", "right")
             if p in named and isinstance(entry.get(side), Tensor) and entry[side].ndim == 2
