@@ -83,9 +83,9 @@ class Observer(TrainerCallback):
             last = self.bases.get((name, side))
             if last is not None and last[0] == due:
                 continue
-            if measure and last is not None and last[1].shape == new.shape:
-                if not torch.equal(last[1], new):
-                    found[name] = overlap(last[1], new, side)
+            old = new if last is None or last[1].shape != new.shape else last[1]
+            if measure and old is not new and not torch.equal(old, new):
+                found[name] = overlap(old, new, side)
             self.bases[name, side] = due, new.clone()
         return found
 
