@@ -17,8 +17,9 @@ class Remembered(Generic[T]):
     It is used again while the tensors hold the same numbers. Those are compared with a copy:
     torch's version counters miss writes through `.data` and what FSDP gathers. `frozen`
     tensors, too large for a copy, are compared by place and version, `scalars` as they are.
-    Nothing is remembered while compiling, nor of tensors without numbers of their own. A copy
-    or a pickle forgets.
+    Nothing is remembered while compiling, of tensors without numbers of their own, or of those
+    on an accelerator, where a comparison would make the host wait in every pass. A copy or a
+    pickle forgets.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class Remembered(Generic[T]):
     ) -> T:
         """compute() without a gradient, or what it gave for these numbers before."""
         with torch.no_grad():
-            if torch.compiler.is_compiling() or not all(map(has_numbers, (*tensors, *frozen))):
+            if torch.compiler.is_compiling() or not all(map(comparable, (*tensors, *frozen))):
                 return compute()
             places = (scalars, *((t.data_ptr(), t._version, t.dtype, t.shape) for t in frozen))
             if places != self.places or not same(tensors, self.copies):
@@ -47,9 +48,9 @@ class Remembered(Generic[T]):
             return self.value
 
 
-def has_numbers(tensor: Tensor) -> bool:
-    """Is this an ordinary tensor (no fake, meta, inference or distributed one)?"""
-    ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+def comparable(tensor: Tensor) -> bool:
+    """Is this an ordinary tensor (no fake, inference or distributed one) on the CPU?"""
+    ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu
     return ordinary and not tensor.is_inference()
 
 
