@@ -7,6 +7,7 @@ from torch import nn
 from eckart.errors import UsageError
 from eckart.methods.update.badam import BAdam
 from eckart.optim import Blocks, LowRankOptimizer
+from tests.methods.updates import PlainAdam
 
 N, D, V = 5, 4, 11  # blocks, width, vocabulary
 F64 = torch.float64
@@ -82,7 +83,7 @@ def test_follows_adam_block_by_block(train_rest):
     method = BAdam(every=3, order="descending", train_rest=train_rest)
     optimizer = optimizer_of(model, method, lr)
     W = {name: p.detach().clone() for name, p in model.named_parameters()}
-    M, V2, count = {}, {}, {}
+    adam = PlainAdam(lr)
     for step in range(3 * N + 4):
         block = N - 1 - step // 3 % N
         assert active(model) == [block]
@@ -90,16 +91,12 @@ def test_follows_adam_block_by_block(train_rest):
         for name, p in model.named_parameters():
             inside = name.startswith("layers")
             if inside and step % 3 == 0:
-                M[name], V2[name], count[name] = 0.0, 0.0, 0
+                adam.forget(name)
             moves = name.startswith(f"layers.{block}.") if inside else train_rest
             assert (p.grad is not None) == moves, name
             if not moves:
                 continue
-            M[name] = 0.9 * M.get(name, 0.0) + 0.1 * p.grad
-            V2[name] = 0.999 * V2.get(name, 0.0) + 0.001 * p.grad**2
-            count[name] = t = count.get(name, 0) + 1
-            N_ = (M[name] / (1 - 0.9**t)) / ((V2[name] / (1 - 0.999**t)).sqrt() + 1e-8)
-            W[name] = W[name] - lr * N_
+            W[name] = adam.moved(name, W[name], p.grad)
         optimizer.step()
         optimizer.zero_grad()
         for name, p in model.named_parameters():

@@ -9,6 +9,7 @@ from torch import nn
 from eckart.errors import UsageError
 from eckart.methods.update.dct_adamw import DCTAdamW
 from eckart.optim import SGD, Adam, ErrorFeedback, LowRankOptimizer, Refresh, Rule, Selected
+from tests.methods.updates import start
 
 F64 = torch.float64
 
@@ -18,10 +19,6 @@ def gradients(shape, steps, seed=0, dtype=F64):
     g = torch.Generator().manual_seed(seed)
     trend = torch.randn(shape, generator=g, dtype=F64)
     return [(trend + torch.randn(shape, generator=g, dtype=F64)).to(dtype) for _ in range(steps)]
-
-
-def start(shape, seed=5):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def train(rule, W, grads, lr=0.05):

@@ -10,22 +10,7 @@ from eckart.errors import UsageError
 from eckart.methods.update.fira import Fira
 from eckart.methods.update.galore import GaLore
 from eckart.optim import SGD, SVD, LowRankOptimizer, Refresh, Rescaled, Rule
-
-F64 = torch.float64
-
-
-def spectrum(shape, steps, seed=0, dtype=F64):
-    """Gradients with singular values from 1 to 0.01, so that subspaces are well defined."""
-    g = torch.Generator().manual_seed(seed)
-    out = []
-    for _ in range(steps):
-        U, s, Vh = torch.linalg.svd(torch.randn(shape, generator=g, dtype=F64), full_matrices=False)
-        out.append((U * torch.logspace(0, -2, len(s), dtype=F64) @ Vh).to(dtype))
-    return out
-
-
-def start(shape, seed=5):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+from tests.methods.updates import F64, check_hooks, spectrum, start
 
 
 def train(rule, W, grads, lr=0.05, **kwargs):
@@ -200,23 +185,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(stop, dtype):
 
 
 def test_hooks_make_the_same_steps():
-    """Each parameter's whole step happens as soon as its gradient is there."""
-    torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(6, 9, dtype=F64), nn.Linear(9, 7, dtype=F64)) for _ in "ab"]
-    models[1].load_state_dict(models[0].state_dict())
-    rule = Fira(rank=3, every=5).rule()
-    a, b = (LowRankOptimizer(m.named_parameters(), 0.02, rule=rule) for m in models)
-    b.attach_layerwise("first")
-    for step in range(12):
-        x = torch.randn(8, 6, dtype=F64, generator=torch.Generator().manual_seed(step))
-        for model, optimizer in zip(models, (a, b), strict=True):
-            (model(x) ** 2).sum().backward()
-            if optimizer is b:
-                assert model[0].weight.grad is None and model[1].weight.grad is None
-            optimizer.step()
-            optimizer.zero_grad()
-    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    check_hooks(Fira(rank=3, every=5).rule(), 12)
 
 
 def test_hooks_refuse_what_needs_all_gradients():

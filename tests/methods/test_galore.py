@@ -8,18 +8,7 @@ from torch import nn
 
 from eckart.methods.update.galore import GaLore
 from eckart.optim import SGD, SVD, Adam, LowRankOptimizer, Refresh, Rule
-
-F64 = torch.float64
-
-
-def spectrum(shape, steps, seed=0):
-    """Gradients with singular values from 1 to 0.01, so that subspaces are well defined."""
-    g = torch.Generator().manual_seed(seed)
-    out = []
-    for _ in range(steps):
-        U, s, Vh = torch.linalg.svd(torch.randn(shape, generator=g, dtype=F64), full_matrices=False)
-        out.append(U * torch.logspace(0, -2, len(s), dtype=F64) @ Vh)
-    return out
+from tests.methods.updates import F64, spectrum, start
 
 
 def train(rule, W, grads, lr=0.05, name="w", **kwargs):
@@ -31,10 +20,6 @@ def train(rule, W, grads, lr=0.05, name="w", **kwargs):
         optimizer.step()
         path.append(p.detach().clone())
     return path, optimizer.state[p]
-
-
-def start(shape, seed=5):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def by_the_paper(W, grads, rank, every, lr, alpha, betas, eps, wd):

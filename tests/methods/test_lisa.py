@@ -10,6 +10,7 @@ from eckart.methods.update.lisa import LISA
 from eckart.methods.weights.dense import Dense
 from eckart.optim import LowRankOptimizer
 from tests import tiny
+from tests.methods.updates import PlainAdam
 
 N, D, V = 6, 4, 11  # blocks, width, vocabulary
 
@@ -149,7 +150,7 @@ def test_follows_adam_block_by_block(moments):
     model, lr = Model(), 0.01
     optimizer = optimizer_of(model, LISA(blocks=2, every=2, moments=moments), lr)
     W = copy(model)
-    M, V2, count = {}, {}, {}
+    adam = PlainAdam(lr)
     drawn = None
     for step in range(12):
         if step % 2 == 0:
@@ -160,16 +161,12 @@ def test_follows_adam_block_by_block(moments):
                 block = int(name.split(".")[1])
                 stays = last is not None and block in last and block in drawn
                 if moments == "reset" or (moments == "carry" and not stays):
-                    M[name], V2[name], count[name] = 0.0, 0.0, 0
+                    adam.forget(name)
         gradient(model, step)
         for name, p in model.named_parameters():
             if p.grad is None:
                 continue
-            M[name] = 0.9 * M.get(name, 0.0) + 0.1 * p.grad
-            V2[name] = 0.999 * V2.get(name, 0.0) + 0.001 * p.grad**2
-            count[name] = t = count.get(name, 0) + 1
-            N_ = (M[name] / (1 - 0.9**t)) / ((V2[name] / (1 - 0.999**t)).sqrt() + 1e-8)
-            W[name] = W[name] - lr * N_
+            W[name] = adam.moved(name, W[name], p.grad)
         optimizer.step()
         optimizer.zero_grad()
         for name, p in model.named_parameters():

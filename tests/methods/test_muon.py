@@ -11,6 +11,7 @@ from eckart.optim import LowRankOptimizer
 from tests import tiny
 from tests.methods.updates import (
     F64,
+    check_hooks,
     check_resume,
     check_state,
     check_zero,
@@ -125,21 +126,7 @@ def test_embedding_head_and_norms_have_their_own_rate():
 
 
 def test_hooks_make_the_same_steps():
-    torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(6, 9, dtype=F64), nn.Linear(9, 7, dtype=F64)) for _ in "ab"]
-    models[1].load_state_dict(models[0].state_dict())
-    a, b = (LowRankOptimizer(m.named_parameters(), 0.02, rule=Muon().rule()) for m in models)
-    b.attach_layerwise("first")
-    for step in range(6):
-        x = torch.randn(8, 6, dtype=F64, generator=torch.Generator().manual_seed(step))
-        for model, optimizer in zip(models, (a, b), strict=True):
-            (model(x) ** 2).sum().backward()
-            if optimizer is b:
-                assert model[0].weight.grad is None and model[1].weight.grad is None
-            optimizer.step()
-            optimizer.zero_grad()
-    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    check_hooks(Muon().rule(), 6)
 
 
 def test_it_learns_a_small_map():

@@ -97,3 +97,41 @@ def regression(rule, lr, steps=300, seed=0):
         optimizer.zero_grad()
         schedule.step()
     return losses[-1] / losses[0]
+
+
+def check_hooks(rule, steps):
+    """Layer by layer, each parameter's whole step happens as soon as its gradient is there."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(6, 9, dtype=F64), nn.Linear(9, 7, dtype=F64)) for _ in "ab"]
+    models[1].load_state_dict(models[0].state_dict())
+    a, b = (LowRankOptimizer(m.named_parameters(), 0.02, rule=rule) for m in models)
+    b.attach_layerwise("first")
+    for step in range(steps):
+        x = torch.randn(8, 6, dtype=F64, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip(models, (a, b), strict=True):
+            (model(x) ** 2).sum().backward()
+            if optimizer is b:
+                assert model[0].weight.grad is None and model[1].weight.grad is None
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+class PlainAdam:
+    """Adam by hand, with moments and a count for each name; fp64, torch's epsilon."""
+
+    def __init__(self, lr):
+        self.lr, self.M, self.V, self.count = lr, {}, {}, {}
+
+    def forget(self, name):
+        for kept in (self.M, self.V, self.count):
+            kept.pop(name, None)
+
+    def moved(self, name, w, g):
+        """w after a step with the gradient g."""
+        self.M[name] = 0.9 * self.M.get(name, 0.0) + 0.1 * g
+        self.V[name] = 0.999 * self.V.get(name, 0.0) + 0.001 * g**2
+        self.count[name] = t = self.count.get(name, 0) + 1
+        root = (self.V[name] / (1 - 0.999**t)).sqrt() + 1e-8
+        return w - self.lr * (self.M[name] / (1 - 0.9**t)) / root
