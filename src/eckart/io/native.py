@@ -26,6 +26,7 @@ from eckart.io.tensors import read_tensors, write_tensors
 from eckart.recipe import Handle, attach_from
 from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.fingerprint import fingerprint, origin
+from eckart.recipe.installing import take_back
 from eckart.recipe.vocabulary import brought, resized
 
 FORMAT = 1
@@ -90,7 +91,7 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
         try:
             handle.load_named_state(tensors)
         except BaseException:
-            handle.undo(before)
+            take_back(handle, before)
             raise
     return handle
 

@@ -35,6 +35,7 @@ from eckart.recipe import Handle, Recipe, Weights, registry
 from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.handle import ROOT
+from eckart.recipe.installing import install_parts
 from eckart.recipe.targets import sites_of
 from eckart.recipe.vocabulary import (
     ends,
@@ -368,7 +369,7 @@ def attach(
     base = fingerprint(model, held_whole(model, saved) if new else ())
     handle = Handle(model, Recipe(weights=method), sites, also_train=tuple(saved), name=name)
     handle.fingerprint = base
-    handle.install(parts)
+    install_parts(handle, parts)
     state = model.state_dict()
     with torch.no_grad():
         for key, tensor in whole.items():

@@ -26,6 +26,7 @@ from eckart.io.peft_read import method_of
 from eckart.linear import Site
 from eckart.recipe import Handle, Recipe, attach, registry
 from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.installing import install_parts
 from eckart.recipe.targets import sites_of
 
 
@@ -98,8 +99,9 @@ def of_update(after: nn.Module, carried: Handle | None, base: nn.Module) -> Appr
         method = plain_lora(min(rank, max(min(s.shape) for s in used.values())), list(used))
         handle = Handle(base, Recipe(weights=method), used, also_train=tuple(whole))
         handle.fingerprint = name
-        handle.install(
-            {path: method.parts_from_peft(used[path], pair(parts[path], rank)) for path in used}
+        install_parts(
+            handle,
+            {path: method.parts_from_peft(used[path], pair(parts[path], rank)) for path in used},
         )
         live.append(handle)
         return handle

@@ -31,6 +31,7 @@ from eckart.linear import Horizon, Site
 from eckart.recipe import Handle, Recipe, Weights, registry
 from eckart.recipe.attachment import choose, convert_base
 from eckart.recipe.groups import default_lr, default_update
+from eckart.recipe.installing import install_parts
 
 UNKNOWN = (  # what is raised where a number of a fake tensor is asked for
     torch._subclasses.fake_tensor.DataDependentOutputException,
@@ -187,7 +188,7 @@ def built(
         parts = recipe.weights.build(sites)
         handle = Handle(model, recipe, {site.path: site for site in sites})
         with where_they_are(parts):
-            handle.install(parts)
+            install_parts(handle, parts)
         for site in sites:
             site.gradient = site.activations = None
     return handle

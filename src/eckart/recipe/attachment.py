@@ -20,6 +20,7 @@ from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.groups import default_lr
 from eckart.recipe.handle import FORMAT, ROOT, Handle
+from eckart.recipe.installing import install_parts
 from eckart.recipe.method import Weights
 from eckart.recipe.recipe import Recipe, refuse_unasked
 from eckart.recipe.targets import (
@@ -80,7 +81,7 @@ def attach(
     handle = Handle(model, recipe, by_path, seed, tuple(also_train), teacher, name)
     handle.fingerprint = base
     handle.steps, handle.lr, handle.warmup = steps, lr, warmup
-    handle.install(parts)
+    install_parts(handle, parts)
     introduce_peers(handle)
     for site in sites:
         site.gradient = site.activations = None
@@ -123,11 +124,12 @@ def attach_from(
     for path in structure["changed"]:
         handle.originals[path] = sites[path].raw.detach().clone()
     stored = {**structure["sites"], ROOT: structure["shared"]}
-    handle.install(
+    install_parts(
+        handle,
         {
             path: {name: revive(cls, spec) for name, spec in parts.items()}
             for path, parts in stored.items()
-        }
+        },
     )
     introduce_peers(handle)
     return handle

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import FileError, UsageError
-from eckart.linear import Gain, LowRank, Site, Structured, Term, describe, fold, install, uninstall
-from eckart.linear.sites import as_stored, quantised
+from eckart.linear import Gain, Site, Structured, Term, describe, fold, uninstall
+from eckart.linear.sites import quantised
 from eckart.optim import LowRankOptimizer
 from eckart.recipe import adapters
 from eckart.recipe.adapters import DEFAULT, Choice, adapters_of
 from eckart.recipe.calibrate import Batch
-from eckart.recipe.coverage import cover
+from eckart.recipe.coverage import Coverage
 from eckart.recipe.events import EventHook
 from eckart.recipe.groups import default_lr, groups
 from eckart.recipe.guard import guard_steps, guarded
-from eckart.recipe.lock import lock, unlock
-from eckart.recipe.method import Objective, Update, Weights
+from eckart.recipe.lock import unlock
+from eckart.recipe.method import Objective, Weights
 from eckart.recipe.recipe import Recipe
-from eckart.recipe.targets import EVERYTHING
 from eckart.recipe.vocabulary import ends, vocabulary_of
 
 ROOT = ""  # the path under which build() returns modules shared by all sites
@@ -62,127 +61,12 @@ class Handle:
         self.attached: dict[str, list[str]] = {}
         self.shared: dict[str, nn.Module] = {}  # children of the root that terms refer to
         self.events = EventHook(recipe.choices, self.terms, seed)
+        self.coverage = Coverage()  # what the recipe reaches, once its parts are in
         self.penalty = torch.zeros(())  # of the last step
         self.resting: Callable[[], set[str]] = set  # trained in turn, and not now
         self.loss_was_asked = False  # since the last step; see guard.py
         if self.data_objectives:
             guard_steps(self)
-
-    # --- attaching -------------------------------------------------------------------------
-
-    def install(self, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
-        """Freeze or drop the base as the method says and put the parts into their sites.
-
-        A failure on the way leaves the model as it was.
-        """
-        adapters.require_beside(self, parts)
-        before = dict(self.model.named_parameters())
-        try:
-            self.put_in(parts)
-        except BaseException:
-            self.undo(before)
-            raise
-
-    def undo(self, before: Mapping[str, nn.Parameter]) -> None:
-        """Make the model what it was when these were its parameters: dropped ones come back."""
-        self.detach()
-        for name, parameter in before.items():
-            path, _, leaf = name.rpartition(".")
-            self.model.get_submodule(path)._parameters[leaf] = parameter
-            parameter.requires_grad_(self.required[name])
-        with torch.no_grad():
-            for path, original in self.originals.items():
-                self.sites[path].raw.copy_(original)
-
-    def put_in(self, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
-        """What `install` does, without a way back."""
-        weights, drop = self.weights, self.weights.base == "dropped"
-        if weights.rest == "frozen" and EVERYTHING not in weights.targets:
-            for parameter in self.model.parameters():
-                parameter.requires_grad_(False)
-        for name, module in parts.get(ROOT, {}).items():
-            module.to(device=next(self.model.parameters()).device)
-            self.model.add_module(name + self.suffix, module)
-            self.shared[name] = module
-        for path, by_name in parts.items():
-            if path == ROOT:
-                continue
-            site = self.sites[path]
-            if drop and site.ties:
-                raise UsageError(
-                    "a tied matrix cannot be replaced",
-                    [(path, f"tied with {', '.join(site.ties)}")],
-                    "Leave it out of weights.targets.",
-                )
-            self.install_one(site, dict(by_name), drop and bool(by_name))
-        if weights.base == "trained":
-            for site in self.sites.values():
-                site.raw.requires_grad_(True)
-        if weights.base == "rewritten":
-            for site in self.sites.values():
-                site.raw.requires_grad_(False)
-        for name in self.also_train:
-            self.model.get_submodule(name).requires_grad_(True)
-        for path, by_term in self.terms().items():
-            for term in by_term.values():
-                term.bind(self.shared, self.sites[path].module, self.sites[path].param)
-        self.set_products()
-        adapters_of(self.model).enter(self)
-        self.coverage = cover(self)
-        if self.attached:
-            lock(self.model, self.structure())
-        if any(self.sites[path].kind == "embedding" for path in self.attached):
-            self.model.__dict__["resize_token_embeddings"] = refuse_resizing
-
-    def install_one(self, site: Site, parts: dict[str, nn.Module], drop: bool) -> None:
-        """One site: a changed base first (its original kept), then the terms."""
-        dense = parts.pop("dense", None)
-        if dense is not None:
-            assert isinstance(dense, Term)
-            if quantised(site.raw):
-                raise UsageError(
-                    "a quantised base cannot be changed",
-                    [(site.path, f"{self.weights.slug} writes into it")],
-                    "Type precision=bf16, or another method.",
-                )
-            self.originals[site.path] = site.raw.detach().clone()
-            changed = as_stored(dense.dense(), site.module, site.kind, site.raw.shape)
-            site.raw.data.copy_(changed)
-        if not parts:
-            return
-        for part in parts.values():
-            part.to(device=site.raw.device).train(site.module.training)
-            self.declare_gradient_rule(part, site.path)
-        install(site, {name + self.suffix: part for name, part in parts.items()}, drop)
-        self.attached[site.path] = list(parts)
-
-    def declare_gradient_rule(self, part: nn.Module, path: str) -> None:
-        """Hand the update's row factor to factor pairs; UsageError where one is no plain pair."""
-        update = self.recipe.update
-        rule = update.branch_gradient() if isinstance(update, Update) else None
-        if update is None or rule is None or not isinstance(part, LowRank):
-            return
-        if not part.plain_pair:
-            raise UsageError(
-                "these two do not combine",
-                [
-                    (f"update = {update.slug}", "needs trained factors B, A whose product is all"),
-                    (f"weights = {self.weights.slug}", f"has more than that at {path}"),
-                ],
-                f"Type weights=lora weights.init=kaiming update={update.slug}.",
-            )
-        part.branch_gradient = rule
-
-    def set_products(self) -> None:
-        """Let the precision compute the products of the sites and of their terms."""
-        mm = self.recipe.precision.mm() if self.recipe.precision is not None else None
-        if mm is None:
-            return
-        for path, by_name in self.terms().items():
-            module: Any = self.sites[path].module
-            module._sum.mm = mm
-            for term in by_name.values():
-                term.mm = mm
 
     # --- looking ---------------------------------------------------------------------------
 
@@ -461,15 +345,6 @@ def terms_off(model: nn.Module) -> Iterator[None]:
     finally:
         for record in sums:
             record.enabled = True
-
-
-def refuse_resizing(*_: Any, **__: Any) -> None:
-    """Stands for a model's own method while its embedding carries terms of the old size."""
-    raise UsageError(
-        "the embedding carries terms of its present size",
-        [("resize_token_embeddings", "would leave them behind")],
-        "Resize first, then attach.",
-    )
 
 
 def put_dense(site: Site, matrix: Tensor) -> None:

@@ -1,0 +1,148 @@
+"""Putting a recipe's parts into a model's sites, and taking them out again after a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from eckart.errors import UsageError
+from eckart.linear import LowRank, Site, Term, install
+from eckart.linear.sites import as_stored, quantised
+from eckart.recipe.adapters import adapters_of, require_beside
+from eckart.recipe.coverage import cover
+from eckart.recipe.handle import ROOT, Handle
+from eckart.recipe.lock import lock
+from eckart.recipe.method import Update
+from eckart.recipe.targets import EVERYTHING
+
+
+def install_parts(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    """Freeze or drop the base as the method says and put the parts into their sites.
+
+    A failure on the way leaves the model as it was.
+    """
+    require_beside(handle, parts)
+    before = dict(handle.model.named_parameters())
+    try:
+        put_in(handle, parts)
+    except BaseException:
+        take_back(handle, before)
+        raise
+
+
+def take_back(handle: Handle, before: Mapping[str, nn.Parameter]) -> None:
+    """Make the model what it was when these were its parameters: dropped ones come back."""
+    handle.detach()
+    for name, parameter in before.items():
+        path, _, leaf = name.rpartition(".")
+        handle.model.get_submodule(path)._parameters[leaf] = parameter
+        parameter.requires_grad_(handle.required[name])
+    with torch.no_grad():
+        for path, original in handle.originals.items():
+            handle.sites[path].raw.copy_(original)
+
+
+def put_in(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    """What `install_parts` does, without a way back."""
+    weights, drop = handle.weights, handle.weights.base == "dropped"
+    if weights.rest == "frozen" and EVERYTHING not in weights.targets:
+        for parameter in handle.model.parameters():
+            parameter.requires_grad_(False)
+    for name, module in parts.get(ROOT, {}).items():
+        module.to(device=next(handle.model.parameters()).device)
+        handle.model.add_module(name + handle.suffix, module)
+        handle.shared[name] = module
+    for path, by_name in parts.items():
+        if path == ROOT:
+            continue
+        site = handle.sites[path]
+        if drop and site.ties:
+            raise UsageError(
+                "a tied matrix cannot be replaced",
+                [(path, f"tied with {', '.join(site.ties)}")],
+                "Leave it out of weights.targets.",
+            )
+        install_at(handle, site, dict(by_name), drop and bool(by_name))
+    if weights.base == "trained":
+        for site in handle.sites.values():
+            site.raw.requires_grad_(True)
+    if weights.base == "rewritten":
+        for site in handle.sites.values():
+            site.raw.requires_grad_(False)
+    for name in handle.also_train:
+        handle.model.get_submodule(name).requires_grad_(True)
+    for path, by_term in handle.terms().items():
+        for term in by_term.values():
+            term.bind(handle.shared, handle.sites[path].module, handle.sites[path].param)
+    set_products(handle)
+    adapters_of(handle.model).enter(handle)
+    handle.coverage = cover(handle)
+    if handle.attached:
+        lock(handle.model, handle.structure())
+    if any(handle.sites[path].kind == "embedding" for path in handle.attached):
+        handle.model.__dict__["resize_token_embeddings"] = refuse_resizing
+
+
+def install_at(handle: Handle, site: Site, parts: dict[str, nn.Module], drop: bool) -> None:
+    """One site: a changed base first (its original kept), then the terms."""
+    dense = parts.pop("dense", None)
+    if dense is not None:
+        assert isinstance(dense, Term)
+        if quantised(site.raw):
+            raise UsageError(
+                "a quantised base cannot be changed",
+                [(site.path, f"{handle.weights.slug} writes into it")],
+                "Type precision=bf16, or another method.",
+            )
+        handle.originals[site.path] = site.raw.detach().clone()
+        changed = as_stored(dense.dense(), site.module, site.kind, site.raw.shape)
+        site.raw.data.copy_(changed)
+    if not parts:
+        return
+    for part in parts.values():
+        part.to(device=site.raw.device).train(site.module.training)
+        declare_gradient_rule(handle, part, site.path)
+    install(site, {name + handle.suffix: part for name, part in parts.items()}, drop)
+    handle.attached[site.path] = list(parts)
+
+
+def declare_gradient_rule(handle: Handle, part: nn.Module, path: str) -> None:
+    """Hand the update's row factor to factor pairs; UsageError where one is no plain pair."""
+    update = handle.recipe.update
+    rule = update.branch_gradient() if isinstance(update, Update) else None
+    if update is None or rule is None or not isinstance(part, LowRank):
+        return
+    if not part.plain_pair:
+        raise UsageError(
+            "these two do not combine",
+            [
+                (f"update = {update.slug}", "needs trained factors B, A whose product is all"),
+                (f"weights = {handle.weights.slug}", f"has more than that at {path}"),
+            ],
+            f"Type weights=lora weights.init=kaiming update={update.slug}.",
+        )
+    part.branch_gradient = rule
+
+
+def set_products(handle: Handle) -> None:
+    """Let the precision compute the products of the sites and of their terms."""
+    mm = handle.recipe.precision.mm() if handle.recipe.precision is not None else None
+    if mm is None:
+        return
+    for path, by_name in handle.terms().items():
+        module: Any = handle.sites[path].module
+        module._sum.mm = mm
+        for term in by_name.values():
+            term.mm = mm
+
+
+def refuse_resizing(*_: Any, **__: Any) -> None:
+    """Stands for a model's own method while its embedding carries terms of the old size."""
+    raise UsageError(
+        "the embedding carries terms of its present size",
+        [("resize_token_embeddings", "would leave them behind")],
+        "Resize first, then attach.",
+    )
