@@ -134,7 +134,9 @@ def test_each_task_is_learnt_and_all_are_measured_after_it(place, tmp_path):
     tasks = ran.document["tasks"]
     assert [t["after"] for t in tasks] == ["a", "b"]
     assert all(set(t["held_out"]) == {"a", "b"} for t in tasks)
-    before = ran.document["eval"]["before"]
+    scores = ran.document["eval"]["before"]
+    before = scores["tasks"]
+    assert scores["loss"] == pytest.approx((before["a"]["loss"] + before["b"]["loss"]) / 2)
     assert tasks[0]["held_out"]["a"]["loss"] < before["a"]["loss"] - 0.1
     assert tasks[1]["held_out"]["b"]["loss"] < tasks[0]["held_out"]["b"]["loss"]
     load_model(out / "final")  # folded each time: a plain model

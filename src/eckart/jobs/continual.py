@@ -52,6 +52,20 @@ def summary(before: Scores, after: Sequence[Scores]) -> dict[str, Any]:
     }
 
 
+def overall(by_task: Scores) -> dict[str, Any]:
+    """A stream's numbers at one moment, as a run without tasks has them.
+
+    One task's are its own; of several, means over tasks beside each one's under `tasks`.
+    """
+    if len(by_task) == 1:
+        return dict(next(iter(by_task.values())))
+    if not all(by_task.values()):
+        return {}
+    keys = ("loss", "accuracy") if quantity([by_task]) == "accuracy" else ("loss",)
+    means = {key: mean([float(found[key]) for found in by_task.values()]) for key in keys}
+    return {**means, "tasks": dict(by_task)}
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 

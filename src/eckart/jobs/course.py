@@ -151,7 +151,10 @@ def staged_course(
         found = outcome.document(job, screen, outcome.parameters_of(handle), estimated, run)
         found |= {"seconds": time.monotonic() - begun, "tasks": measured}
         found["peak_memory_bytes"] = peak
-        found["eval"] = {"before": before, "after": after}
+        found["eval"] = {
+            "before": continual.overall(before) or None,
+            "after": continual.overall(after) or None,
+        }
         found["stream"] = continual.summary(before, [row["held_out"] for row in measured])
         run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
         if launch.is_first():
