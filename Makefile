@@ -8,7 +8,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow lint docs bench stubs clean
+.PHONY: demo test slow exhaustive lint docs bench stubs clean
 
 demo: $(VENV)/ready
 	$(BIN)/eckart demo
@@ -18,6 +18,9 @@ test: $(VENV)/ready-test
 
 slow: $(VENV)/ready-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+exhaustive: $(VENV)/ready-test
+	$(BIN)/python -m pytest -n $(WORKERS) -m exhaustive
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 Parts are found, not listed: all classes of the optimizer's contracts, at small sizes. There
 are thousands of legal tuples; the default run takes some in which every two parts that can
-stand together do, the slow one takes all.
+stand together do, the exhaustive one takes all.
 """
 
 import dataclasses
@@ -365,7 +365,7 @@ def test_the_laws_hold_for_every_pair_of_parts(share):
     assert not broken(pairwise()[share::4])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("share", range(16))
 def test_the_laws_hold_for_every_legal_tuple(share):
     assert not broken(legal()[0][share::16])
