@@ -66,6 +66,19 @@ def test_an_error_is_said_once_with_its_code(place, tmp_path):
     assert ran.stderr.count("no.jsonl") == 1 and "Traceback" not in ran.stderr
 
 
+def test_more_processes_than_the_machine_has_places_for_are_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    ran = eckart(*words(place, tmp_path / "r", "train.processes=99"))
+    assert ran.code == 2
+    assert ran.err.splitlines()[-3:] == [
+        "more processes than this machine has places for",
+        "  train.processes = 99     8 cores",
+        "Type train.processes=8 at most.",
+    ]
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_on_all_and_resumes(place, tmp_path):
     out = tmp_path / "run"

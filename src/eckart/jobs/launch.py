@@ -20,10 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from eckart.errors import EckartError
+from eckart.errors import EckartError, UsageError
 from eckart.io.run import Run
 from eckart.jobs import settle
 from eckart.jobs.config import Job
@@ -78,9 +79,25 @@ def told(word: str) -> str:
     return said[0]
 
 
+def require_places(count: int) -> None:
+    """Raise UsageError where this machine has no places for so many processes.
+
+    One per GPU; without GPUs one per core, and two in any case, to try a job out.
+    """
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    places, what = (gpus, "GPUs") if gpus else (max(2, cores), "cores")
+    if count > places:
+        raise UsageError(
+            "more processes than this machine has places for",
+            [(f"train.processes = {count}", f"{gpus or cores} {what}")],
+            f"Type train.processes={places} at most.",
+        )
+
+
 def in_processes(job: Job) -> dict[str, Any]:
     """Run the job in its processes; rank 0's document, or SystemExit with its code."""
     # what each of them would refuse is refused before they start
+    require_places(job.train.processes)
     settle.layerwise(settle.as_it_began(job, Path(job.flags.resume)) if job.flags.resume else job)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job.yaml")
