@@ -73,7 +73,7 @@ def test_more_processes_than_the_machine_has_places_for_are_refused(place, tmp_p
     assert ran.code == 2
     assert ran.err.splitlines()[-3:] == [
         "more processes than this machine has places for",
-        "  train.processes = 99     8 cores",
+        "  train.processes = 99  8 cores",
         "Type train.processes=8 at most.",
     ]
     assert not (tmp_path / "r").exists()
