@@ -27,7 +27,8 @@ def test_declared_tensors_change_and_all_others_stay(slug, architecture):
     before = copy.deepcopy(model.state_dict())
     trainable = set(handle.trainable())
     assert trainable
-    steps(handle, handle.optimizer(lr=1e-2, clip=1.0), batches(architecture, 3))
+    # before a period of the small configuration ends, when what trains or is frozen may change
+    steps(handle, handle.optimizer(lr=1e-2, clip=1.0), batches(architecture, 2))
     after = model.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     named = dict(model.named_parameters(remove_duplicate=False))

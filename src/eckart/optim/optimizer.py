@@ -63,6 +63,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.clip = clip
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
+        self.skipped = False  # was the last step left out, for a gradient that is not finite?
         self.grad_norm: Tensor | None = None
         self.penalties: list[Penalty] = []
         self.projected: Projected | None = None  # layer-wise mode
@@ -135,7 +136,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "Pass one that clears the gradients, computes the loss and its gradients, and "
                 "returns it. In a Trainer take schedule=alternate.",
             )
+        taken = self.param_groups[0]["taken"]
         losses = [self.pass_over(closure) for _ in range(passes)]
+        self.skipped = self.param_groups[0]["taken"] == taken
         return losses[0]
 
     def pass_over(self, closure: Callable[[], Any] | None) -> Any:

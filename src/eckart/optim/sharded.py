@@ -55,6 +55,16 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
+def sharded_as(other: Tensor, t: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, laid out as `other` of the same shape is."""
+    if not is_sharded(other):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = other.device_mesh, other.placements  # type: ignore[attr-defined]
+    return distribute_tensor(t.to(other.device), mesh, placements, src_data_rank=None)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a parameter seen as [*, m, n] lies on a device mesh, and how its state follows.

@@ -7,9 +7,9 @@ from math import prod
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from eckart.linear import Term, seeded_generator
+from eckart.optim import LowRankOptimizer
 from eckart.recipe.method import Cut, Event, Method, Now
 
 Terms = Mapping[str, Mapping[str, Term]]
@@ -33,7 +33,7 @@ class EventHook:
         self.methods = methods
         self.rates: list[Any] = []  # the groups' own, while a step is taken with others
 
-    def bind(self, optimizer: Optimizer) -> None:
+    def bind(self, optimizer: LowRankOptimizer) -> None:
         """Tick with this optimizer's steps; binding another one lets go of the last."""
         for handle in self.handles:
             handle.remove()
@@ -42,7 +42,7 @@ class EventHook:
             optimizer.register_step_post_hook(self.after),
         ]
 
-    def before(self, optimizer: Optimizer, *_: Any) -> None:
+    def before(self, optimizer: LowRankOptimizer, *_: Any) -> None:
         """Run what is due before this step, and scale its learning rates."""
         self.restore_rates(optimizer)  # of a step that failed
         self.run("before", optimizer)
@@ -52,19 +52,21 @@ class EventHook:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * factor
 
-    def restore_rates(self, optimizer: Optimizer) -> None:
+    def restore_rates(self, optimizer: LowRankOptimizer) -> None:
         """Give the groups their own learning rates back: a scheduler goes on from these."""
         for group, rate in zip(optimizer.param_groups, self.rates, strict=False):
             group["lr"] = rate
         self.rates = []
 
-    def after(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count the step, then run what is due after it."""
+    def after(self, optimizer: LowRankOptimizer, *_: Any) -> None:
+        """Count the step, then run what is due after it; neither where it was skipped."""
         self.restore_rates(optimizer)
+        if optimizer.skipped:
+            return
         self.step += 1
         self.run("after", optimizer)
 
-    def run(self, when: str, optimizer: Optimizer) -> None:
+    def run(self, when: str, optimizer: LowRankOptimizer) -> None:
         """Run the events of one moment and reset moments where they say so."""
         for event in self.events:
             if event.when == when and event.at(self.step):

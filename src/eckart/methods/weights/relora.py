@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from eckart.linear import LowRank, Site
 from eckart.linear.factored import fresh_pair
+from eckart.optim.sharded import sharded_as, whole
 from eckart.recipe import Cost, Event, Now, Paper, Weights
 
 
@@ -54,7 +55,7 @@ class Restarting(LowRank):
         self.B.zero_()
         bound = 1 / math.sqrt(self.A.shape[-1])
         drawn = torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator)
-        self.A.copy_(drawn)
+        self.A.copy_(sharded_as(self.A, drawn))
 
 
 def restart(now: Now) -> None:
@@ -72,11 +73,11 @@ def forget(state: dict[str, Any], p: Tensor, share: float) -> None:
     kept = round((1 - share) * p.numel())
     if not moments or kept == p.numel():
         return
-    largest = moments[0].abs().flatten().topk(kept).indices
+    largest = whole(moments[0]).abs().flatten().topk(kept).indices
     mask = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
     mask[largest] = True
     for moment in moments:
-        moment.mul_(mask.view(p.shape))
+        moment.mul_(sharded_as(moment, mask.view(p.shape)))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""What every update rule keeps to, whatever it does with a gradient."""
+
+import random
+
+import numpy
+import pytest
+import torch
+
+from tests.conftest import randomise
+from tests.laws.matrix import attached, slugs, steps, weights_methods
+
+RULES = slugs("update")
+TRAINED = weights_methods() + RULES  # methods of weights schedule events
+
+
+def prepared(slug, architecture="llama", dtype=torch.float32, **options):
+    _, handle, batch = attached(slug, architecture, dtype)
+    randomise(handle)
+    return handle, handle.optimizer(lr=1e-2, **options), batch
+
+
+def everything(handle, optimizer):
+    """Weights, the optimizer's state and the events' count; of one step, by name."""
+    state = optimizer.named_state_dict() | {
+        f"event/{k}": v for k, v in handle.events.state_dict().items()
+    }
+    state |= {f"tensor/{k}": v for k, v in handle.named_state().items()}
+    return {k: torch.as_tensor(v).detach().clone() for k, v in state.items()}
+
+
+def differing(a, b):
+    """Names whose bits differ; NaN marks what was not seen yet."""
+    assert a.keys() == b.keys()
+    return [k for k in a if not torch.equal(a[k].nan_to_num(), b[k].nan_to_num())]
+
+
+def backward(handle, batch, scale=lambda loss: loss):
+    scale(handle.loss(batch, handle.model(**batch))).backward()
+
+
+def spoil(handle):
+    for p in handle.trainable().values():
+        if p.grad is not None:
+            p.grad.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("slug", TRAINED)
+def test_a_skipped_step_leaves_weights_state_and_events(slug):
+    """Left out by the optimizer, or by a gradient scaler that never calls it."""
+    handle, optimizer, batch = prepared(slug, clip=1.0)
+    optimizer.skip_nonfinite = True
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+    steps(handle, optimizer, [batch] * 3)  # the next one begins a period
+    before = everything(handle, optimizer)
+
+    backward(handle, batch)
+    spoil(handle)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.skipped and differing(everything(handle, optimizer), before) == []
+
+    backward(handle, batch, scaler.scale)
+    spoil(handle)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert differing(everything(handle, optimizer), before) == []
+
+    steps(handle, optimizer, [batch])
+    assert not optimizer.skipped
+    assert any(not torch.equal(p, before[f"tensor/{n}"]) for n, p in handle.trainable().items())
+
+
+@pytest.mark.parametrize("slug", RULES)
+def test_a_rate_of_zero_moves_nothing_and_the_state_goes_on(slug):
+    """What a scheduler writes into the groups is what is applied."""
+    handle, optimizer, batch = prepared(slug)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step != 1))
+    weights, states = [], []
+    for _ in range(3):
+        steps(handle, optimizer, [batch])
+        scheduler.step()
+        found = everything(handle, optimizer)
+        weights.append({k: v for k, v in found.items() if k.startswith("tensor/")})
+        states.append({k: v for k, v in found.items() if "/lr" not in k})
+    assert differing(weights[0], weights[1]) == []
+    assert differing(weights[1], weights[2])
+    assert [k for k in states[0] if k in states[1] and not torch.equal(states[0][k], states[1][k])]
+
+
+@pytest.mark.parametrize("slug", RULES)
+def test_zero_gradients_move_nothing_at_the_start_and_spoil_nothing_later(slug):
+    handle, optimizer, batch = prepared(slug)
+    start = {k: v.detach().clone() for k, v in handle.named_state().items()}
+    for step in range(7):
+        backward(handle, batch)
+        if step in (0, 1, 4):
+            for p in handle.trainable().values():
+                if p.grad is not None:
+                    p.grad.zero_()
+        optimizer.step()
+        optimizer.zero_grad()
+        now = everything(handle, optimizer)
+        assert all(t.isfinite().all() for k, t in now.items() if "cosines" not in k), step
+        moved = [k for k, t in handle.named_state().items() if not torch.equal(t, start[k])]
+        assert bool(moved) == (step > 1), (step, moved)  # no decay by default
+
+
+@pytest.mark.parametrize("slug", RULES)
+def test_a_tied_weight_is_one_parameter(slug):
+    handle, optimizer, batch = prepared(slug, "gemma")
+    steps(handle, optimizer, [batch] * 2)
+    named = [(name, p) for name, p, _ in optimizer.named()]
+    assert len({id(p) for _, p in named}) == len({name for name, _ in named}) == len(named)
+    assert {id(p) for _, p in named} == {id(p) for p in handle.trainable().values()}
+    counts = [s["step"] for s in optimizer.state.values() if "step" in s]
+    assert max(counts) == 2
+
+
+@pytest.mark.parametrize("slug", RULES)
+def test_a_step_draws_from_no_global_generator_and_leaves_gradients(slug):
+    """Processes agree whatever else they draw; and who reads gradients after a step finds them."""
+    ends = []
+    for seed in (1, 2):
+        handle, optimizer, batch = prepared(slug)
+        for _ in range(4):
+            backward(handle, batch)
+            before = {
+                n: p.grad.clone() for n, p in handle.trainable().items() if p.grad is not None
+            }
+            random.seed(seed), numpy.random.seed(seed), torch.manual_seed(seed)
+            drawn = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()
+            optimizer.step()
+            assert random.getstate() == drawn[0]
+            assert numpy.random.get_state()[1].tolist() == drawn[1]
+            assert torch.equal(torch.get_rng_state(), drawn[2])
+            after = {n: p.grad for n, p in handle.trainable().items() if p.grad is not None}
+            assert all(torch.equal(after[n], before[n]) for n in after if n in before)
+            optimizer.zero_grad()
+        ends.append(everything(handle, optimizer))
+    assert differing(*ends) == []
