@@ -170,13 +170,37 @@ def test_a_sampler_spends_the_whole_purse_and_repeats(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_local_ray_gives_the_same_bytes(place, whole, tmp_path):
-    pytest.importorskip("ray")
-    bench.run(job(place, "dense+galore:rank=2", tmp_path / "out", ray=True))
-    import ray
+def test_a_local_ray_tune_gives_the_same_bytes_and_goes_on(place, whole, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    out, true = tmp_path / "out", runner.keep
+    left = [4]
 
-    ray.shutdown()
-    assert files(tmp_path / "out") == files(whole[0])
+    def stopping(trial, quantities):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        true(trial, quantities)
+
+    monkeypatch.setattr(runner, "keep", stopping)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bench.run(job(place, "dense+galore:rank=2", out, ray=True))
+        assert len(list((out / "trials").iterdir())) == 4
+        monkeypatch.setattr(runner, "keep", true)
+        bench.run(job(place, None, resume=str(out)))
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+    assert files(out) == files(whole[0])
+    reported = [
+        json.loads(line)
+        for file in (out / "ray").glob("*/*/result.json")
+        for line in file.read_text().splitlines()
+    ]
+    ended = {row["config"]["file"] for row in reported if "numbers" in row}
+    kept = {path.name for path in (out / "trials").iterdir()}
+    assert ended <= kept and len(ended) >= len(kept) - 4  # the interrupted round wrote no more
+    assert any(path.name.startswith("dense+galore") for path in (out / "ray").glob("*/*"))
 
 
 def test_without_ray_the_extra_is_named_and_the_code_is_six(place, tmp_path, monkeypatch):

@@ -19,8 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from eckart.errors import MissingExtra
 from eckart.io.folder import write_json
+from eckart.jobs import cluster
 
 Quantities = dict[str, float]
 
@@ -96,20 +96,29 @@ class Runner:
             if key not in found:
                 missing.setdefault(trial.file, trial)
         done: dict[Path, Quantities] = {}
-        for path, quantities in self.run(missing):
+
+        def ended(path: Path, quantities: Quantities) -> None:
             done[path] = quantities
             if self.progress:
                 self.progress(missing[path], quantities, len(done), len(missing))
+
+        if missing:
+            self.run(missing, ended)
         return {key: found[key] if key in found else done[t.file] for key, t in trials.items()}
 
-    def run(self, trials: Mapping[Path, Trial]) -> Iterator[tuple[Path, Quantities]]:
-        """Trials with their numbers, as they end."""
+    def run(self, trials: Mapping[Path, Trial], ended: Callable[[Path, Quantities], None]) -> None:
+        """Do the trials; `ended` is told of each when it has ended and its numbers are kept."""
         if self.on_ray:
-            yield from run_on_ray(trials)
+
+            def reported(path: Path, quantities: Quantities) -> None:
+                keep(trials[path], quantities)
+                ended(path, quantities)
+
+            cluster.run(trials, measured, reported)
             return
         if self.processes == 1 or len(trials) == 1:
             for path, trial in trials.items():
-                yield path, execute(trial)
+                ended(path, execute(trial))
             return
         for trial in trials.values():
             trial.prepare()
@@ -118,38 +127,13 @@ class Runner:
             self.pool = ProcessPoolExecutor(self.processes, spawn, follow, (os.getpid(),))
         futures = {self.pool.submit(execute, trial): path for path, trial in trials.items()}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            ended(futures[future], future.result())
 
     def close(self) -> None:
         """Let the workers go; what they are doing is lost."""
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
             self.pool = None
-
-
-def run_on_ray(trials: Mapping[Path, Trial]) -> Iterator[tuple[Path, Quantities]]:
-    """Trials as tasks of a Ray cluster: the one that RAY_ADDRESS names, else one on this machine.
-
-    Model and data must be under the same path on every node; numbers are kept here.
-    """
-    try:
-        import ray
-    except ModuleNotFoundError as fault:
-        raise MissingExtra(
-            "--ray needs ray", [("ray", "not installed")],
-            "Type pip install 'eckart[sweeps]', or --processes 2 without it.",
-        ) from fault  # fmt: skip
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-    gpus = float(torch.cuda.is_available())  # a run has a whole one
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(measured)
-    waiting = {task.remote(trial): path for path, trial in trials.items()}
-    while waiting:
-        (done,), _ = ray.wait(list(waiting))
-        path = waiting.pop(done)
-        quantities = ray.get(done)
-        keep(trials[path], quantities)
-        yield path, quantities
 
 
 def follow(parent: int) -> None:
