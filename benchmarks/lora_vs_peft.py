@@ -8,7 +8,7 @@ never slower, never more bytes.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,19 +65,30 @@ def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def kept_bytes(model: nn.Module, ids: torch.Tensor) -> int:
-    """Bytes of distinct storages that autograd keeps, those of the model itself left out."""
+def kept_bytes(model: nn.Module, ids: torch.Tensor, within: Sequence[str] = ()) -> int:
+    """Bytes of distinct storages that autograd keeps, those of the model itself left out.
+
+    `within` are names of maps: then what these keep alone, their inputs included.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
+    held: list[torch.Tensor] = []  # so that no place is given out twice
+    inside: list[nn.Module] = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and (inside or not within):
             kept[storage.data_ptr()] = storage.nbytes()
+            held.append(t)
         return t
 
+    maps = [m for path, m in model.named_modules() if path.rpartition(".")[2] in within]
+    hooks = [m.register_forward_pre_hook(lambda m, x: inside.append(m)) for m in maps]
+    hooks += [m.register_forward_hook(lambda m, x, y: inside.remove(m)) for m in maps]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(input_ids=ids, labels=ids)
+    for hook in hooks:
+        hook.remove()
     return sum(kept.values())
 
 

@@ -17,7 +17,7 @@ from eckart.methods.weights.lora import LoRA
 from eckart.methods.weights.nola import NOLA
 from eckart.methods.weights.randlora import RandLoRA
 from eckart.recipe import Recipe, attach
-from tests.conftest import randomise
+from tests.conftest import batch_for, randomise, tiny
 
 F64 = torch.float64
 METHODS = {
@@ -122,3 +122,66 @@ def test_without_kernels_all_runs(monkeypatch):
     assert kernels[alone] is not alone
     monkeypatch.setattr("eckart.linear.layers.kernels", {})
     torch.testing.assert_close(model(x), fast, rtol=0, atol=1e-12)
+
+
+BESIDE = ["bone tile", "bone mini", "bone bat", "randlora"]
+
+
+def in_bf16(name, m, n):
+    """A bf16 map with fp32 factors, an input and the gradient of its output."""
+    model = One(m, n).bfloat16()
+    handle = attach(model, Recipe(weights=METHODS[name]))
+    randomise(handle)
+    g = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(TOKENS, size, generator=g).bfloat16() for size in (n, m))
+    return model, handle, x, dy
+
+
+def gradients(y, x, handle, dy):
+    return torch.autograd.grad((y * dy.to(y.dtype)).sum(), [x, *handle.trainable().values()])
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("m, n", [(M, N), (N, M)])
+def test_beside_a_bf16_base_the_error_is_at_most_twice_the_plain_forms(
+    name, m, n, emulated, monkeypatch
+):
+    monkeypatch.setattr("eckart.linear.products.BF16_ON_CPU", not emulated)
+    model, handle, x, dy = in_bf16(name, m, n)
+    assert all(p.dtype == torch.float32 for p in handle.trainable().values())
+    x = x.requires_grad_()
+    y = model(x)
+    fast = y, *gradients(y, x, handle, dy)
+    (term,) = (t for by_name in handle.terms().values() for t in by_name.values())
+    weight, bias = model.map.weight, model.map.bias
+    plain = nn.functional.linear(x, weight, bias) + (x.float() @ term.dense().mT).bfloat16()
+    plain = plain, *gradients(plain, x, handle, dy)
+    model.double()
+    y = model(wide := x.detach().double().requires_grad_())
+    exact = y, *gradients(y, wide, handle, dy)
+    for ours, theirs, true in zip(fast, plain, exact, strict=True):
+        ours, theirs = (torch.linalg.norm(t.double() - true) for t in (ours, theirs))
+        # sums of 40 tokens in fp32, in another order: 1e-6 of a gradient of this size
+        assert ours <= 2 * theirs + 1e-6 * torch.linalg.norm(true)
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("name", BESIDE)
+def test_beside_a_bf16_base_it_starts_at_the_base_bit_for_bit(name, emulated, monkeypatch):
+    monkeypatch.setattr("eckart.linear.products.BF16_ON_CPU", not emulated)
+    model, x = One().bfloat16(), torch.randn(TOKENS, N).bfloat16()
+    expected = model(x)
+    attach(model, Recipe(weights=METHODS[name]))
+    assert torch.equal(model(x), expected)
+
+
+def test_maps_of_one_input_keep_one_fold_of_it(monkeypatch):
+    model = tiny("llama").train()
+    attach(model, Recipe(weights=Bone(rank=3)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(**batch_for("llama"))
+    folds = {t.untyped_storage().data_ptr() for t in kept if t.ndim == 3 and t.shape[-1] == 3}
+    layers, inputs = 2, 4  # of q, k, v; o; gate, up; down
+    assert len(folds) == layers * inputs

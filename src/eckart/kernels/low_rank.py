@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from eckart.linear import Pair, frozen_linear, linear_plus_low_rank
+from eckart.linear.products import add_product, emulated
 
-BF16_ON_CPU = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # an estimate runs on tensors without numbers
 BLOCK = 512  # tokens whose fp32 copies (n and m wide) are alive at once
 
@@ -205,22 +205,9 @@ class WideGradient(torch.autograd.Function):
         return (dy.float() @ W.float()).to(W.dtype), None, None
 
 
-def emulated(W: Tensor) -> bool:
-    """Are products in W's dtype emulated here? In fp32 they are then tens of times faster."""
-    return W.dtype == torch.bfloat16 and W.device.type == "cpu" and not BF16_ON_CPU
-
-
 def blocks(flat: Tensor, temporaries: bool = False) -> list[slice]:
     """Row slices: BLOCK tokens on the CPU where a cast or a temporary is needed, else one."""
     rows = flat.shape[0]
     cast = flat.dtype != torch.float32 or temporaries
     size = BLOCK if flat.device.type == "cpu" and cast else rows
     return [slice(start, start + size) for start in range(0, rows, max(1, size))]
-
-
-def add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y += a @ b in place; a and b may be of a wider dtype than y."""
-    if y.dtype == a.dtype:
-        y.addmm_(a, b)
-    else:
-        y.add_(a @ b)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eckart.linear.structured import Structured
@@ -19,6 +21,7 @@ class Peers:
 
     def __init__(self, members: Sequence[nn.Module]):
         self.members = list(members)
+        self.common: Common | None = None
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -26,6 +29,7 @@ class Peers:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.members = state["members"]
+        self.common = None
         self.forget()
 
     def forget(self) -> None:
@@ -43,6 +47,29 @@ class Peers:
         if self.input is None or self.input[0]() is not x or self.input[1] != x._version:
             return None
         return self.waiting.pop(id(layer), None)
+
+
+@dataclass
+class Common:
+    """What follows from one input alone, and how many members have yet to ask for it."""
+
+    input: weakref.ref[Tensor]
+    key: tuple[Hashable, int]  # what it is, and the version of the input
+    value: Tensor
+    left: int
+
+
+def once(peers: Peers | None, x: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """Make what follows from x alone for the first member that asks, and drop it after the last."""
+    if peers is None or torch.compiler.is_compiling() or x.is_inference():
+        return make()
+    known, named = peers.common, (key, x._version)
+    if known is None or known.input() is not x or known.key != named:
+        known = peers.common = Common(weakref.ref(x), named, make(), len(peers.members))
+    known.left -= 1
+    if not known.left:
+        peers.common = None
+    return known.value
 
 
 def introduce(modules: Sequence[nn.Module]) -> None:

@@ -13,7 +13,6 @@ from torch import nn
 from eckart import linear
 from eckart.errors import FileError, UsageError
 from eckart.linear import Gain, Horizon, Shared, Site, Structured, Term
-from eckart.linear.peers import introduce
 from eckart.recipe import registry
 from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
@@ -27,7 +26,6 @@ from eckart.recipe.targets import (
     EVERYTHING,
     apply_overrides,
     refuse_unreachable,
-    same_input,
     select,
     sites_of,
 )
@@ -82,7 +80,6 @@ def attach(
     handle.fingerprint = base
     handle.steps, handle.lr, handle.warmup = steps, lr, warmup
     install_parts(handle, parts)
-    introduce_peers(handle)
     for site in sites:
         site.gradient = site.activations = None
     return handle
@@ -131,7 +128,6 @@ def attach_from(
             for path, parts in stored.items()
         },
     )
-    introduce_peers(handle)
     return handle
 
 
@@ -139,12 +135,6 @@ def convert_base(model: nn.Module, recipe: Recipe) -> None:
     """Let the precision put the frozen base into its format; terms are built on what that is."""
     if recipe.precision is not None and recipe.precision.converts:
         recipe.precision.convert([site for site in sites_of(model) if not site.ties])
-
-
-def introduce_peers(handle: Handle) -> None:
-    """Tell maps of the same input of each other."""
-    for group in same_input(handle.sites[path] for path in handle.attached):
-        introduce([site.module for site in group])
 
 
 def choose_all(recipe: Recipe, here: Mapping[str, Site]) -> list[Site]:

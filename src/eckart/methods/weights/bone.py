@@ -30,11 +30,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from eckart.errors import FileError, UsageError
-from eckart.linear import Site, Term, alike, plain_mm
+from eckart.linear import Site, Term, plain_mm
+from eckart.linear.peers import once
+from eckart.linear.products import add_product, emulated, fitting, product
 from eckart.recipe import Cost, Paper, Weights
 
 
@@ -70,6 +73,8 @@ def fold_matrix(r: int, n: int, like: Tensor) -> Tensor:
 class Tile(Term):
     """M [*, r, q] repeated over inputs and outputs: dense()[o, i] = M[i mod r, o mod q]."""
 
+    home: Any = None  # the layer that it is part of
+
     def __init__(self, M: Tensor, m: int, n: int, dropout: float = 0.0):
         super().__init__()
         self.M = nn.Parameter(M)  # [*, r, q]
@@ -79,6 +84,17 @@ class Tile(Term):
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         h = fold(x, self.M.shape[-2], self.M.dtype)  # [*, t, r]
         return unfold(self.mm(h, self.M), self.m)
+
+    def bind(self, shared: Mapping[str, nn.Module], home: nn.Module, param: str) -> None:
+        self.__dict__["home"] = home
+
+    def with_base(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not fitting(x, W, self.M) or (self.dropout and self.training):
+            return None
+        peers = None if self.home is None else self.home._sum.peers
+        r, dtype = self.M.shape[-2], self.M.dtype
+        h = once(peers, x, (r, dtype), lambda: fold(x.detach(), r, dtype))
+        return Folded.apply(x, h, W.detach(), bias, self.M)
 
     def back(self, x: Tensor) -> Tensor:  # [*, t, m] -> [*, t, n]
         h = fold(x, self.M.shape[-1], self.M.dtype)  # [*, t, q]
@@ -107,6 +123,37 @@ class Tile(Term):
         return f"{self.m} x {self.n}, rank {self.M.shape[-2]}, numbers per row {self.M.shape[-1]}"
 
 
+class Folded(torch.autograd.Function):
+    """x W^T + bias + unfold(h M) for h = fold(x) [.., r], which is all that is kept of x.
+
+    W [m, n] and bias [m] are frozen, M [r, q] is trained.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, h: Tensor, W: Tensor, bias: Tensor | None, M: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(h, W, M)
+        y = F.linear(x, W, bias)
+        if M.shape[-1] < W.shape[0]:
+            return y.add_(unfold((h @ M).to(y.dtype), W.shape[0]))
+        low = h.dtype if emulated(x) else x.dtype
+        add_product(y.flatten(0, -2), h.flatten(0, -2).to(low), M.to(low))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, W, M = ctx.saved_tensors
+        (m, n), q, dx = W.shape, M.shape[-1], None
+        dz = fold(dy, q, M.dtype) if q < m else dy  # [.., q]
+        if ctx.needs_input_grad[0]:
+            dx = product(dy, W)
+            dx += unfold(product(dz, M.mT).to(dx.dtype), n)
+        dM = h.flatten(0, -2).mT @ dz.flatten(0, -2).to(M.dtype)
+        return dx, None, None, None, dM
+
+
 class BlockAffine(Term):
     """(W_ij + I) B_i in blocks, B [*, m/r, r, r], W the site's own frozen matrix."""
 
@@ -129,16 +176,14 @@ class BlockAffine(Term):
 
     def apply_blocks(self, x: Tensor, W: Tensor, B: Tensor) -> Tensor:
         """x [*, t, n] -> [*, t, m]; the product of the precision, where one is set."""
-        x = x.to(B.dtype)
         if self.mm is plain_mm and W.ndim == 2:
-            return Recomputed.apply(x, W, B)
-        return self.mm(x, affine(W, B).mT)
+            return Recomputed.apply(x if fitting(x, x, B) else x.to(B.dtype), W, B)
+        return self.mm(x.to(B.dtype), affine(W, B).mT)
 
     def with_base(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
-        if not alike(x, W, self.B):
+        if not fitting(x, W, self.B):
             return None
-        y = Recomputed.apply(x, W.detach(), self.B, True)
-        return y if bias is None else y + bias
+        return Recomputed.apply(x, W.detach(), self.B, True, bias)
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
         W = self.base()
@@ -194,32 +239,52 @@ class Recomputed(torch.autograd.Function):
     """x affine(W, B)^T, which builds dW again in the backward pass and never holds all of G.
 
     x [.., t, n], W [m, n], B [m/r, r, r]. Kept: x and references to W and B. `whole` adds the
-    base's own x W^T in the same products.
+    base's own x W^T + bias: in the same products where all is of one dtype, or where x's is
+    emulated and B has left zero (until then the base's own product has the base's own bits).
     """
 
     ROWS = 1024  # of G at a time: a few large products, at most ROWS x n numbers
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, W: Tensor, B: Tensor, whole: bool = False
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        B: Tensor,
+        whole: bool = False,
+        bias: Tensor | None = None,
     ) -> Tensor:
         ctx.save_for_backward(x, W, B)
         ctx.whole = whole
-        return F.linear(x, affine(W, B, whole))
+        joined = whole and (x.dtype == B.dtype or (emulated(x) and has_moved(B)))
+        y = product(x, affine(W, B, joined).mT)
+        if whole and not joined:
+            return y + F.linear(x, W, bias)
+        return y if bias is None else y + bias
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, W, B = ctx.saved_tensors
-        r = B.shape[-1]
-        dx = dy @ affine(W, B, ctx.whole) if ctx.needs_input_grad[0] else None
-        flat_y, flat_x = dy.reshape(-1, W.shape[0]), x.reshape(-1, W.shape[1])
+        r, dx = B.shape[-1], None
+        if ctx.needs_input_grad[0]:
+            joined = ctx.whole and (dy.dtype == B.dtype or emulated(dy))
+            dx = product(dy, affine(W, B, joined))
+            if ctx.whole and not joined:
+                dx += dy @ W
+        flat_y, flat_x = (t.reshape(-1, t.shape[-1]).to(B.dtype) for t in (dy, x))
         step = max(1, Recomputed.ROWS // r) * r  # whole blocks
         parts = [
             affine_gradient(W[a : a + step], flat_y[:, a : a + step].mT @ flat_x, r)
             for a in range(0, W.shape[0], step)
         ]
-        return dx, None, torch.cat(parts), None
+        return dx, None, torch.cat(parts), None, None
+
+
+def has_moved(B: Tensor) -> bool:
+    """Has training left zero? Unknown, so no, where a graph is captured or there are no numbers."""
+    unknown = torch.compiler.is_compiling() or isinstance(B, FakeTensor)
+    return not unknown and bool(B.any())
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from eckart.errors import FileError
 from eckart.linear import Site, Term, alike, plain_mm
 from eckart.linear.basis import RandomBasis, uniform
+from eckart.linear.products import emulated, fitting, product
 from eckart.recipe import Cost, Paper, Weights
 
 A_NAME, B_NAME = "randlora_A", "randlora_B"  # children of the model's root, PEFT's names
@@ -87,7 +88,7 @@ class Scaled(torch.autograd.Function):
         ctx.save_for_backward(x, lam, gam, A, B, W)
         ctx.options = scale, order, across
         U, B = scaled_rows(A, lam, gam, order) * scale, B.to(lam.dtype)
-        return times(x, U, B, across) if W is None else F.linear(x, summed(W, U, B, across))
+        return applied(x, U, B, across) if W is None else F.linear(x, summed(W, U, B, across))
 
     @staticmethod
     @once_differentiable
@@ -97,8 +98,8 @@ class Scaled(torch.autograd.Function):
         U, B = scaled_rows(A, lam, gam, order) * scale, B.to(lam.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = times(dy, U, B, not across) if W is None else dy @ summed(W, U, B, across)
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            dx = applied(dy, U, B, not across) if W is None else dy @ summed(W, U, B, across)
+        x, dy = (t.reshape(-1, t.shape[-1]).to(lam.dtype) for t in (x, dy))
         long, short = (x, dy) if across else (dy, x)  # [t, D], [t, d]
         if long.shape[0] > B.shape[0]:  # as in `times`
             H = B.mT @ (long.mT @ short)
@@ -111,6 +112,15 @@ class Scaled(torch.autograd.Function):
 def summed(W: Tensor, U: Tensor, B: Tensor, across: bool) -> Tensor:
     """W + B U, or W + (B U)^T where `across`: [m, n]. Exactly W where U is zero."""
     return torch.addmm(W, U.mT, B.mT) if across else torch.addmm(W, B, U)
+
+
+def applied(x: Tensor, U: Tensor, B: Tensor, across: bool) -> Tensor:
+    """As `times`; where x is in bf16 beside fp32, in x's dtype as two thin products."""
+    if x.dtype == U.dtype:
+        return times(x, U, B, across)
+    if emulated(x):
+        return times(x.to(U.dtype), U, B, across).to(x.dtype)
+    return product(product(x, B), U) if across else product(product(x, U.mT), B.mT)
 
 
 def times(x: Tensor, U: Tensor, B: Tensor, across: bool) -> Tensor:
@@ -157,11 +167,11 @@ class ScaledBases(Term):
         return self.m < self.n
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.lam.dtype)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if self.mm is not plain_mm or self.lam.ndim > 2:
-            return self.mm(x, self.dense().mT)
+            return self.mm(x.to(self.lam.dtype), self.dense().mT)
         A, B = self.slices()
+        x = x if fitting(x, x, self.lam) else x.to(self.lam.dtype)
         return Scaled.apply(x, self.lam, self.gam, A, B, self.scale, self.order, self.across)
 
     def with_base(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
