@@ -181,7 +181,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Parameters with a gradient, or with a projected one from layer-wise hooks."""
         self.rebind()
         kept = {} if self.projected is None else self.projected.low
-        at_rest = {id(g): {**g, "rule": g["rule"].at_rest} for g in self.param_groups}
+        at_rest = {id(g): {**g, "rule": g["rule"].at_rest} for g in self.param_groups if self.aside}
         for name, p, group in self.named():
             if name in self.resting:
                 p.grad = None

@@ -12,8 +12,9 @@ small as what the backward pass has rounded away from gA and gB.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -48,9 +49,12 @@ class Factor:
         """A state tensor of all of them, stacked; `keep` it after changing it in place."""
         return stacked([e.tensors[name] for e in self.entries])
 
-    def keep(self, name: str, value: Tensor) -> None:
-        """Write a stacked state tensor back."""
-        write([e.tensors[name] for e in self.entries], value)
+    def keep(self, **values: Tensor) -> None:
+        """Write stacked state tensors back."""
+        write(
+            [e.tensors[name] for name in values for e in self.entries],
+            [t for value in values.values() for t in value.unbind()],
+        )
 
     @property
     def counts(self) -> list[int]:
@@ -77,8 +81,9 @@ class Factor:
             self.value.addcdiv_(change, over, value=-lr * size)
         if keep != 1 and decay == "after":
             self.value.mul_(keep)
-        laid_out = [local(e.like_param(v)) for e, v in zip(self.entries, self.value, strict=True)]
-        write([local(e.param) for e in self.entries], laid_out)
+        rounded = self.value.to(self.entries[0].param.dtype).unbind()
+        laid_out = [local(e.like_param(v)) for e, v in zip(self.entries, rounded, strict=True)]
+        write([e.local for e in self.entries], laid_out)
         for entry in self.entries:
             entry.state["step"] += 1
 
@@ -166,15 +171,23 @@ def move_pairs(pairs: Iterable[Pair]) -> None:
             rule = part[0].B.rule
             assert rule.pair is not None
             B, A = Factor([p.B for p in part]), Factor([p.A for p in part])
-            scales = [p.scale for p in part]
-            s = torch.tensor(scales, dtype=torch.float64, device=B.value.device)
-            rule.pair.move(B, A, s.view(-1, *(1,) * (B.value.dim() - 1)), rule.inner)
+            s = column(tuple(p.scale for p in part), B.value.dim(), B.value.device)
+            rule.pair.move(B, A, s, rule.inner)
+
+
+@cache
+def column(numbers: tuple[float, ...], dims: int, device: torch.device) -> Tensor:
+    """k numbers as [k, 1, .., 1] in fp64: sent to the device once, not at every step."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device).view(-1, *(1,) * (dims - 1))
 
 
 def parts(pairs: list[Pair]) -> Iterator[list[Pair]]:
-    """Pairs of one shape in pieces that are worth stacking: on a CPU, large ones are not."""
+    """Pairs of one shape in pieces that are worth stacking: on a CPU, large ones are not.
+
+    There values, gradients and two state tensors should stay in the cache together.
+    """
     B, A = pairs[0].B.param, pairs[0].A.param
-    most = CACHED if B.is_cpu else CHUNK
+    most = CACHED // 4 if B.is_cpu else CHUNK
     size = max(1, most // (B.numel() + A.numel()))
     yield from (pairs[i : i + size] for i in range(0, len(pairs), size))
 
@@ -187,6 +200,23 @@ def stepped(factor: Factor, h: Tensor, inner: Inner) -> Tensor:
     if direction.correction[0] != 1:
         found = list(torch._foreach_div(found, direction.correction[0]))
     return stacked(found)
+
+
+def grams(B: Tensor, A: Tensor) -> Tensor:
+    """B^T B and A A^T [2, *, r, r] in fp64, so that both are decomposed at once."""
+    return torch.stack([B.mT @ B, A @ A.mT]).double()
+
+
+def along_rank(terms: Sequence[tuple[Tensor, Tensor]], flip: bool = False) -> Tensor:
+    """sum Q X over pairs of Q [*, r, r], in any dtype, and X [*, r, n]; flipped, sum X Q^T of
+    X [*, m, r]. Each product is added to the sum as it is made: no other tensor is as large."""
+    total: Tensor | None = None
+    for Q, X in terms:
+        Q, X = Q.to(X.dtype).reshape(-1, *Q.shape[-2:]), X.reshape(-1, *X.shape[-2:])
+        first, second = (X, Q.mT) if flip else (Q, X)
+        total = torch.bmm(first, second) if total is None else total.baddbmm_(first, second)
+    assert total is not None
+    return total.view(terms[0][1].shape)
 
 
 def inverse(C: Tensor, damping: float, relative: bool = False) -> Tensor:
@@ -227,10 +257,11 @@ def spectrum(C: Tensor) -> Spectrum:
     return Spectrum(vectors, values.clamp(min=0))
 
 
-def sylvester(left: Spectrum, right: Spectrum, C: Tensor) -> Tensor:
-    """X with L X + X R = C, for symmetric L and R; entries of C that neither reaches are
-    left out."""
-    Y = left.vectors.mT @ C @ right.vectors
-    sums = left.values.unsqueeze(-1) + right.values.unsqueeze(-2)
+def sylvester(both: Spectrum, C: Tensor) -> Tensor:
+    """X with L X + X R = C [*, r, r] for two symmetric matrices L and R, decomposed together
+    [2, *, r, r]; entries of C that neither reaches are left out."""
+    left, right = both.vectors.unbind()
+    sums = both.values[0].unsqueeze(-1) + both.values[1].unsqueeze(-2)
+    Y = left.mT @ C @ right
     Y = torch.where(sums > 0, Y / sums, 0)
-    return left.vectors @ Y @ right.vectors.mT
+    return left @ Y @ right.mT

@@ -32,7 +32,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from eckart.optim import Adam, Factor, Inner, Moments, PairRule, Rule, inverse
+from eckart.optim import Adam, Factor, Inner, Moments, PairRule, Rule, along_rank, inverse
 from eckart.recipe.method import Cost, Paper, Update
 
 
@@ -44,7 +44,7 @@ def projection(F: Tensor, s: Tensor, damping: float, relative: bool) -> tuple[Te
     C = (F.mT @ F).double()
     P = inverse(C, damping, relative)
     alive = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] > 0
-    return P, torch.where(alive, P / s**2, 0)
+    return P, P * (alive / s**2)
 
 
 def carrier(P: Tensor, F: Tensor, F_old: Tensor) -> Tensor:
@@ -96,24 +96,24 @@ class Alternating(PairRule):
         """Move A [k, *, r, n] with B fixed; flipped, B [k, *, m, r] with A fixed."""
         b1, b2 = self.betas
         g, M, old = factor.grad, factor.state("exp_avg"), factor.state("other")
-
-        def along_rank(Q: Tensor, X: Tensor) -> Tensor:  # Q [*, r, r]
-            Q = Q.to(X.dtype)
-            return X @ Q.mT if flip else Q @ X
-
         F, F_old = (fixed.mT, old.mT) if flip else (fixed, old)
         scale = s if self.scale_grad else torch.ones_like(s)
         P, to_h = projection(F, scale, self.damping, self.relative)
-        h = along_rank(to_h, g)
-        step = along_rank(b1 * carrier(P, F, F_old), M).add_(h, alpha=1 - b1)
-        factor.keep("exp_avg", M.lerp_(h, 1 - b1) if self.store_unaligned else step)
-        factor.keep("other", fixed)
-        over = None
+        carry = b1 * carrier(P, F, F_old)
+        size = 1 / factor.correction(b1)
+        if self.eps is None and not self.store_unaligned:  # h is needed for nothing else
+            step = along_rank([(carry, M), ((1 - b1) * to_h, g)], flip)
+            factor.keep(exp_avg=step, other=fixed)
+            factor.move(step, size, decay="after")
+            return
+        h, over = along_rank([(to_h, g)], flip), None
+        step = along_rank([(carry, M)], flip).add_(h, alpha=1 - b1)
         if self.eps is not None:
             V = factor.state("exp_avg_sq").mul_(b2).addcmul_(h, h, value=1 - b2)
-            factor.keep("exp_avg_sq", V)
+            factor.keep(exp_avg_sq=V)
             over = V.sqrt().add_(self.eps)
-        factor.move(step, 1 / factor.correction(b1), over, decay="after")
+        factor.keep(exp_avg=M.lerp_(h, 1 - b1) if self.store_unaligned else step, other=fixed)
+        factor.move(step, size, over, decay="after")
 
     def select(self, state: Moments, shape: torch.Size, axis: int, index: Tensor) -> Moments:
         """The other factor's copy has the rank along its other axis."""

@@ -39,6 +39,8 @@ from eckart.optim import (
     Moments,
     PairRule,
     Rule,
+    along_rank,
+    grams,
     spectrum,
     stepped,
     sylvester,
@@ -57,9 +59,9 @@ class Frame:
 
     def __init__(self, B: Tensor, A: Tensor, s: Tensor, damping: float = 1e-8, rel: bool = False):
         self.B, self.A, self.s = B, A, s
-        self.BB, self.AA = spectrum((B.mT @ B).double()), spectrum((A @ A.mT).double())
-        self.PB = self.BB.inverse(damping, rel) / s**2
-        self.PA = self.AA.inverse(damping, rel)
+        self.both = spectrum(grams(B, A))
+        PB, self.PA = self.both.inverse(damping, rel).unbind()
+        self.PB = PB / s**2
 
     def adjusted(
         self, gB: Tensor, gA: Tensor, choice: Choice = "sylvester"
@@ -68,15 +70,15 @@ class Frame:
 
         hA = PB gA + X A and hB = gB PA / s^2 - B (PB B^T gB PA + X): four thin products.
         """
-        dtype = gB.dtype
         Y = self.PB @ (self.B.mT @ gB).double() @ self.PA
-        hA = self.PB.to(dtype) @ gA
+        of_A = [(self.PB, gA)]
         if choice != "zero":
             C = self.PB @ (gA @ self.A.mT).double()
-            X = sylvester(self.BB, self.AA, -C) if choice == "sylvester" else -0.5 * C @ self.PA
+            X = sylvester(self.both, -C) if choice == "sylvester" else -0.5 * C @ self.PA
             Y = Y + X
-            hA = hA + X.to(dtype) @ self.A
-        return gB @ (self.PA / self.s**2).to(dtype) - self.B @ Y.to(dtype), hA
+            of_A += [(X, self.A)]
+        of_B = [(self.PA / self.s**2, gB), (-Y.mT, self.B)]  # PA is symmetric
+        return along_rank(of_B, flip=True), along_rank(of_A)
 
 
 def adjusted(
@@ -127,20 +129,20 @@ def through_moments(frame: Frame, B: Factor, A: Factor, inner: Inner) -> tuple[T
     E and its direction N exist for some rows at a time: B^T N adds up over rows.
     """
     hB, hA = frame.adjusted(B.grad, A.grad, "zero")
-    left, right = torch.cat([B.value, hB], -1), torch.cat([hA, A.value], -2)  # s left right = E
+    s, count = frame.s.to(hB.dtype), B.counts[0]  # the same for all that are stacked
+    left, right = s * torch.cat([B.value, hB], -1), torch.cat([hA, A.value], -2)  # left right = E
     gB, gA = torch.zeros_like(hB), torch.zeros_like(hA)
     rows = max(1, (CACHED if hB.is_cpu else CHUNK) // hA[0, ..., :1, :].numel())
     for i, entry in enumerate(B.entries):
-        s, count = float(frame.s[i]), B.counts[i]
         for start in range(0, hB.shape[-2], rows):
             some = (..., slice(start, start + rows), slice(None))
-            E = s * left[i][some] @ right[i]  # [*, rows, n]
+            E = left[i][some] @ right[i]  # [*, rows, n]
             moments = {name: t[some] for name, t in entry.tensors.items()}
             direction = inner.step([E], [moments], [count], fused=True)
-            N, by = direction.tensors()[0], s / direction.correction[0]
-            gA[i] += by * (B.value[i][some].mT @ N)
-            gB[i][some] = by * (N @ A.value[i].mT)
-    return gB, gA
+            N, correction = direction.tensors()[0], direction.correction[0]
+            gA[i] += B.value[i][some].mT @ N
+            gB[i][some] = N @ A.value[i].mT
+    return s / correction * gB, s / correction * gA
 
 
 @dataclass(frozen=True)

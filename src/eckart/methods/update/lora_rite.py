@@ -32,17 +32,27 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from eckart.optim import Adam, Factor, Inner, Moments, PairRule, Rule, Spectrum, spectrum
+from eckart.optim import (
+    Adam,
+    Factor,
+    Inner,
+    Moments,
+    PairRule,
+    Rule,
+    Spectrum,
+    along_rank,
+    grams,
+    spectrum,
+)
 from eckart.optim.part import State
 from eckart.recipe.method import Cost, Paper, Update
 
 SMALLEST = 1e-12  # of B^T B's eigenvalues, over the largest: below are directions that B has not
 
 
-def inverse_root(F: Tensor) -> Tensor:
-    """(F^T F)^-1/2 of F [*, m, r], [*, r, r] in fp64; zero along what F does not reach."""
-    wide = F.double()  # the smallest eigenvalues count, and squares lose half of the digits
-    vectors, values = spectrum(wide.mT @ wide)
+def inverse_root(C: Tensor) -> Tensor:
+    """C^-1/2 of C = F^T F [*, r, r] in fp64; zero along what F does not reach."""
+    vectors, values = spectrum(C)
     kept = values > SMALLEST * values[..., -1:]
     return Spectrum(vectors, torch.where(kept, values.sqrt(), 0)).inverse(0.0)
 
@@ -85,25 +95,21 @@ class Equilibrated(PairRule):
         return moments(B), moments(A)
 
     def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
-        roots = inverse_root(B.value), inverse_root(A.value.mT)
+        # in fp64 before squaring: the smallest eigenvalues count, and squares lose half the digits
+        roots = inverse_root(grams(B.value.double(), A.value.double()))
         A_step = self.direction(A, roots[0])
         B_step = self.direction(B, roots[1], flip=True)
         B_old, A_old = B.value.clone(), A.value.clone()
         B.move(B_step)
         A.move(A_step)
-        A.keep("passage", (B.value.mT @ B_old).double() @ roots[0])
-        B.keep("passage", (A.value @ A_old.mT).double() @ roots[1])
+        A.keep(passage=(B.value.mT @ B_old).double() @ roots[0])
+        B.keep(passage=(A.value @ A_old.mT).double() @ roots[1])
 
     def direction(self, factor: Factor, root: Tensor, flip: bool = False) -> Tensor:
         """R^-1 M for A [k, *, r, n], given R^-1 of B; flipped, for B [k, *, m, r], of A."""
-
-        def along_rank(Q: Tensor, X: Tensor) -> Tensor:  # Q [*, r, r]
-            Q = Q.to(X.dtype)
-            return X @ Q.mT if flip else Q @ X
-
         b1, b2 = (corrected(b, factor.counts[0]) for b in self.betas)
         P = root @ factor.state("passage")
-        g = along_rank(root, factor.grad)
+        g = along_rank([(root, factor.grad)], flip)
         S = g.mT @ g / g.shape[-2] if flip else g @ g.mT / g.shape[-1]
         V_old = factor.state("second")
         carried = P @ V_old @ P.mT
@@ -111,13 +117,13 @@ class Equilibrated(PairRule):
         values, mass = spectrum(V), torch.zeros_like(V[..., 0, 0])
         if self.escape:
             mass = b2 * (factor.state("escaped") + escaped(V_old, carried))
-            factor.keep("escaped", mass)
-        factor.keep("second", V)
+            factor.keep(escaped=mass)
+        factor.keep(second=V)
         sizes = (values.values + mass.unsqueeze(-1)).sqrt() + self.eps
-        u = along_rank(Spectrum(values.vectors, sizes).inverse(0.0), g)
-        M = b1 * along_rank(P, factor.state("exp_avg")) + (1 - b1) * u
-        factor.keep("exp_avg", M)
-        return along_rank(root, M)
+        whiten = (1 - b1) * Spectrum(values.vectors, sizes).inverse(0.0)
+        M = along_rank([(b1 * P, factor.state("exp_avg")), (whiten, g)], flip)
+        factor.keep(exp_avg=M)
+        return along_rank([(root, M)], flip)
 
     def select(self, state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
         """The basis that the moments are written in goes with the components: a fresh start."""

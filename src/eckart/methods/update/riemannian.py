@@ -22,7 +22,19 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from eckart.optim import SGD, Adam, Factor, Inner, Moments, PairRule, Rule, inverse, stepped
+from eckart.optim import (
+    SGD,
+    Adam,
+    Factor,
+    Inner,
+    Moments,
+    PairRule,
+    Rule,
+    along_rank,
+    grams,
+    inverse,
+    stepped,
+)
 from eckart.recipe.method import Cost, Paper, Update
 
 
@@ -30,8 +42,8 @@ def preconditioned(
     B: Tensor, A: Tensor, gB: Tensor, gA: Tensor, damping: float
 ) -> tuple[Tensor, Tensor]:
     """gB' and gA' of the formula above; all [*, ., .]. The inverses are found in fp64."""
-    PB, PA = inverse((B.mT @ B).double(), damping), inverse((A @ A.mT).double(), damping)
-    return gB @ PA.to(gB.dtype), PB.to(gA.dtype) @ gA
+    PB, PA = inverse(grams(B, A), damping).unbind()
+    return along_rank([(PA, gB)], flip=True), along_rank([(PB, gA)])
 
 
 @dataclass(frozen=True)
