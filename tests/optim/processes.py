@@ -1,5 +1,6 @@
 """What two processes run in test_sharded.py; importable by them."""
 
+import dataclasses
 import os
 import sys
 
@@ -19,17 +20,20 @@ from eckart.optim import (
     EightBit,
     ErrorFeedback,
     Gram,
+    Iteration,
     LowRankOptimizer,
     Momentum,
     NormGrowth,
     Orthogonal,
     Packed,
+    Randomised,
     Refresh,
     Rescaled,
     Rule,
     Selected,
     storage,
 )
+from eckart.optim.sharded import whole
 from eckart.recipe import registry
 
 LIMITED = {"limiter": NormGrowth()}
@@ -82,10 +86,13 @@ RULES |= {name: update.rule() for name, update in registered().items()}
 VECTORS |= {name: update.plain() for name, update in registered().items()}
 
 
-def network(seed=0):
+UNEVEN = ((6, 5), (5, 9), (9, 7), (7, 1))
+TALL = ((4, 5), (5, 9), (9, 11), (11, 11))  # all are projected on the right
+
+
+def network(seed=0, sizes=UNEVEN):
     """5, 9 and 7 rows do not divide by two: the second process has fewer, of 1 row none."""
     torch.manual_seed(seed)
-    sizes = [(6, 5), (5, 9), (9, 7), (7, 1)]
     layers = [nn.Linear(a, b, dtype=torch.float64) for a, b in sizes]
     return nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())))
 
@@ -124,7 +131,7 @@ def optimizer_of(model, rule, penalised=False, **options):
     return optimizer
 
 
-def fsdp2(rule, layerwise, stop):
+def fsdp2(rule, layerwise, stop=10):
     """Train under fully_shard, saving by name and starting anew after `stop` steps."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -150,6 +157,73 @@ def fsdp2(rule, layerwise, stop):
     return weights, norms, optimizer.named_state_dict()
 
 
+def holding(weights):
+    """A network with these weights."""
+    model = network()
+    model.load_state_dict(weights)
+    return model
+
+
+def crossed(rule):
+    """Three steps by one process, four by two under fully_shard, three by one: weights and
+    state go from one to the other by name."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    batches, norms = data(10), []
+    weights, saved = network().state_dict(), None
+    for steps, sharded in ((slice(0, 3), False), (slice(3, 7), True), (slice(7, 10), False)):
+        model = holding(weights)
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = optimizer_of(model, rule, penalised=True)
+        if saved is not None:
+            optimizer.load_named_state_dict(saved)
+        share = [x.chunk(2)[dist.get_rank()] if sharded else x for x in batches[steps]]
+        norms += train(model, optimizer, share)
+        saved = optimizer.named_state_dict()
+        weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return list(weights.values()), norms, saved
+
+
+def given(step):
+    """Gradients of `rounded` in bf16; of the first weight all are 1."""
+    g = torch.Generator().manual_seed(step)
+    shapes = {"0.weight": (8, 6), "0.bias": (8,), "1.weight": (7, 8), "1.bias": (7,)}
+    found = {name: torch.randn(shape, generator=g).bfloat16() for name, shape in shapes.items()}
+    return found | {"0.weight": torch.ones(8, 6).bfloat16()}
+
+
+def rounded(stop):
+    """bf16 weights under fully_shard, rounded by chance, with moments in fp32 and gradients that
+    are given: the weights at the start and after each step, the first one all 1; and the state."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 7)).bfloat16()
+    nn.init.ones_(model[0].weight)
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model, mesh=mesh)
+    rule = Rule(Adam(state_dtype="float32"), rounding="stochastic")
+    optimizer, path = LowRankOptimizer(model.named_parameters(), ROUNDED_LR, rule=rule), []
+    for step in range(10):
+        path.append({name: whole(p.detach()).clone() for name, p in model.named_parameters()})
+        if step == stop:
+            saved = optimizer.named_state_dict()
+            optimizer = LowRankOptimizer(model.named_parameters(), ROUNDED_LR, rule=rule)
+            optimizer.load_named_state_dict(saved)
+        for name, p in model.named_parameters():
+            p.grad = distribute_tensor(given(step)[name], mesh, p.placements)
+        optimizer.step()
+    path.append({name: whole(p.detach()).clone() for name, p in model.named_parameters()})
+    return path, optimizer.named_state_dict()
+
+
+ROUNDED_LR = 1e-3
+
+
 class Sent(TorchDispatchMode):
     """The collectives inside it: (name, elements) of each."""
 
@@ -165,18 +239,18 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def sent(rule, clip):
+def sent(rule, clip, sizes=UNEVEN):
     """What each of ten steps of a sharded model sends."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = network()
+    model = network(sizes=sizes)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     matrices = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
     optimizer = LowRankOptimizer(matrices, 0.02, rule=rule, clip=clip)
     found = []
     for x in data(10):
-        model(x.chunk(2)[dist.get_rank()]).square().mean().backward()
+        model(x.chunk(2)[dist.get_rank()][:, : sizes[0][0]]).square().mean().backward()
         with Sent() as counter:
             optimizer.step()
         optimizer.zero_grad()
@@ -184,17 +258,61 @@ def sent(rule, clip):
     return found
 
 
+RARE = Refresh(5, stagger=False)
 SENT = {  # without staggering, bases are due at steps 0 and 5
-    "right": (Rule(Adam(), SVD(2, "right"), Refresh(5, stagger=False)), None),
-    "right, clipped": (Rule(Adam(), SVD(2, "right"), Refresh(5, stagger=False)), 1.0),
-    "left": (Rule(Adam(), SVD(2, "left"), Refresh(5, stagger=False)), None),
+    "right": (Rule(Adam(), SVD(2, "right"), RARE), None),
+    "right, 4 bits": (Rule(Adam(), Packed(SVD(2, "right")), RARE), None),
+    "right, randomised": (Rule(Adam(), Randomised(2, "right", oversample=1), RARE), None),
+    "right, iteration": (Rule(Adam(), Iteration(2, "right"), RARE), None),
+    "right, clipped": (Rule(Adam(), SVD(2, "right"), RARE), 1.0),
+    "left": (Rule(Adam(), SVD(2, "left"), RARE), None),
     "adamw": (Rule(Adam()), None),
     "adafactor": (Rule(Adafactor()), None),
     "orthogonal": (Rule(Orthogonal()), None),
-    "fira": (Rule(Adam(), SVD(2, "right"), Refresh(5, stagger=False), residual=Rescaled(),
+    "fira": (Rule(Adam(), SVD(2, "right"), RARE, residual=Rescaled(),
                   limiter=NormGrowth()), None),
     "dct": (Rule(Adam(), Selected(2, "right"), Refresh(1, "rotate")), None),
 }  # fmt: skip
+
+
+def projecting():
+    """The registered rules that project, due at the first step and each third one after."""
+    rules = {slug: update.rule() for slug, update in registered().items()}
+    found = {slug: rule for slug, rule in rules.items() if rule.projector.names}
+    return {
+        slug: dataclasses.replace(rule, refresh=dataclasses.replace(rule.refresh, stagger=False))
+        for slug, rule in found.items()
+    }
+
+
+def reduced(layerwise):
+    """What each of ten steps of a replicated model sends: elements by DDP's reducer, and the
+    collectives of the optimizer, whose bases are due at steps 0 and 5."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel as DDP
+
+    model, by_reducer = network(sizes=TALL), []
+    rule = Rule(Adam(), SVD(2), RARE)
+    optimizer = LowRankOptimizer(model.named_parameters(), 0.02, rule=rule)
+    if layerwise:
+        optimizer.attach_layerwise(average_over=dist.group.WORLD)
+        DDP._set_params_and_buffers_to_ignore_for_model(model, optimizer.layerwise_names)
+    wrapped = DDP(model)
+
+    def counted(state, bucket):
+        by_reducer[-1] += bucket.buffer().numel()
+        return allreduce_hook(None, bucket)
+
+    wrapped.register_comm_hook(None, counted)
+    by_optimizer = []
+    for x in data(10):
+        by_reducer.append(0)
+        wrapped(x.chunk(2)[dist.get_rank()][:, : TALL[0][0]]).square().mean().backward()
+        with Sent() as counter:
+            optimizer.step()
+        optimizer.zero_grad()
+        by_optimizer.append(counter.calls)
+    return by_reducer, by_optimizer, [p.detach() for p in model.parameters()]
 
 
 def or_refused(run, *args):
@@ -223,18 +341,24 @@ def ddp(rule, layerwise):
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     storage.SMALLEST = 1  # else nothing here would be stored in 8 bits
-    resumed = ("fira", "dct, 8 bits", "q-galore", "galore, adafactor", "galore, adam8bit")
+    crossing = (
+        "fira", "dct, 8 bits", "q-galore", "galore, adafactor", "galore, adam8bit", "lora-pro",
+        "trion", "lisa", "altlora, alternate", *registered(),
+    )  # fmt: skip
     runs = {
-        "fsdp2": {rule: or_refused(fsdp2, rule, False, 10) for rule in RULES},
-        "fsdp2, resumed": {
-            rule: fsdp2(rule, False, 5) for rule in (*resumed, "lora-pro", "trion", "lisa")
-        },
+        "fsdp2": {rule: or_refused(fsdp2, rule, False) for rule in RULES},
+        "one, fsdp2, one": {rule: or_refused(crossed, rule) for rule in crossing},
         "fsdp2, layer by layer": {
             rule: fsdp2(rule, True, 5) for rule in ("galore", "left", "both")
         },
         "ddp": {rule: ddp(rule, False) for rule in ("both", "altlora, alternate", *registered())},
         "ddp, layer by layer": {rule: ddp(rule, True) for rule in ("galore", "both")},
         "sent": {name: sent(*wanted) for name, wanted in SENT.items()},
+        "sent by rules": {
+            slug: or_refused(sent, rule, None, TALL) for slug, rule in projecting().items()
+        },
+        "sent under ddp": {layerwise: reduced(layerwise) for layerwise in (False, True)},
+        "rounded by chance": {stop: rounded(stop) for stop in (5, 10)},
     }
     torch.save(runs, f"{sys.argv[1]}.{os.environ['RANK']}")
     dist.destroy_process_group()

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.optim.processes import RULES, data, network, optimizer_of, registered, train
+from tests.methods.updates import PlainAdam
+from tests.optim.processes import (
+    ROUNDED_LR,
+    RULES,
+    TALL,
+    UNEVEN,
+    data,
+    given,
+    network,
+    optimizer_of,
+    projecting,
+    registered,
+    train,
+)
 
 from eckart.optim import storage
 
@@ -41,7 +54,7 @@ def alone(rule, accumulate, penalised):
     return [p.detach() for p in model.parameters()], norms, optimizer.named_state_dict()
 
 
-WAYS = ["fsdp2", "fsdp2, resumed", "fsdp2, layer by layer", "ddp", "ddp, layer by layer"]
+WAYS = ["fsdp2", "one, fsdp2, one", "fsdp2, layer by layer", "ddp", "ddp, layer by layer"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -89,12 +102,22 @@ def test_what_a_step_sends_is_bounded(two):
         found = runs["sent"]
         assert all(name == "allreduce_" for steps in found.values() for step in steps
                    for name, _ in step if steps is not found["left"])  # fmt: skip
+        grams = [n * n for n in (6, 5, 9, 7)]
         for step, calls in enumerate(found["right"]):
-            grams = [n * n for n in (6, 5, 9, 7)] if step in (0, 5) else []
-            assert sorted(size for _, size in calls) == sorted(grams)
+            assert sorted(size for _, size in calls) == sorted(grams if step in (0, 5) else [])
         for step, calls in enumerate(found["right, clipped"]):
             assert len(calls) == (5 if step in (0, 5) else 1)
         assert found["adamw"] == [[]] * 10
+        for step, calls in enumerate(found["right, 4 bits"]):
+            assert calls == found["right"][step]
+        # Y = G^T (G Z) [n, k] three times less a polish, and whether G is finite: never all of G
+        for step, calls in enumerate(found["right, randomised"]):
+            assert len(calls) == (16 if step in (0, 5) else 0)
+            assert sum(size for _, size in calls) <= sum(1 + 3 * 3 * n for n in (6, 5, 9, 7))
+        for step, calls in enumerate(found["right, iteration"]):
+            sizes = [(1, min(2, m) * n) for n, m in UNEVEN] if step == 5 else []
+            wanted = grams if step == 0 else sum(sizes, ())
+            assert sorted(size for _, size in calls) == sorted(wanted)
         # R [r, n] of four shapes is summed, and a left basis needs the gradient once
         for step, calls in enumerate(found["left"]):
             low = [2 * 6, 2 * 5, 2 * 9, 1 * 7]
@@ -108,3 +131,65 @@ def test_what_a_step_sends_is_bounded(two):
             assert len(calls) == (7 if step in (0, 5) else 3)
         # scores of 6, 5, 9 and 7 directions
         assert all(len(calls) <= 8 for calls in found["dct"])
+
+
+def test_rules_send_no_matrix_that_is_projected_on_the_right(two):
+    """All that project, on four tall matrices, by what they consist of."""
+    for slug, rule in projecting().items():
+        steps = two[0]["sent by rules"][slug]
+        assert not isinstance(steps, str), steps
+        for step, calls in enumerate(steps):
+            gathers = [name for name, _ in calls if "gather" in name]
+            if rule.projector.fleeting:  # its left basis is an orthogonal one of the whole
+                assert len(gathers) == 4
+                continue
+            assert not gathers, slug
+            if step % 3 and rule.refresh.every > 1:  # norms; r x r numbers of an orthogonal step
+                assert all(size <= 4 for _, size in calls), slug
+            else:  # beside these once n x n numbers or fewer, or a few times n x (r + 8)
+                most = [3 * n * min(n, 10) + n + 6 for n, _ in TALL]
+                assert sum(size for _, size in calls) <= sum(most), slug
+
+
+def test_ddp_may_average_the_projected_gradients_alone(two):
+    """r / n of the elements of each matrix, which the reducer then leaves out; where a basis is
+    due, in steps 0 and 5, the matrix itself."""
+    whole = [m * n for n, m in TALL]
+    low = [2 * max(m, n) for n, m in TALL]
+    vectors = sum(m for _, m in TALL)
+    for runs in two:
+        reducer, optimizer, weights = runs["sent under ddp"][False]
+        assert reducer == [sum(whole) + vectors] * 10 and optimizer == [[]] * 10
+        reducer, optimizer, others = runs["sent under ddp"][True]
+        assert reducer == [vectors] * 10
+        for step, calls in enumerate(optimizer):
+            assert [size for _, size in calls] == (low if step % 5 else whole)
+        for a, b in zip(weights, others, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)  # fp64, 10 steps
+
+
+def test_shards_of_bf16_weights_are_rounded_by_chance(two):
+    """Each to a neighbour of what Adam with moments in fp32 makes of it, by its own chance; the
+    processes agree, and a run that is resumed draws the same."""
+    path, state = two[0]["rounded by chance"][10]
+    for runs in two:
+        for other, moments in runs["rounded by chance"].values():
+            assert all(torch.equal(a[n], b[n]) for a, b in zip(path, other, strict=True) for n in a)
+            assert all(torch.equal(torch.as_tensor(state[k]), torch.as_tensor(moments[k]))
+                       for k in state)  # fmt: skip
+    adam, up, below = PlainAdam(ROUNDED_LR), 0, 0.0
+    for step in range(10):
+        for name, G in given(step).items():
+            found = path[step + 1][name].double()
+            wanted = adam.moved(name, path[step][name].double(), G.double())
+            spacing = 2.0 ** (wanted.abs().log2().floor() - 7)  # of 8 bits
+            assert ((found - wanted).abs() < spacing * 1.001).all()  # moments are fp32
+            up += int((found > wanted).sum())
+            below += float(((wanted / spacing).ceil() - wanted / spacing).sum())
+    assert state["1.weight/exp_avg"].dtype == state["1.weight/exp_avg_sq"].dtype == torch.float32
+    torch.testing.assert_close(state["1.weight/exp_avg"].double(), adam.M["1.weight"])
+    # as often up as the distance from the neighbour below says: 1190 draws, three deviations
+    drawn = sum(p.numel() for p in path[0].values()) * 10
+    assert abs(up - (drawn - below)) < 3 * drawn**0.5 / 2
+    ones = path[-1]["0.weight"]
+    assert len(ones.unique()) > 1 and not torch.equal(*ones.chunk(2))  # the shards' own chances

@@ -182,7 +182,6 @@ class Projector(Part):
 
     identity: ClassVar[bool] = False
     names: ClassVar[tuple[str, ...]] = ("left", "right")  # of its state tensors, if present
-    from_gram: ClassVar[bool] = False  # is the right basis a function of G^T G?
     from_shards: ClassVar[bool] = False  # can it find a right basis with shards of the rows?
     derived: ClassVar[bool] = False  # is its state whole on all processes, the basis made of it?
     decomposes: ClassVar[bool] = True  # and so must wait for the device at a search
@@ -218,13 +217,17 @@ class Projector(Part):
         right = old["right"] @ new["right"].mT if "right" in old else None
         return Rotation(Basis(left, right))
 
+    def from_gram(self, first: bool) -> bool:
+        """Is the right basis, the first one or a later one, a function of G^T G alone?"""
+        return False
+
     def unsplit(self) -> tuple[str, ...]:
         """Which axes of a sharded parameter, "rows" or "columns", must be whole."""
         return ()
 
-    def find_right(self, C: Tensor, rank: int) -> Tensor:
-        """A new right basis [*, r, n] from the Gram matrices C = G^T G [*, n, n] in fp64, for
-        projectors that offer `from_gram`."""
+    def find_right(self, C: Tensor, rank: int) -> Found:
+        """New state tensors of a right basis [*, r, n] from the Gram matrices C = G^T G
+        [*, n, n] in fp64, where they are a function of it."""
         raise NotImplementedError
 
     def low(self, W: Tensor) -> Tensor:
@@ -295,12 +298,13 @@ class Subspace(Projector):
 
         return parts(lambda: unit(m, left), lambda: unit(right, n), left, right)
 
+    def find_right(self, C: Tensor, rank: int) -> Found:
+        return {"right": top_eigenvectors(C, rank).mT}
+
 
 @dataclass(frozen=True)
 class SVD(Subspace):
     """The leading singular vectors of the current gradient: the best rank-r subspace."""
-
-    from_gram: ClassVar[bool] = True
 
     def find(self, search: Search) -> Found:
         G, (left, right) = search.G, self.ranks(*search.size)
@@ -312,8 +316,8 @@ class SVD(Subspace):
             right,
         )
 
-    def find_right(self, C: Tensor, rank: int) -> Tensor:
-        return top_eigenvectors(C, rank).mT
+    def from_gram(self, first: bool) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -324,8 +328,6 @@ class Gram(Subspace):
     the strongest are noise in fp32; a basis of leading ones is exact to about 1e-4.
     """
 
-    from_gram: ClassVar[bool] = True
-
     def find(self, search: Search) -> Found:
         G, (left, right) = search.G, self.ranks(*search.size)
         return parts(
@@ -335,8 +337,8 @@ class Gram(Subspace):
             right,
         )
 
-    def find_right(self, C: Tensor, rank: int) -> Tensor:
-        return top_eigenvectors(C, rank).mT
+    def from_gram(self, first: bool) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -345,26 +347,27 @@ class Randomised(Subspace):
 
     oversample: int = 8
     power: int = 1
+    from_shards: ClassVar[bool] = True
 
     def find(self, search: Search) -> Found:
         G, (left, right) = search.G, self.ranks(*search.size)
         return parts(
-            lambda: self.columns(G.mT, left, search.seeds),
-            lambda: self.columns(G, right, search.seeds).mT,
+            lambda: self.columns(G.mT, left, search),
+            lambda: self.columns(G, right, search).mT,
             left,
             right,
         )
 
-    def columns(self, G: Tensor, rank: int, seeds: list[int]) -> Tensor:
+    def columns(self, G: Tensor, rank: int, search: Search) -> Tensor:
         """About the r leading right singular vectors, as columns [k, *, n, r]."""
         n = G.shape[-1]
         k = min(n, rank + self.oversample)
-        Z = torch.stack([gaussian(n, k, seed) for seed in seeds]).to(G.device, G.dtype)
-        Z = Z.reshape(len(seeds), *(1,) * (G.dim() - 3), n, k)
+        Z = torch.stack([gaussian(n, k, seed) for seed in search.seeds]).to(G.device, G.dtype)
+        Z = Z.reshape(len(search.seeds), *(1,) * (G.dim() - 3), n, k)
         for _ in range(self.power + 1):
-            Z = torch.linalg.qr(G.mT @ (G @ Z))[0]
+            Z = torch.linalg.qr(search.total(G.mT @ (G @ Z)))[0]
         B = G @ Z  # [k, *, m, r + p]
-        inner = torch.linalg.eigh(B.mT @ B)[1].flip(-1)  # its right singular vectors
+        inner = torch.linalg.eigh(search.total(B.mT @ B))[1].flip(-1)  # its right vectors
         return fix_signs(polish(Z @ inner[..., :rank]), -2)
 
 
@@ -376,22 +379,26 @@ class Iteration(Subspace):
     """
 
     power: int = 1
+    from_shards: ClassVar[bool] = True
+
+    def from_gram(self, first: bool) -> bool:
+        return first
 
     def find(self, search: Search) -> Found:
         if search.first:
             return SVD(self.rank, self.side, self.basis_dtype).find(search)
         G, old, (left, right) = search.G, search.old, self.ranks(*search.size)
         return parts(
-            lambda: self.columns(G.mT, old["left"].to(G.dtype)),
-            lambda: self.columns(G, old["right"].to(G.dtype).mT).mT,
+            lambda: self.columns(G.mT, old["left"].to(G.dtype), search),
+            lambda: self.columns(G, old["right"].to(G.dtype).mT, search).mT,
             left,
             right,
         )
 
-    def columns(self, G: Tensor, Z: Tensor) -> Tensor:
+    def columns(self, G: Tensor, Z: Tensor, search: Search) -> Tensor:
         """Columns Z [k, *, n, r] turned towards the leading right singular vectors of G."""
         for _ in range(self.power):
-            Q, R = torch.linalg.qr(G.mT @ (G @ Z))
+            Q, R = torch.linalg.qr(search.total(G.mT @ (G @ Z)))
             signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G.dtype)
             Z = Q * signs.unsqueeze(-2)  # the QR that changes as little as Z does
         return polish(Z)

@@ -81,7 +81,7 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
     projector, source = rule.projector, rule.source
     names = [name for name in projector.names if name in entries[0].state]
     old = {name: torch.stack([whole(e.state[name]) for e in entries]) for name in names}
-    if layout is not None and layout.gram_suffices and projector.from_gram:
+    if layout is not None and layout.gram_suffices and projector.from_gram(first):
         ok, found = found_from_gram(entries, layout)
     else:
         ok, found = found_from_gradients(entries, layout, old, first)
@@ -159,8 +159,8 @@ def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found
     sum_([C], layout.groups("rows"))
     ok = usable(C.diagonal(dim1=-2, dim2=-1).sum(-1))
     C = torch.where(ok[..., None, None], C, 0)
-    rank = entries[0].tensors["right"].shape[-2]
-    return ok, {"right": entries[0].rule.projector.find_right(C, rank)}
+    projector = entries[0].rule.projector
+    return ok, projector.find_right(C, projector.ranks(*entries[0].size)[1])
 
 
 def renew_moments(entries: list[Entry], kept: list[int], old: Found, new: Found) -> None:
