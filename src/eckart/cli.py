@@ -9,19 +9,51 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from eckart.errors import EckartError, Interrupted, OutOfRoom, UsageError
+from eckart.errors import EckartError, Interrupted, OutOfRoom, UsageError, nearest
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
+
+class Commands(TyperGroup):
+    """All commands. Words and options that none of them takes are said as all errors are."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command line and exit with its code."""
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
+        except EckartError as error:  # of the words themselves, before the command had begun
+            code = say(words[0], error, "--json" in words)
+        except Exception as fault:
+            if not hasattr(fault, "format_message"):
+                raise
+            if type(fault).__name__ == "NoArgsIsHelpError":
+                typer.echo(fault.format_message(), err=True)
+                sys.exit(UsageError.exit_code)
+            wrong = import_module("eckart.jobs.mistyped").mistyped(fault, words, self)
+            code = say(words[0], wrong, "--json" in words)
+        sys.exit(code)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Low-rank learning on transformers: train, compress, linearize and compose models.",
     epilog="A job takes key=value words and -c FILE; all keys: eckart config schema",
     no_args_is_help=True,
@@ -83,8 +115,9 @@ def named(incomplete: str) -> list[str]:
 
 
 CONFIG = option(
-    "config", list[Path], "-c", "--config", text="A YAML file of keys; repeatable, later wins."
-)
+    "config", list[Path], "-c", "--config", metavar="FILE",
+    text="A YAML file of keys; repeatable, later wins.",
+)  # fmt: skip
 OUT = option("out", str, "-o", "--out", text="The run's folder.", metavar="FOLDER")
 SEED = option("seed", int, "--seed", text="Same as train.seed=.")
 DRY = option("dry_run", bool, "--dry-run", text="Decide everything, train and write nothing.")
@@ -99,7 +132,9 @@ TO = option(
     "to", str, "--to", text="peft, lora, dense, factored, native or kohya.", metavar="FORMAT"
 )
 FIT = option("fit", str, "--fit", text="Which recipes fit into this: 24GB.", metavar="SIZE")
-PROMPT = option("prompt", list[str], "-p", "--prompt", text="Text to go on from; repeatable.")
+PROMPT = option(
+    "prompt", list[str], "-p", "--prompt", text="Text to go on from; repeatable.", metavar="TEXT"
+)
 TOKENS = option("tokens", int, "-n", "--tokens", text="New tokens at most; 100.", default=100)
 TEMPERATURE = option(
     "temperature", float, "-t", "--temperature",
@@ -121,7 +156,7 @@ BENCH = (
     option("margin", float, "--margin", text="Nats that make no difference; half an sd."),
     option("sampler", str, "--sampler", text="tpe: Optuna chooses the rates, not the grid."),
     PROCESSES,
-    option("ray", bool, "--ray", text="Runs on a Ray cluster, or a local one."),
+    option("ray", bool, "--ray", text="Runs by Ray Tune on a cluster, or here."),
 )
 JOB_WORDS = words("COMMAND MODEL DATA KEY=VALUE")
 
@@ -264,6 +299,8 @@ def reproduce(
     slugs: Any, quick: bool, full: bool, processes: int | None, out: str | None, json: bool
 ) -> None:
     """Test papers' claims on a small scale: confirmed, not seen or refuted. All without SLUG."""
+    if quick and full:
+        raise UsageError("--quick and --full exclude each other     command line", fix="Leave one.")
     budget = "quick" if quick else "full" if full else "default"
     show(
         call("reproduce", lambda job: job.run(slugs or (), budget, out, processes, json), json),
@@ -392,28 +429,41 @@ def to_job(
 ) -> Any:
     """The job of a command line. Words that are not key=value are MODEL and DATA, in order."""
     from eckart.jobs.config import Flags, resolve
-    from eckart.jobs.refuse import unknown_flag
+    from eckart.jobs.refuse import refuse_elsewhere, refuse_word, unknown_flag
     from eckart.jobs.words import is_setting
 
+    own = [f"--{name.replace('_', '-')}" for name in ("config", *flags, *(options or {}))]
     for word, following in zip(words or (), [*(words or ()), ""][1:], strict=True):
         if word.startswith("-") and word != "-":
-            raise unknown_flag(word, following)
+            raise unknown_flag(word, following, own)
     settings = [word for word in words or () if is_setting(word)]
-    model, data, *more = [*(w for w in words or () if not is_setting(w)), None, None]
-    if any(more):
-        raise UsageError(
-            f"unexpected word {more[0]}     command line",
-            fix="After MODEL and DATA come key=value words; several files: data=[a.jsonl,b.jsonl]",
-        )
+    plain = [word for word in words or () if not is_setting(word)]
+    for place, word in enumerate(plain):
+        refuse_word(word, command, place)
+    refuse_elsewhere(settings, command)
+    model, data = [*plain, None, None][:2]
     return resolve(command, model, data, settings, config or (), Flags(**flags), options, partial)
 
 
 def job_words(words: list[str] | None) -> tuple[str, list[str]]:
-    """COMMAND and the rest; finetune where a file is checked by itself."""
-    from eckart.jobs.config import NEEDS
+    """COMMAND and the rest; finetune where a file is checked by itself.
+
+    Raises UsageError for a first word that is meant for a command and is none.
+    """
+    from eckart.jobs.config import FILES, NEEDS
+    from eckart.jobs.words import is_setting
 
     first, *rest = words or ["finetune"]
-    return (first, rest) if first in NEEDS else ("finetune", [first, *rest])
+    command = FILES.get(first, first)
+    if command in NEEDS:
+        return command, rest
+    plain = [word for word in (first, *rest) if not is_setting(word) and word[:1] != "-"]
+    if plain[:1] == [first] and not Path(first).exists():
+        names = [name for name in (*NEEDS, *FILES) if name not in FILES.values()]
+        if close := nearest(first, names):
+            fix = f"Did you mean {close[0]}?"
+            raise UsageError(f"unknown command {first}     command line", fix=fix)
+    return "finetune", [first, *rest]
 
 
 def call(module: str, action: Callable[[Any], Any], as_json: bool) -> Any:
@@ -433,11 +483,16 @@ def call(module: str, action: Callable[[Any], Any], as_json: bool) -> Any:
 
 def leave(command: str, error: EckartError, as_json: bool) -> NoReturn:
     """Say what was wrong and exit with its code."""
+    raise typer.Exit(say(command, error, as_json))
+
+
+def say(command: str, error: EckartError, as_json: bool) -> int:
+    """What was wrong, on stderr, and as the document of --json; the exit code."""
     if as_json:
         said = {"what": error.what, "facts": [list(f) for f in error.facts], "fix": error.fix}
         show({"command": command, "exit": error.exit_code, "error": said}, True)
     typer.echo(error.text(), err=True)
-    raise typer.Exit(error.exit_code)
+    return error.exit_code
 
 
 def as_error(fault: Exception) -> EckartError:

@@ -104,16 +104,16 @@ CASES = {
         "finetune m d.jsonl weights=lora update=galore",
         2,
         "these two do not combine\n"
-        "  update = galore  projects the gradients of whole matrices\n"
-        "  weights = lora   trains no whole matrix\n"
+        "  update = galore  changes whole matrices\n"
+        "  weights = lora   trains no whole matrix that a rule may change\n"
         "Type weights=dense update=galore, or update=adamw.\n",
     ),
     "illegal combination in a file": (
         "finetune m d.jsonl -c mixed.yaml",
         2,
         "these two do not combine\n"
-        "  update = galore  projects the gradients of whole matrices\n"
-        "  weights = lora   trains no whole matrix\n"
+        "  update = galore  changes whole matrices\n"
+        "  weights = lora   trains no whole matrix that a rule may change\n"
         "Type weights=dense update=galore, or update=adamw.\n",
     ),
     "two ways to say one thing": (
@@ -150,7 +150,19 @@ CASES = {
     "missing job file": (
         "finetune m d.jsonl -c none.yaml",
         3,
-        "cannot read none.yaml\n  reason  No such file or directory\n",
+        "cannot read none.yaml\n"
+        "  reason  No such file or directory\n"
+        "Type -c with the path of a YAML file.\n",
+    ),
+    "mistyped job file": (
+        "finetune m d.jsonl -c habits.yaml",
+        3,
+        "cannot read habits.yaml\n  reason  No such file or directory\nDid you mean habit.yaml?\n",
+    ),
+    "a folder for a job file": (
+        "finetune m d.jsonl -c m",
+        3,
+        "cannot read m\n  reason  Is a directory\nType -c with the path of a YAML file.\n",
     ),
     "malformed job file": (
         "finetune m d.jsonl -c bad.yaml",

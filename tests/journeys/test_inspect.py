@@ -126,7 +126,8 @@ def test_what_has_no_weights_is_not_inspected(place):
     ran = eckart("inspect", "llama-tiny")
     assert (ran.code, ran.out) == (2, "") and ran.err.startswith("this is a shape without weights")
     ran = eckart("inspect")
-    assert ran.code == 2 and ran.err.startswith("eckart inspect needs model\n")
+    needed = "eckart inspect needs a source\nType eckart inspect SOURCE\n"
+    assert (ran.code, ran.err) == (2, needed)
 
 
 def test_errors_are_measured_where_few_features_would_do(place):

@@ -79,6 +79,7 @@ class Options:
                 raise UsageError(
                     f"--{name} is too small",
                     [(f"--{name} {getattr(found, name)}", f"at least {least}")],
+                    f"Leave it out for {cls.__dataclass_fields__[name].default}.",
                 )
         for name, known in (("match", ("none", "parameters")), ("sampler", ("grid", "tpe"))):
             if getattr(found, name) not in known:

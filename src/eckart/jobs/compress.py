@@ -81,7 +81,11 @@ def model_of(job: Job) -> str:
             f"Merge it first: eckart convert {source.path} --to dense -o MERGED",
         )
     if source.kind in ("preset", "config"):
-        raise UsageError("this is a shape without weights", [(source.path, source.kind)])
+        raise UsageError(
+            "this is a shape without weights",
+            [(source.path, source.kind)],
+            f"Train it first: eckart pretrain {source.path} DATA",
+        )
     return source.path
 
 

@@ -18,7 +18,7 @@ from eckart.errors import UsageError
 from eckart.io.run import require_run
 from eckart.jobs.check import checked, expected
 from eckart.jobs.job import AUTO, NO_FLAGS, NONE, PLAIN, Choice, Flags, Healing, Job, value_at
-from eckart.jobs.merge import AXES, BUDGET, Given, fields_of, merge
+from eckart.jobs.merge import AXES, BUDGET, OWN, Given, fields_of, merge
 from eckart.jobs.refuse import refuse_alternatives, unknown_key
 from eckart.jobs.tree import SECTIONS, Budget, Convert, Data, Eval, Heal, Source, Train
 from eckart.jobs.words import COMMAND_LINE, Key, Setting, read_file, read_words
@@ -37,6 +37,8 @@ NEEDS: dict[str, tuple[Key, ...]] = {  # command -> what it cannot do without
     "convert": (("model",),),
     "inspect": (("model",),),
 }
+FILES = {"eval": "evaluate"}  # commands whose file in jobs has another name
+SHOWN = {"convert": "SOURCE --to FORM", "inspect": "SOURCE"}  # what is typed, without a -c file
 OUT = "runs/{name}"
 SCHEMA = "All keys: eckart config schema"
 
@@ -63,7 +65,7 @@ def resolve(
     given = merge(layers, command)
     settled: dict[str, str] = {}
     entries = chosen_entries(given, command, settled)
-    refuse_unknown(given, entries)
+    refuse_unknown(given, entries, command)
     refuse_alternatives(given)
     if not partial:
         require(given, command)
@@ -323,9 +325,9 @@ def plain_value(given: Given, name: str, hint: Any, default: Any) -> Any:
 # What cannot be
 
 
-def refuse_unknown(given: Given, entries: Entries) -> None:
+def refuse_unknown(given: Given, entries: Entries, command: str = "") -> None:
     """Raise UsageError for the first key that no section and no chosen method has."""
-    known: list[Key] = [(name,) for name in PLAIN]
+    known: list[Key] = [(name,) for name in (*OWN.get(command, ()), *PLAIN)]
     for prefix, entry in entries.items():
         known += [(*prefix, name) for name in ("name", *(entry.fields if entry else ()))]
     known += [(s, f.name) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
@@ -340,11 +342,15 @@ def refuse_unknown(given: Given, entries: Entries) -> None:
 def require(given: Given, command: str) -> None:
     """Raise UsageError where the command lacks its model or data."""
     lacking = [k for k in NEEDS.get(command, ()) if k not in given or given[k].value is None]
-    if lacking:
-        words = [k[0].upper() for k in NEEDS[command]]
-        typed = command.removesuffix("uate")
+    if not lacking:
+        return
+    typed = next((name for name, file in FILES.items() if file == command), command)
+    if command in SHOWN:
         raise UsageError(
-            f"eckart {typed} needs {' and '.join(k[0] for k in lacking)}",
-            fix=f"Type eckart {typed} {' '.join(words)}, or set "
-            f"{' and '.join('.'.join(k) for k in lacking)} in a file: -c FILE",
+            f"eckart {typed} needs a source", fix=f"Type eckart {typed} {SHOWN[command]}"
         )
+    raise UsageError(
+        f"eckart {typed} needs {' and '.join(k[0] for k in lacking)}",
+        fix=f"Type eckart {typed} {' '.join(k[0].upper() for k in NEEDS[command])}, or set "
+        f"{' and '.join('.'.join(k) for k in lacking)} in a file: -c FILE",
+    )

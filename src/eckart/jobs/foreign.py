@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eckart.errors import FileError, UsageError
+from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.headers import read_json
 from eckart.jobs.config import Job, resolve
 from eckart.jobs.words import HABITS, Setting, read_file
@@ -68,8 +68,18 @@ def run(file: str) -> None:
 
 def translated(path: Path) -> Found:
     """A file of any of the three tools. Raises FileError where it is none of them."""
+    if path.is_dir():
+        within = next(iter(sorted(path.glob("adapter_config.json"))), path / "FILE")
+        raise FileError(
+            "this is a folder", [(str(path), "")], f"Type eckart config import {within}"
+        )
     if not path.is_file():
-        raise FileError("no such file", [(str(path), "")])
+        near = [p.name for p in path.absolute().parent.glob("*") if p.is_file()]
+        raise FileError(
+            "no such file",
+            [(str(path), "")],
+            did_you_mean(path.name, near, "Type the path of a configuration file."),
+        )
     if path.suffix == ".json":
         content = read_json(path)
         if "peft_type" in content:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from eckart.errors import UsageError
+from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.export import load
-from eckart.io.models import load_tokenizer, own_task
-from eckart.io.opening import open_model
+from eckart.io.models import load_tokenizer, own_task, recognise
+from eckart.io.opening import ADAPTERS, open_model
 from eckart.io.tasks import LANGUAGE
 from eckart.jobs.config import Job
 from eckart.recipe import Handle
@@ -22,6 +23,7 @@ def run(job: Job) -> Mapping[str, Any]:
     """Complete each prompt; printed as it is said, or in the document with --json."""
     assert job.model is not None
     prompts = job.options.get("prompt") or read_prompts()
+    require_room(job)
     begun = time.monotonic()
     task = own_task(job.model)
     require_language(job.model, task)
@@ -56,6 +58,21 @@ def run(job: Job) -> Mapping[str, Any]:
     }
 
 
+def require_room(job: Job) -> None:
+    """Raise UsageError for options that let nothing be written."""
+    tokens, temperature = job.options["tokens"], job.options["temperature"]
+    for name, value, fits, allowed in (
+        ("-n", tokens, tokens >= 1, "a whole number >= 1"),
+        ("-t", temperature, 0 <= temperature < float("inf"), "a number >= 0"),
+    ):
+        if not fits:
+            raise UsageError(
+                f"{name} is out of range",
+                [(f"{name} {value}", "command line"), ("allowed", allowed)],
+                "Leave it out for the default. All options: eckart generate --help",
+            )
+
+
 def adapters_beside(model: Any, words: Sequence[str], task: str) -> dict[str, Handle]:
     """The adapters of --adapter NAME=PATH on one model, by name. UsageError for other words."""
     found: dict[str, Handle] = {}
@@ -71,8 +88,30 @@ def adapters_beside(model: Any, words: Sequence[str], task: str) -> dict[str, Ha
                 "--adapter is for models that go on from a text", [(word, task)],
                 f"Type eckart generate {path} -p TEXT",
             )  # fmt: skip
+        if name in found:
+            raise UsageError(
+                "two adapters have one name", [(f"--adapter {word}", "command line")],
+                "Give each a name of its own.",
+            )  # fmt: skip
+        require_adapter(path)
         found[name] = load(path, model, name)
     return found
+
+
+def require_adapter(path: str) -> None:
+    """Raise FileError where nothing is there, UsageError where it is no adapter."""
+    source = recognise(path)
+    if source.kind == "hub" and not Path(path).exists():
+        known = [p.name for p in Path(path).absolute().parent.glob("*") if p.is_dir()]
+        raise FileError(
+            "no such file or folder", [(path, "")],
+            did_you_mean(Path(path).name, known, "Type --adapter NAME=FOLDER."),
+        )  # fmt: skip
+    if source.kind not in (*ADAPTERS, "run"):
+        raise UsageError(
+            "this is no adapter", [(path, f"a {source.kind}")],
+            f"Let it write by itself: eckart generate {path} -p TEXT",
+        )  # fmt: skip
 
 
 def require_language(model: str, task: str) -> None:
@@ -194,4 +233,6 @@ def rendered(tokenizer: Any, prompt: str) -> torch.Tensor:
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids: torch.Tensor = encoded["input_ids"]
+    if not ids.shape[1]:
+        raise UsageError("the prompt has no token", [(f"-p '{prompt}'", "")], "Type -p TEXT.")
     return ids

@@ -203,6 +203,8 @@ def in_bytes(text: str) -> int:
     match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
     if match is None or not float(match[1]) > 0:
         raise UsageError(f"cannot read {text} as a size", fix="Type for example 24GB or 800MB.")
+    if not match[2] and float(match[1]) < 1000:  # nobody means 24 bytes
+        raise UsageError(f"{text} has no unit", fix=f"Type {match[1]}GB or {match[1]}MB.")
     return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
 
 

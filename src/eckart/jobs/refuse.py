@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from eckart.errors import UsageError, nearest
-from eckart.jobs.merge import AXES, EXCLUSIVE, Given, says_something
+from eckart.jobs.merge import AXES, EXCLUSIVE, Given, merge, says_something
 from eckart.jobs.tree import SECTIONS
-from eckart.jobs.words import COMMAND_LINE, HABITS, Setting
+from eckart.jobs.words import COMMAND_LINE, HABITS, Setting, read_words
 from eckart.recipe import registry
+
+READ_BY = {"compress": "compress", "heal": "compress", "convert": "convert"}  # section: command
+TAKES = {"generate": ("MODEL",)}  # command -> its words without a key, where not MODEL DATA
 
 
 def unknown_key(setting: Setting, known: Sequence[str], more: str) -> UsageError:
@@ -24,17 +27,55 @@ def unknown_key(setting: Setting, known: Sequence[str], more: str) -> UsageError
     return UsageError(what, fix=f"{hint} {more}".strip())
 
 
-def unknown_flag(word: str, following: str) -> UsageError:
-    """The error for --lr 1e-3 or --lr=1e-3, which is train.lr=1e-3 here."""
+def unknown_flag(word: str, following: str, options: Sequence[str]) -> UsageError:
+    """The error for --lr 1e-3 or --lr=1e-3, which is train.lr=1e-3 here, or for --jsn.
+
+    `options` are those that the command has.
+    """
     name, _, text = word.lstrip("-").partition("=")
+    setting = Setting((name.replace("-", "_"),), None, COMMAND_LINE, text or following)
+    hint = from_habit(setting, known := own_keys())
+    ends = {key.rpartition(".")[2] for key in known}
+    close = nearest(f"--{name}", options) if setting.name not in ends else []
+    if not hint and close:
+        hint = f"Did you mean {close[0]}?"
+    if not hint and (key := nearest_key(setting.name, known)):
+        hint = f"Did you mean {key}={setting.text}?"
+    return UsageError(f"unknown option {word}     {COMMAND_LINE}", fix=hint or "Type --help.")
+
+
+def own_keys() -> list[str]:
+    """The keys that every job has, with the fields of the methods that are there by default."""
     defaults = [registry.find(registry.DEFAULTS[axis]) for axis in ("weights", "update")]
     known = [f"{e.axis}.{field}" for e in defaults for field in e.fields]
-    known += [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
-    setting = Setting((name.replace("-", "_"),), None, COMMAND_LINE, text or following)
-    hint = from_habit(setting, known)
-    if not hint and (close := nearest_key(setting.name, known)):
-        hint = f"Did you mean {close}={setting.text}?"
-    return UsageError(f"unknown option {word}     {COMMAND_LINE}", fix=hint or "Type --help.")
+    return known + [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
+
+
+def refuse_word(word: str, command: str, place: int) -> None:
+    """Raise UsageError for a word that is no key and stands where the command takes none.
+
+    `place` counts such words from 0: MODEL, DATA.
+    """
+    takes = TAKES.get(command, ("MODEL", "DATA"))
+    if not word.strip():
+        raise UsageError(
+            f"{takes[min(place, len(takes) - 1)]} is empty     {COMMAND_LINE}",
+            fix="Type a path or a hub id; perhaps a variable of the shell is not set.",
+        )
+    if word.endswith((".yaml", ".yml")):
+        raise UsageError(
+            f"{word} is a job file, not {' or '.join(takes)}     {COMMAND_LINE}",
+            fix=f"Type -c {word}",
+        )
+    if place < len(takes):
+        return
+    if word in own_keys():
+        raise UsageError(f"{word} has no value     {COMMAND_LINE}", fix=f"Type {word}=VALUE")
+    after = "After MODEL and DATA come key=value words; several files: data=[a.jsonl,b.jsonl]"
+    raise UsageError(
+        f"unexpected word {word}     {COMMAND_LINE}",
+        fix=after if len(takes) > 1 else f"After {takes[0]} come key=value words and options.",
+    )
 
 
 def nearest_key(name: str, keys: Sequence[str]) -> str | None:
@@ -76,4 +117,30 @@ def refuse_alternatives(given: Given) -> None:
                 f"{' and '.join(s.name for s in said)} exclude each other",
                 [(f"{s.name} = {s.text}", s.place) for s in said],
                 "Leave one of them.",
+            )
+
+
+def refuse_elsewhere(words: Sequence[str], command: str) -> None:
+    """Raise UsageError for key=value words that the command would leave unused.
+
+    Only what was typed is asked: a -c file may serve several commands.
+    """
+    typed = merge([read_words(words)], command)
+    for setting in typed.values():
+        reader = READ_BY.get(setting.key[0], command)
+        if reader != command:
+            raise UsageError(
+                f"{setting.name} says nothing to {command.removesuffix('uate')}"
+                f"     {setting.place}",
+                [(f"{setting.name} = {setting.text}", f"a key of eckart {reader}")],
+                "Leave it out.",
+            )
+    for axis in ("weights", "update"):
+        said = typed.get((axis, "name"))
+        if command == "compress" and said is not None and said.value not in ("auto", "none"):
+            others = [e.name for e in registry.methods().values() if e.axis == "compress"]
+            raise UsageError(
+                f"{said.value} trains and does not compress     {said.place}",
+                [("compressions", ", ".join(others))],
+                f"For the training afterwards type heal.{axis}={said.value} heal.steps=100.",
             )

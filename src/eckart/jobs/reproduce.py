@@ -22,7 +22,7 @@ from typing import Any
 
 from eckart import claims
 from eckart.claims import Arm, Budget, Claim
-from eckart.errors import EckartError
+from eckart.errors import EckartError, UsageError
 from eckart.io.folder import write_json, write_text
 from eckart.io.run import versions
 from eckart.jobs.judge import NO_VERDICT, Judged, Judgement, judge, number
@@ -72,6 +72,12 @@ def run(
     check is over before a second process would have started. With `out`, each claim's document
     is written there as it ends, and claims.md over all documents in that folder.
     """
+    if processes is not None and processes < 1:
+        raise UsageError(
+            "--processes is too small",
+            [(f"--processes {processes}", "at least 1")],
+            "Leave it out for two, where there are two cores.",
+        )
     chosen = [(slug.replace("_", "-"), claims.load(slug)) for slug in slugs or claims.slugs()]
     begun, documents = time.monotonic(), []
     at_once = processes or (1 if budget == "quick" else min(2, os.cpu_count() or 1))

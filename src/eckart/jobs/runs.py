@@ -22,9 +22,8 @@ def run(folder: str = "runs", as_json: bool = False) -> dict[str, Any]:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileError(
-            "no such folder", [(folder, "")], "Runs are made by eckart finetune, pretrain, ..."
-        )
+        what = "this is a file, not a folder" if root.exists() else "no such folder"
+        raise FileError(what, [(folder, "")], "Runs are made by eckart finetune, pretrain, ...")
     found = [described(path) for path in runs_in(root)]
     found.sort(key=lambda each: each["changed"])
     if not as_json:

@@ -132,8 +132,17 @@ def gradient_bytes(train: Train, optimizer: torch.optim.Optimizer) -> int:
 
 
 def seq_len(job: Job, context: int | None, device: torch.device) -> Job:
-    """The model's context, at most what trains at a bearable pace."""
+    """The model's context, at most what trains at a bearable pace.
+
+    Raises UsageError for rows that are longer than the context.
+    """
     if job.data.seq_len != "auto":
+        if context is not None and int(job.data.seq_len) > context:
+            raise UsageError(
+                "data.seq_len is longer than the model reads",
+                [(f"data.seq_len = {job.data.seq_len}", f"at most {context} tokens")],
+                f"Type data.seq_len={context}, or leave it out.",
+            )
         return job
     longest = LONGEST.get(device.type, 512)
     if context is not None and context <= longest:

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eckart.errors import FileError, UsageError
+from eckart.errors import FileError, UsageError, nearest
 
 Key = tuple[str, ...]
 COMMAND_LINE = "command line"
@@ -153,7 +153,13 @@ def read_file(path: str | os.PathLike[str]) -> list[Setting]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as e:
-        raise FileError(f"cannot read {path}", [("reason", e.strerror or str(e))]) from None
+        others = {p.stem: p.name for p in Path(path).absolute().parent.glob("*.y*ml")}
+        close = [others[stem] for stem in nearest(Path(path).stem, others)]
+        raise FileError(
+            f"cannot read {path}",
+            [("reason", e.strerror or str(e))],
+            f"Did you mean {close[0]}?" if close else "Type -c with the path of a YAML file.",
+        ) from None
     except UnicodeDecodeError as e:
         raise FileError(f"{path} is not UTF-8 text", [("reason", e.reason)]) from None
     try:

@@ -105,12 +105,32 @@ def matches(target: str, site: Site) -> bool:
 def select(sites: Sequence[Site], targets: Iterable[str], axis: str = "weights") -> list[Site]:
     """The sites that the targets mean. UsageError for a word that means none."""
     chosen: dict[str, Site] = {}
+    if not (targets := list(targets)):
+        raise UsageError(
+            f"{axis}.targets is empty",
+            fix=f"Leave it out for {axis}.targets=[linear], or name a role: [attn.q,attn.v].",
+        )
     for target in targets:
+        require_pattern(target, f"{axis}.targets")
         found = [site for site in sites if matches(target, site)]
         if not found:
             raise no_match(f"{axis}.targets", target, sites)
         chosen.update({site.path: site for site in found})
     return [site for site in sites if site.path in chosen]
+
+
+def require_pattern(target: str, key: str) -> None:
+    """Raise UsageError for a regular expression that is none."""
+    if not target.startswith("re:"):
+        return
+    try:
+        re.compile(target[3:])
+    except re.error as fault:
+        raise UsageError(
+            "this is no regular expression",
+            [(f"{key} = {target}", str(fault))],
+            f"Type for example {key}=['re:layers\\.[01]\\.'].",
+        ) from None
 
 
 def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
@@ -122,6 +142,8 @@ def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
     facts += [(role, f"{count} maps") for role, count in sorted(roles.items())]
     facts += [("names", ", ".join(sorted(names)))]
     example = close[0] if close else "linear"
+    if target == example:  # a model without such maps: what it has most of
+        example = roles.most_common(1)[0][0] if roles else example
     return UsageError("no map matches a target", facts, f"Type {key}=[{example}].")
 
 
@@ -133,6 +155,7 @@ def apply_overrides(
         key = f"weights.overrides[{number}]"
         if "match" not in override:
             raise UsageError("an override needs `match`", [(key, str(dict(override)))])
+        require_pattern(str(override["match"]), f"{key}.match")
         values = {k: v for k, v in override.items() if k != "match"}
         for name in values:
             if name not in fields:
