@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eckart.errors import UsageError
+from eckart.jobs.config import resolve
 from eckart.recipe import Recipe, attach
 from eckart.recipe.recipe import fitted
 from tests.conftest import batch_for, randomise, tiny
@@ -57,6 +58,9 @@ def test_every_pair_runs_or_says_why(slug, update):
         recipe = Recipe(weights=fitted(small(slug), small(update)), update=small(update))
     except UsageError as refusal:
         assert len(refusal.facts) == 2 and refusal.fix  # both sides and a way out
+        with pytest.raises(UsageError, match="do not combine") as typed:
+            resolve("finetune", "no model", "no data", [f"weights={slug}", f"update={update}"])
+        assert typed.value.facts == refusal.facts and typed.value.fix == refusal.fix
         return
     batch = batch_for("llama")
     handle = attach(tiny("llama"), recipe, calibration=[batch] if recipe.needs else None, steps=20)

@@ -158,8 +158,8 @@ def test_illegal_combinations_are_refused_when_the_recipe_is_built():
         Recipe(weights=LoRA(), update=GaLore())
     assert str(error.value).splitlines() == [
         "these two do not combine",
-        "  update = galore  projects the gradients of whole matrices",
-        "  weights = lora   trains no whole matrix",
+        "  update = galore  changes whole matrices",
+        "  weights = lora   trains no whole matrix that a rule may change",
         "Type weights=dense update=galore, or update=adamw.",
     ]
     with pytest.raises(UsageError, match="adamw is not a choice for weights"):

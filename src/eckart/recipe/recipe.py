@@ -61,8 +61,8 @@ class Recipe:
             raise UsageError(
                 "these two do not combine",
                 [
-                    (f"update = {update.slug}", "changes factor pairs B, A"),
-                    (f"weights = {weights.slug}", "trains no factor pairs"),
+                    (f"update = {update.slug}", "moves factor pairs B, A together"),
+                    (f"weights = {weights.slug}", "trains no factor pairs that a rule may move"),
                 ],
                 f"Type weights=lora update={update.slug}, or update=adamw.",
             )
@@ -70,8 +70,8 @@ class Recipe:
             raise UsageError(
                 "these two do not combine",
                 [
-                    (f"update = {update.slug}", "projects the gradients of whole matrices"),
-                    (f"weights = {weights.slug}", "trains no whole matrix"),
+                    (f"update = {update.slug}", "changes whole matrices"),
+                    (f"weights = {weights.slug}", "trains no whole matrix that a rule may change"),
                 ],
                 f"Type weights=dense update={update.slug}, or update=adamw.",
             )
