@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.autograd import gradcheck
 
+from eckart.errors import FileError
 from eckart.io import native, peft
+from eckart.io.tensors import write_tensors
 from eckart.linear import LowRank, find_sites
 from eckart.linear.basis import RandomBasis, combined
 from eckart.methods.weights import nola
@@ -230,6 +232,38 @@ def test_a_small_file_gives_the_same_model_in_another_process(tmp_path):
     assert torch.equal(load_file(out)["logits"], logits(model, batch))
     size = sum(f.stat().st_size for f in (tmp_path / "a").iterdir())
     assert size < len(handle.terms()) * (8 * 48 + 1024)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_file_of_few_bits_is_the_same_function(bits, architecture, tmp_path):
+    k = 49
+    model, handle, batch = carried(NOLA(rank=4, bases=k, bits=bits), architecture)
+    randomise(handle)
+    expected = logits(model, batch)
+    native.save(handle, tmp_path / "a")
+    again = native.load(tiny(architecture), tmp_path / "a")
+    assert torch.equal(logits(again.model, batch), expected)
+    native.save(again, tmp_path / "b")
+    files = [tmp_path / place / native.TENSORS for place in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for name, kept in again.named_state().items():
+        c = handle.named_state()[name]
+        step = quantise(c, bits)[1]
+        assert ((kept - c).abs() <= step / 2 * (1 + 1e-6)).all()  # fp32
+    if architecture == "llama":
+        size = sum(f.stat().st_size for f in (tmp_path / "a").iterdir())
+        assert size < len(handle.terms()) * (2 * k * bits / 8 + 1024)
+
+
+def test_a_file_of_other_bits_is_refused(tmp_path):
+    _, handle, _ = carried(NOLA(rank=4, bases=10, bits=8), "llama")
+    native.save(handle, tmp_path)
+    tensors = load_file(tmp_path / native.TENSORS)
+    name = next(iter(tensors))
+    write_tensors(tmp_path / native.TENSORS, tensors | {name: tensors[name][:-1]})
+    with pytest.raises(FileError, match=rf"{name} +shape \(13,\), expected \(10,\)"):
+        native.load(tiny("llama"), tmp_path)
 
 
 def test_file_for_peft_is_plain_lora(tmp_path):

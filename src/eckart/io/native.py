@@ -22,6 +22,7 @@ import eckart
 from eckart.errors import FileError, UsageError
 from eckart.io.folder import write_folder, write_json
 from eckart.io.headers import read_json
+from eckart.io.packed import packed, unpacked
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.recipe import Handle, attach_from
 from eckart.recipe.adapters import DEFAULT, require_free
@@ -45,7 +46,7 @@ def save(
     """
     with write_folder(folder, overwrite) as beside:
         write_json(beside / DESCRIPTION, describe(handle))
-        write_tensors(beside / TENSORS, handle.named_state())
+        write_tensors(beside / TENSORS, packed(handle, handle.named_state()))
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
 
@@ -89,7 +90,7 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
         with readable(folder / DESCRIPTION):
             handle = attach_from(model, structure_of(content), name=name)
         try:
-            handle.load_named_state(tensors)
+            handle.load_named_state(unpacked(handle, tensors))
         except BaseException:
             take_back(handle, before)
             raise

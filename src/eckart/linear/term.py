@@ -111,6 +111,15 @@ class Term(nn.Module):
         registered twice would be saved twice.
         """
 
+    def pack(self, name: str, tensor: Tensor) -> Tensor | None:
+        """One of its tensors, whole and on the CPU, as a file holds it, where fewer bits give the
+        same function; None where it is held as it is."""
+        return None
+
+    def unpack(self, name: str, held: Tensor, shape: torch.Size) -> Tensor:
+        """A tensor of this shape from what `pack` made of it."""
+        raise NotImplementedError(f"{type(self).__name__} packs nothing")
+
     def describe(self) -> dict[str, Any]:
         """Plain data from which `empty` rebuilds the term: type, tensors, scalars."""
         return describe(self)

@@ -6,7 +6,8 @@ A_i [r, n] and B_j [m, r] have entries U(-1, 1) and come from a seed; only the 2
 coefficients are trained, both from zero. A_0 ~ U(-1/sqrt n, 1/sqrt n) is fixed and has no
 coefficient: without it every gradient would be zero for ever. So the number of trained
 parameters depends on neither rank nor width, and can be far below LoRA's of rank 1. Take it
-to keep thousands of small adapters of one base (a file is 8 k bytes per matrix and a seed),
+to keep thousands of small adapters of one base (a file is 8 k bytes per matrix and a seed, 2 k
+or k with `bits`),
 with a learning rate ten times LoRA's; take LoRA where r (m + n) numbers are no burden.
 
 NOLA is LoRA in a random subspace: dL/da_i = <dL/dA, A_i> / sqrt(k), so a step of it is
@@ -50,10 +51,13 @@ def frozen_start(seed: int, path: str, experts: int, n: int, rank: int) -> Tenso
 def quantise(c: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (int8) and step [*, 1] of coefficients c [*, k]: symmetric, one step per vector.
 
-    c is codes * step to within step / 2; a vector of zeros has step 1.
+    c is codes * step to within step / 2; a vector of zeros has step 1. The step has 16 bits of
+    mantissa, so that codes * step is exact in fp32 and has these codes and this step again.
     """
     largest = c.abs().amax(-1, keepdim=True)
     step = torch.where(largest > 0, largest / (2 ** (bits - 1) - 1), 1.0)
+    mantissa, exponent = torch.frexp(step)
+    step = torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)
     return (c / step).round().to(torch.int8), step
 
 
@@ -62,7 +66,25 @@ def rounded(c: Tensor, bits: int) -> Tensor:
     if bits == 32:
         return c
     codes, step = quantise(c.detach(), bits)
-    return c + (codes * step - c.detach())
+    return codes * step + (c - c.detach())  # the last is 0
+
+
+def in_bytes(codes: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Codes [*, k] and step [*, 1] in fp32 as a file holds them: uint8 [*, k bits / 8 + 4]."""
+    half = 2 ** (bits - 1)
+    codes = (codes.short() + half).to(torch.uint8)
+    if bits == 4:  # two in a byte, the first one in the lower half
+        pairs = F.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2))
+        codes = pairs[..., 0] | (pairs[..., 1] << 4)
+    return torch.cat([codes, step.float().view(torch.uint8)], -1)
+
+
+def from_bytes(held: Tensor, bits: int, k: int) -> Tensor:
+    """The coefficients [*, k] in fp32 whose codes and step `in_bytes` was given."""
+    codes, step = held[..., :-4], held[..., -4:].clone().view(torch.float32)
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :k]
+    return (codes.short() - 2 ** (bits - 1)) * step
 
 
 class Combination(Factored):
@@ -100,6 +122,12 @@ class Combination(Factored):
 
     def bind(self, shared: Mapping[str, nn.Module], home: nn.Module, param: str) -> None:
         self.__dict__["bases"] = {name: shared.get(name) for name in (A_NAME, B_NAME)}
+
+    def pack(self, name: str, tensor: Tensor) -> Tensor | None:
+        return None if self.bits == 32 else in_bytes(*quantise(tensor, self.bits), self.bits)
+
+    def unpack(self, name: str, held: Tensor, shape: torch.Size) -> Tensor:
+        return from_bytes(held, self.bits, shape[-1])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A = self.combined(A_NAME, self.a, self.n, self.A0)  # [*, n, r]
@@ -159,8 +187,9 @@ class NOLA(Weights):
     """Share of inputs dropped in training."""
 
     bits: Literal[4, 8, 32] = 32
-    """Bits that a coefficient is rounded to in every pass, its gradient straight through, so
-    that nothing is lost when it is stored in so many."""
+    """Bits that a coefficient is rounded to in every pass, its gradient straight through, and
+    has in the file: off by at most a part in 254 (8 bits) or 14 (4 bits) of its vector's largest,
+    in training as after loading."""
 
     hold: bool = True
     """Keep one pair of bases in memory, k r (m + n) numbers for the largest m and n of the
