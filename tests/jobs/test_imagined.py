@@ -8,8 +8,12 @@ of a second pass, as storages live and die, within a tenth; a step's own tempora
 import pytest
 import torch
 
+from eckart.errors import UsageError
 from eckart.jobs.imagined import elements, imagine
 from eckart.jobs.memory import Live, activation_bytes, held_state_bytes, model_bytes, size
+from eckart.jobs.proposals import candidates
+from eckart.jobs.shallow import alike, sized
+from eckart.recipe import Recipe
 from tests.conftest import batch_for, tiny
 from tests.laws.matrix import attached, recipe_for, slugs
 
@@ -77,6 +81,50 @@ def test_operations_are_those_of_the_products():
     attention = 2 * 2 * 2 * 32 * 32 * 32  # two layers, scores and values, 2 flops each
     assert forward == pytest.approx(products + attention, rel=0.01)
     assert 1.9 < backward / forward < 2.4
+
+
+def combined(words):
+    """The recipe of a proposal; None where its parts do not combine."""
+    ((weights, update),) = [(w, u) for said, w, u, _ in candidates() if said == words]
+    try:
+        return Recipe(weights=weights, update=update)
+    except UsageError:
+        return None
+
+
+def of_layers(count, **changes):
+    config = tiny("llama").config
+    for name, value in {"num_hidden_layers": count, **changes}.items():
+        setattr(config, name, value)
+    return config
+
+
+QUICK = ("weights=lora", "weights=dense update=galore", "weights=dense update=lisa")
+SLOW = [said for said, *_ in candidates() if said not in QUICK]
+
+
+@pytest.mark.parametrize(
+    "words", [*QUICK, *(pytest.param(w, marks=pytest.mark.slow) for w in SLOW)]
+)
+def test_sizes_of_a_deep_model_follow_from_shallow_ones(words):
+    config, recipe = of_layers(7, hidden_size=64, intermediate_size=96), combined(words)
+    if recipe is None:
+        return
+    whole = imagine(config, recipe, torch.float32, CPU)
+    found = sized(config, recipe, torch.float32, CPU, alike(config))
+    assert (found.fixed, found.parameters) == (whole.fixed, whole.parameters)
+    assert found.trainable == whole.trainable
+    for checkpointing in (False, True):
+        assert found.activations(2, 16, checkpointing) == whole.activations(2, 16, checkpointing)
+    assert found.flops(1, 16) == whole.flops(1, 16)
+    in_turn = recipe.update is not None and recipe.update.rule().blocks is not None
+    assert len(found.models) == (1 if in_turn else 2)
+
+
+def test_only_a_stack_of_like_layers_is_taken_for_one():
+    assert alike(of_layers(7)) and not alike(of_layers(3))
+    assert not alike(of_layers(8, layer_types=["sliding_attention", "full_attention"] * 4))
+    assert not alike(tiny("t5").config)
 
 
 def test_nothing_of_the_size_is_allocated():

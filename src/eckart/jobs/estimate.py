@@ -10,12 +10,13 @@ does in one layer of the model (speed.py). With --fit SIZE: which recipes would 
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eckart.errors import FileError, OutOfRoom, UsageError, did_you_mean
+from eckart.errors import FileError, OutOfRoom, UsageError
 from eckart.io.headers import read_json
 from eckart.io.models import config_of, recognise
 from eckart.io.peft_read import method_of
@@ -38,11 +39,9 @@ ROWS = 1_000_000  # data enough that it does not decide the batch
 def run(job: Job) -> dict[str, Any]:
     """Everything from a job to the printed lines; the object of --json."""
     if job.command not in KNOWN:
-        typed = job.command.removesuffix("uate")
         raise UsageError(
-            f"eckart estimate does not know {typed}", fix=f"Choices: {', '.join(KNOWN)}."
+            f"eckart estimate does not know {job.command}", fix=f"Choices: {', '.join(KNOWN)}."
         )
-    require_data(job)
     screen = Screen(quiet=job.flags.json)
     place = prepare.device()
     job, config = of_source(settle.precision(job, place))
@@ -73,7 +72,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     fits = max(peak, sum(parts.values())) <= free
     speed = measured(config, dtype, place, rows, length)
-    say(screen, job, parts, peak, (free, total), per_step, speed)
+    say(screen, job, parts, peak, (free, total), per_step, found.trainable, speed)
     if not fits:
         remedies(screen, job, found, parts, free)
     return {
@@ -94,28 +93,9 @@ def run(job: Job) -> dict[str, Any]:
         },
         "batch": {"rows": rows, "accumulate": int(job.train.accumulate), "seq_len": length},
         "flops": {"forward_per_row": forward, "backward_per_row": backward, "per_step": per_step},
-        "seconds": seconds_of(per_step, speed),
+        "seconds": seconds_of(per_step, found.trainable, speed),
         "warnings": list(screen.warnings),
     }
-
-
-def require_data(job: Job) -> None:
-    """Raise FileError for data that is not there: it would not be missed before the training."""
-    for source in job.data.train:
-        path = Path(source.path)
-        there = path.exists() or not looks_like_file(path) or any(Path().glob(source.path))
-        if not there:
-            near = [p.name for p in path.absolute().parent.glob("*")]
-            raise FileError(
-                "no such file or folder",
-                [(source.path, "")],
-                did_you_mean(path.name, near, "Type a path such as ./data.jsonl."),
-            )
-
-
-def looks_like_file(path: Path) -> bool:
-    """Has it an ending, or a place on this machine, as a hub id has not?"""
-    return bool(path.suffix) or path.is_absolute() or str(path).startswith(".")
 
 
 def fitting(
@@ -123,7 +103,7 @@ def fitting(
 ) -> dict[str, Any]:
     """The recipes that fit into a size, best first."""
     rows, length = settle.rows_per_step(job, ROWS), int(job.data.seq_len)
-    speed = measured(config, prepare.dtype_of(job), place, rows, length)
+    speed = cache(lambda: measured(config, prepare.dtype_of(job), place, rows, length))
     found, left = proposals(job, config, place, limit, rows, speed)
     say_proposals(screen, found, left, limit)
     return {
@@ -138,14 +118,15 @@ def fitting(
     }
 
 
-def seconds_of(operations: int, speed: Speed) -> dict[str, Any]:
+def seconds_of(operations: int, trained: int, speed: Speed) -> dict[str, Any]:
     """A step's time on this machine, with the ends of the interval."""
-    typical, fastest, slowest = speed.seconds(operations)
+    typical, fastest, slowest = speed.seconds(operations, trained)
     return {
         "per_step": typical,
         "interval": [fastest, slowest],
         "measured": speed.of,
         "flops_per_second": speed.typical,
+        "optimizer": speed.moving * trained,
     }
 
 
@@ -183,11 +164,7 @@ def of_source(job: Job) -> tuple[Job, Any]:
             return job, config_of(AutoConfig.from_pretrained(found.path))
         except (OSError, ValueError) as fault:
             reason = str(fault).splitlines()[0]
-            raise FileError(
-                "no configuration can be had",
-                [(found.path, reason)],
-                "Type a path such as ./model, or the name of a preset such as llama-60m.",
-            ) from fault
+            raise FileError("no configuration can be had", [(found.path, reason)]) from fault
     return job, config_of(found.path)
 
 
@@ -265,6 +242,7 @@ def say(
     peak: int,
     memory: tuple[int, int],
     per_step: int,
+    trained: int,
     speed: Speed,
 ) -> None:
     """The batch, each category, the sum against what is there, the work and time of a step."""
@@ -284,7 +262,7 @@ def say(
     screen.line("", f"{'together':<12}{text}", result=True)
     text = f"{in_words(peak):>10}   in a pass, with what is dropped again"
     screen.line("", f"{'at once':<12}{text}", result=True)
-    typical, fastest, slowest = speed.seconds(per_step)
+    typical, fastest, slowest = speed.seconds(per_step, trained)
     screen.line("work", f"{per_step / 1e12:.3g} TFLOP a step", result=True)
     interval = f"{typical:.2g} s a step ({fastest:.2g} to {slowest:.2g})"
     screen.line("time", f"{interval}; by {speed.of} on this machine", result=True)

@@ -8,7 +8,7 @@ what is smallest. That order is about room, not about quality: `eckart bench` co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from eckart.errors import EckartError, OutOfRoom
 from eckart.jobs import prepare
 from eckart.jobs.config import Job
-from eckart.jobs.imagined import Imagined, imagine
 from eckart.jobs.memory import in_words
 from eckart.jobs.screen import Screen
 from eckart.jobs.settle import SHARE, largest_divisor
+from eckart.jobs.shallow import Sizes, alike, sized
 from eckart.jobs.speed import Speed
 from eckart.recipe import Recipe, registry
 
@@ -70,22 +70,24 @@ class Proposal:
 
 
 def proposals(
-    job: Job, config: Any, place: torch.device, limit: int, rows: int, speed: Speed
+    job: Job, config: Any, place: torch.device, limit: int, rows: int, speed: Callable[[], Speed]
 ) -> tuple[list[Proposal], list[str]]:
     """The recipes that fit into `limit` bytes with at least one row, best first; the rest's words.
 
-    `rows` is what a step takes. Raises OutOfRoom where nothing fits.
+    `rows` is what a step takes; `speed` is asked once something fits. Raises OutOfRoom where
+    nothing does.
     """
     found, left = [], []
-    per_row: dict[tuple[str, bool], int] = {}
+    passes = Passes(int(job.data.seq_len))
+    stacked = alike(config)
     for words, weights, update, plain in candidates():
         try:
             recipe = Recipe(weights=weights, update=update)
             recipe.check()
-            imagined = imagine(config, recipe, prepare.dtype_of(job), place)
+            sizes = sized(config, recipe, prepare.dtype_of(job), place, stacked)
         except EckartError:
             continue  # they do not combine, or need what an estimate has not
-        proposal = placed(job, words, plain, imagined, limit, rows, speed, per_row)
+        proposal = placed(words, plain, sizes, limit, rows, speed, passes)
         if proposal is None:
             left.append(words)
         else:
@@ -112,34 +114,53 @@ def candidates() -> Iterator[tuple[str, Any, Any, bool]]:
             yield f"weights={slug}", method(), None, True
 
 
+class Passes:
+    """What one row takes, asked once for all update rules of the same weights."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.kept: dict[tuple[str, bool], int] = {}
+        self.work: dict[str, tuple[int, int]] = {}
+
+    def activations(self, words: str, sizes: Sizes, checkpointing: bool) -> int:
+        """Bytes that are kept for the backward pass."""
+        key = words.partition(" ")[0], checkpointing
+        if key not in self.kept:
+            self.kept[key] = sizes.activations(1, self.length, checkpointing)
+        return self.kept[key]
+
+    def flops(self, words: str, sizes: Sizes, checkpointing: bool) -> int:
+        """Operations of both passes."""
+        key = words.partition(" ")[0]
+        if key not in self.work:
+            self.work[key] = sizes.flops(1, self.length)
+        forward, backward = self.work[key]
+        return (2 if checkpointing else 1) * forward + backward
+
+
 def placed(
-    job: Job,
     words: str,
     plain: bool,
-    found: Imagined,
+    sizes: Sizes,
     limit: int,
     rows: int,
-    speed: Speed,
-    per_row: dict[tuple[str, bool], int],
+    speed: Callable[[], Speed],
+    passes: Passes,
 ) -> Proposal | None:
     """The most rows of a step that fit at once, with recomputation only where it must be."""
-    fixed, length = sum(found.fixed.values()), int(job.data.seq_len)
+    fixed = sum(sizes.fixed.values())
     space = SHARE * (limit - fixed)
     if space <= 0:
         return None
     for checkpointing in (False, True):
-        key = words.partition(" ")[0], checkpointing  # the same passes for all update rules
-        if key not in per_row:
-            per_row[key] = found.activations(1, length, checkpointing)
-        most = int(space // max(1, per_row[key]))
-        if most:
+        per_row = passes.activations(words, sizes, checkpointing)
+        if most := int(space // max(1, per_row)):
             at_once = largest_divisor(rows, most)
-            forward, backward = found.flops(1, length)
-            work = rows * ((2 if checkpointing else 1) * forward + backward)
-            seconds = speed.seconds(work)[0]
+            work = rows * passes.flops(words, sizes, checkpointing)
+            seconds = speed().seconds(work, sizes.trainable)[0]
             return Proposal(
-                words, plain, found.trainable, found.parameters, fixed,
-                per_row[key] * at_once, at_once, checkpointing, seconds,
+                words, plain, sizes.trainable, sizes.parameters, fixed,
+                per_row * at_once, at_once, checkpointing, seconds,
             )  # fmt: skip
     return None
 
