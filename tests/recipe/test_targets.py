@@ -6,6 +6,10 @@ from torch import nn
 
 import eckart
 from eckart.errors import UsageError
+from eckart.methods.update.fira import Fira
+from eckart.methods.update.galore import GaLore
+from eckart.methods.update.lisa import LISA
+from eckart.methods.weights.dense import Dense
 from eckart.methods.weights.lora import LoRA
 from eckart.recipe import Recipe, attach
 from eckart.recipe.targets import select, sites_of
@@ -116,6 +120,17 @@ def test_a_rank_too_large_everywhere_is_refused_and_cut_where_only_some_are_narr
     handle = attach(tiny("llama"), Recipe(weights=LoRA(rank=20)))
     assert handle.coverage.cut == 4  # k and v of two layers are 16 x 32
     assert "rank cut at 4 narrower maps" in str(handle.coverage)
+
+
+def test_what_is_projected_at_full_rank_is_said():
+    def line(update):
+        return str(attach(tiny("llama"), Recipe(weights=Dense(), update=update)).coverage)
+
+    assert "16 matrices: attn, embedding, head, mlp, rest;" in line(GaLore(rank=8))
+    assert "full rank" not in line(GaLore(rank=8))
+    assert "; 4 projected at full rank, which saves no memory" in line(GaLore(rank=16))  # k and v
+    assert "full rank" not in line(GaLore(rank=16, skip_if_no_saving=True))
+    assert "projected" in line(Fira(rank=8)) and "projected" not in line(LISA(blocks=1))
 
 
 def test_a_map_read_past_its_module_is_refused_by_name():

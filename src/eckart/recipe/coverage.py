@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
+from eckart.optim import Projector
 from eckart.recipe.groups import special_parameters
 from eckart.recipe.targets import sites_of
 
@@ -19,6 +22,7 @@ class Coverage:
     by_role: dict[str, dict[str, int]] = field(default_factory=dict)
     matrices: int = 0
     cut: int = 0  # sites where the rank was cut to min(m, n)
+    full: int = 0  # matrices whose projected gradient is as large as the gradient
 
     def add(self, role: str, state: str, count: int) -> None:
         """Count elements of a role as trained, projected, frozen or unreachable."""
@@ -36,7 +40,10 @@ class Coverage:
 
     def __str__(self) -> str:
         """`210 matrices: attn, mlp; trained 13,440 (0.01 %), frozen 134.5 M, unreachable 0`."""
-        roles = sorted(r for r, row in self.by_role.items() if row.get("trained"))
+        moved = {"trained", "projected"}
+        roles = sorted(
+            r for r, row in self.by_role.items() if moved & {k for k, v in row.items() if v}
+        )
         everything = max(1, self.parameters)
         trained = self.total("trained")
         words = [f"trained {amount(trained)} ({percent(trained / everything)})"]
@@ -44,6 +51,8 @@ class Coverage:
             if self.total(state) or state != "projected":
                 words.append(f"{state} {amount(self.total(state))}")
         ranks = f"; rank cut at {self.cut} narrower maps" if self.cut else ""
+        if self.full:
+            ranks += f"; {self.full} projected at full rank, which saves no memory"
         return f"{self.matrices} matrices: {', '.join(roles) or 'none'}; {', '.join(words)}{ranks}"
 
 
@@ -52,9 +61,12 @@ def cover(handle: Handle) -> Coverage:
     coverage = Coverage(matrices=len(handle.attached) or len(handle.sites))
     update = handle.recipe.update
     projected: set[str] = set()
-    if update is not None and update.wants == "matrices":
+    matrices = sites_of(handle.model)
+    if update is not None and update.wants == "matrices" and update.rule().projector.names:
         projected = special_parameters(handle, update)
-    roles = {f"{s.module_path}.{s.param}": s.role for s in sites_of(handle.model)}
+        special = [s.shape for s in matrices if f"{s.module_path}.{s.param}" in projected]
+        coverage.full = sum(saves_nothing(update.rule().projector, *shape) for shape in special)
+    roles = {f"{s.module_path}.{s.param}": s.role for s in matrices}
     for path, by_name in handle.parts().items():
         site = handle.sites[path]
         for child in by_name:
@@ -71,6 +83,12 @@ def cover(handle: Handle) -> Coverage:
             state = "frozen" if role != "rest" else "unreachable"
         coverage.add(role.split(".")[0], state, parameter.numel())
     return coverage
+
+
+def saves_nothing(projector: Projector, m: int, n: int) -> bool:
+    """Is the low-rank gradient of an [m, n] matrix as large as the gradient?"""
+    W = torch.empty(m, n, device="meta")
+    return projector.takes(W.shape, 0) and projector.low(W).numel() >= m * n
 
 
 def amount(count: int) -> str:
