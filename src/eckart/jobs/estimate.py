@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from eckart.errors import FileError, OutOfRoom, UsageError
+from eckart.errors import FileError, OutOfRoom, UsageError, did_you_mean
 from eckart.io.headers import read_json
 from eckart.io.models import config_of, recognise
 from eckart.io.peft_read import method_of
@@ -39,9 +39,11 @@ ROWS = 1_000_000  # data enough that it does not decide the batch
 def run(job: Job) -> dict[str, Any]:
     """Everything from a job to the printed lines; the object of --json."""
     if job.command not in KNOWN:
+        typed = job.command.removesuffix("uate")
         raise UsageError(
-            f"eckart estimate does not know {job.command}", fix=f"Choices: {', '.join(KNOWN)}."
+            f"eckart estimate does not know {typed}", fix=f"Choices: {', '.join(KNOWN)}."
         )
+    require_data(job)
     screen = Screen(quiet=job.flags.json)
     place = prepare.device()
     job, config = of_source(settle.precision(job, place))
@@ -96,6 +98,25 @@ def run(job: Job) -> dict[str, Any]:
         "seconds": seconds_of(per_step, found.trainable, speed),
         "warnings": list(screen.warnings),
     }
+
+
+def require_data(job: Job) -> None:
+    """Raise FileError for data that is not there: it would not be missed before the training."""
+    for source in job.data.train:
+        path = Path(source.path)
+        there = path.exists() or not looks_like_file(path) or any(Path().glob(source.path))
+        if not there:
+            near = [p.name for p in path.absolute().parent.glob("*")]
+            raise FileError(
+                "no such file or folder",
+                [(source.path, "")],
+                did_you_mean(path.name, near, "Type a path such as ./data.jsonl."),
+            )
+
+
+def looks_like_file(path: Path) -> bool:
+    """Has it an ending, or a place on this machine, as a hub id has not?"""
+    return bool(path.suffix) or path.is_absolute() or str(path).startswith(".")
 
 
 def fitting(
@@ -164,7 +185,11 @@ def of_source(job: Job) -> tuple[Job, Any]:
             return job, config_of(AutoConfig.from_pretrained(found.path))
         except (OSError, ValueError) as fault:
             reason = str(fault).splitlines()[0]
-            raise FileError("no configuration can be had", [(found.path, reason)]) from fault
+            raise FileError(
+                "no configuration can be had",
+                [(found.path, reason)],
+                "Type a path such as ./model, or the name of a preset such as llama-60m.",
+            ) from fault
     return job, config_of(found.path)
 
 
