@@ -102,6 +102,20 @@ def test_the_fft_route_takes_the_same_steps():
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+def test_each_length_has_a_basis_of_its_own():
+    """Matrices of several short sides in one optimizer move as each does alone."""
+    shapes, rule = [(9, 7), (6, 9), (8, 4)], DCTAdamW(rank=3).rule()
+    params = [nn.Parameter(start(shape)) for shape in shapes]
+    optimizer = LowRankOptimizer([(f"w{i}", p) for i, p in enumerate(params)], 0.05, rule=rule)
+    for row in zip(*(gradients(shape, 5) for shape in shapes), strict=True):
+        for p, G in zip(params, row, strict=True):
+            p.grad = G
+        optimizer.step()
+    for p, shape in zip(params, shapes, strict=True):
+        alone, _ = train(rule, start(shape), gradients(shape, 5))
+        torch.testing.assert_close(p.detach(), alone, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("age_correct", [False, True])
 def test_a_transposed_run_is_the_run_transposed(age_correct):
     grads = gradients((9, 7), 15)

@@ -64,6 +64,17 @@ def test_full_rank_sgd_is_sgd(shape, momentum):
     torch.testing.assert_close(path[-1], p.detach(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8)])
+def test_the_long_side_projected_on_as_many_directions_as_the_short_one_is_sgd(shape):
+    """R is then square: which side was projected cannot be told from its shape."""
+    grads = spectrum(shape, 20)
+    rule = Rule(SGD(), SVD(5, "reverse"), Refresh(1))
+    path, state = train(rule, start(shape), grads)
+    assert state["left" if shape[0] > shape[1] else "right"].numel() == 40
+    wanted = start(shape) - 0.05 * sum(grads)
+    torch.testing.assert_close(path[-1], wanted, rtol=0, atol=1e-10)
+
+
 def test_full_rank_adam_is_adam_in_rotated_coordinates():
     shape, grads = (8, 5), spectrum((8, 5), 20)
     rule = Rule(Adam(eps=1e-300), SVD(5), Refresh(1000, stagger=False))

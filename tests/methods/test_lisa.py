@@ -86,6 +86,47 @@ def test_resting_blocks_do_not_move_and_have_no_gradient():
     assert len(set(sequence)) > 1 and all(len(s) == 2 for s in sequence)
 
 
+def test_a_gradient_of_zero_does_not_move_a_block_that_has_come_to_rest():
+    """zero_grad(set_to_none=False) leaves zeros, along which momentum and decay would go on."""
+    model = Model()
+    optimizer = optimizer_of(model, LISA(blocks=2, every=2, moments="keep", weight_decay=0.1))
+    rested = 0
+    for step in range(10):
+        gradient(model, step)
+        optimizer.zero_grad(set_to_none=False)
+        gradient(model, step)
+        before, now = copy(model), active(model)
+        optimizer.step()
+        for i, layer in enumerate(model.layers):
+            still = torch.equal(layer[0].weight, before[f"layers.{i}.0.weight"])
+            assert still == (i not in now)
+            rested += still
+        optimizer.zero_grad(set_to_none=False)
+    assert rested == 40
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_have_gradients_where_the_embedding_rests(reentrant):
+    models = [tiny.llama() for _ in "ab"]
+    recipe = Recipe(Dense(), LISA(blocks=1, every=2, train_rest=False))
+    for model, checkpointing in zip(models, (False, True), strict=True):
+        optimizer = attach(model, recipe).optimizer(lr=0.01)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        for step in range(4):
+            ids = torch.randint(64, (2, 6), generator=torch.Generator().manual_seed(step))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    start = dict(tiny.llama().named_parameters())
+    ends = [dict(model.named_parameters()) for model in models]
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in start)  # the same products, made twice
+    moved = {n.split(".")[1] for n in start if not torch.equal(ends[0][n], start[n])}
+    assert moved == {"layers"}
+
+
 def test_all_blocks_and_kept_moments_are_adamw_bit_for_bit():
     models = Model(), Model()
     method = LISA(blocks=N, every=3, moments="keep", weight_decay=0.1)

@@ -317,6 +317,33 @@ def test_it_moves_nearer_to_the_gradient_than_lora_does():
         assert cosine[1] > cosine[0]
 
 
+@pytest.mark.parametrize("scaling, scale", [("lora", 2.0), ("rslora", 4.0)])
+def test_every_pair_is_given_its_own_scale(scaling, scale):
+    """alpha 8 and rank 4; under rslora alpha / sqrt(r). The code has 2 whatever the run has."""
+    weights = LoRA(rank=4, alpha=8.0, scaling=scaling, overrides=({"match": "attn.q", "rank": 1},))
+    model = tiny.llama()
+    optimizer = attach(model, Recipe(weights, LoRAPro())).optimizer(lr=0.01)
+    found = {B: s for group in optimizer.param_groups for B, _, s in group["pairs"]}
+    assert {s for name, s in found.items() if "q_proj" not in name} == {scale}
+    assert {s for name, s in found.items() if "q_proj" in name} == {8.0}
+
+
+def test_moments_of_bf16_factors_are_fp32():
+    """And are what fp32 factors would have: only the factors are rounded."""
+    B, A, _, s, _, _ = problem()
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        p, q = factors(B.bfloat16().to(dtype), A.bfloat16().to(dtype))
+        optimizer = optimizer_of(p, q, s, LoRAPro(), 0.01)
+        G = gradients(1)[0]
+        p.grad, q.grad = (t.bfloat16().to(dtype) for t in (s * G @ A.T, s * B.T @ G))
+        optimizer.step()
+        held = [v for state in optimizer.state.values() for v in state.values()]
+        found.append([t for t in held if isinstance(t, torch.Tensor)])
+    assert {t.dtype for t in found[0]} == {torch.float32} and len(found[0]) == 2
+    assert all(map(torch.equal, *found))
+
+
 def test_works_on_pefts_modules():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
