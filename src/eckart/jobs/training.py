@@ -66,8 +66,8 @@ class Training(Cutting):
         self.applied_rates: list[float] = []
         self.moments: dict[str, Any] = {}  # of an earlier training, by name, to go on with
         super().__init__(handle.model, args=args, **kwargs)
-        if not divides_by_items(handle.model):
-            self.model_accepts_loss_kwargs = False
+        self.divides_itself = divides_by_items(handle.model)
+        self.model_accepts_loss_kwargs = True  # Trainer counts the labels of a step for all
         self.due_cut = DueCut(handle)
         if handle.events.cuts:
             self.add_callback(self.due_cut)
@@ -159,13 +159,18 @@ class Training(Cutting):
         SFTTrainer computes the loss from a fused head: an objective on `outputs.logits` would
         get no gradient and terms on the head would not run. Then Trainer's own way is taken.
         """
+        labels, share = num_items_in_batch, None
+        if labels is not None and not self.divides_itself:
+            labels, share = None, self.share_of(inputs, num_items_in_batch)
         objectives = bool(self.handle.data_objectives) and model.training
         if objectives or self.head_carries_terms:
-            loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+            loss, outputs = Trainer.compute_loss(self, model, inputs, True, labels)
         elif return_outputs:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, labels)
         else:
-            loss, outputs = super().compute_loss(model, inputs, False, num_items_in_batch), None
+            loss, outputs = super().compute_loss(model, inputs, False, labels), None
+        if share is not None:
+            loss = loss * share
         if objectives:
             # Where the items of all micro-batches divide the loss, it is 1/k of a mean.
             k = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
@@ -173,6 +178,15 @@ class Training(Cutting):
         if model.training and not torch.isfinite(loss):
             raise self.diverged("loss", loss, first_bad_module(self.handle.model, inputs))
         return (loss, outputs) if return_outputs else loss
+
+    def share_of(self, inputs: dict[str, Any], items: Any) -> Any:
+        """The part of a step's labels that a micro-batch has: its mean times this is its summand.
+
+        Where labels are counted over all processes DDP takes their average, so times as many.
+        """
+        labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
+        across = self.args.world_size if self.args.average_tokens_across_devices else 1
+        return labels.ne(-100).sum() * across / items
 
     @property
     def head_carries_terms(self) -> bool:
@@ -216,7 +230,8 @@ def divides_by_items(model: nn.Module) -> bool:
     """Does the model's loss heed `num_items_in_batch`, the labels of all micro-batches?
 
     Those that ask `loss_function` do. BERT, T5 and others take the argument, ignore it and give
-    the micro-batch's mean, which Trainer would add up: gradients k times too large.
+    the micro-batch's mean, which Trainer would add up: gradients k times too large. Theirs is
+    weighted by the micro-batch's share of the labels, which is the mean over all of them.
     """
     return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
 
