@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig
 
 from eckart.errors import FileError, UsageError
-from eckart.io.images import fitted, read_images
+from eckart.io.images import read_images
+from eckart.io.preprocessing import Preprocessing
 
 
 @pytest.fixture
@@ -85,14 +86,14 @@ def test_a_folder_that_is_split_stays_split(tmp_path, colours):
 
 
 def test_pixels_are_fitted_to_the_model():
-    grey = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
-    assert torch.equal(fitted(grey, 8, 3), grey.expand(3, 8, 8))
-    assert fitted(grey, 4, 1).shape == (1, 4, 4)
-    white = torch.ones(3, 8, 8)
+    grey = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
+    assert np.array_equal(Preprocessing(8, 8).fit(grey), np.repeat(grey, 3, 0))
+    assert Preprocessing(4, 4, 1).fit(grey).shape == (1, 4, 4)
+    white = np.ones((3, 8, 8), np.float32)
     # the three weights sum to 1 in fp32
-    torch.testing.assert_close(fitted(white, 8, 1), torch.ones(1, 8, 8), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(Preprocessing(8, 8, 1).fit(white), np.ones((1, 8, 8)), atol=1e-6)
     with pytest.raises(UsageError, match="number of channels"):
-        fitted(torch.ones(2, 8, 8), 8, 3)
+        Preprocessing(8, 8).fit(np.ones((2, 8, 8), np.float32))
 
 
 def test_a_vit_trains_on_a_batch():

@@ -302,8 +302,9 @@ def test_a_tagger_trained_whole_knows_its_tags(place, tmp_path):
     assert model.config.id2label == {0: "B", 1: "O"}
     ran = eckart("eval", out, place / "n.conll")
     assert ran.code == 0 and "accuracy" in ran.out
-    ran = eckart("generate", out, "-p", "low")
-    assert (ran.code, ran.out) == (2, "") and ran.err.startswith("this model writes no text\n")
+    ran = eckart("generate", out, "-p", "low rank", "--json")
+    (found,) = ran.document["texts"]
+    assert [(c["word"], c["class"]) for c in found["classes"]] == [("low", "B"), ("rank", "O")]
     ran = eckart("finetune", out, place / "d.jsonl", "-o", tmp_path / "no")
     assert ran.code == 2 and ran.err.startswith("this model gives classes, and the data is text\n")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -38,19 +39,19 @@ class Facts:
     """Hash of all sources, for run.json."""
     hashes: dict[str, str]
     """The same by source."""
-    bytes_per_token: dict[str, float]
+    bytes_per_token: dict[str, float] = field(default_factory=dict)
     """Bytes of held-out text that one learnt token stands for, by source."""
-    tokens: int
-    """Tokens of the training rows, padding left out."""
-    seq_len: int
-    packed: bool
-    pad: int
+    tokens: int = 0
+    """Tokens of the training rows, padding left out; 0 where they are no text."""
+    seq_len: int = 0
+    packed: bool = False
+    pad: int = 0
     chat_template: str | None = None
     """The plain template that was used because the tokenizer has none: save it with it."""
     labels: tuple[str, ...] = ()
     """Names of the classes or tags, where the task has any."""
     task: str = "causal"
-    """What a model learns from the rows: causal, masked, seq2seq, classification or tagging."""
+    """What a model learns from the rows (io/tasks.py)."""
     holed: bool = False
     """Are the rows text alone, in which holes are made as they are read (io/noise.py)?"""
 
@@ -66,6 +67,20 @@ class Data(Facts):
     def collate(self) -> Collate:
         """Rows of these data sets to a batch."""
         return Collate(self.pad)
+
+    def lengths(self, rows: Rows) -> list[int]:
+        """How long each row is: its input, and labels that are not one for each token of it."""
+        return [len(row["input_ids"]) + np.size(row["labels"]) for row in rows]
+
+    def unit(self, count: int) -> str:
+        """So many rows, as a person reads it."""
+        return f"{count:,} rows of {self.seq_len} tokens"
+
+    def keeping(self, reader: Any) -> Any:
+        """The reader as it is to be saved: a tokenizer with the template that was used."""
+        if self.chat_template:
+            reader.chat_template = self.chat_template
+        return reader
 
     def bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
         """Mean losses in nats per token, by source, as bits per byte of text.

@@ -12,7 +12,7 @@ from eckart.errors import FileError
 from eckart.io.formats import Part, examples, pairs, tagged
 from eckart.io.formats import field as text_field
 from eckart.io.packing import IGNORE, Encoded, pieces
-from eckart.io.reading import Row
+from eckart.io.reading import Row, in_order
 
 
 @dataclass
@@ -120,19 +120,31 @@ class Encoder:
         """Encode sentences token by token; a token's first piece carries its tag's number."""
         batch, number = Batch(), {name: i for i, name in enumerate(names)}
         for row in found:
-            ids: list[int] = []
-            labels: list[int] = []
             words = tagged(row)
-            spaced = [("" if i == 0 else " ") + word for i, (word, _) in enumerate(words)]
-            for pieces_of_word, (_, tag) in zip(self.ids(spaced), words, strict=True):
-                ids += pieces_of_word
-                labels += [number[tag], *[IGNORE] * len(pieces_of_word)][: len(pieces_of_word)]
+            ids, first = self.pieces_of_words([word for word, _ in words])
+            labels = [IGNORE if i == IGNORE else number[words[i][1]] for i in first]
             batch.cut_off += len(ids) > self.room
             batch.tokens += self.take(batch, ids[: self.room])
             framed = [IGNORE] * len(self.before) + labels[: self.room] + [IGNORE] * len(self.after)
             batch.targets.append(np.array(framed, np.int32))
             batch.learnt += sum(label != IGNORE for label in framed)
         return batch
+
+    def pieces_of_words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Ids of words, and for each the number of the word that it begins; IGNORE elsewhere."""
+        spaced = [("" if i == 0 else " ") + word for i, word in enumerate(words)]
+        ids: list[int] = []
+        first: list[int] = []
+        for i, found in enumerate(self.ids(spaced)):
+            ids += found
+            first += [i, *[IGNORE] * len(found)][: len(found)]
+        return ids, first
+
+    def words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
+        """The same between the tokenizer's own first and last tokens."""
+        ids, first = self.pieces_of_words(words)
+        around = [IGNORE] * len(self.before), [IGNORE] * len(self.after)
+        return self.before + ids + self.after, around[0] + first + around[1]
 
     @property
     def room(self) -> int:
@@ -223,4 +235,4 @@ def class_names(found: Iterable[Row], kind: str = "text+label") -> list[str]:
         names = {tag for row in found for _, tag in tagged(row)}
     else:
         names = {label(row) for row in found}
-    return sorted(names, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n))
+    return in_order(names)

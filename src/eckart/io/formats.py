@@ -35,7 +35,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "tokens+tags": ("tokens", "tags"),
     "text": ("text",),
 }
-CLASSES = {"text+label": "classification", "tokens+tags": "tagging"}  # formats with a task
+IMAGES = "image+label"  # no format of text: io/images.py
+CLASSES = {"text+label": "classification", "tokens+tags": "tagging", IMAGES: "image"}
 PAIRS = ("prompt+completion", "instruction", "messages")  # formats of questions and answers
 LEARNT = {
     "messages": "loss on assistant tokens",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,14 +29,17 @@ from eckart.io.headers import (
     refused,
     weight_files,
 )
+from eckart.io.heads import CONFIG, names_in, outside
 from eckart.io.presets import PRESETS, build_model, config_of, fill, quiet
-from eckart.io.tasks import NEW_HEAD, task_class, task_of
+from eckart.io.tasks import TASKS, task_class, task_of
 
 __all__ = [
     "PRESETS",
     "Source",
     "build_model",
+    "classes_known",
     "config_of",
+    "described",
     "load_model",
     "load_tokenizer",
     "own_task",
@@ -200,19 +204,19 @@ def load_model(
     """Load a model from a folder, a run's `final/`, a factored folder or a hub id.
 
     dtype None keeps the one it was saved in, task None the one it was made for. `config`
-    overrides fields of its configuration (`num_labels=3`). A tensor that is missing, left over
-    or misshapen is a FileError with its name; only the head of a classification task that was
-    asked for may be missing, and is then drawn from `seed`. In evaluation mode, as
-    transformers returns it.
+    overrides fields of its configuration; with `num_labels` the head is a new one. A tensor that
+    is missing, left over or misshapen is a FileError with its name; only the head of a task
+    with classes that was asked for may be missing, and is then drawn from `seed`. In evaluation
+    mode, as transformers returns it.
     """
     folder = folder_of(source)
     check_folder(folder)
-    described = read_json(folder / "config.json")
-    if described.get("model_type") == "eckart":
+    facts = read_json(folder / CONFIG)
+    if facts.get("model_type") == "eckart":
         import_module("eckart.hf")  # registers the config type and its loader
     with quiet():
         try:
-            model, report = task_class(task or task_of(described)).from_pretrained(
+            model, report = task_class(task or task_of(facts)).from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
@@ -227,18 +231,29 @@ def load_model(
         except Exception as fault:  # a damaged config.json makes transformers raise anything
             reason = str(fault).strip().splitlines()[0] if str(fault).strip() else repr(fault)
             raise FileError("the model cannot be loaded", [(str(folder), reason)]) from fault
-    problems(model, report, folder, task)
+    new_head = outside(model) if "num_labels" in config else ()
+    problems(model, report, folder, task, new_head)
     found = recognise(source)  # what an adapter will name as its base: no path into a cache
     model.config._name_or_path = (
         found.path.partition("@")[0] if found.kind == "hub" else str(folder)
     )
-    if report["missing_keys"]:
-        fill(model, set(report["missing_keys"]), seed)
+    drawn = {name for name, _ in model.named_parameters() if name.startswith(starts(new_head))}
+    if drawn | set(report["missing_keys"]):
+        fill(model, drawn | set(report["missing_keys"]), seed)
     return model
 
 
+def starts(modules: Sequence[str]) -> tuple[str, ...]:
+    """How the names of these modules' tensors begin."""
+    return tuple(f"{name}." for name in modules)
+
+
 def problems(
-    model: PreTrainedModel, report: dict[str, Any], folder: Path, task: str | None
+    model: PreTrainedModel,
+    report: dict[str, Any],
+    folder: Path,
+    task: str | None,
+    new_head: Sequence[str] = (),
 ) -> None:
     """Raise FileError where weights and architecture do not fit; a task's head is let be."""
 
@@ -251,12 +266,12 @@ def problems(
     facts = [
         (name, f"{list(stored)} in the file, {list(wanted)} in the model")
         for name, stored, wanted in sorted(report["mismatched_keys"])
+        if not name.startswith(starts(new_head))
     ]
     lost = sorted(report["missing_keys"])
     extra = sorted(report["unexpected_keys"])
-    if task in (*NEW_HEAD, "encoder"):
+    if task == "encoder" or (task and TASKS[task].classes):
         lost = [name for name in lost if not is_head(name)]
-    if task in (*NEW_HEAD, "encoder"):
         inside = {name.split(".")[0] for name, _ in model.named_parameters()}
         extra = [name for name in extra if name.split(".")[0] in inside and not is_head(name)]
     facts += listed(lost, "missing") + listed(extra, "not part of this architecture")
@@ -278,16 +293,36 @@ def result_of(run: str | Path) -> Path:
     return final
 
 
-def own_task(source: str | Path) -> str:
-    """What a model, an adapter's base, a run or a shape is made for; no weights are read."""
+def described(source: str | Path) -> dict[str, Any]:
+    """What a configuration says of a model, an adapter's head or base, a run or a shape.
+
+    No weights are read; nothing is known of an adapter that names no base.
+    """
     found = recognise(source)
     if found.kind == "run":
-        return own_task(result_of(found.path))
+        return described(result_of(found.path))
     if found.kind in ("peft", "native", "kohya"):
-        return own_task(found.base) if found.base else "causal"
+        own = Path(found.path) / CONFIG
+        if own.is_file():
+            return read_json(own)
+        return described(found.base) if found.base else {}
     if found.kind in ("preset", "config"):
-        return task_of(config_of(found.path))
-    return task_of(read_json(folder_of(found.path) / "config.json"))
+        return config_of(found.path).to_dict()
+    return read_json(folder_of(found.path) / CONFIG)
+
+
+def own_task(source: str | Path) -> str:
+    """What a model, an adapter, a run or a shape is made for."""
+    return task_of(described(source))
+
+
+def classes_known(source: str | Path) -> tuple[str, ...]:
+    """Names of a model's classes by number; none where it is no model with classes.
+
+    None either where an adapter does not say them, nor its base.
+    """
+    facts = described(source)
+    return names_in(facts) if TASKS[task_of(facts)].classes else ()
 
 
 def holds_tokenizer(folder: Path) -> bool:

@@ -22,6 +22,7 @@ import eckart
 from eckart.errors import FileError, UsageError
 from eckart.io.folder import write_folder, write_json
 from eckart.io.headers import read_json
+from eckart.io.heads import save_naming
 from eckart.io.packed import packed, unpacked
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.recipe import Handle, attach_from
@@ -47,6 +48,7 @@ def save(
     with write_folder(folder, overwrite) as beside:
         write_json(beside / DESCRIPTION, describe(handle))
         write_tensors(beside / TENSORS, packed(handle, handle.named_state()))
+        save_naming(handle, beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
 

@@ -11,7 +11,10 @@ import torch
 
 from eckart.errors import FileError
 from eckart.io import kohya, native, peft
-from eckart.io.models import load_model, recognise, result_of
+from eckart.io.headers import read_json
+from eckart.io.heads import CONFIG, naming_of
+from eckart.io.models import Source, load_model, recognise, result_of
+from eckart.io.tasks import task_of
 from eckart.recipe import Handle
 
 ADAPTERS: dict[str, Callable[..., Handle]] = {
@@ -35,8 +38,9 @@ def open_model(
 ) -> Opened:
     """Load a model, or an adapter onto its base; a run stands for its `final/`.
 
-    Raises FileError for what cannot be opened, naming the file, and for an adapter whose
-    base is not where it says.
+    An adapter that keeps a configuration beside it brings its head, on whatever its base is
+    made for. Raises FileError for what cannot be opened, naming the file, and for an adapter
+    whose base is not where it says.
     """
     found = recognise(source)
     if found.kind == "run":
@@ -46,5 +50,20 @@ def open_model(
         return Opened(model, None, str(source))
     if not found.base:
         raise FileError("the adapter names no base", [(found.path, "")])
-    model = load_model(found.base, dtype, task, seed)
-    return Opened(model, ADAPTERS[found.kind](model, found.path), found.base)
+    return on_base(found, found.base, dtype, task, seed)
+
+
+def on_base(
+    adapter: Source,
+    base: str,
+    dtype: torch.dtype | None = None,
+    task: str | None = None,
+    seed: int = 0,
+) -> Opened:
+    """An adapter on this base, whatever base it names."""
+    own, head = Path(adapter.path) / CONFIG, {}
+    if own.is_file():
+        facts = read_json(own)
+        task, head = task or task_of(facts), naming_of(facts)
+    model = load_model(base, dtype, task, seed, **head)
+    return Opened(model, ADAPTERS[adapter.kind](model, adapter.path), base)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eckart.errors import UsageError
 from eckart.io.folder import write_folder, write_text
+from eckart.io.heads import save_naming
 from eckart.io.peft_layout import (
     DESCRIPTION,
     PATTERNS,
@@ -70,6 +71,7 @@ def save(
     with write_folder(folder, overwrite) as beside:
         write_text(beside / DESCRIPTION, json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_tensors(beside / TENSORS, tensors)
+        save_naming(handle, beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
 

@@ -89,6 +89,11 @@ def sources_of(given: Any) -> list[DataSource]:
     return sources
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in the order of their numbers: numbers by size, names by alphabet."""
+    return sorted(names, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n))
+
+
 def stem(path: str) -> str:
     """A short name for a source: the file's name without its endings."""
     return Path(path).name.split(".")[0] or Path(path).name or path

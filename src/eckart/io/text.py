@@ -59,6 +59,7 @@ def read(
     cache: bool = True,
     task: str = "causal",
     seed: int = 0,
+    labels: Sequence[str] = (),
 ) -> Data:
     """Read, split, encode and pack data for a task of text; data with classes has its own.
 
@@ -70,21 +71,25 @@ def read(
 
     Documents longer than seq_len are cut into pieces; conversations and completions are cut
     off, and left out where nothing learnt remains. Where holes in a text are to be filled
-    (io/noise.py) they depend on `seed`; those of held-out rows do not. Raises FileError with
-    file and line where a row is malformed or would teach nothing, UsageError for a format that
-    the task cannot learn from.
+    (io/noise.py) they depend on `seed`; those of held-out rows do not. `labels` are the
+    classes in the order of the model's numbers; without them they are the data's. Raises
+    FileError with file and line where a row is malformed or would teach nothing, UsageError for
+    a format that the task cannot learn from.
     """
     if seq_len < 2:
         raise UsageError("data.seq_len is too small", [(f"data.seq_len = {seq_len}", "at least 2")])
     given = sources_of(sources)
     share, others = held_out_share(eval)
     hashes = {source.name: content_hash(source) for source in given + others}
-    key = cache_key(given, others, hashes, tokenizer, (seq_len, packing, share, format, task))
+    settings = [seq_len, packing, share, format, task, *labels]
+    key = cache_key(given, others, hashes, tokenizer, settings)
     folder = cache_folder() / "data" / key
     if cache and manifest_holds(folder):
         data = load(folder)
     else:
-        data = encode(given, others, share, hashes, tokenizer, seq_len, packing, format, task)
+        data = encode(
+            given, others, share, hashes, tokenizer, seq_len, packing, format, task, labels
+        )
         if cache:
             save(data, folder)
     return noised(data, tokenizer, seed)
@@ -121,6 +126,7 @@ def encode(
     packing: bool,
     format: str,
     task: str,
+    labels: Sequence[str] = (),
 ) -> Data:
     """`read` without its cache, and before holes are made."""
     encoder = Encoder(tokenizer, seq_len)
@@ -128,11 +134,9 @@ def encode(
     read_in = [(source, *recognised(source, format)) for source in [*given, *others]]
     kinds = {kind for _, kind, _ in read_in}
     task = task_for(kinds, task)
-    classes = (
-        class_names((row for _, _, found in read_in for row in found), next(iter(kinds)))
-        if task in CLASSES.values()
-        else []
-    )
+    classes = list(labels)
+    if task in CLASSES.values() and not classes:
+        classes = class_names((row for _, _, found in read_in for row in found), next(iter(kinds)))
     packing = packing and task == "causal"
     noise = noise_for(tokenizer, task) if holed(kinds, task) else None
 

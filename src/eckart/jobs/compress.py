@@ -18,7 +18,7 @@ from eckart.io.models import folder_of, holds_tokenizer, load_model, load_tokeni
 from eckart.io.opening import Opened
 from eckart.io.run import Run
 from eckart.io.text import Data
-from eckart.jobs import held_out, outcome, prepare, settle
+from eckart.jobs import held_out, outcome, prepare, senses, settle
 from eckart.jobs.config import Job
 from eckart.jobs.course import model_line
 from eckart.jobs.fit import fit
@@ -112,8 +112,8 @@ def tokenizer_of(job: Job) -> Any:
 def read(job: Job, model: Any, tokenizer: Any, screen: Screen) -> tuple[Job, Data | None]:
     """DATA, where it is given. UsageError where healing or the method needs it and it is not."""
     if job.data.train:
-        job = settle.seq_len(job, prepare.context_of(model), prepare.device())
-        data = prepare.read_data(job, tokenizer, model)
+        job = senses.settled(job, model, prepare.device())
+        data = senses.read_data(job, tokenizer, model)
         name, _, summary = data.summary.partition(": ")
         screen.line("data", summary, name)
         return job, data

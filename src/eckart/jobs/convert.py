@@ -20,12 +20,14 @@ from eckart.errors import EckartError, FileError, UsageError, did_you_mean
 from eckart.io import peft
 from eckart.io.export import export, reasons
 from eckart.io.folder import refuse_occupied, write_folder
-from eckart.io.models import load_model, load_tokenizer, recognise
-from eckart.io.opening import ADAPTERS, Opened, open_model
-from eckart.jobs import prepare
+from eckart.io.heads import task_of_live
+from eckart.io.models import load_model, recognise
+from eckart.io.opening import ADAPTERS, Opened, on_base, open_model
+from eckart.io.tasks import TASKS
+from eckart.jobs import prepare, senses
 from eckart.jobs.approximate import Approximation, of_model, of_update
 from eckart.jobs.config import OUT, Job
-from eckart.jobs.drift import Text
+from eckart.jobs.drift import Sample, of_images, of_text
 from eckart.jobs.finetune import require_weights
 from eckart.jobs.outcome import shown
 from eckart.jobs.screen import Screen, amount
@@ -54,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
     refuse_occupied(out.absolute(), job.flags.overwrite)
     source = open_source(job, to)
     screen.line("source", described(source), shown(str(job.model)))
-    text = text_of(job, source, screen)
+    text = sample_of(job, source, screen)
     handle, approximation, rank = source.handle, None, job.convert.rank
     reason = inexact(source, to, rank)
     if reason:
@@ -137,8 +139,7 @@ def open_source(job: Job, to: str) -> Opened:
     if found.kind == "run":
         found = recognise(f"{found.path}/final")
     if base and found.kind in ADAPTERS:
-        model = load_model(base)
-        opened = Opened(model, ADAPTERS[found.kind](model, found.path), base)
+        opened = on_base(found, base)
     else:
         opened = open_model(source)
     if found.kind == "factored":
@@ -190,18 +191,29 @@ def described(source: Opened) -> str:
     return f"{source.handle.weights.slug}{on}; {len(terms)} matrices"
 
 
-def text_of(job: Job, source: Opened, screen: Screen) -> Text | None:
-    """What drift is measured on; None, and said, where the source has no tokenizer."""
+def sample_of(job: Job, source: Opened, screen: Screen) -> Sample | None:
+    """What drift is measured on; None, and said, where there is nothing that the model reads."""
+    task = task_of_live(source.model)
+    given = senses.entries(job) if job.data.train else ()
     try:
-        tokenizer = load_tokenizer(str(job.model))
-    except EckartError:
+        reader = senses.beside(str(job.model), task)
+        if TASKS[task].sees == "images":
+            if given:
+                return of_images(reader, given)
+            raise UsageError("no images to measure the drift on", fix="Type data=IMAGES")
+    except EckartError as fault:
         if job.convert.max_drift is not None:
             raise
-        screen.warn("no tokenizer beside the model: the drift is not measured")
+        lacking = "no images" if TASKS[task].sees == "images" else "no tokenizer beside the model"
+        screen.warn(f"{lacking}: the drift is not measured{advice(fault)}")
         return None
-    prepare.require_fit(tokenizer, source.model)
-    given = prepare.entries(job) if job.data.train else ()
-    return Text(tokenizer, prepare.context_of(source.model), given)
+    senses.require_tokens(reader, source.model)
+    return of_text(reader, senses.context_of(source.model), given, task)
+
+
+def advice(fault: EckartError) -> str:
+    """`; type data=IMAGES`, where an error says what to do."""
+    return f"; {fault.fix[0].lower()}{fault.fix[1:]}" if fault.fix else ""
 
 
 # --- exact, or how far from it -------------------------------------------------------------
@@ -283,7 +295,7 @@ def approximated(job: Job, source: Opened, to: str) -> Approximation:
     return of_update(source.model, source.handle, model.to(prepare.device()).eval())
 
 
-def rank_within(job: Job, found: Approximation, source: Opened, text: Text | None) -> int:
+def rank_within(job: Job, found: Approximation, source: Opened, text: Sample | None) -> int:
     """The smallest rank whose drift is allowed. UsageError where none is."""
     assert text is not None and job.convert.max_drift is not None
     allowed, last = job.convert.max_drift, 0.0
@@ -320,11 +332,11 @@ def require_near(job: Job, drift: dict[str, Any] | None) -> None:
 
 
 def write(job: Job, handle: Handle, to: str, folder: Path, screen: Screen) -> None:
-    """The handle in its form, with the source's tokenizer; what was warned of is said."""
+    """The handle in its form, with what reads its inputs; what was warned of is said."""
     try:
-        tokenizer = load_tokenizer(str(job.model))
+        reader = senses.beside(str(job.model), task_of_live(handle.model))
     except EckartError:
-        tokenizer = None
+        reader = None
     options: dict[str, Any] = {}
     if to == "dense" and job.convert.dtype != "auto":
         options["dtype"] = getattr(torch, job.convert.dtype)
@@ -332,7 +344,7 @@ def write(job: Job, handle: Handle, to: str, folder: Path, screen: Screen) -> No
         options["uniform"] = True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        export(handle, folder, "peft" if to == PLAIN else to, tokenizer=tokenizer, **options)
+        export(handle, folder, "peft" if to == PLAIN else to, tokenizer=reader, **options)
     for warning in caught:
         if "rounding" in str(warning.message):
             what = str(warning.message).partition(":")[0]
@@ -362,8 +374,9 @@ def report(
 ) -> None:
     """The last lines: how near it is, of which kind, and what to type next."""
     if drift:
-        near = f"KL {drift['kl']:.2g} nats a token; the same first choice at "
-        near += f"{100 * drift['same_first_choice']:.1f} % of {drift['tokens']:,} tokens"
+        unit, units = ("class", "classes") if drift["of_classes"] else ("token", "tokens")
+        near = f"KL {drift['kl']:.2g} nats a {unit}; the same first choice at "
+        near += f"{100 * drift['same_first_choice']:.1f} % of {drift['tokens']:,} {units}"
         screen.line("drift", f"{near} ({drift['text']})", result=True)
     screen.line("done", f"{kind}; {to}: {FORMATS[to]}", shown(str(out)), result=True)
     screen.line("next", f"eckart generate {shown(str(out))}", result=True)

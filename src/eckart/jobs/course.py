@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eckart.io.data import Data
 from eckart.io.opening import Opened
 from eckart.io.run import Run
-from eckart.io.text import Data
-from eckart.jobs import continual, held_out, launch, observe, outcome, prepare, settle
+from eckart.jobs import continual, held_out, launch, observe, outcome, prepare, senses, settle
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
 from eckart.jobs.memory import by_category, described, in_words, room
@@ -25,7 +25,7 @@ from eckart.jobs.stages import Course, as_handle, carry_out, memory_of, metrics_
 from eckart.jobs.trackers import require_trackers
 from eckart.recipe import Handle
 
-Write = Callable[[Run, Handle, Any], str]  # (run, handle, tokenizer) -> the format of final/
+Write = Callable[[Run, Handle, Any], str]  # (run, handle, reader) -> the format of final/
 
 
 def begin(job: Job) -> tuple[Job, Screen]:
@@ -40,23 +40,21 @@ def begin(job: Job) -> tuple[Job, Screen]:
     return settle.precision(job, prepare.device()), Screen(quiet)
 
 
-def course(
-    job: Job, screen: Screen, opened: Opened, tokenizer: Any, write: Write
-) -> dict[str, Any]:
+def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) -> dict[str, Any]:
     """Train the model of a job and write what comes out; the object of --json."""
     place = prepare.device()
     opened.model.to(place)
-    prepare.require_fit(tokenizer, opened.model)
+    senses.require_fit(job, reader, opened.model)
     screen.line("model", model_line(opened), Path(opened.base).name)
 
-    job = settle.seq_len(job, prepare.context_of(opened.model), place)
-    data = prepare.read_data(job, tokenizer, opened.model)
+    job = senses.settled(job, opened.model, place)
+    data = senses.read_data(job, reader, opened.model)
     name, _, summary = data.summary.partition(": ")
     screen.line("data", "\n".join([summary, *rows_lines(data)]), name)
 
     before = held_out.measure(opened.model, data, 8) if not job.flags.resume else {}
     begun = None if job.flags.dry_run else observe.beginnings(data)
-    wrote = observe.gone_on(opened.model, tokenizer, begun, screen) if before else []
+    wrote = observe.gone_on(opened.model, reader, begun, screen) if before else []
     job = settle.horizon(job, len(data.train), job.recipe())
     prepare.require_unfinished(job)
     handle = prepare.carry(job, opened, data)
@@ -79,15 +77,13 @@ def course(
         run.record(wrote_before=wrote)
         fitted = fit(job, run, handle, data, screen, prepare.resume_from(job))
         after = held_out.measure(handle.model, data, int(job.train.batch_size))
-        if data.chat_template:
-            tokenizer.chat_template = data.chat_template
-        form = write(run, handle, tokenizer)
+        form = write(run, handle, data.keeping(reader))
         found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
         memory = found["memory"] = {"estimated": parts, "measured": fitted.memory}
         run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
-        after_it = observe.gone_on(handle.model, tokenizer, begun, screen)
+        after_it = observe.gone_on(handle.model, reader, begun, screen)
         if launch.is_first():
-            said = observe.samples(begun, tokenizer, wrote, after_it)
+            said = observe.samples(begun, reader, wrote, after_it)
             write_page(run, job, handle, memory, samples=said)
     if fitted.memory:
         screen.line("memory", by_category(memory), "measured")
@@ -99,7 +95,7 @@ def staged_course(
     job: Job,
     screen: Screen,
     opened: Opened,
-    tokenizer: Any,
+    reader: Any,
     write: Write,
     original: Callable[[], Any],
 ) -> dict[str, Any]:
@@ -109,10 +105,10 @@ def staged_course(
     """
     place = prepare.device()
     opened.model.to(place)
-    prepare.require_fit(tokenizer, opened.model)
+    senses.require_fit(job, reader, opened.model)
     screen.line("model", model_line(opened), Path(opened.base).name)
-    job = settle.seq_len(job, prepare.context_of(opened.model), place)
-    tasks = prepare.read_tasks(job, tokenizer, opened.model)
+    job = senses.settled(job, opened.model, place)
+    tasks = senses.read_tasks(job, reader, opened.model)
     for name, data in tasks.items():
         screen.line("task", data.summary.partition(": ")[2], name)
     weights: Any = job.choices["weights"].method
@@ -142,7 +138,7 @@ def staged_course(
         work, measured = carry_out(shared)
         after = scores(shared, work.model)
         handle = as_handle(work)
-        form = write(run, handle, tokenizer)
+        form = write(run, handle, first.keeping(reader))
         memory = memory_of(shared)
         estimated, peak = (
             max((sum(p.values()) for name, p in memory.items() if name.endswith(kind)), default=0)
@@ -185,7 +181,7 @@ def rows_lines(data: Data) -> list[str]:
     """How much is trained on, and how it begins: the loss is taken between « and »."""
     begin = " ".join(data.example.split())
     begin = begin if len(begin) <= 80 else begin[:79] + "…"
-    return [f"{len(data.train):,} rows of {data.seq_len} tokens, the first: {begin}"]
+    return [f"{data.unit(len(data.train))}, the first: {begin}"]
 
 
 def method_name(job: Job) -> str:

@@ -18,6 +18,7 @@ from eckart.recipe import registry
 
 UNLOCKS = {  # the extras that a command or an example makes use of
     "peft": "PEFT itself, to load adapters without eckart",
+    "images": "image files as data (arrays need nothing)",
     "quant": "precision=int8: a frozen base in 8 bits",
     "trackers": "track=[tensorboard]: the curves of a run in TensorBoard",
     "claims": "eckart reproduce and bench, intervals in eckart eval, the digits as images",

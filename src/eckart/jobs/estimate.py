@@ -18,9 +18,11 @@ import torch
 
 from eckart.errors import FileError, OutOfRoom, UsageError, did_you_mean
 from eckart.io.headers import read_json
-from eckart.io.models import config_of, recognise
+from eckart.io.models import config_of, own_task, recognise
 from eckart.io.peft_read import method_of
-from eckart.jobs import prepare, settle
+from eckart.io.tasks import TASKS
+from eckart.jobs import prepare, senses, settle
+from eckart.jobs.classes import keeps_head, require_task
 from eckart.jobs.config import Choice, Job
 from eckart.jobs.imagined import Imagined, imagine
 from eckart.jobs.memory import in_bytes, in_words, room
@@ -47,13 +49,14 @@ def run(job: Job) -> dict[str, Any]:
     screen = Screen(quiet=job.flags.json)
     place = prepare.device()
     job, config = of_source(settle.precision(job, place))
+    task = task_of(job, config)
     if job.command == "compress":
         return compressed(job, config, place, screen)
     job = settle.seq_len(job, getattr(config, "max_position_embeddings", None), place)
     if limit := job.options.get("fit"):
         return fitting(job, config, place, in_bytes(str(limit)), screen)
     dtype = prepare.dtype_of(job)
-    found = imagine(config, job.recipe(), dtype, place)
+    found = imagine(config, job.recipe(), dtype, place, task=task)
     base = found.parameters - (found.trainable if found.factors else 0)
     kind = str(dtype).removeprefix("torch.")
     facts = f"{amount(base)} parameters, {kind}; from its configuration alone"
@@ -74,7 +77,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     fits = max(peak, sum(parts.values())) <= free
     speed = measured(config, dtype, place, rows, length)
-    say(screen, job, parts, peak, (free, total), per_step, found.trainable, speed)
+    say(screen, job, task, parts, peak, (free, total), per_step, found.trainable, speed)
     if not fits:
         remedies(screen, job, found, parts, free)
     return {
@@ -117,6 +120,18 @@ def require_data(job: Job) -> None:
 def looks_like_file(path: Path) -> bool:
     """Has it an ending, or a place on this machine, as a hub id has not?"""
     return bool(path.suffix) or path.is_absolute() or str(path).startswith(".")
+
+
+def task_of(job: Job, config: Any) -> str:
+    """What would be learnt; the configuration gets a head for the classes of data that is here."""
+    here = [s for s in job.data.train if Path(s.path).exists()]
+    if job.command == "compress" or len(here) < max(1, len(job.data.train)):
+        return own_task(job.model or "")
+    require_task(job)
+    task, labels = senses.task_of(job), senses.labels_of(job)
+    if labels and not keeps_head(job.model or "", task, labels):
+        config.num_labels = len(labels)
+    return task
 
 
 def fitting(
@@ -263,6 +278,7 @@ def full() -> Any:
 def say(
     screen: Screen,
     job: Job,
+    task: str,
     parts: dict[str, int],
     peak: int,
     memory: tuple[int, int],
@@ -272,7 +288,8 @@ def say(
 ) -> None:
     """The batch, each category, the sum against what is there, the work and time of a step."""
     size, split = job.train.batch_size, job.train.accumulate
-    shape = f"{size} rows of {job.data.seq_len} tokens"
+    pictures = TASKS[task].sees == "images"
+    shape = f"{size} images" if pictures else f"{size} rows of {job.data.seq_len} tokens"
     shape += f", {split} times a step" if split != 1 else ""
     why = [job.settled.get(f"train.{key}", "") for key in ("batch_size", "checkpointing")]
     screen.line("batch", "; ".join([shape, *dict.fromkeys(w for w in why if w)]))

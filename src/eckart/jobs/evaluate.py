@@ -19,12 +19,15 @@ import numpy as np
 import torch
 
 from eckart.errors import FileError, UsageError
-from eckart.io.models import load_tokenizer, recognise
-from eckart.io.opening import ADAPTERS, Opened, open_model
-from eckart.io.text import Data, read
-from eckart.jobs import intervals, prepare, settle
+from eckart.io.data import Data
+from eckart.io.heads import names_of
+from eckart.io.models import load_tokenizer
+from eckart.io.opening import Opened, open_model
+from eckart.io.tasks import TASKS
+from eckart.jobs import intervals, prepare, senses
+from eckart.jobs.classes import open_to_measure, require_task
 from eckart.jobs.config import Job
-from eckart.jobs.finetune import labelled, require_language, require_weights
+from eckart.jobs.finetune import require_weights
 from eckart.jobs.outcome import shown
 from eckart.jobs.scores import Scores, joined, score
 from eckart.jobs.screen import Screen, amount
@@ -38,38 +41,38 @@ def run(job: Job) -> dict[str, Any]:
     begun, screen = time.monotonic(), Screen(quiet=job.flags.json)
     other_name: str | None = job.options.get("against")
     require_weights(job)
-    tokenizer = load_tokenizer(job.model or "")
-    if other_name:
-        require_same_tokens(job.model or "", tokenizer, other_name)
-    labels, task = prepare.labels_of(job), prepare.task_of(job)
-    if not labels:
-        require_language(job, task)
-    opened = open_for(job.model or "", job, task, labels, tokenizer)
+    labels, task = senses.labels_of(job), senses.task_of(job)
+    require_task(job)
+    reader = senses.reader_of(job)
+    if other_name and TASKS[task].sees == "text":
+        require_same_tokens(job.model or "", reader, other_name)
+    opened = open_for(job.model or "", job, task, labels, reader)
     screen.line("model", described(opened), shown(job.model or ""))
-    other = open_for(other_name, job, task, labels, tokenizer) if other_name else None
+    other = open_for(other_name, job, task, labels, reader) if other_name else None
     if other_name and other:
+        require_same_classes(opened.model, other.model)
         screen.line("against", described(other), shown(other_name))
-    prepare.require_fit(tokenizer, opened.model)
+    senses.require_fit(job, reader, opened.model)
 
-    job = settle.seq_len(job, prepare.context_of(opened.model), prepare.device())
-    data = read_rows(job, tokenizer)
+    job = senses.settled(job, opened.model, prepare.device())
+    data = read_rows(job, reader, opened.model)
     screen.line("data", data.summary)
     size = job.train.batch_size
     by_source = {
         name: score(
             opened.model,
-            list(rows),
+            rows,
             data.collate,
             other.model if other else None,
             None if size == "auto" else int(size),
-            classes_of(opened.model, labels),
+            data.lengths(rows),
             shifted=data.task == "causal",
         )
         for name, rows in data.evaluation.items()
     }
     found = tables(by_source, data)
     rows, tokens = len(found["all"].scores.loss), int(found["all"].scores.count.sum())
-    unit = {"classification": "labels", "tagging": "tags"}.get(data.task, "tokens")
+    unit = TASKS[data.task].labels
     if intervals.available():
         screen.line("rows", f"{rows:,} with {tokens:,} {unit}; [95 % interval over rows]")
     else:
@@ -116,12 +119,12 @@ def require_same_tokens(model: str, tokenizer: Any, other: str) -> None:
         )
 
 
-def open_for(source: str, job: Job, task: str, labels: tuple[str, ...], tokenizer: Any) -> Opened:
+def open_for(source: str, job: Job, task: str, labels: tuple[str, ...], reader: Any) -> Opened:
     """A model to measure, with its head for classes where the data has labels."""
     precision: Any = job.choices["precision"].method
     dtype = getattr(torch, precision.dtype) if precision is not None else None
     opened = (
-        open_classifier(source, task, labels, tokenizer, dtype, job.train.seed)
+        open_to_measure(source, task, labels, reader, dtype, job.train.seed)
         if labels
         else open_model(source, dtype)
     )
@@ -129,67 +132,19 @@ def open_for(source: str, job: Job, task: str, labels: tuple[str, ...], tokenize
     return opened
 
 
-def open_classifier(
-    source: str,
-    task: str,
-    labels: tuple[str, ...],
-    tokenizer: Any,
-    dtype: torch.dtype | None,
-    seed: int,
-) -> Opened:
-    """A classifier or tagger. Raises FileError where the model has no head for these classes."""
-    from eckart.io.models import load_model
-
-    found = recognise(source)
-    if found.kind == "run":
-        return open_classifier(f"{found.path}/final", task, labels, tokenizer, dtype, seed)
-    if found.kind not in ADAPTERS:
-        model = load_model(source, dtype, task, seed)
-        classes_of(model, labels)
-        return Opened(model, None, source)
-    if not found.base:
-        raise FileError("the adapter names no base", [(found.path, "")])
-    # An adapter's file has the head's weights, and no names: they are the data's, in its order.
-    head = labelled(labels, tokenizer)
-    model = load_model(found.base, dtype, task, seed, **head)
-    handle = ADAPTERS[found.kind](model, found.path)
-    if not handle.also_train:
+def require_same_classes(model: Any, other: Any) -> None:
+    """Raise FileError where two models number their classes differently."""
+    if names_of(model) != names_of(other):
+        facts = [(side, ", ".join(names_of(one))) for side, one in
+                 (("model", model), ("against", other))]  # fmt: skip
         raise FileError(
-            "the adapter has no head for classes",
-            [(found.path, f"{handle.weights.slug} alone"), ("labels", ", ".join(labels))],
-            "Measure it on text, or fine-tune it on labelled rows first.",
+            "these two know other classes", facts, "Type eckart eval for each, and compare."
         )
-    return Opened(model, handle, found.base)
 
 
-def classes_of(model: Any, labels: tuple[str, ...]) -> list[int]:
-    """The model's number for each class of the data. FileError for one that it does not know."""
-    if not labels:
-        return []
-    known: Mapping[str, int] = model.config.label2id or {}
-    unknown = [name for name in labels if name not in known]
-    if unknown:
-        raise FileError(
-            "the model has no such class",
-            [("in the data", ", ".join(unknown)), ("in the model", ", ".join(known))],
-            "Fine-tune it on these labels first: eckart finetune MODEL DATA",
-        )
-    return [known[name] for name in labels]
-
-
-def read_rows(job: Job, tokenizer: Any) -> Data:
+def read_rows(job: Job, reader: senses.Reader, model: Any) -> Data:
     """All rows of DATA, or what data.eval holds out of it; one example a row."""
-    entries, seq_len = prepare.entries(job), int(job.data.seq_len)
-    how: dict[str, Any] = {
-        "packing": False,
-        "format": job.data.format,
-        "task": prepare.task_of(job),
-    }
-    if "data.eval" in job.given:
-        held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
-        data = read(entries, tokenizer, seq_len, eval=held, **how)
-    else:
-        data = read([], tokenizer, seq_len, eval=entries, **how)
+    data = senses.read_to_measure(job, reader, model)
     if not data.evaluation:
         raise UsageError(
             "nothing is held out",
@@ -253,7 +208,7 @@ def exp(x: float) -> float:
 
 def tables(by_source: Mapping[str, Scores], data: Data) -> dict[str, Table]:
     """A table for each source; `all` comes last."""
-    unit = {"classification": "row", "tagging": "tag"}.get(data.task, "token")
+    unit = TASKS[data.task].unit
     asked = any(form in ASKED for form in data.format.split(", "))
 
     def table(names: list[str]) -> Table:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from eckart.errors import FileError, UsageError
-from eckart.io.models import load_model, load_tokenizer, recognise
+from eckart.io.models import recognise
 from eckart.io.opening import Opened, open_model
-from eckart.io.tasks import LANGUAGE
-from eckart.jobs import launch, prepare
+from eckart.jobs import launch, prepare, senses
+from eckart.jobs.classes import open_to_teach, require_task
 from eckart.jobs.config import Job
 from eckart.jobs.course import begin, course, staged_course
 from eckart.jobs.outcome import write_final
@@ -26,14 +24,15 @@ def run(job: Job) -> dict[str, Any]:
         return launch.in_processes(job)
     job, screen = begin(job)
     require_weights(job)
-    tokenizer = load_tokenizer(job.model or "")
-    opened = open_base(job, tokenizer)
+    require_task(job)
+    reader = senses.reader_of(job)
+    opened = open_base(job, reader)
     weights: Any = job.choices["weights"].method
     if weights.stages:
         return staged_course(
-            job, screen, opened, tokenizer, write_final, lambda: open_base(job, tokenizer).model
+            job, screen, opened, reader, write_final, lambda: open_base(job, reader).model
         )
-    return course(job, screen, opened, tokenizer, write_final)
+    return course(job, screen, opened, reader, write_final)
 
 
 def require_weights(job: Job) -> None:
@@ -48,33 +47,9 @@ def require_weights(job: Job) -> None:
         )
 
 
-def open_base(job: Job, tokenizer: PreTrainedTokenizerBase) -> Opened:
-    """The model to teach, with a new head where the data has classes."""
-    source = recognise(job.model or "")
-    dtype, seed = prepare.dtype_of(job), job.train.seed
-    task, labels = prepare.task_of(job), prepare.labels_of(job)
+def open_base(job: Job, reader: senses.Reader) -> Opened:
+    """The model to teach, with a head for the classes where the data has any."""
+    dtype, labels = prepare.dtype_of(job), senses.labels_of(job)
     if labels:
-        model = load_model(source.path, dtype, task, seed, **labelled(labels, tokenizer))
-        return Opened(model, None, source.path)
-    require_language(job, task)
-    return open_model(source.path, dtype, seed=seed)
-
-
-def require_language(job: Job, task: str) -> None:
-    """Raise UsageError for a model without a head for words where the data is text."""
-    if task not in LANGUAGE:
-        what = {"encoder": "gives features", "image": "looks at images"}.get(task, "gives classes")
-        raise UsageError(
-            f"this model {what}, and the data is text",
-            [(str(job.model), task), (str(job.data.train[0].path), prepare.form_of(job))],
-            "Give it rows of text + label or tokens + tags, or take a model with a language head.",
-        )
-
-
-def labelled(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a classifier's configuration says about its classes; decoders find the end by pad."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    pad = next((i for i in ids if i is not None), 0)
-    by_id = dict(enumerate(labels))
-    by_name = {name: i for i, name in by_id.items()}
-    return {"num_labels": len(labels), "id2label": by_id, "label2id": by_name, "pad_token_id": pad}
+        return open_to_teach(job, senses.task_of(job), labels, reader, dtype)
+    return open_model(recognise(job.model or "").path, dtype, seed=job.train.seed)

@@ -14,7 +14,8 @@ from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.export import load
 from eckart.io.models import load_tokenizer, own_task, recognise
 from eckart.io.opening import ADAPTERS, open_model
-from eckart.io.tasks import LANGUAGE
+from eckart.io.tasks import TASKS
+from eckart.jobs import classify
 from eckart.jobs.config import Job
 from eckart.recipe import Handle
 
@@ -26,6 +27,8 @@ def run(job: Job) -> Mapping[str, Any]:
     require_room(job)
     begun = time.monotonic()
     task = own_task(job.model)
+    if TASKS[task].classes:
+        return classify.run(job, task, prompts, begun)
     require_language(job.model, task)
     model = open_model(job.model).model.eval()
     tokenizer = load_tokenizer(job.model)
@@ -116,7 +119,7 @@ def require_adapter(path: str) -> None:
 
 def require_language(model: str, task: str) -> None:
     """Raise UsageError for a model that has no words to say."""
-    if task not in LANGUAGE:
+    if not TASKS[task].language:
         raise UsageError(
             "this model writes no text", [(model, task)], f"Measure it: eckart eval {model} DATA"
         )

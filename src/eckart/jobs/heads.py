@@ -29,7 +29,7 @@ from eckart.decompose.bounds import (
     required_degree,
 )
 from eckart.decompose.polynomial import gradient_errors
-from eckart.jobs.drift import Text
+from eckart.jobs.drift import Sample
 from eckart.linear.sites import seeded_generator
 from eckart.recipe import Handle, terms_off
 
@@ -116,7 +116,7 @@ class HeadReach:
         }
 
 
-def reaches(model: Any, text: Text, handle: Handle | None = None) -> list[HeadReach]:
+def reaches(model: Any, text: Sample, handle: Handle | None = None) -> list[HeadReach]:
     """All heads of a model, layer by layer; none where its attention cannot be looked into."""
     found = measured(model, text)
     adapter = handle is not None and handle.weights.base == "frozen"
@@ -141,7 +141,7 @@ def reaches(model: Any, text: Text, handle: Handle | None = None) -> list[HeadRe
 
 
 @torch.inference_mode()
-def measured(model: Any, text: Text) -> dict[int, Layer]:
+def measured(model: Any, text: Sample) -> dict[int, Layer]:
     """All layers by number, over all rows one by one."""
     found: dict[int, Layer] = {}
     device = next(model.parameters()).device

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.io.text import Data
+from eckart.io.data import Data
+from eckart.io.tasks import TASKS
 
 IGNORE = -100  # a label that does not count
-CHOSEN = ("classification", "tagging", "masked")  # tasks with a choice at its own place
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def measure(model: nn.Module, data: Data, batch_size: int) -> dict[str, Any]:
     count = sum(s["count"] for s in sums.values())
     loss = sum(s["loss"] for s in sums.values()) / count
     found: dict[str, Any] = {"loss": loss}
-    if data.task in CHOSEN:
+    if TASKS[data.task].chosen:
         found["accuracy"] = sum(s["right"] for s in sums.values()) / count
     if not data.labels:
         found["perplexity"] = math.exp(min(loss, 700.0))  # e^709 is the largest double
@@ -75,7 +75,7 @@ def summed(model: nn.Module, rows: Any, data: Data, batch_size: int) -> dict[str
             continue
         total["loss"] += float(outputs["loss"]) * counted
         total["count"] += counted
-        if data.task in CHOSEN:
+        if TASKS[data.task].chosen:
             total["right"] += int((outputs["logits"].argmax(-1) == labels).sum())
     return total
 

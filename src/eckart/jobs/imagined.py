@@ -22,11 +22,15 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
+from transformers.initialization import no_init_weights
 
 from eckart.errors import EckartError
+from eckart.io.heads import outside
+from eckart.io.preprocessing import USUAL, sides
 from eckart.io.presets import quiet
-from eckart.io.tasks import task_class
+from eckart.io.tasks import TASKS, task_class
 from eckart.jobs.memory import Live, activation_bytes, model_bytes, size, state_bytes
+from eckart.jobs.norms import hold_statistics
 from eckart.linear import Horizon, Site
 from eckart.recipe import Handle, Recipe, Weights, registry
 from eckart.recipe.attachment import choose, convert_base
@@ -75,6 +79,7 @@ class Imagined:
     coverage: str
     by_formula: bool = False
     live: Any = field(default=None, repr=False)  # what passes run on: (mode, handle)
+    task: str = "causal"
 
     @property
     def fixed(self) -> dict[str, int]:
@@ -85,7 +90,7 @@ class Imagined:
     def activations(self, rows: int, length: int, checkpointing: bool = False) -> int:
         """Bytes that autograd keeps for a batch of rows of this length."""
         with self.ready(checkpointing) as model, quiet():
-            return activation_bytes(model, batch(rows, length))
+            return activation_bytes(model, self.batch(model, rows, length))
 
     def peak(self, rows: int, length: int, checkpointing: bool = False, passes: int = 1) -> int:
         """The most bytes alive at once in so many forward and backward passes of a step.
@@ -96,17 +101,21 @@ class Imagined:
         """
         with self.ready(checkpointing) as model, Live() as live:
             for _ in range(passes):
-                model(**batch(rows, length)).loss.backward()
+                model(**self.batch(model, rows, length)).loss.backward()
         return self.weights + self.factors + self.state + live.peak
 
     def flops(self, rows: int, length: int) -> tuple[int, int]:
         """Floating-point operations of a forward pass, and of the backward pass after it."""
         with self.ready() as model:
             with FlopCounterMode(display=False, custom_mapping=ON_CPU) as forward:
-                loss = model(**batch(rows, length)).loss
+                loss = model(**self.batch(model, rows, length)).loss
             with FlopCounterMode(display=False, custom_mapping=ON_CPU) as backward:
                 loss.backward()
         return forward.get_total_flops(), backward.get_total_flops()
+
+    def batch(self, model: Any, rows: int, length: int) -> dict[str, Tensor]:
+        """What the model's task is taught from."""
+        return BATCHES.get(self.task, batch)(rows, length, model.config)
 
     @contextmanager
     def ready(self, checkpointing: bool = False) -> Iterator[Any]:
@@ -125,10 +134,31 @@ class Imagined:
                     model.activation_checkpointing_disable()
 
 
-def batch(rows: int, length: int) -> dict[str, Tensor]:
+def batch(rows: int, length: int, config: Any = None) -> dict[str, Tensor]:
     """Token ids with labels, [rows, length]."""
     ids = torch.ones(rows, length, dtype=torch.long)
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+def one_label(rows: int, length: int, config: Any) -> dict[str, Tensor]:
+    """Token ids [rows, length], and a class for each row."""
+    config.pad_token_id = config.pad_token_id or 0  # by which a decoder finds the end
+    return {**batch(rows, length), "labels": torch.zeros(rows, dtype=torch.long)}
+
+
+def tags(rows: int, length: int, config: Any) -> dict[str, Tensor]:
+    """Token ids and tags, [rows, length]."""
+    return {**batch(rows, length), "labels": torch.zeros(rows, length, dtype=torch.long)}
+
+
+def pictures(rows: int, length: int, config: Any) -> dict[str, Tensor]:
+    """Pixels [rows, c, h, w] as the configuration has them, and a class for each."""
+    height, width = sides(getattr(config, "image_size", None) or USUAL)
+    pixels = torch.zeros(rows, getattr(config, "num_channels", 3), height, width)
+    return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
+
+
+BATCHES = {"classification": one_label, "tagging": tags, "image": pictures}
 
 
 def imagine(
@@ -161,6 +191,7 @@ def imagine(
             by_role=handle.coverage.by_role,
             coverage=str(handle.coverage),
             live=(mode, handle),
+            task=task,
         )
 
 
@@ -178,7 +209,11 @@ def built(
     with ExitStack() as stack:
         for context in (mode, device, quiet()):
             stack.enter_context(context)
-        model = task_class(task).from_config(config, dtype=dtype)
+        with no_init_weights():  # some rules of ViTs ask for a number
+            model = task_class(task).from_config(config, dtype=dtype)
+        model.tie_weights()
+        hold_statistics(model)
+        head = outside(model) if TASKS[task].classes else ()
         sites = choose(model, recipe.weights, 0)
         convert_base(model, recipe)
         for site in sites:
@@ -186,7 +221,7 @@ def built(
             site.gradient = torch.zeros(site.matrix_shape)
             site.activations = torch.zeros(CALIBRATION_TOKENS, site.shape[1])
         parts = recipe.weights.build(sites)
-        handle = Handle(model, recipe, {site.path: site for site in sites})
+        handle = Handle(model, recipe, {site.path: site for site in sites}, also_train=head)
         with where_they_are(parts):
             install_parts(handle, parts)
         for site in sites:
@@ -256,6 +291,7 @@ def by_formula(
         coverage=f"{len(sites)} matrices; trained {trained:,} ({100 * share:.2g} %)",
         by_formula=True,
         live=(mode, handle),
+        task=task,
     )
 
 

@@ -29,9 +29,9 @@ from eckart.decompose.spectra import (
 from eckart.errors import UsageError
 from eckart.io.models import load_tokenizer, recognise
 from eckart.io.opening import Opened, open_model
-from eckart.jobs import prepare
+from eckart.jobs import prepare, senses
 from eckart.jobs.config import Job
-from eckart.jobs.drift import Text
+from eckart.jobs.drift import of_text
 from eckart.jobs.finetune import require_weights
 from eckart.jobs.heads import NORMS, HeadReach, reaches
 from eckart.jobs.outcome import shown
@@ -327,8 +327,8 @@ def shade(share: float) -> str:
 def looked_at_heads(job: Job, opened: Opened, screen: Screen) -> list[HeadReach]:
     """The heads on DATA, the adapter on and off."""
     tokenizer = load_tokenizer(str(job.model))
-    prepare.require_fit(tokenizer, opened.model)
-    text = Text(tokenizer, prepare.context_of(opened.model), prepare.entries(job))
+    senses.require_tokens(tokenizer, opened.model)
+    text = of_text(tokenizer, senses.context_of(opened.model), senses.entries(job))
     heads = reaches(opened.model, text, opened.handle)
     if not heads:
         screen.warn("this model's attention is not one that can be looked into")

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
 from eckart.errors import FileError, UsageError
-from eckart.io.encoding import class_names
-from eckart.io.formats import CLASSES, format_of
-from eckart.io.models import own_task
+from eckart.io.data import Data
+from eckart.io.heads import outside
 from eckart.io.opening import Opened, open_model
-from eckart.io.packing import isolates_documents, order
-from eckart.io.reading import rows_of, sources_of
+from eckart.io.packing import order
 from eckart.io.run import latest_checkpoint
-from eckart.io.text import Data, read
 from eckart.jobs import settle
 from eckart.jobs.checkpoints import load_model_state, read_state
 from eckart.jobs.config import Job
@@ -30,6 +25,7 @@ from eckart.jobs.memory import (
     room,
     state_bytes,
 )
+from eckart.jobs.norms import hold_statistics
 from eckart.recipe import Handle, Recipe, attach, attach_from
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.vocabulary import brought
@@ -51,95 +47,13 @@ def dtype_of(job: Job) -> torch.dtype:
     return torch.float32 if trained else getattr(torch, precision.dtype)
 
 
-def task_of(job: Job) -> str:
-    """What is to be learnt: classes where the data has any, else what the model is made for."""
-    return CLASSES.get(form_of(job)) or own_task(job.model or "")
-
-
-def form_of(job: Job) -> str:
-    """The format of the data's first row. FileError where there is none."""
-    sources = sources_of(entries(job))
-    first = next(iter(rows_of(sources[0])), None)
-    if first is None:
-        raise FileError("no rows in the data", [(str(sources[0].path), "")])
-    return format_of(first, job.data.format)
-
-
-def labels_of(job: Job) -> tuple[str, ...]:
-    """Names of the classes or tags in the data; none where it is text."""
-    form = form_of(job)
-    if form not in CLASSES:
-        return ()
-    sources = sources_of(entries(job))
-    return tuple(class_names((row for source in sources for row in rows_of(source)), form))
-
-
-def entries(job: Job) -> list[dict[str, Any]]:
-    """The data's sources as `io.text` takes them."""
-    return [dataclasses.asdict(source) for source in job.data.train]
-
-
-def read_data(job: Job, tokenizer: Any, model: nn.Module) -> Data:
-    """The job's data, packed where the model keeps packed documents apart."""
-    held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
-    task = task_of(job)
-    packing = task == "causal" and isolates_documents(model)  # type: ignore[arg-type]
-    with PartialState().main_process_first():  # the others find it in the cache
-        return read(
-            entries(job),
-            tokenizer,
-            int(job.data.seq_len),
-            packing=packing,
-            eval=held,
-            format=job.data.format,
-            task=task,
-            seed=job.train.seed,
-        )
-
-
-def read_tasks(job: Job, tokenizer: Any, model: nn.Module) -> dict[str, Data]:
-    """Each source of the data by itself, in the order given."""
-    found: dict[str, Data] = {}
-    for source in job.data.train:
-        alone = dataclasses.replace(job.data, train=(source,))
-        data = read_data(dataclasses.replace(job, data=alone), tokenizer, model)
-        found[next(iter(data.hashes))] = data
-    return found
-
-
-def require_fit(tokenizer: Any, model: Any) -> None:
-    """Raise FileError where the tokenizer has tokens that the model has no embedding for."""
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise FileError(
-            "the tokenizer has more tokens than the model",
-            [("tokenizer", f"{len(tokenizer):,} tokens"), ("model", f"{rows:,} embeddings")],
-            "Use the tokenizer that the model was trained with.",
-        )
-
-
-def context_of(model: Any) -> int | None:
-    """The longest text that the model was made for; None where it says nothing."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
-
-
-def new_head(model: Any) -> tuple[str, ...]:
-    """Modules outside the pretrained body: a classification head, trained whole."""
-    body = model.base_model_prefix
-    if not hasattr(model, body) or not hasattr(model, "num_labels"):
-        return ()
-    return tuple(
-        name for name, child in model.named_children() if name != body and list(child.parameters())
-    )
-
-
 # --- attaching -----------------------------------------------------------------------------
 
 
 def carry(job: Job, opened: Opened, data: Data) -> Handle:
     """The recipe on the model: rebuilt from a checkpoint, gone on with, or new."""
     recipe, model = job.recipe(), opened.model
+    hold_statistics(model)
     checkpoint = resume_from(job)
     if checkpoint is not None:
         if opened.handle is not None:
@@ -156,7 +70,7 @@ def carry(job: Job, opened: Opened, data: Data) -> Handle:
             lr=float(job.train.lr),
             warmup=settle.warmup_steps(job.train),
             seed=job.train.seed,
-            also_train=new_head(model) if data.labels else (),
+            also_train=outside(model) if data.labels else (),
         )
     handle.steps, handle.lr = int(job.train.steps), float(job.train.lr)
     handle.warmup = settle.warmup_steps(job.train)
@@ -289,7 +203,8 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
 def one_row(model: Any, data: Data, checkpointing: bool) -> int:
     """Bytes that autograd keeps for the longest of a few rows."""
     rows = [data.train[i] for i in range(min(len(data.train), 16))]
-    longest = max(rows, key=lambda row: len(row["input_ids"]) + np.size(row["labels"]))
+    lengths = data.lengths(rows)
+    longest = rows[lengths.index(max(lengths))]
     batch = on_device(data.collate([longest]), model)
     if not checkpointing:
         return activation_bytes(model, batch)

@@ -23,7 +23,7 @@ from eckart.io.presets import build_model
 from eckart.io.reading import rows_of, sources_of
 from eckart.io.tasks import task_of
 from eckart.io.text import held_out_share, split
-from eckart.jobs import launch, prepare
+from eckart.jobs import launch, prepare, senses
 from eckart.jobs.config import Job
 from eckart.jobs.course import begin, course
 from eckart.jobs.outcome import write_whole
@@ -86,7 +86,7 @@ def training_texts(job: Job) -> Iterator[str]:
     """What the training rows say; held-out text must not shape the tokenizer."""
     held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
     share, _ = held_out_share(held)
-    for source in sources_of(prepare.entries(job)):
+    for source in sources_of(senses.entries(job)):
         rows = list(rows_of(source))
         kept, _ = split(rows, format_of(rows[0], job.data.format), share) if rows else ([], [])
         for row in kept:

@@ -49,27 +49,27 @@ def is_answered(model: Any) -> bool:
 @torch.inference_mode()
 def score(
     model: Any,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Any,
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
     other: Any = None,
     batch_size: int | None = None,
-    classes: Sequence[int] = (),
+    lengths: Sequence[int] | None = None,
     shifted: bool = True,
 ) -> Scores:
     """Score all rows; `other` is a model with the same tokens (or classes).
 
-    Rows are batched by length, `batch_size` at a time or as many as keep the logits small.
-    `classes[i]` is the model's number for the data's class i. `shifted` where logits at a
-    position are about the next one, as in models that go on from a text.
+    Rows are batched by length, that of their input_ids where none is given, `batch_size` at a
+    time or as many as keep the logits small. `shifted` where logits at a position are about
+    the next one, as in models that go on from a text.
     """
-    lengths = [len(row["input_ids"]) for row in rows]
+    lengths = lengths or [len(row["input_ids"]) for row in rows]
     waiting = sorted(range(len(rows)), key=lambda i: -lengths[i])
     found = np.zeros((6, len(rows)))
     while waiting:
         size = batch_size or rows_at_once(model, lengths[waiting[0]], other is not None)
         batch, waiting = waiting[:size], waiting[size:]
         collated = collate([rows[i] for i in batch])
-        found[:, batch] = score_batch(model, collated, other, classes, shifted)
+        found[:, batch] = score_batch(model, collated, other, shifted)
     empty = np.zeros(0)
     return Scores(*found[:3], *(found[3:] if other is not None else (empty, empty, empty)))
 
@@ -84,7 +84,6 @@ def score_batch(
     model: nn.Module,
     batch: dict[str, Any],
     other: nn.Module | None,
-    classes: Sequence[int],
     shifted: bool,
 ) -> np.ndarray:
     """The six sums of `Scores` for each row of a batch, [6, b]."""
@@ -96,8 +95,6 @@ def score_batch(
     at = labels != IGNORE
     where = at.nonzero()[:, 0]  # [k], the row of each label
     labels = labels[at]
-    if classes:
-        labels = torch.tensor(classes, device=device)[labels]
 
     def first_and_all(one: nn.Module) -> tuple[Tensor, Tensor]:
         logits = one(**inputs).logits

@@ -29,7 +29,7 @@ from eckart.recipe.targets import (
     select,
     sites_of,
 )
-from eckart.recipe.vocabulary import held_whole, vocabulary_of
+from eckart.recipe.vocabulary import held_whole
 
 with suppress(ModuleNotFoundError):  # without kernels all still runs
     import eckart.kernels  # noqa: F401  # registers faster forms
@@ -71,8 +71,7 @@ def attach(
     horizon = Horizon(steps, lr if lr is not None else default_lr(recipe), warmup or 0)
     for site in sites:
         site.horizon = horizon
-    new = vocabulary_of(model, also_train) is not None
-    base = fingerprint(model, held_whole(model, also_train) if new else ())
+    base = fingerprint(model, held_whole(model, also_train))
     convert_base(model, recipe)
     parts = recipe.weights.build(sites) if sites else {}
     by_path = {site.path: site for site in sites}

@@ -56,8 +56,7 @@ def held_whole(model: nn.Module, also_train: Sequence[str]) -> tuple[str, ...]:
 
 def brought(model: nn.Module, structure: Mapping[str, Any]) -> tuple[str, ...]:
     """The modules that count not as the base's, since the adapter of a structure holds them."""
-    new = structure.get("vocabulary") is not None
-    return held_whole(model, structure["also_train"]) if new else ()
+    return held_whole(model, structure["also_train"])
 
 
 class End:

@@ -1,0 +1,83 @@
+"""Heads for classes: which numbers stand for which names, in a configuration and beside an adapter.
+
+An adapter whose head was trained with it keeps the model's `config.json` beside its own files:
+its base has another head, or none, and PEFT's description has no place for the names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from eckart.io.folder import write_json
+from eckart.io.tasks import TASKS, task_of
+from eckart.recipe import Handle
+from eckart.recipe.lock import STRUCTURE, unlock_config
+
+CONFIG = "config.json"
+
+
+def names_in(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes' names in the order of their numbers; LABEL_0, ... stand for the numbers."""
+    by_id = config.get("id2label") or {}
+    names = tuple(str(by_id[key]) for key in sorted(by_id, key=int))
+    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return tuple(str(i) for i in range(len(names))) if unnamed else names
+
+
+def naming(names: Sequence[str]) -> dict[str, Any]:
+    """What a configuration says about a head for these classes."""
+    by_id = dict(enumerate(names))
+    by_name = {name: i for i, name in by_id.items()}
+    return {"num_labels": len(names), "id2label": by_id, "label2id": by_name}
+
+
+def naming_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same from a configuration on disk; nothing where it is not of a model with classes."""
+    if not TASKS[task_of(config)].classes:
+        return {}
+    by_id = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
+    kept = naming([by_id[key] for key in sorted(by_id)])
+    pad = config.get("pad_token_id")
+    return kept if pad is None else {**kept, "pad_token_id": pad}
+
+
+def save_naming(handle: Handle, folder: Path) -> None:
+    """Write the model's configuration beside an adapter that holds a head for classes."""
+    model: Any = handle.model
+    if not (handle.also_train and isinstance(model, PreTrainedModel)):
+        return
+    config = copy.deepcopy(model.config)
+    if STRUCTURE in config.__dict__:
+        unlock_config(config)
+    config.architectures = [type(model).__name__]
+    if TASKS[task_of(config)].classes:
+        write_json(folder / CONFIG, config.to_diff_dict())
+
+
+def outside(model: nn.Module) -> tuple[str, ...]:
+    """Children of a model beside its pretrained body that hold parameters: its head."""
+    body = getattr(model, "base_model_prefix", "")
+    if not body or not hasattr(model, body) or not hasattr(model, "num_labels"):
+        return ()
+    return tuple(
+        name for name, child in model.named_children() if name != body and list(child.parameters())
+    )
+
+
+def task_of_live(model: Any) -> str:
+    """What a model in memory is made for, by its class."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return task_of({"architectures": [type(model).__name__], "model_type": kind})
+
+
+def names_of(model: Any) -> tuple[str, ...]:
+    """The classes that a live model knows, by number; none where it is no model with classes."""
+    if not TASKS[task_of_live(model)].classes:
+        return ()
+    return names_in({"id2label": model.config.id2label})
