@@ -1,5 +1,7 @@
 """Tokens added before attach: the embedding goes with the adapter, here and in plain PEFT."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -72,6 +74,43 @@ def test_what_peft_wrote_is_read_as_it_computes(kind, words, tmp_path):
     theirs.save_pretrained(tmp_path / "a")
     ours = load(tmp_path / "a", MODELS[kind]())
     torch.testing.assert_close(logits(ours.model, IDS), logits(theirs, IDS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("resize", [False, True], ids=["old", "resized"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("tokens", [[3, 5], {"embed_tokens": [3, 5], "lm_head": [2]}], ids=str)
+def test_rows_of_some_tokens_are_read_as_peft_computes(kind, tokens, resize, tmp_path):
+    MODELS[kind]().save_pretrained(tmp_path / "m")
+    base = load_model(tmp_path / "m")
+    if resize:
+        base.resize_token_embeddings(ROWS)
+    if kind == "tied" and isinstance(tokens, dict):
+        tokens = {"embed_tokens": [5, 3]}
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    theirs = get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "a")
+    ours = load(tmp_path / "a", MODELS[kind]())
+    ids = torch.arange(ROWS if resize else tiny.VOCAB)[None]
+    torch.testing.assert_close(logits(ours.model, ids), logits(theirs, ids), rtol=0, atol=1e-5)
+    export(ours, tmp_path / "b", "peft")
+    again = load(tmp_path / "b", MODELS[kind]())
+    assert torch.equal(logits(again.model, ids), logits(ours.model, ids))
+
+
+@pytest.mark.parametrize("tokens", [[3], [3, 64], [3, 4, 5]], ids=str)
+def test_rows_without_their_tokens_are_refused(tokens, tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "m")
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    get_peft_model(load_model(tmp_path / "m"), config).save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "trainable_token_indices": tokens}))
+    with pytest.raises(FileError, match=r"shape \[2, 32\] for \d tokens up to \d+\n.* 64 tokens"):
+        load(tmp_path / "a", tiny.llama())
 
 
 def test_a_tied_pair_that_was_trained_apart_is_refused(tmp_path):

@@ -106,6 +106,11 @@ def meant(names: str | Iterable[str] | None, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
+def paths_of(model: nn.Module) -> list[str]:
+    """Paths of all modules but the root."""
+    return [path for path, _ in model.named_modules() if path]
+
+
 def with_patterns(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The config as it holds for one path: rank_pattern and alpha_pattern applied."""
     result = dict(config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import FileError
-from eckart.io.headers import listed, read_json
+from eckart.io.headers import read_json
 from eckart.io.peft_layout import (
     DESCRIPTION,
     PREFIX,
     TENSORS,
-    TIED_BY_PEFT,
-    from_layout,
     meant,
-    parameters,
+    paths_of,
     short_names,
     with_patterns,
 )
+from eckart.io.peft_places import assign
+from eckart.io.peft_vocabulary import take_vocabulary
 from eckart.io.tensors import read_tensors
 from eckart.linear import Site
 from eckart.recipe import Handle, Recipe, Weights, registry
@@ -37,14 +37,7 @@ from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.handle import ROOT
 from eckart.recipe.installing import install_parts
 from eckart.recipe.targets import sites_of
-from eckart.recipe.vocabulary import (
-    ends,
-    held_whole,
-    resized,
-    rows_of,
-    tied_ends,
-    vocabulary_of,
-)
+from eckart.recipe.vocabulary import held_whole, resized
 
 RENAMED = {"BONE": ("MISS", {"bone_block": "miss_block"})}  # type and tensors, since PEFT 0.17
 # Options that change the forward and have no counterpart here; harmless where they are empty.
@@ -55,7 +48,6 @@ UNKNOWN = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
 )
@@ -77,41 +69,6 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     with resized(model, rows):
         assigned, whole = assign(model, config, tensors, folder)
         return attach(model, method, config, assigned, shared, whole, folder, name)
-
-
-def take_vocabulary(
-    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
-) -> tuple[dict[str, Any], dict[str, Tensor], int | None]:
-    """Config, tensors and rows of an embedding that was resized or trained whole; None elsewhere.
-
-    PEFT writes such an embedding under `modules_to_save`, beside its own wrappings, or without
-    a word in the config, and a tied head once more.
-    """
-    tensors = {k: t for k, t in tensors.items() if ".original_module." not in k}
-    for path in ends(model):
-        wrapped = [k for k in tensors if k.startswith(f"{path}.modules_to_save.")]
-        for key in wrapped:
-            tensors[f"{path}.weight"] = tensors.pop(key)
-    held = [path for path in ends(model) if f"{path}.weight" in tensors]
-    before = rows_of(model)
-    rows = len(tensors[f"{held[0]}.weight"]) if held else before
-    named = any(meant(config.get("modules_to_save"), path) for path in held)
-    if rows == before and not named:
-        return config, tensors, None
-    if tied_ends(model) and len(held) == 2:
-        embedding, head = (tensors[f"{path}.weight"] for path in held)
-        if not torch.equal(embedding, head):
-            raise FileError(
-                "this adapter does not act alike on both ends of a tied pair",
-                [(str(folder), held[0]), ("tied with", held[1])],
-                "Train it with ensure_weight_tying=True, or untie the model.",
-            )
-        del tensors[f"{held.pop()}.weight"]
-    saved = [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
-    if tied_ends(model):
-        saved = [path for path in saved if path != ends(model)[1]]
-    config = {**config, "modules_to_save": list(dict.fromkeys((*saved, *held)))}
-    return config, tensors, rows if held[:1] == list(ends(model)[:1]) else None
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -188,143 +145,6 @@ def take_shared(
     return shared, rest
 
 
-def assign(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Tensors by site and name, and those of whole modules by raw name.
-
-    Raises FileError for every tensor that has no place.
-    """
-    modules = dict(model.named_modules())
-    sites = {site.path: site for site in sites_of(model)}
-    owner = {tie: site for site in sites.values() for tie in site.ties}
-    saved = [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
-    assigned: dict[str, dict[str, Tensor]] = {}
-    whole, tied, extra = dict[str, Tensor](), dict[str, dict[str, Tensor]](), list[str]()
-    for key, tensor in tensors.items():
-        path, suffix = split(key, modules)
-        if any(key.startswith(f"{name}.") for name in saved):
-            whole[key] = tensor
-        elif suffix in ("base_layer.weight", "weight") and is_base(modules[path], tensor):
-            continue  # PEFT copies an adapted embedding into the file
-        elif path in owner:
-            tied.setdefault(path, {})[suffix] = tensor
-        elif site := site_of(path, suffix, sites, modules, config):
-            name, matrix = from_layout(site, suffix.replace("base_layer.", ""), tensor)
-            assigned.setdefault(site.path, {})[name] = matrix
-        else:
-            extra.append(key)
-    for path, by_suffix in tied.items():
-        extra += check_tied(owner[path], path, assigned, by_suffix, folder)
-    refuse_untied(assigned, sites, tied, config, folder)
-    lost = missing(config, assigned, sites, owner, saved, whole, modules)
-    if extra or lost:
-        facts = listed(sorted(lost), "is missing") + listed(sorted(extra), "has no place")
-        raise FileError("the adapter does not fit the model", [(str(folder), ""), *facts])
-    return assigned, whole
-
-
-def split(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """A tensor's name as the longest path of a module and the rest."""
-    parts = key.split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        path = ".".join(parts[:count])
-        if path in modules:
-            return path, ".".join(parts[count:])
-    return "", key
-
-
-def is_base(module: nn.Module, tensor: Tensor) -> bool:
-    """Is this the module's own weight?"""
-    own = getattr(module, "weight", None)
-    if not isinstance(own, Tensor) or own.shape != tensor.shape:
-        return False
-    return torch.equal(own.to(tensor.dtype).cpu(), tensor)
-
-
-def site_of(
-    path: str,
-    suffix: str,
-    sites: Mapping[str, Site],
-    modules: Mapping[str, nn.Module],
-    config: Mapping[str, Any],
-) -> Site | None:
-    """The site of a tensor; for experts told by how often PEFT wrapped the module."""
-    if path in sites:
-        return sites[path]
-    names = config.get("target_parameters") or []
-    own = [p for p in parameters(modules[path]) if meant(names, f"{path}.{p}")] if path else []
-    depth = suffix.count("base_layer.")
-    if depth >= len(own):
-        return None
-    return sites.get(f"{path}.{own[len(own) - 1 - depth]}")
-
-
-def check_tied(
-    site: Site,
-    path: str,
-    assigned: Mapping[str, Mapping[str, Tensor]],
-    by_suffix: Mapping[str, Tensor],
-    folder: Path,
-) -> list[str]:
-    """Tensors of a tied head must be the embedding's, transposed; returns those that are not."""
-    ours = assigned.get(site.path, {})
-    same = {"lora_A.weight": ours.get("lora_B"), "lora_B.weight": ours.get("lora_A")}
-    wrong = []
-    for suffix, tensor in by_suffix.items():
-        expected = same.get(suffix)
-        if expected is None or not torch.equal(expected.mT, tensor):
-            wrong.append(f"{path}.{suffix}")
-    return wrong
-
-
-def refuse_untied(
-    assigned: Mapping[str, Any],
-    sites: Mapping[str, Site],
-    tied: Mapping[str, Any],
-    config: Mapping[str, Any],
-    folder: Path,
-) -> None:
-    """An adapter on one end of a tied pair, or with two scales, is another function: FileError."""
-    for path in assigned:
-        ties = sites[path].ties
-        by_peft = config.get("ensure_weight_tying") and path.rsplit(".", 1)[-1] in TIED_BY_PEFT
-        both = by_peft or all(tie in tied for tie in ties)
-        here = with_patterns(config, path)
-        if not (both and all(with_patterns(config, tie) == here for tie in ties)):
-            raise FileError(
-                "this adapter does not act alike on both ends of a tied pair",
-                [(str(folder), path), ("tied with", ", ".join(ties))],
-                "Train it with ensure_weight_tying=True, or untie the model.",
-            )
-
-
-def missing(
-    config: Mapping[str, Any],
-    assigned: Mapping[str, Any],
-    sites: Mapping[str, Site],
-    owner: Mapping[str, Site],
-    saved: Sequence[str],
-    whole: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-) -> list[str]:
-    """What the config promises and the file does not hold."""
-    layers = config.get("layers_to_transform")
-    numbers = {layers} if isinstance(layers, int) else set(layers or ())
-    lost = []
-    for path, site in sites.items():
-        names = "target_parameters" if site.kind == "experts" else "target_modules"
-        wanted = meant(config.get(names), path) and not meant(config.get("exclude_modules"), path)
-        if numbers and not any(p.isdigit() and int(p) in numbers for p in path.split(".")):
-            wanted = False
-        if wanted and path not in assigned:
-            lost.append(f"{path} (all of it)")
-    for name in saved:
-        own = [f"{name}.{key}" for key in modules[name].state_dict()]
-        lost += [key for key in own if key not in whole]
-    return lost
-
-
 def attach(
     model: nn.Module,
     method: Weights,
@@ -365,8 +185,7 @@ def attach(
     if faults:
         raise FileError("the adapter does not fit the model", [(str(folder), ""), *faults[:8]])
     parts[ROOT] = method.shared_from_peft({name: standing(t) for name, t in shared.items()})
-    new = vocabulary_of(model, saved) is not None
-    base = fingerprint(model, held_whole(model, saved) if new else ())
+    base = fingerprint(model, held_whole(model, saved))
     handle = Handle(model, Recipe(weights=method), sites, also_train=tuple(saved), name=name)
     handle.fingerprint = base
     install_parts(handle, parts)
@@ -382,11 +201,6 @@ def of_type(method: Weights, config: Mapping[str, Any]) -> Weights:
     found = type(method).from_peft(config)
     assert found is not None
     return found
-
-
-def paths_of(model: nn.Module) -> list[str]:
-    """Paths of all modules but the root."""
-    return [path for path, _ in model.named_modules() if path]
 
 
 def standing(tensor: Tensor) -> Tensor:
