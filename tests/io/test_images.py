@@ -1,6 +1,7 @@
 """Images of three kinds of sources reach a model alike, split by content, faults named."""
 
 import io
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,9 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig
 
 from eckart.errors import FileError, UsageError
-from eckart.io.images import read_images
-from eckart.io.preprocessing import Preprocessing
+from eckart.io.images import read, read_images
+from eckart.io.pictures import decoded
+from eckart.io.preprocessing import Preprocessing, load_preprocessing
 
 
 @pytest.fixture
@@ -151,3 +153,58 @@ def test_a_damaged_image_is_named_when_it_is_reached(tmp_path, colours):
     data = read_images(folder, 6, 3, eval=0)
     with pytest.raises(FileError, match=r"cat/01\.png"):
         [data.train[i] for i in range(12)]
+
+
+PROCESSORS = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 12, "width": 10}},
+    "convnext": {
+        "image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 12},
+        "crop_pct": 0.8, "resample": 3, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4],
+    },
+    "cut out": {
+        "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 14},
+        "do_center_crop": True, "crop_size": {"height": 12, "width": 12}, "resample": 3,
+    },
+    "as they are": {
+        "image_processor_type": "ViTImageProcessor", "size": {"height": 20, "width": 30},
+        "do_normalize": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_a_models_own_preprocessing_is_followed_as_transformers_does(tmp_path, kind):
+    from transformers import AutoImageProcessor
+
+    plain = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True}
+    file = {**plain, "do_rescale": True, "do_normalize": True, **PROCESSORS[kind]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(file))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "num_channels": 3}))
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)(images=[pixels], return_tensors="pt")
+    ours = load_preprocessing(tmp_path)
+    found = ours.scaled(ours.fit(pixels.transpose(2, 0, 1)))
+    # PIL resizes in whole numbers, in two passes: 2 of 255 levels, over a deviation of 0.2
+    torch.testing.assert_close(found, theirs["pixel_values"][0], rtol=0, atol=2 / 255 / 0.2)
+    ours.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "preprocessor_config.json").read_text()) == file
+
+
+def test_preprocessing_that_cannot_be_followed_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 8, "do_flip": true}')
+    with pytest.raises(FileError, match="do_flip is not known here"):
+        load_preprocessing(tmp_path)
+
+
+def test_decoded_images_are_kept_at_the_models_size(tmp_path, colours, monkeypatch):
+    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+    folder, size = sources(tmp_path, colours)[0], Preprocessing(4, 4)
+    first = content(read(str(folder), size, eval=0).train)
+    assert content(read(str(folder), size, eval=0, cache=False).train) == first
+    decodings = []
+    monkeypatch.setattr("eckart.io.images.decoded", lambda *a: decodings.append(a) or decoded(*a))
+    assert content(read(str(folder), size, eval=0).train) == first
+    assert len(decodings) == 1, "the first tells whether they are bytes"
+    (folder / "cat" / "01.png").write_bytes(png(255 - colours[1]))
+    assert content(read(str(folder), size, eval=0).train) != first

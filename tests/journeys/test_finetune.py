@@ -160,6 +160,31 @@ def test_a_classifier_learns_its_classes(place, tmp_path):
     assert ran.document["eval"]["after"]["accuracy"] == 1.0
     tensors = load_file(tmp_path / "r" / "final" / "adapter_model.safetensors")
     assert any("score" in name for name in tensors), "the new head is part of the result"
+    ran = eckart("generate", tmp_path / "r", "-p", "low low low low")
+    assert ran.code == 0 and ran.out.startswith("low low low low\n  no "), ran.err
+    ran = eckart("convert", tmp_path / "r", "--to", "dense", "-o", tmp_path / "m")
+    assert ran.code == 0 and "nats a class" in ran.out, ran.err
+    ran = eckart("eval", tmp_path / "m", data, "--json")
+    assert ran.document["eval"]["accuracy"] == 1.0
+    for source in (tmp_path / "r", tmp_path / "m"):  # its head is gone on with
+        words = ("train.steps=1", "train.lr=1e-6", "-o", tmp_path / f"on-{source.name}", "--json")
+        ran = eckart("finetune", source, data, *words)
+        assert ran.code == 0 and ran.document["eval"]["before"]["accuracy"] == 1.0, ran.out
+
+
+def test_classes_are_known_by_their_names_in_any_order(place, tmp_path):
+    """A head of three classes, drawn from a seed of its own, and data with two of them."""
+    said = [("low low", "no"), ("rank rank", "yes"), ("is is", "also")]
+    rows = [{"text": text, "label": label} for text, label in said * 12]
+    for name, some in (("all.jsonl", rows), ("two.jsonl", rows[1::3] + rows[::3])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    words = ("method=lora-sb", "weights.rank=8", "train.steps=40", "train.lr=1e-2", "--seed", 3)
+    ran = eckart("finetune", place / "m", tmp_path / "all.jsonl", *words, "-o", tmp_path / "r")
+    assert ran.code == 0, ran.err
+    ran = eckart("eval", tmp_path / "r", tmp_path / "two.jsonl", "--json")
+    assert ran.code == 0 and ran.document["eval"]["accuracy"] > 0.9, ran.out
+    ran = eckart("convert", tmp_path / "r", "--to", "native", "-o", tmp_path / "n")
+    assert ran.code == 0 and "the same first choice at 100.0 %" in ran.out, ran.err
 
 
 def test_an_occupied_folder_is_refused_before_anything_is_loaded(first_run, place):
