@@ -5,7 +5,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from eckart.jobs.methods import combines, told
+from eckart.jobs.methods import BEYOND, combines, told
 from eckart.recipe import registry
 from eckart.recipe.registry import REQUIRED, Entry
 
@@ -28,8 +28,14 @@ def index(entries: dict[str, Entry]) -> Iterator[str]:
         here = [e for e in entries.values() if e.axis == axis]
         if here:
             yield f"## {axis}\n\n{question}\n"
-            yield from (f"- [{e.name}](methods/{e.name}.md): {e.summary}" for e in here)
+            yield from (line(entry) for entry in here)
             yield ""
+
+
+def line(entry: Entry) -> str:
+    """One method in the list of all."""
+    beyond = "" if entry.mission else " *Beyond the mission.*"
+    return f"- [{entry.name}](methods/{entry.name}.md): {entry.summary}{beyond}"
 
 
 def page(entry: Entry, entries: dict[str, Entry]) -> Iterator[str]:
@@ -40,6 +46,8 @@ def page(entry: Entry, entries: dict[str, Entry]) -> Iterator[str]:
     yield f"        {entry.axis}={entry.name}\n"
     if entry.paper:
         yield f"Paper: [{entry.paper['title']}]({entry.paper['url']})\n"
+    if not entry.mission:
+        yield f"Beyond the mission: {BEYOND}.\n"
     if entry.promises:
         yield f"Promises: {', '.join(told(entry.promises))}\n"
     for axis, names in combines(entry, entries).items():

@@ -110,6 +110,8 @@ def test_combines_says_what_a_recipe_accepts():
 
 def test_a_page_has_every_field_with_its_default(eckart_):
     _, out, _ = eckart_("methods", "galore")
+    assert "beyond     the mission" not in out
+    assert "beyond     the mission" in eckart_("methods", "muon")[1]
     assert "  update.every = 200   (whole number >= 1)\n" in out
     assert "paper      GaLore: Memory-Efficient LLM Training" in out
 

@@ -65,7 +65,12 @@ def page(entry: Entry, entries: Mapping[str, Entry], width: int) -> Iterator[str
         yield from wrapped(field.doc, width, " " * 6, " " * 6)
 
 
+BEYOND = "not one of the papers that eckart is built around, but a peer or a part of them"
+
+
 def facts(entry: Entry, entries: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
+    if not entry.mission:
+        yield "beyond", f"the mission: {BEYOND}"
     if entry.promises:
         yield "promises", ", ".join(promise for promise in told(entry.promises))
     if entry.needs:

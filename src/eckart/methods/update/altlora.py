@@ -13,8 +13,10 @@ its last step and is carried to the B of this one, so that B M_A changes least:
     M_B = b1 M_B A_old A^T (A A^T + d I)^-1 + (1 - b1) hB      B -= lr / (1 - b1^t) M_B
 
 AltLoRA+ (`plus`) divides each step by the root of a second moment of h, element by element.
-The state is that of LoRA with Adam, and one copy of the factors. Without `plus` the matrix
-moves the same way however B A is split. Take it for LoRA-Pro's aim at LoRA's memory.
+The state is a momentum and a copy of the factors, as much as LoRA's with Adam; with `plus` half
+as much again. Without `plus` the matrix moves the same way however B A is split. Take it for
+LoRA-Pro's aim at LoRA's memory; take LoRA-Pro where both factors should move as one, LoRA with
+AdamW where its learning rates are known: those of AltLoRA without `plus` are far from Adam's.
 
 Source: X. Yu et al., "AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation
 with Alternating Projections", arXiv 2505.12455, Alg. 1 and 2. We differ from its code in

@@ -5,9 +5,9 @@
     W = (1 - lr wd) W - lr s O          s = 0.2 sqrt(max(m, n)), or sqrt(max(1, m / n))
 
 Weak directions of the momentum count as much as strong ones, at half of Adam's state. Take it
-to pretrain matrices of a transformer's body faster than AdamW does; it needs whole matrices
-and some large products a step. Vectors, embeddings and head follow AdamW. Take trion
-(dct-adamw) or dion where those products cost too much, sumo where memory does.
+to pretrain matrices of a transformer's body in fewer steps than AdamW, at some large products
+each. Vectors, embeddings and head follow AdamW. Take trion (dct-adamw) or dion where those
+products cost too much, sumo where memory does.
 
 With step_scale="rms" a step is as long as Adam's, and one learning rate serves both rules.
 With "tall" (the first publication) it does not: learning rates are near 0.02, AdamW's then
