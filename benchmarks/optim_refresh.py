@@ -4,7 +4,8 @@
     python benchmarks/optim_refresh.py [--write]
 
 The aim is ten times the speed at width 1024 and more, with at least 0.995 of the energy that
-the best basis of that rank captures. The gradient is that of a small language model's layer in
+the best basis of that rank captures; "default" is what GaLore and Fira do when nobody says
+otherwise, an SVD below that width. The gradient is that of a small language model's layer in
 shape and spectrum: singular values fall as 1 / i, with noise below. Contenders are interleaved.
 """
 
@@ -16,12 +17,12 @@ from optim_galore import galore_torch
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import Tensor
 
-from eckart.optim import Gram, Iteration, Randomised
+from eckart.optim import Gram, Iteration, Leading, Randomised
 from eckart.optim.project import Search
 
 SHAPES = {"60M, mlp": (1376, 512, 128), "350M, attention": (1024, 1024, 256),
           "350M, mlp": (2736, 1024, 256)}  # fmt: skip
-ENERGY, SPEED = 0.995, 10.0
+ENERGY, SPEED, WIDE = 0.995, 10.0, 1024
 
 
 def gradient(m: int, n: int) -> Tensor:
@@ -51,9 +52,9 @@ def compared(name: str, projector_of_theirs: Any) -> dict[str, Any]:
     G = gradient(m, n)
     theirs = projector_of_theirs(rank, update_proj_gap=1)
     ways = {
+        "default": Leading(rank, "right"),
         "gram": Gram(rank, "right"),
-        "randomised": Randomised(rank, "right", oversample=16, power=1),
-        "randomised, once": Randomised(rank, "right", oversample=16, power=0),
+        "randomised": Randomised(rank, "right"),
         "iteration": Iteration(rank, "right"),
     }
     noise = 0.1 * G.norm() / (m * n) ** 0.5 * torch.randn(m, n)  # what the last one was found from
@@ -83,7 +84,10 @@ def main() -> None:
               f"{run['captured_by_the_best']:.4f} of the energy")  # fmt: skip
         for way, ratio in run["galore_torch_over"].items():
             judge(f"{way}: share of that energy", run["share_of_the_best"][way], ENERGY)
-            judge(f"{way}: speed against a full SVD", ratio["median"], SPEED)
+            if min(run["shape"]) >= WIDE:
+                judge(f"{way}: speed against a full SVD", ratio["median"], SPEED)
+            else:
+                print(f"             {way}: {ratio['median']:.2f} times the speed of a full SVD")
     what = "a new right basis of rank r, fp32, one thread, CPU seconds, 5 pairs"
     write("optim_refresh", {"what": what, "runs": runs, "versions": versions("galore-torch")})
 

@@ -110,10 +110,12 @@ def test_what_a_step_sends_is_bounded(two):
         assert found["adamw"] == [[]] * 10
         for step, calls in enumerate(found["right, 4 bits"]):
             assert calls == found["right"][step]
-        # Y = G^T (G Z) [n, k] three times less a polish, and whether G is finite: never all of G
+        # Y = G^T (G Z) [n, k] in each pass, and whether G is finite: never all of G
         for step, calls in enumerate(found["right, randomised"]):
-            assert len(calls) == (16 if step in (0, 5) else 0)
-            assert sum(size for _, size in calls) <= sum(1 + 3 * 3 * n for n in (6, 5, 9, 7))
+            assert len(calls) == (12 if step in (0, 5) else 0)
+            assert sum(size for _, size in calls) <= sum(1 + 2 * 3 * n for n in (6, 5, 9, 7))
+        for step, calls in enumerate(found["right, wide"]):
+            assert len(calls) == (8 if step in (0, 5) else 0)
         for step, calls in enumerate(found["right, iteration"]):
             sizes = [(1, min(2, m) * n) for n, m in UNEVEN] if step == 5 else []
             wanted = grams if step == 0 else sum(sizes, ())

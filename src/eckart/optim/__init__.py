@@ -13,6 +13,7 @@ from eckart.optim.inner import (
     Normalised,
     Orthogonal,
 )
+from eckart.optim.leading import SVD, Gram, Iteration, Leading, Randomised
 from eckart.optim.optimizer import LowRankOptimizer
 from eckart.optim.pair import (
     Factor,
@@ -27,13 +28,9 @@ from eckart.optim.pair import (
     sylvester,
 )
 from eckart.optim.project import (
-    SVD,
     Basis,
-    Gram,
     Identity,
-    Iteration,
     Projector,
-    Randomised,
     Subspace,
     Whole,
 )
@@ -61,6 +58,7 @@ __all__ = [
     "Identity",
     "Inner",
     "Iteration",
+    "Leading",
     "LowRankOptimizer",
     "Memoryless",
     "Moments",

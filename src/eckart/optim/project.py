@@ -182,7 +182,6 @@ class Projector(Part):
 
     identity: ClassVar[bool] = False
     names: ClassVar[tuple[str, ...]] = ("left", "right")  # of its state tensors, if present
-    from_shards: ClassVar[bool] = False  # can it find a right basis with shards of the rows?
     derived: ClassVar[bool] = False  # is its state whole on all processes, the basis made of it?
     decomposes: ClassVar[bool] = True  # and so must wait for the device at a search
     measures: ClassVar[bool] = False  # does a search also find how large G is, as "energy"?
@@ -217,7 +216,12 @@ class Projector(Part):
         right = old["right"] @ new["right"].mT if "right" in old else None
         return Rotation(Basis(left, right))
 
-    def from_gram(self, first: bool) -> bool:
+    @property
+    def from_shards(self) -> bool:
+        """Can it find a right basis with shards of the rows?"""
+        return False
+
+    def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
         """Is the right basis, the first one or a later one, a function of G^T G alone?"""
         return False
 
@@ -300,108 +304,6 @@ class Subspace(Projector):
 
     def find_right(self, C: Tensor, rank: int) -> Found:
         return {"right": top_eigenvectors(C, rank).mT}
-
-
-@dataclass(frozen=True)
-class SVD(Subspace):
-    """The leading singular vectors of the current gradient: the best rank-r subspace."""
-
-    def find(self, search: Search) -> Found:
-        G, (left, right) = search.G, self.ranks(*search.size)
-        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-        return parts(
-            lambda: fix_signs(polish(U[..., :left]), -2),
-            lambda: fix_signs(polish(Vh[..., :right, :].mT).mT, -1),
-            left,
-            right,
-        )
-
-    def from_gram(self, first: bool) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class Gram(Subspace):
-    """The same subspace from the eigenvectors of G^T G: several times as fast.
-
-    The Gram matrix squares the condition number, so directions a thousandfold weaker than
-    the strongest are noise in fp32; a basis of leading ones is exact to about 1e-4.
-    """
-
-    def find(self, search: Search) -> Found:
-        G, (left, right) = search.G, self.ranks(*search.size)
-        return parts(
-            lambda: top_eigenvectors(G @ G.mT, left),
-            lambda: top_eigenvectors(G.mT @ G, right).mT,
-            left,
-            right,
-        )
-
-    def from_gram(self, first: bool) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class Randomised(Subspace):
-    """Nearly that subspace, from products with a few random directions (Halko et al. 2011)."""
-
-    oversample: int = 8
-    power: int = 1
-    from_shards: ClassVar[bool] = True
-
-    def find(self, search: Search) -> Found:
-        G, (left, right) = search.G, self.ranks(*search.size)
-        return parts(
-            lambda: self.columns(G.mT, left, search),
-            lambda: self.columns(G, right, search).mT,
-            left,
-            right,
-        )
-
-    def columns(self, G: Tensor, rank: int, search: Search) -> Tensor:
-        """About the r leading right singular vectors, as columns [k, *, n, r]."""
-        n = G.shape[-1]
-        k = min(n, rank + self.oversample)
-        Z = torch.stack([gaussian(n, k, seed) for seed in search.seeds]).to(G.device, G.dtype)
-        Z = Z.reshape(len(search.seeds), *(1,) * (G.dim() - 3), n, k)
-        for _ in range(self.power + 1):
-            Z = torch.linalg.qr(search.total(G.mT @ (G @ Z)))[0]
-        B = G @ Z  # [k, *, m, r + p]
-        inner = torch.linalg.eigh(search.total(B.mT @ B))[1].flip(-1)  # its right vectors
-        return fix_signs(polish(Z @ inner[..., :rank]), -2)
-
-
-@dataclass(frozen=True)
-class Iteration(Subspace):
-    """The old basis, improved by power iteration: cheap, and it changes smoothly.
-
-    The first basis is the exact one.
-    """
-
-    power: int = 1
-    from_shards: ClassVar[bool] = True
-
-    def from_gram(self, first: bool) -> bool:
-        return first
-
-    def find(self, search: Search) -> Found:
-        if search.first:
-            return SVD(self.rank, self.side, self.basis_dtype).find(search)
-        G, old, (left, right) = search.G, search.old, self.ranks(*search.size)
-        return parts(
-            lambda: self.columns(G.mT, old["left"].to(G.dtype), search),
-            lambda: self.columns(G, old["right"].to(G.dtype).mT, search).mT,
-            left,
-            right,
-        )
-
-    def columns(self, G: Tensor, Z: Tensor, search: Search) -> Tensor:
-        """Columns Z [k, *, n, r] turned towards the leading right singular vectors of G."""
-        for _ in range(self.power):
-            Q, R = torch.linalg.qr(search.total(G.mT @ (G @ Z)))
-            signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G.dtype)
-            Z = Q * signs.unsqueeze(-2)  # the QR that changes as little as Z does
-        return polish(Z)
 
 
 def share(of: float, size: int) -> int:

@@ -81,7 +81,8 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
     projector, source = rule.projector, rule.source
     names = [name for name in projector.names if name in entries[0].state]
     old = {name: torch.stack([whole(e.state[name]) for e in entries]) for name in names}
-    if layout is not None and layout.gram_suffices and projector.from_gram(first):
+    size = entries[0].size
+    if layout is not None and layout.gram_suffices and projector.from_gram(first, size):
         ok, found = found_from_gram(entries, layout)
     else:
         ok, found = found_from_gradients(entries, layout, old, first)

@@ -218,8 +218,12 @@ class Packed(Projector):
         plain = {side: t for side, t in old.items() if t is not None}
         return pack_basis(self.inner.find(replace(search, old=plain)))
 
-    def from_gram(self, first: bool) -> bool:
-        return self.inner.from_gram(first)
+    @property
+    def from_shards(self) -> bool:
+        return self.inner.from_shards
+
+    def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
+        return self.inner.from_gram(first, size)
 
     def find_right(self, C: Tensor, rank: int) -> Found:
         return pack_basis(self.inner.find_right(C, rank))

@@ -25,7 +25,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
-from eckart.optim import SVD, Adam, NormGrowth, Refresh, Rescaled, Rule
+from eckart.optim import Adam, Leading, NormGrowth, Refresh, Rescaled, Rule
 from eckart.recipe.method import Paper, Update
 
 
@@ -92,7 +92,7 @@ class Fira(Update):
     def rule(self) -> Rule:
         return Rule(
             inner=Adam(self.betas, self.eps, self.eps_mode),
-            projector=SVD(self.rank, self.side),
+            projector=Leading(self.rank, self.side),
             refresh=Refresh(self.every, self.on_refresh, self.stagger),
             residual=Rescaled(self.center, self.phi, self.phi_max),
             limiter=None if self.gamma is None else NormGrowth(self.gamma),

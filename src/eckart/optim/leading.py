@@ -1,0 +1,151 @@
+"""Subspaces of a gradient's leading directions: the best one, and nearly that in less time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eckart.optim.project import (
+    Found,
+    Search,
+    Subspace,
+    fix_signs,
+    gaussian,
+    parts,
+    polish,
+    top_eigenvectors,
+)
+
+
+@dataclass(frozen=True)
+class SVD(Subspace):
+    """The leading singular vectors of the current gradient: the best rank-r subspace."""
+
+    def find(self, search: Search) -> Found:
+        G, (left, right) = search.G, self.ranks(*search.size)
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        return parts(
+            lambda: fix_signs(polish(U[..., :left]), -2),
+            lambda: fix_signs(polish(Vh[..., :right, :].mT).mT, -1),
+            left,
+            right,
+        )
+
+    def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Gram(Subspace):
+    """The same subspace from the eigenvectors of G^T G: several times as fast.
+
+    The Gram matrix squares the condition number, so directions a thousandfold weaker than
+    the strongest are noise in fp32; a basis of leading ones is exact to about 1e-4.
+    """
+
+    def find(self, search: Search) -> Found:
+        G, (left, right) = search.G, self.ranks(*search.size)
+        return parts(
+            lambda: top_eigenvectors(G @ G.mT, left),
+            lambda: top_eigenvectors(G.mT @ G, right).mT,
+            left,
+            right,
+        )
+
+    def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Randomised(Subspace):
+    """Nearly that subspace, from products with a few random directions (Halko et al. 2011)."""
+
+    oversample: int = 8
+    power: int = 1
+    from_shards: ClassVar[bool] = True
+
+    def find(self, search: Search) -> Found:
+        G, (left, right) = search.G, self.ranks(*search.size)
+        return parts(
+            lambda: self.columns(G.mT, left, search),
+            lambda: self.columns(G, right, search).mT,
+            left,
+            right,
+        )
+
+    def columns(self, G: Tensor, rank: int, search: Search) -> Tensor:
+        """About the r leading right singular vectors, as columns [k, *, n, r].
+
+        G^T G Z = Q T has nearly the left singular vectors that G^T G has, so those of T order
+        Q's columns: no further product with G.
+        """
+        n = G.shape[-1]
+        k = min(n, rank + self.oversample)
+        Z = torch.stack([gaussian(n, k, seed) for seed in search.seeds]).to(G.device, G.dtype)
+        Z = Z.reshape(len(search.seeds), *(1,) * (G.dim() - 3), n, k)
+        for _ in range(self.power + 1):
+            Z, T = torch.linalg.qr(search.total(G.mT @ (G @ Z)))
+        inner = torch.linalg.eigh(T @ T.mT)[1].flip(-1)
+        return fix_signs(polish(Z @ inner[..., :rank]), -2)
+
+
+@dataclass(frozen=True)
+class Leading(Subspace):
+    """The exact subspace of narrow matrices; of wide ones, whose decompositions would hold a
+    training up, nearly that: one pass of `Randomised`, ten times as fast as an SVD.
+
+    Where singular values fall as 1 / i it captures 0.997 of what the best basis of 256 does;
+    where they fall as their root 0.95; of mere noise 0.8.
+    """
+
+    wide: int = 1024  # from this length of the projected side on
+    from_shards: ClassVar[bool] = True
+
+    def way(self, size: tuple[int, int]) -> SVD | Randomised:
+        """What searches a matrix of this size."""
+        projected = max(n for n, rank in zip(size, self.ranks(*size), strict=True) if rank)
+        if projected < self.wide:
+            return SVD(self.rank, self.side, self.basis_dtype)
+        return Randomised(self.rank, self.side, self.basis_dtype, power=0)
+
+    def find(self, search: Search) -> Found:
+        return self.way(search.size).find(search)
+
+    def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
+        return self.way(size).from_gram(first, size)
+
+
+@dataclass(frozen=True)
+class Iteration(Subspace):
+    """The old basis, improved by power iteration: cheap, and it changes smoothly.
+
+    The first basis is the exact one.
+    """
+
+    power: int = 1
+    from_shards: ClassVar[bool] = True
+
+    def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
+        return first
+
+    def find(self, search: Search) -> Found:
+        if search.first:
+            return SVD(self.rank, self.side, self.basis_dtype).find(search)
+        G, old, (left, right) = search.G, search.old, self.ranks(*search.size)
+        return parts(
+            lambda: self.columns(G.mT, old["left"].to(G.dtype), search),
+            lambda: self.columns(G, old["right"].to(G.dtype).mT, search).mT,
+            left,
+            right,
+        )
+
+    def columns(self, G: Tensor, Z: Tensor, search: Search) -> Tensor:
+        """Columns Z [k, *, n, r] turned towards the leading right singular vectors of G."""
+        for _ in range(self.power):
+            Q, R = torch.linalg.qr(search.total(G.mT @ (G @ Z)))
+            signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G.dtype)
+            Z = Q * signs.unsqueeze(-2)  # the QR that changes as little as Z does
+        return polish(Z)
