@@ -18,7 +18,7 @@ from eckart.io.folder import (
     write_json,
     write_text,
 )
-from eckart.io.run import Run, latest_checkpoint, read_metrics
+from eckart.io.run import Run, latest_checkpoint, read_lines, read_metrics
 
 
 def names(folder: Path) -> list[str]:
@@ -198,7 +198,8 @@ def test_a_killed_run_is_free_to_resume_and_loses_only_its_torn_line(tmp_path):
         run.log(step=1, loss=2.0)
         with run.checkpoint(1) as folder:
             (folder / "x").write_text("x")
-        open(run.folder / "metrics.jsonl", "a").write('{"step": 2, "lo')
+        for log in ("metrics.jsonl", "spectra.jsonl"):
+            open(run.folder / log, "a").write('{"step": 2, "lo')
         with run.checkpoint(2) as folder:
             (folder / "x").write_text("x")
             print("here", flush=True)
@@ -215,7 +216,12 @@ def test_a_killed_run_is_free_to_resume_and_loses_only_its_torn_line(tmp_path):
     run = Run.resume(tmp_path / "a")
     assert run.latest() == tmp_path / "a" / "checkpoints" / "step-1"
     run.log(step=2, loss=1.0)
+    run.log("spectra.jsonl", step=2, spectra={})
     assert [m["step"] for m in run.metrics()] == [1, 2]
+    assert [m["step"] for m in read_lines(run.folder, "spectra.jsonl")] == [2]
+    run.rewind(1)
+    assert [m["step"] for m in run.metrics()] == [1]
+    assert not read_lines(run.folder, "spectra.jsonl")
     run.finish()
 
 

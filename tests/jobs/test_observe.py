@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from eckart.io.run import read_metrics
 from eckart.jobs.observe import Observer, overlap
 from tests.journeys.runs import eckart, model_folder, texts
 
@@ -22,7 +23,8 @@ def trained(place, out, *words):
     ran = eckart("finetune", place / "m", place / "d.jsonl", *words, "train.steps=12",
                  "data.seq_len=24", "-o", out)  # fmt: skip
     assert ran.code == 0, ran.err
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "spectra.jsonl").read_text().splitlines()]
+    assert all("loss" in m or "eval_loss" in m for m in read_metrics(out)), "numbers alone"
     return ran, rows, (out / "report.html").read_text()
 
 

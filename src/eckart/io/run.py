@@ -2,8 +2,9 @@
 
     config.yaml    as given              metrics.jsonl   one line per log step
     resolved.yaml  every `auto` decided  checkpoints/    step-N, each closed by a manifest
-    run.json       versions, seeds,      final/          the model or adapter
-                   data hashes, exit     report.html
+    run.json       versions, seeds,      spectra.jsonl   what was learned, as it grew
+                   data hashes, exit     final/          the model or adapter
+                                         report.html
 
 One process owns the folder at a time; the kernel releases a killed one's lock.
 """
@@ -46,6 +47,7 @@ PACKAGES = (
     "datasets",
     "tokenizers",
 )
+METRICS, SPECTRA = LOGS = ("metrics.jsonl", "spectra.jsonl")
 
 
 class Run:
@@ -130,12 +132,12 @@ class Run:
 
     # What happened
 
-    def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl, in one write, so that a kill tears no other line."""
+    def log(self, file: str = METRICS, **values: Any) -> None:
+        """Append one line to a log, in one write, so that a kill tears no other line."""
         line = (json.dumps(values) + "\n").encode()
-        path = self.folder / "metrics.jsonl"
-        with speaking(path), open(path, "ab", buffering=0) as file:
-            file.write(line)
+        path = self.folder / file
+        with speaking(path), open(path, "ab", buffering=0) as log:
+            log.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl."""
@@ -143,14 +145,16 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop the lines after a step, which a resumed run will write again."""
-        kept = [m for m in self.metrics() if m.get("step", 0) <= step]
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+        for file in LOGS:
+            if (self.folder / file).exists():
+                kept = [m for m in read_lines(self.folder, file) if m.get("step", 0) <= step]
+                write_text(self.folder / file, "".join(json.dumps(m) + "\n" for m in kept))
 
     def _drop_torn_line(self) -> None:
-        path = self.folder / "metrics.jsonl"
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            whole = path.read_bytes().rpartition(b"\n")
-            write_text(path, (whole[0] + whole[1]).decode())
+        for path in (self.folder / file for file in LOGS):
+            if path.exists() and not path.read_bytes().endswith(b"\n"):
+                whole = path.read_bytes().rpartition(b"\n")
+                write_text(path, (whole[0] + whole[1]).decode())
 
     # What came out
 
@@ -286,8 +290,13 @@ def latest_checkpoint(run: str | Path) -> Path | None:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics.jsonl; a torn last line is left out."""
-    path = Path(run) / "metrics.jsonl"
+    """All whole lines of a run's metrics.jsonl."""
+    return read_lines(run, METRICS)
+
+
+def read_lines(run: str | Path, file: str) -> list[dict[str, Any]]:
+    """All whole lines of one of a run's logs; a torn last line is left out."""
+    path = Path(run) / file
     if not path.exists():
         return []
     whole = path.read_text().rpartition("\n")[0]

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from eckart.errors import EckartError, UsageError
-from eckart.io.run import Run
+from eckart.io.run import METRICS, Run
 from eckart.jobs import settle
 from eckart.jobs.config import Job
 
@@ -39,7 +39,7 @@ class Follower(Run):
         self.folder = folder
 
     def record(self, **facts: Any) -> None: ...
-    def log(self, **values: Any) -> None: ...
+    def log(self, file: str = METRICS, **values: Any) -> None: ...
     def rewind(self, step: int) -> None: ...
     def write_resolved(self, text: str) -> None: ...
 

@@ -5,7 +5,8 @@
     overlaps      at a refresh of a basis: |P_old^T P_new|^2 / r, the share of it that stays
     samples       the same held-out beginnings gone on with, before and after
 
-All but the samples are lines of metrics.jsonl, so a resumed run goes on with them.
+Update norms stand in metrics.jsonl, spectra and overlaps in spectra.jsonl, a line for each step
+that has some: a resumed run goes on with them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from eckart.io.run import Run
+from eckart.io.run import SPECTRA, Run
 from eckart.io.text import Data
 from eckart.jobs.memory import size
 from eckart.jobs.page import spectra
@@ -58,7 +59,7 @@ class Observer(TrainerCallback):
         step = state.global_step + 1
         if found := self.turned(measure=step >= self.next_overlap):
             self.next_overlap = step + max(1, state.max_steps // REFRESHES)
-            self.run.log(step=step, overlaps=found)
+            self.run.log(SPECTRA, step=step, overlaps=found)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -67,7 +68,7 @@ class Observer(TrainerCallback):
         due = self.handle.attached and (step % every == 0 or step == state.max_steps)
         if due and (found := spectra(self.handle)):
             kept = {path: rounded(values[:VALUES]) for path, values in found.items()}
-            self.run.log(step=step, spectra=kept)
+            self.run.log(SPECTRA, step=step, spectra=kept)
 
     def trained(self) -> list[Tensor]:
         return list(self.handle.trainable().values())

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from eckart.io.folder import write_text
-from eckart.io.run import Run
+from eckart.io.run import SPECTRA, Run, read_lines
 from eckart.jobs.config import Job
 from eckart.recipe import Handle
 
 ABOUT = ("command", "steps", "seconds", "tokens_per_second", "format", "seed", "data", "versions")
+Rows = Sequence[Mapping[str, Any]]
 LISTED = 300  # characters of a value
 
 
@@ -22,19 +23,23 @@ def write_page(
     job: Job,
     handle: Handle,
     memory: Mapping[str, Mapping[str, int]],
-    metrics: Sequence[Mapping[str, Any]] | None = None,
+    written: tuple[Rows, Rows] | None = None,
     samples: Sequence[tuple[str, str, str]] = (),
 ) -> None:
-    """Write report.html from run.json as it is by now, and `metrics`, the run's own if None."""
+    """Write report.html from run.json as it is by now, and the lines of metrics and spectra.
+
+    `written` are those lines; the run's own if None.
+    """
     from eckart.report import page  # brings matplotlib, at the end of a run alone
 
-    facts, rows = run.facts, run.metrics() if metrics is None else metrics
+    facts = run.facts
+    rows, observed = written or (run.metrics(), read_lines(run.folder, SPECTRA))
     overlaps: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
+    for row in observed:
         for name, share in (row.get("overlaps") or {}).items():
             overlaps.setdefault(name, []).append((row["step"], share))
     last = spectra(handle) if handle.attached else {}
-    over_time = {row["step"]: row["spectra"] for row in rows if row.get("spectra")}
+    over_time = {row["step"]: row["spectra"] for row in observed if row.get("spectra")}
     kept = {k: facts[k] for k in (*ABOUT, "recipe", "eval", "warnings") if facts.get(k)}
     text = page(
         {"name": run.folder.name, **kept},

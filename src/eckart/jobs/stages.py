@@ -26,7 +26,7 @@ from torch import nn
 from eckart.errors import UsageError
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
 from eckart.io.headers import read_json
-from eckart.io.run import Run, latest_checkpoint, read_metrics
+from eckart.io.run import METRICS, SPECTRA, Run, latest_checkpoint, read_lines
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.io.text import Data
 from eckart.jobs import held_out, launch, prepare, settle
@@ -250,13 +250,16 @@ def memory_of(course: Course) -> dict[str, dict[str, int]]:
     return found
 
 
-def metrics_of(course: Course) -> list[dict[str, Any]]:
-    """All stages' lines of metrics.jsonl, their steps counted on."""
-    found: list[dict[str, Any]] = []
+def metrics_of(course: Course) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All stages' lines of metrics.jsonl and of spectra.jsonl, their steps counted on."""
+    metrics: list[dict[str, Any]] = []
+    spectra: list[dict[str, Any]] = []
     for folder in trained_folders(course):
-        before = found[-1]["step"] if found else 0
-        found += [{**row, "step": before + row["step"]} for row in read_metrics(folder)]
-    return found
+        before = metrics[-1]["step"] if metrics else 0
+        for found, file in ((metrics, METRICS), (spectra, SPECTRA)):
+            lines = read_lines(folder, file)
+            found += [{**line, "step": before + line["step"]} for line in lines]
+    return metrics, spectra
 
 
 def trained_folders(course: Course) -> list[Path]:
