@@ -14,7 +14,10 @@ from tests.journeys.runs import eckart, model_folder, texts
 
 ROOT = Path(__file__).parents[2]
 SHORT = "finetune m d.jsonl train.steps=6 train.batch_size=2"
-LINE = re.compile(r" *(\d+)/6(  loss [\d.]+)?(  held out [\d.]+)?(  lr \S+)?  \S+ s/step  \S+ left")
+LINE = re.compile(
+    r" *(\d+)/6(  loss [\d.]+)?(  held out [\d.]+)?(  lr \S+)?"
+    r"  \S+ s/step  [\d.,]+( K)? tokens/s(  [\d.]+ MB)?  \S+ left"
+)
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def test_a_terminal_has_one_line_that_is_written_over(place):
         [sys.executable, "-m", "eckart", *SHORT.split(), "-o", "run"],
         stdout=subprocess.PIPE,
         stderr=theirs,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"},
     )
     os.close(theirs)
     seen = b""
@@ -51,7 +54,7 @@ def test_a_terminal_has_one_line_that_is_written_over(place):
     assert all(steps), drawn
     assert [int(step[1]) for step in steps] == [1, 2, 3, 4, 5, 6]
     assert "left\r\n" in drawn[-1] and not any("\n" in text for text in drawn[:-1])
-    assert steps[-1][2], "the loss is there"
+    assert steps[-1][2] and steps[-1][6], "loss and memory are there"
     assert out.splitlines()[-2].startswith("done") and "\x1b" not in out
 
 

@@ -28,6 +28,7 @@ from transformers import (
 
 from eckart.errors import Diverged, Interrupted
 from eckart.io.run import Run
+from eckart.io.tasks import TASKS
 from eckart.io.text import Data
 from eckart.jobs import held_out
 from eckart.jobs.checkpoints import TRAINER, everyone, load_model_state
@@ -183,7 +184,7 @@ class RunTraining(Training):
             self.add_callback(self.observer)
             self.add_callback(Metrics(run))
             if not screen.quiet:
-                self.add_callback(Progress())
+                self.add_callback(Progress(self.pace(), lambda: sum(self.memory().values())))
         self.patience = Patience(job.train.patience)
         self.add_callback(self.patience)
 
@@ -219,10 +220,19 @@ class RunTraining(Training):
         norm = self.observer.update_norm if self.observer else None
         return super().step_facts() | ({} if norm is None else {"update_norm": norm})
 
+    def rows(self, steps: int) -> int:
+        """Rows of so many steps, in all processes."""
+        each = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return steps * each * self.args.world_size
+
     def tokens(self, steps: int) -> float:
-        """Tokens seen in so many steps, padding left out."""
-        rows = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return rows * self.args.world_size * self.data.tokens / max(1, len(self.data.train))
+        """Tokens seen in so many steps, padding left out; 0 where rows are no text."""
+        return self.rows(steps) * self.data.tokens / max(1, len(self.data.train))
+
+    def pace(self) -> tuple[float, str]:
+        """What a step sees: tokens, or rows where these are no text."""
+        tokens = self.tokens(1)
+        return (tokens, "tokens") if tokens else (self.rows(1), TASKS[self.data.task].sees)
 
     def memory(self) -> dict[str, int]:
         """Tensor bytes at their highest: the allocator's on a GPU, counted elsewhere."""

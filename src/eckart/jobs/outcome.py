@@ -123,7 +123,7 @@ def document(
         "recipe": recipe_of(job),
         "steps": fitted.steps if fitted else planned,
         "seconds": fitted.seconds if fitted else None,
-        "tokens_per_second": fitted.tokens_per_second if fitted else None,
+        "tokens_per_second": (fitted.tokens_per_second or None) if fitted else None,
         "peak_memory_bytes": fitted.peak_bytes if fitted else None,
         "estimated_memory_bytes": estimate,
         "parameters": dict(parameters),

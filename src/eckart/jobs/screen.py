@@ -7,12 +7,16 @@ is one line per log step.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from eckart.jobs.memory import in_words
 
 
 @dataclass
@@ -41,11 +45,22 @@ class Screen:
 
 
 class Progress(TrainerCallback):
-    """`120/300  loss 2.31  held out 2.40  lr 2.1e-3  1.9 s/step  0:05:42 left`, on stderr."""
+    """`120/300  loss 2.31  held out 2.40  lr 2.1e-3  1.9 s/step  540 tokens/s  1.2 GB  0:05:42 left`.
 
-    def __init__(self, out: TextIO | None = None):
+    On stderr. `per_step` is how much a step sees, and of what; `memory` measures bytes, at log
+    steps alone.
+    """
+
+    def __init__(
+        self,
+        per_step: tuple[float, str],
+        memory: Callable[[], int],
+        out: TextIO | None = None,
+    ):
         self.out = out or sys.stderr
         self.live = self.out.isatty()
+        self.per_step, self.memory = per_step, memory
+        self.bytes: int | None = None
         self.loss: float | None = None
         self.held_out: float | None = None
         self.rate: float | None = None
@@ -60,7 +75,8 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self.live:
-            self.out.write("\r\x1b[K" + self.text(state))
+            width = shutil.get_terminal_size().columns - 1  # a longer line could not be overwritten
+            self.out.write("\r\x1b[K" + self.text(state)[: max(width, 40)])
             self.out.flush()
 
     def on_log(
@@ -71,6 +87,7 @@ class Progress(TrainerCallback):
         if "loss" not in logs:
             return
         self.loss, self.rate = logs["loss"], logs.get("learning_rate")
+        self.bytes = self.memory()
         if not self.live:
             print(self.text(state), file=self.out, flush=True)
 
@@ -88,7 +105,10 @@ class Progress(TrainerCallback):
         parts += [f"loss {self.loss:.3f}"] if self.loss is not None else []
         parts += [f"held out {self.held_out:.3f}"] if self.held_out is not None else []
         parts += [f"lr {rate(self.rate)}"] if self.rate is not None else []
-        parts += [f"{pace:.2g} s/step", f"{clock(pace * (total - done))} left"]
+        seen, unit = self.per_step
+        parts += [f"{pace:.2g} s/step", f"{amount(seen / pace)} {unit}/s"]
+        parts += [in_words(self.bytes)] if self.bytes else []
+        parts += [f"{clock(pace * (total - done))} left"]
         return " " + "  ".join(parts)
 
 
