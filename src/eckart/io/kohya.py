@@ -3,6 +3,7 @@
     lora_te_model_layers_0_self_attn_q_proj.lora_down.weight   A [r, n], or [r, c, kh, kw]
                                            .lora_up.weight     B [m, r], or [m, r, 1, 1]
                                            .alpha              a number; the scale is alpha / r
+                                           .dora_scale         DoRA: |row| of each [m, 1]; read, not written
 
 Dots become underscores, which no rule of strings can take back: names are mapped through those
 of the model's own maps, and two that fall together are refused. A file of several models says
@@ -35,6 +36,14 @@ from eckart.recipe.targets import sites_of
 
 TENSORS = "lora.safetensors"
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+MAGNITUDE = "dora_scale"  # DoRA: a length for each row
+OTHER = {  # what else the names may say, by how a suffix begins
+    "hada_": "LoHa, an elementwise product of two pairs",
+    "lokr_": "LoKr, a Kronecker product",
+    "lora_mid": "LoCon with a Tucker core",
+    "oft_": "OFT, an orthogonal map",
+    "diff": "a whole difference",
+}
 PREFIX = re.compile(r"^lora_(unet|te\d?|transformer)_")
 KINDS = ("linear", "conv1d", "conv")  # of layers that the names know
 BASE = "ss_sd_model_name"  # kohya's own key for the model that was trained on
@@ -128,8 +137,8 @@ def load(model: nn.Module, file: str | Path, name: str = DEFAULT, part: str = ""
     """Attach an adapter in kohya's names, in place, under a name among others.
 
     `part` says which prefix is this model's where the file has several. Raises FileError for
-    names that no map of the model has, for kinds of adapter other than a plain pair, and where
-    a tensor is missing or misshapen: each by its name.
+    names that no map of the model has, for kinds of adapter other than a plain pair or DoRA by
+    rows, and where a tensor is missing or misshapen: each by its name.
     """
     file = file_of(file)
     require_free(model, name)
@@ -145,14 +154,17 @@ def load(model: nn.Module, file: str | Path, name: str = DEFAULT, part: str = ""
         )
     assigned: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, dict[str, Any]] = {}
+    gained = with_magnitudes(by_stem, file)
     for stem, found in by_stem.items():
         path = paths[PREFIX.sub("", stem)]
         rank = found[DOWN].shape[0]
         assigned[path] = {"lora_A": as_matrix(found[DOWN]), "lora_B": as_matrix(found[UP])}
+        if gained:
+            assigned[path]["lora_magnitude_vector"] = lengths(found[MAGNITUDE], sites[path], file)
         alpha = float(found[ALPHA]) if ALPHA in found else float(rank)
         entries[path] = {"r": rank, "lora_alpha": alpha}
         refuse_kind(sites[path], file)
-    config = {"peft_type": "LORA", **to_patterns(entries)}
+    config = {"peft_type": "LORA", "use_dora": gained, **to_patterns(entries)}
     method = peft_read.method_of(config, file.parent)
     return peft_read.attach(model, method, config, assigned, {}, {}, file, name)
 
@@ -177,19 +189,24 @@ def chosen(tensors: Mapping[str, Tensor], part: str, file: Path) -> dict[str, Te
 
 
 def grouped(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
-    """Tensors by stem and suffix. FileError for a suffix that is no plain pair's, or a half."""
+    """Tensors by stem and suffix. FileError for a suffix that is no pair's or DoRA's, or a half."""
     by_stem: dict[str, dict[str, Tensor]] = {}
     other = []
     for key, tensor in tensors.items():
         stem, _, suffix = key.partition(".")
         by_stem.setdefault(stem, {})[suffix] = tensor
-        if suffix not in (DOWN, UP, ALPHA):
+        if suffix not in (DOWN, UP, ALPHA, MAGNITUDE):
             other.append(key)
     if other:
+        ends = [key.partition(".")[2] for key in other]
+        known = {name for end in ends for start, name in OTHER.items() if end.startswith(start)}
         raise FileError(
-            "this is another kind of adapter than a plain pair",
-            [(str(file), ""), *listed(sorted(other), "has no counterpart here")],
-            "LoHa, LoKr and DoRA in kohya's names are not read: save it as LoRA first.",
+            "this is another kind of adapter than a plain pair or DoRA",
+            [
+                (str(file), ", ".join(sorted(known))),
+                *listed(sorted(other), "has no counterpart here"),
+            ],
+            "Save it as LoRA (lora_down, lora_up), or merge it, with the tool that wrote it.",
         )
     lost = [
         f"{stem}.{half}" for stem, found in by_stem.items() for half in (DOWN, UP)
@@ -198,6 +215,29 @@ def grouped(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Te
     if lost:
         raise FileError("the adapter is not whole", [(str(file), ""), *listed(lost, "is missing")])
     return by_stem
+
+
+def with_magnitudes(by_stem: Mapping[str, Mapping[str, Tensor]], file: Path) -> bool:
+    """Is this DoRA? FileError where some maps have their magnitudes and others have none."""
+    lost = [f"{stem}.{MAGNITUDE}" for stem, found in by_stem.items() if MAGNITUDE not in found]
+    if lost and len(lost) < len(by_stem):
+        raise FileError("the adapter is not whole", [(str(file), ""), *listed(lost, "is missing")])
+    return not lost
+
+
+def lengths(tensor: Tensor, site: Site, file: Path) -> Tensor:
+    """The magnitudes of rows [m]: from [m, 1] or [m, 1, 1, 1]. FileError for those of columns."""
+    m = site.shape[0]
+    if tensor.shape[:1] == (m,) and tensor.numel() == m:
+        return tensor.flatten()
+    raise FileError(
+        "the adapter does not fit the model",
+        [
+            (str(file), ""),
+            (f"{site.path}.{MAGNITUDE}", f"shape {list(tensor.shape)}, expected {[m, 1]}"),
+        ],
+        "Magnitudes of columns, [1, n], are another method (wd_on_out=False): train it by rows.",
+    )
 
 
 def refuse_kind(site: Site, file: Path) -> None:
