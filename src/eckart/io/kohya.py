@@ -3,7 +3,7 @@
     lora_te_model_layers_0_self_attn_q_proj.lora_down.weight   A [r, n], or [r, c, kh, kw]
                                            .lora_up.weight     B [m, r], or [m, r, 1, 1]
                                            .alpha              a number; the scale is alpha / r
-                                           .dora_scale         DoRA: |row| of each [m, 1]; read, not written
+                                           .dora_scale         [m, 1], DoRA: read alone
 
 Dots become underscores, which no rule of strings can take back: names are mapped through those
 of the model's own maps, and two that fall together are refused. A file of several models says
