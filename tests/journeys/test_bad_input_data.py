@@ -31,6 +31,7 @@ FILES = {
     "latin.jsonl": b'{"text": "abc"}\n{"text": "caf\xe9"}\n',
     "latin.txt": b"line\ncaf\xe9\n",
     "what.xyz": "abc",
+    "rows.pkl": b"\x80\x04]\x94.",
     "x.parquet": "not parquet",
     "x.jsonl.gz": "not gzip",
     "x.jsonl.zst": "not zst",
@@ -55,7 +56,37 @@ CASES = {
         "  nosuch  Couldn't reach 'nosuch' on the Hub (OfflineModeIsEnabled)\n"
         "Type a path such as ./data.jsonl.\n",
     ),
-    "a glob without files": ("finetune m no*such.jsonl", 3, "no file matches\n  no*such.jsonl\n"),
+    "a glob without files": (
+        "finetune m no*such.jsonl",
+        3,
+        "no file matches\n  no*such.jsonl\nType a path, or another glob.\n",
+    ),
+    "a model for data": (
+        "finetune m m",
+        3,
+        "this folder holds a model, no data\n"
+        "  m  has config.json\n"
+        "MODEL comes first, then DATA: a file, a folder of files or a glob.\n",
+    ),
+    "data for a model": (
+        "finetune d.jsonl m",
+        3,
+        "this is no model\n"
+        "  d.jsonl  a file\n"
+        "MODEL comes first: a model's folder or hub id. Then DATA.\n",
+    ),
+    "a pickle for data": (
+        "finetune m rows.pkl",
+        3,
+        f"this kind of file is not read\n  rows.pkl  .pkl\n{READ}\n",
+    ),
+    "a metric that is not measured": (
+        "finetune m d.jsonl eval.metrics=[perplexty]",
+        2,
+        "no metric of this data is called perplexty\n"
+        "  eval.metrics  known here: loss, perplexity, bits_per_byte\n"
+        "Did you mean perplexity?\n",
+    ),
     "empty file": ("finetune m empty.jsonl", 3, "the file is empty\n  empty.jsonl  0 bytes\n"),
     "blank lines": (
         "finetune m blank.jsonl",
@@ -80,7 +111,9 @@ CASES = {
     "a folder without data": (
         "finetune m nothing",
         3,
-        f"no data in this folder\n  nothing  none of {READ}\n",
+        "no data in this folder\n"
+        f"  nothing  none of {READ}\n"
+        "Type the folder that has one of them.\n",
     ),
     "malformed line": (
         "finetune m line.jsonl",

@@ -100,6 +100,13 @@ CASES = {
         "  llama-tiny  preset\n"
         "Train it first: eckart pretrain llama-tiny DATA\n",
     ),
+    "a rank too large to compress": (
+        "compress m rank=9999",
+        "rank is larger than the matrix\n"
+        "  compress.rank = 9999\n"
+        "  model.layers.0.self_attn.q_proj  32 x 32, so at most 32 at every site\n"
+        "Type compress.rank=32, or less.\n",
+    ),
     "rows longer than the context": (
         "finetune m d.jsonl data.seq_len=100000",
         "data.seq_len is longer than the model reads\n"

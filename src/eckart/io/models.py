@@ -86,7 +86,11 @@ def recognise(source: str | Path) -> Source:
                 [(text, "weights without their config.json")],
                 f"Type {path.parent} if its config.json lies beside it.",
             )
-        raise FileError("this is no model", [(text, "a file")], "Type a model's folder or hub id.")
+        raise FileError(
+            "this is no model",
+            [(text, "a file")],
+            "MODEL comes first: a model's folder or hub id. Then DATA.",
+        )
     if (path / "run.json").is_file():
         return Source("run", str(path))
     if (path / "eckart.json").is_file():

@@ -30,6 +30,7 @@ from eckart.io.models import looks_like_hub_id, missing
 
 TEXTS = (".txt", ".md", ".text")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".conll", ".parquet", ".arrow")
+MADE = ("config.json", "adapter_config.json", "eckart.json", "run.json")  # by a training
 PACKED = (".gz", ".zst")
 
 
@@ -114,17 +115,27 @@ def files_of(source: DataSource) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
+        if made := next((name for name in MADE if (path / name).is_file()), None):
+            raise FileError(
+                "this folder holds a model, no data",
+                [(text, f"has {made}")],
+                "MODEL comes first, then DATA: a file, a folder of files or a glob.",
+            )
         inside = sorted(p for p in path.rglob("*") if p.is_file())
         visible = [p for p in inside if not any(s[0] == "." for s in p.relative_to(path).parts)]
         files = [p for p in visible if ending(p) in TEXTS + TABLES]
         if not files:
             kinds = ", ".join(TEXTS[:2] + TABLES)
-            raise FileError("no data in this folder", [(text, f"none of {kinds}")])
+            raise FileError(
+                "no data in this folder",
+                [(text, f"none of {kinds}")],
+                "Type the folder that has one of them.",
+            )
         return files
     if has_magic(text):
         files = [Path(p) for p in sorted(glob(str(path), recursive=True)) if Path(p).is_file()]
         if not files:
-            raise FileError("no file matches", [(text, "")])
+            raise FileError("no file matches", [(text, "")], "Type a path, or another glob.")
         return files
     raise missing(path)
 

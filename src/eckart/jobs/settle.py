@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from eckart.errors import OutOfRoom, UsageError
+from eckart.errors import OutOfRoom, UsageError, did_you_mean
 from eckart.jobs.config import Choice, Job, resolve, value_at
 from eckart.jobs.memory import size
 from eckart.jobs.tree import Train
@@ -238,8 +238,15 @@ def largest_divisor(number: int, most: int) -> int:
 
 
 def metrics(job: Job, names: tuple[str, ...]) -> Job:
-    """What is measured on held-out data."""
+    """What is measured on held-out data. UsageError for what is not measured here."""
     if job.eval.metrics != "auto":
+        for name in job.eval.metrics:
+            if name not in names:
+                raise UsageError(
+                    f"no metric of this data is called {name}",
+                    [("eval.metrics", f"known here: {', '.join(names)}")],
+                    did_you_mean(name, names, "Leave it out for all of them."),
+                )
         return job
     return job.settle("eval.metrics", names, "what this task has")
 

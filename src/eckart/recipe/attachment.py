@@ -172,14 +172,14 @@ def choose(model: nn.Module, weights: Weights, seed: int) -> list[Site]:
 
 def check_ranks(sites: Sequence[Site], weights: Weights) -> None:
     """A rank above min(m, n) is an error where it is so at every site, or by an override."""
-    rank = getattr(weights, "rank", None)
+    rank, key = getattr(weights, "rank", None), weights.axis
     if rank is None or not sites:
         return
     for site in sites:
         if site.overrides.get("rank", 0) > min(site.shape):
             raise UsageError(
                 "rank is larger than the matrix",
-                [(f"weights.overrides rank = {site.overrides['rank']}", site.path)],
+                [(f"{key}.overrides rank = {site.overrides['rank']}", site.path)],
                 f"At most {min(site.shape)} fits there.",
             )
     largest = max(min(site.shape) for site in sites)
@@ -188,10 +188,10 @@ def check_ranks(sites: Sequence[Site], weights: Weights) -> None:
         raise UsageError(
             "rank is larger than the matrix",
             [
-                (f"weights.rank = {rank}", ""),
+                (f"{key}.rank = {rank}", ""),
                 (sites[0].path, f"{m} x {n}, so at most {largest} at every site"),
             ],
-            f"Type weights.rank={largest}, or less.",
+            f"Type {key}.rank={largest}, or less.",
         )
 
 
