@@ -1,6 +1,7 @@
 """`eckart pretrain`: from a preset or a configuration to a model that transformers loads."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_terms_beside_random_weights_end_as_one_plain_model(small, tmp_path):
     assert ran.code == 0, ran.err
     assert "plain transformers loads it" in ran.out
     load_model(out / "final")
+
+
+def test_the_tokenizer_may_be_bytes_or_one_from_a_path(small, tmp_path):
+    data, folder = texts(tmp_path / "d.jsonl"), model_folder(tmp_path / "m")
+    for wanted in ("bytes", folder):
+        out = tmp_path / Path(wanted).name
+        words = (f"data.tokenizer={wanted}", "train.steps=1", "-o", out / "run")
+        ran = eckart("pretrain", small, data, *words)
+        assert ran.code == 0 and "vocab    257 tokens\n" in ran.err, ran.err
+        assert len(load_tokenizer(out / "run")) == 257
+    ran = eckart("pretrain", small, data, "data.tokenizer=./none", "-o", tmp_path / "no")
+    assert ran.code == 3 and ran.err.startswith("no such file or folder\n  none\n"), ran.err
 
 
 def test_an_adapter_is_no_shape(tmp_path):

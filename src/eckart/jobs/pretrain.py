@@ -1,8 +1,8 @@
 """`eckart pretrain MODEL DATA`: from a shape and random weights to a model.
 
 MODEL is a preset's name, a config.json, or a folder with one; weights beside it are not
-read. A tokenizer beside it is used; without one, a byte-level BPE is trained on the training
-part of the data.
+read. A tokenizer beside it is used, or the one that data.tokenizer names; without one, a
+byte-level BPE is trained on the training part of the data.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def shape_of(job: Job) -> str:
 
 
 def tokenizer_for(job: Job, shape: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the shape, or one trained on the data's training part."""
+    """The tokenizer asked for or beside the shape, or one trained on the data's training part."""
+    if (wanted := senses.asked_for(job)) is not None:
+        return wanted
     path = Path(shape)
     folder = path.parent if path.is_file() else path
     if folder.is_dir() and recognise(shape).kind != "preset" and holds_tokenizer(folder):

@@ -45,7 +45,7 @@ class Screen:
 
 
 class Progress(TrainerCallback):
-    """`120/300  loss 2.31  held out 2.40  lr 2.1e-3  1.9 s/step  540 tokens/s  1.2 GB  0:05:42 left`.
+    """`120/300  loss 2.31  held out 2.40  lr 2.1e-3  1.9 s/step  540 tokens/s  1 GB  0:05:42 left`.
 
     On stderr. `per_step` is how much a step sees, and of what; `memory` measures bytes, at log
     steps alone.

@@ -18,6 +18,7 @@ from torch import nn
 
 from eckart.errors import FileError, UsageError
 from eckart.io import images, text
+from eckart.io.corpora import bytes_tokenizer
 from eckart.io.data import Data
 from eckart.io.encoding import class_names
 from eckart.io.formats import CLASSES, IMAGES, format_of
@@ -144,7 +145,16 @@ def labels_of(job: Job) -> tuple[str, ...]:
 
 
 def tokenizer_of(job: Job) -> Reader:
-    return load_tokenizer(job.model or "")
+    """The tokenizer that was asked for, or the model's own."""
+    return asked_for(job) or load_tokenizer(job.model or "")
+
+
+def asked_for(job: Job) -> Reader | None:
+    """The tokenizer that data.tokenizer names."""
+    wanted = job.data.tokenizer
+    if wanted == "bytes":
+        return bytes_tokenizer()
+    return None if wanted == "auto" else load_tokenizer(wanted)
 
 
 def require_tokens(tokenizer: Any, model: Any) -> None:
