@@ -6,8 +6,12 @@ import numpy
 import pytest
 import torch
 
+from eckart.errors import UsageError
+from eckart.optim.layerwise import peak_gradient_bytes
 from tests.conftest import randomise
-from tests.laws.matrix import attached, slugs, steps, weights_methods
+from tests.laws.matrix import attached, slugs, small, steps, weights_methods
+from tests.methods.updates import spectrum, start, train
+from tests.optim.test_tuples import is_symmetric
 
 RULES = slugs("update")
 TRAINED = weights_methods() + RULES  # methods of weights schedule events
@@ -139,3 +143,48 @@ def test_a_step_draws_from_no_global_generator_and_leaves_gradients(slug):
             optimizer.zero_grad()
         ends.append(everything(handle, optimizer))
     assert differing(*ends) == []
+
+
+def turns(slug):
+    """Does its rule treat rows as columns, on a matrix that is in no block and no pair?"""
+    rule = small(slug).rule()
+    return rule.pair is None and rule.blocks is None and is_symmetric(rule)
+
+
+SYMMETRIC = [slug for slug in RULES if turns(slug)]
+
+
+@pytest.mark.parametrize("slug", SYMMETRIC)
+def test_a_transposed_run_is_the_run_transposed(slug):
+    """Where no part is drawn for one side; pairs are turned in tests/optim/test_pair.py."""
+    rule, grads = small(slug).rule(), spectrum((9, 6), 10)
+    path, _ = train(rule, start((9, 6)), grads, weight_decay=0.1)
+    turned, _ = train(rule, start((9, 6)).T, [G.T for G in grads], weight_decay=0.1)
+    torch.testing.assert_close(path[-1], turned[-1].T, rtol=0, atol=1e-9)  # fp64, 10 steps
+
+
+@pytest.mark.parametrize("slug", RULES)
+def test_gradients_are_freed_as_they_come_or_it_is_said_that_none_would_be(slug):
+    handle, optimizer, batch = prepared(slug, dtype=torch.float64)
+    params, peak = list(handle.trainable().values()), 0
+
+    def look(_):
+        nonlocal peak
+        low = [] if optimizer.projected is None else optimizer.projected.low.values()
+        alive = [*low, *(p.grad for p in params if p.grad is not None)]
+        peak = max(peak, sum(t.numel() * t.element_size() for t in alive))
+
+    if all(group["rule"].projector.identity for group in optimizer.param_groups):
+        with pytest.raises(UsageError, match="layer-wise mode frees nothing here"):
+            optimizer.attach_layerwise("first")
+        return
+    for p in params:
+        p.register_post_accumulate_grad_hook(look)  # before ours: sees each gradient come
+    optimizer.attach_layerwise("first")
+    other, plain, _ = prepared(slug, dtype=torch.float64)
+    steps(handle, optimizer, [batch] * 5)
+    steps(other, plain, [batch] * 5)
+    for (name, p), q in zip(handle.trainable().items(), other.trainable().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9, msg=name)  # fp64, 5 steps
+    assert peak <= peak_gradient_bytes(optimizer.param_groups, "first")
+    assert peak < 0.6 * sum(p.numel() * p.element_size() for p in params)

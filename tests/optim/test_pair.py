@@ -6,6 +6,8 @@ from torch import nn
 
 from eckart.methods.update.altlora import AltLoRA
 from eckart.methods.update.lora_pro import LoRAPro, adjusted
+from eckart.methods.update.lora_rite import LoRARITE
+from eckart.methods.update.riemannian import Riemannian
 from eckart.optim import LowRankOptimizer, inverse, pair, spectrum
 
 F64 = torch.float64
@@ -80,6 +82,21 @@ def test_stacked_pairs_move_as_single_ones(update, monkeypatch):
     kept, others = optimizer.named_state_dict(), other.named_state_dict()
     for name, value in kept.items():
         torch.testing.assert_close(value, others[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [LoRAPro(), LoRAPro(inner="sgd"), LoRAPro(moment_space="factored"), Riemannian(), LoRARITE()],
+    ids=str,
+)
+def test_of_a_transposed_matrix_the_factors_change_places(update):
+    """W^T = A^T B^T, in a step with the gradients of one G. Not of AltLoRA: it moves A first."""
+    made = list(problems([(9, 3, 7)]))
+    (B, A), _ = stepped(update, made, steps=1)
+    turned = [(A.T, B.T, gA.T, gB.T) for B, A, gB, gA in made]
+    (C, D), _ = stepped(update, turned, steps=1)
+    torch.testing.assert_close(C.T, A, rtol=0, atol=1e-8)  # damped by 1e-8
+    torch.testing.assert_close(D.T, B, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=str)
