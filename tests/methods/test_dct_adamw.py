@@ -9,9 +9,7 @@ from torch import nn
 from eckart.errors import UsageError
 from eckart.methods.update.dct_adamw import DCTAdamW
 from eckart.optim import SGD, Adam, ErrorFeedback, LowRankOptimizer, Refresh, Rule, Selected
-from tests.methods.updates import start
-
-F64 = torch.float64
+from tests.methods.updates import F64, check_hooks, start
 
 
 def gradients(shape, steps, seed=0, dtype=F64):
@@ -219,20 +217,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(dtype, error_bits):
 
 
 def test_hooks_make_the_same_steps():
-    torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(6, 9, dtype=F64), nn.Linear(9, 7, dtype=F64)) for _ in "ab"]
-    models[1].load_state_dict(models[0].state_dict())
-    rule = DCTAdamW(rank=3, error_feedback=True).rule()
-    a, b = (LowRankOptimizer(m.named_parameters(), 0.02, rule=rule) for m in models)
-    b.attach_layerwise("first")
-    for step in range(8):
-        x = torch.randn(8, 6, dtype=F64, generator=torch.Generator().manual_seed(step))
-        for model, optimizer in zip(models, (a, b), strict=True):
-            (model(x) ** 2).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    check_hooks(DCTAdamW(rank=3, error_feedback=True).rule(), 8)
 
 
 def test_experts_choose_one_by_one():
