@@ -7,9 +7,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from trl import DPOConfig, DPOTrainer
 
+from eckart.errors import UsageError
 from eckart.io.models import load_model
 from eckart.io.presets import build_model
+from eckart.jobs.training import trainer
+from eckart.methods.objective.distill import Distill
+from eckart.methods.weights.lora import LoRA
+from eckart.recipe import Recipe, attach
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -36,6 +42,20 @@ def test_an_example_learns_and_plain_peft_loads_it(name, steps, tmp_path):
     assert losses[-1] < losses[0] - 0.1
     folder = out if name in ("bare_loop", "peft_optimizer") else out / "final"
     PeftModel.from_pretrained(build_model("llama-tiny", vocab=257), folder)
+
+
+@pytest.mark.parametrize(
+    "recipe, words",
+    [
+        (Recipe(weights=LoRA(rank=2, targets=("embedding",))), "the head +carries terms"),
+        (Recipe(weights=LoRA(rank=2), objective=Distill()), "distill +would see no logits"),
+    ],
+)
+def test_preferences_with_what_their_loss_passes_over_are_refused(recipe, words, tmp_path):
+    model = build_model("llama-tiny", vocab=257)
+    handle = attach(model, recipe, teacher=build_model("llama-tiny", vocab=257))
+    with pytest.raises(UsageError, match=rf"DPOTrainer computes its loss from(.|\n)*{words}"):
+        trainer(DPOTrainer)(handle, args=DPOConfig(str(tmp_path), bf16=False))
 
 
 def test_the_trainer_example_resumes_where_it_was(tmp_path):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from eckart.errors import Diverged
+from eckart.errors import Diverged, UsageError
 from eckart.io.noise import Noised
 from eckart.io.packing import Shuffled
 from eckart.jobs.cut import Cutting, DueCut
@@ -58,10 +58,11 @@ class Training(Cutting):
         args = copy.copy(args) if args is not None else TrainingArguments("output")
         handle.recipe.require_no_accumulation(args.gradient_accumulation_steps)
         refuse_two_passes(handle.recipe)
+        self.handle = handle
+        self.refuse_own_loss()
         # Clipping is the optimizer's: Trainer would clip full gradients, not those applied.
         self.clip, args.max_grad_norm = args.max_grad_norm or float("inf"), 0.0
         args.logging_nan_inf_filter = False  # a loss that is not finite is an error here
-        self.handle = handle
         self.layerwise = layerwise  # is each gradient projected as it comes, and freed?
         self.applied_rates: list[float] = []
         self.moments: dict[str, Any] = {}  # of an earlier training, by name, to go on with
@@ -178,6 +179,24 @@ class Training(Cutting):
         if model.training and not torch.isfinite(loss):
             raise self.diverged("loss", loss, first_bad_module(self.handle.model, inputs))
         return (loss, outputs) if return_outputs else loss
+
+    def refuse_own_loss(self) -> None:
+        """UsageError where a trainer of TRL's own loss would pass over terms or objectives.
+
+        DPOTrainer and its like multiply hidden states by the head's matrix and give no logits.
+        SFTTrainer does so too, but its loss is Trainer's, which is taken instead.
+        """
+        own = (c for c in type(self).__mro__ if c.__module__.startswith("trl."))
+        cls = next((c.__name__ for c in own if "compute_loss" in vars(c)), "SFTTrainer")
+        names = ", ".join(o.slug for o in self.handle.data_objectives)
+        facts = [(f"objective = {names}", "would see no logits")] if names else []
+        facts += [("the head", "carries terms, which would not run")] * self.head_carries_terms
+        if cls != "SFTTrainer" and facts:
+            raise UsageError(
+                f"{cls} computes its loss from the head's matrix itself",
+                facts,
+                "Leave the head and a tied embedding out of weights.targets, and objectives away.",
+            )
 
     def share_of(self, inputs: dict[str, Any], items: Any) -> Any:
         """The part of a step's labels that a micro-batch has: its mean times this is its summand.
