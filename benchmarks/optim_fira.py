@@ -77,10 +77,11 @@ def products(params: list[torch.nn.Parameter], rank: int) -> Callable[[], None]:
 
     def run() -> None:
         for W, G, P, psi, right in work:
-            torch.linalg.vector_norm(G, dim=1 if right else 0)
             if right:
+                torch.linalg.vector_norm(G, dim=1)
                 W.addmm_(G @ P.T, P, alpha=-1e-4)
             else:
+                G.square().sum(0)  # a tenth of the time of vector_norm along columns
                 W.addmm_(P, P.T @ G, alpha=-1e-4)
             W.addcmul_(G, psi, value=-1e-4)
 

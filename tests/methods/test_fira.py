@@ -1,6 +1,7 @@
 """What Fira alone promises, against its formulas written here afresh."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -200,6 +201,15 @@ def test_hooks_refuse_what_needs_all_gradients():
     model(torch.ones(1, 6, dtype=F64)).sum().backward()
     with pytest.raises(UsageError, match="cannot accumulate micro-batches layer by layer"):
         model(torch.ones(1, 6, dtype=F64)).sum().backward()
+
+
+@pytest.mark.parametrize("search", ["auto", "gram", "randomised", "iteration"])
+def test_any_search_will_do(search):
+    """Full rank at both: then all searches span the same, and directions do not matter to SGD."""
+    grads = spectrum((9, 6), 8)
+    rules = (Fira(rank=6, every=3, search=way).rule() for way in ("svd", search))
+    paths = [train(replace(rule, inner=SGD()), start((9, 6)), grads)[0] for rule in rules]
+    torch.testing.assert_close(paths[0][-1], paths[1][-1], rtol=0, atol=1e-10)
 
 
 def test_both_sides_are_refused():

@@ -13,7 +13,7 @@ from eckart.optim.inner import (
     Normalised,
     Orthogonal,
 )
-from eckart.optim.leading import SVD, Gram, Iteration, Leading, Randomised
+from eckart.optim.leading import SEARCHES, SVD, Gram, Iteration, Leading, Randomised
 from eckart.optim.optimizer import LowRankOptimizer
 from eckart.optim.pair import (
     Factor,
@@ -42,6 +42,7 @@ from eckart.optim.storage import EightBit, Packed
 from eckart.optim.warm import Warm
 
 __all__ = [
+    "SEARCHES",
     "SGD",
     "SVD",
     "Adafactor",

@@ -149,3 +149,12 @@ class Iteration(Subspace):
             signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G.dtype)
             Z = Q * signs.unsqueeze(-2)  # the QR that changes as little as Z does
         return polish(Z)
+
+
+SEARCHES: dict[str, type[Subspace]] = {  # as the methods' `search` calls them
+    "auto": Leading,
+    "svd": SVD,
+    "gram": Gram,
+    "randomised": Randomised,
+    "iteration": Iteration,
+}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.inner import Direction, Inner, Memoryless
-from eckart.optim.part import Part, Tensors, stacked
+from eckart.optim.part import CACHED, Part, Tensors, stacked
 from eckart.optim.project import Subspace, add_up_
 from eckart.optim.sharded import sum_
 
@@ -58,7 +58,7 @@ class Rescaled(Residual):
 
         phi_j = |N_j| / (|R_j| + 1e-8)          j runs over the long side, or is one for all
         S = phi (G - c up(R)) / q               q from the limiter
-        U = scale up(N) + S = (phi / q) G + up(scale N - (c / q) phi R)
+        U = scale up(N) + S = (phi / q) G + scale up(N - (c / scale) (phi / q) R)
 
     c = scale where `center` is "scaled" (its code), 1 where it is "exact" (its paper). The
     norm of S follows from norms of lines, as the basis is orthonormal:
@@ -78,10 +78,10 @@ class Rescaled(Residual):
             psi = low.new_zeros(len(entries), 1, 1)
         else:
             psi = factors(entries, R, low, c, self.phi, self.phi_max).to(low.dtype)
-        low = torch.addcmul(rule.scale * low, psi.to(R.dtype), R, value=-c)
-        for e, inside, p, x in zip(entries, low, psi, correction, strict=True):
+        inside = torch.addcmul(low, psi.to(R.dtype), R, value=-c / rule.scale)
+        for e, n, p, x in zip(entries, inside, psi, correction, strict=True):
             W, g, size = e.weight, e.view(e.gradient), rate / x
-            add_up_(W, inside, e.basis, alpha=-size, beta=keep)
+            add_up_(W, n, e.basis, alpha=-size * rule.scale, beta=keep)
             W.addcmul_(g.to(W.dtype), p.to(W.dtype), value=-size)
             e.write(W)
 
@@ -197,4 +197,8 @@ def squares(t: Tensor, dim: int) -> Tensor:
 def norms(t: Tensor, dim: int) -> Tensor:
     """Norms of lines along a dimension, which is kept; in fp32 at least."""
     wide = torch.promote_types(t.dtype, torch.float32)
+    if t.is_cpu and dim == -2:  # where torch's own take ten times as long
+        rows = max(1, CACHED // max(1, t[..., :1, :].numel()))
+        sums = [part.to(wide).square().sum(dim, keepdim=True) for part in t.split(rows, dim)]
+        return (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)).sqrt()
     return torch.linalg.vector_norm(t, dim=dim, keepdim=True, dtype=wide)

@@ -25,7 +25,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
-from eckart.optim import Adam, Leading, NormGrowth, Refresh, Rescaled, Rule
+from eckart.optim import SEARCHES, Adam, NormGrowth, Refresh, Rescaled, Rule
 from eckart.recipe.method import Paper, Update
 
 
@@ -61,6 +61,10 @@ class Fira(Update):
     side: Literal["auto", "reverse", "left", "right"] = "auto"
     """Which side is projected: auto the short one, reverse the long one."""
 
+    search: Literal["auto", "svd", "gram", "randomised", "iteration"] = "auto"
+    """How a basis is found, as for galore. Paper: svd. auto: svd, and where the projected side
+    has 1024 or more, one pass of random products, ten times as fast."""
+
     on_refresh: Literal["keep", "rotate", "reset"] = "keep"
     """The moments at a new basis: kept as they are (paper), rotated into it, or forgotten."""
 
@@ -92,7 +96,7 @@ class Fira(Update):
     def rule(self) -> Rule:
         return Rule(
             inner=Adam(self.betas, self.eps, self.eps_mode),
-            projector=Leading(self.rank, self.side),
+            projector=SEARCHES[self.search](self.rank, self.side),
             refresh=Refresh(self.every, self.on_refresh, self.stagger),
             residual=Rescaled(self.center, self.phi, self.phi_max),
             limiter=None if self.gamma is None else NormGrowth(self.gamma),

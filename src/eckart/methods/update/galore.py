@@ -25,29 +25,17 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 
 from eckart.optim import (
-    SVD,
+    SEARCHES,
     Adafactor,
     Adam,
     EightBit,
-    Gram,
     Inner,
-    Iteration,
-    Leading,
     Packed,
     Projector,
-    Randomised,
     Refresh,
     Rule,
 )
 from eckart.recipe.method import Paper, Update
-
-SEARCHES = {
-    "auto": Leading,
-    "svd": SVD,
-    "gram": Gram,
-    "randomised": Randomised,
-    "iteration": Iteration,
-}
 
 
 @dataclass(frozen=True)
