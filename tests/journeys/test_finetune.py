@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from eckart.io.models import load_model
 from eckart.io.opening import open_model
 from eckart.io.run import read_metrics
+from eckart.jobs import fit
 from eckart.jobs.config import resolve
 from tests.journeys.runs import eckart, labels, model_folder, texts
 from tests.tiny import logits
@@ -197,7 +198,7 @@ def test_a_shape_without_weights_is_sent_to_pretrain(place, tmp_path):
     assert ran.code == 2 and "eckart pretrain llama-tiny DATA" in ran.err
 
 
-def test_a_rate_that_is_too_high_ends_with_the_module_and_the_last_good_checkpoint(place, tmp_path):
+def test_a_rate_that_is_too_high_ends_with_the_module(place, tmp_path):
     ran = eckart(
         "finetune", place / "m", place / "d.jsonl", "method=dense", "train.steps=30",
         "train.lr=1e30", "train.warmup=0", "train.clip=null", "data.eval=0",
@@ -206,9 +207,36 @@ def test_a_rate_that_is_too_high_ends_with_the_module_and_the_last_good_checkpoi
     assert ran.code == 5, ran.err
     assert "is NaN at step" in ran.err or "is infinite at step" in ran.err
     assert "; first in model." in ran.err
-    assert f"last good checkpoint  {tmp_path / 'r' / 'checkpoints' / 'step-'}" in ran.err
-    assert "train.lr=5e+29" in ran.err
+    # the one checkpoint there was holds the weights that went wrong
+    assert ran.err.endswith(
+        "  last good checkpoint  none was saved before\n"
+        "Start again with a lower rate: train.lr=5e+29\n"
+    )
+    assert not list((tmp_path / "r" / "checkpoints").iterdir())
     assert json.loads((tmp_path / "r" / "run.json").read_text())["exit"] == 5
+
+
+def test_a_divergence_names_module_step_and_the_last_good_checkpoint_which_goes_on(
+    place, tmp_path, monkeypatch
+):
+    told, out = fit.Interrupt.on_step_end, tmp_path / "r"
+
+    def spoilt(self, args, state, control, **more):
+        if state.global_step == 3:
+            more["model"].model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+        return told(self, args, state, control, **more)
+
+    monkeypatch.setattr(fit.Interrupt, "on_step_end", spoilt)
+    words = ("train.steps=5", "train.batch_size=2", "train.save_every=1", "train.lr=2e-3")
+    words += ("method=dense", "data.eval=0")
+    ran = eckart("finetune", place / "m", place / "d.jsonl", *words, "-o", out)
+    assert ran.code == 5 and ran.err.endswith(
+        "loss is NaN at step 4; first in model.layers.1.mlp.up_proj.weight (weight)\n"
+        f"  last good checkpoint  {out}/checkpoints/step-2\n"
+        f"Go on with a lower rate: eckart finetune --resume {out} train.lr=0.001\n"
+    ), ran.err
+    monkeypatch.setattr(fit.Interrupt, "on_step_end", told)
+    assert eckart("finetune", "--resume", out, "train.lr=0.001").code == 0
 
 
 def test_the_page_of_a_run_is_whole_in_itself(first_run, place):

@@ -187,6 +187,12 @@ class Run:
             if path != always:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def drop_from(self, step: int) -> None:
+        """Remove the checkpoints of a step and of those after it."""
+        for path in checkpoint_folders(self.folder):
+            if int(path.name[5:]) >= step:
+                shutil.rmtree(path)
+
     def finish(self, exit: int = 0, error: str | None = None, **facts: Any) -> None:
         """Record how the run ended and release the folder.
 

@@ -85,7 +85,7 @@ def fit(
         with listening(trained.interrupt):
             trained.train(resume_from_checkpoint=str(resume) if resume else None)
     except Diverged as fault:
-        raise last_good(fault, run, job) from None
+        raise last_good(fault, run, job, trained.state.global_step) from None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
         if is_out_of_memory(fault):
             optimizer = trained.inner_optimizer or handle.optimizer(float(job.train.lr))
@@ -329,14 +329,19 @@ def interrupted(job: Job, run: Run, step: int) -> Interrupted:
     )
 
 
-def last_good(fault: Diverged, run: Run, job: Job) -> Diverged:
-    """A divergence with the checkpoint before it and the way on."""
+def last_good(fault: Diverged, run: Run, job: Job, step: int) -> Diverged:
+    """A divergence after so many steps, with the checkpoint before it and the way on.
+
+    A checkpoint of that very step is removed: it is what went wrong, and would again at any rate.
+    """
+    run.drop_from(step)
     found = run.latest()
     lower = f"train.lr={float(job.train.lr) / 2:.2g}"
     if found is None:
-        fact, fix = "none was saved yet", f"Start again with a lower rate: {lower}"
+        fact, fix = "none was saved before", f"Start again with a lower rate: {lower}"
     else:
-        fact, fix = str(found), f"Continue with a lower rate: --resume {run.folder} {lower}"
+        again = f"eckart {job.command} --resume {run.folder} {lower}"
+        fact, fix = str(found), f"Go on with a lower rate: {again}"
     return Diverged(fault.what, [*fault.facts, ("last good checkpoint", fact)], fix)
 
 
