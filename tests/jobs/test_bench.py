@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from datasets import Dataset
 
 from eckart.errors import MissingExtra, OutOfRoom, UsageError
 from eckart.jobs import bench, contest, lengths, runner
@@ -75,6 +76,7 @@ def test_a_bench_ends_with_a_table_a_page_and_what_they_say(whole):
     assert (out / "table.csv").read_text().splitlines()[1].startswith("dense,baseline,")
     assert json.loads((out / "run.json").read_text())["exit"] == 0
     assert document["methods"][0]["verdict"] == "baseline"
+    assert document["held_fixed"]["matched"] == "nothing: each method at its own size"
     assert document["repeat"].endswith(
         "--methods dense+galore:rank=2 --window 3 --purse 3 --choose 1 --seeds 3 "
         "data.eval=0.2 data.seq_len=16 train.batch_size=4 train.steps=3"
@@ -106,6 +108,16 @@ def test_the_rate_is_chosen_without_the_test_rows(place, monkeypatch, tmp_path):
     rates = [[(r["lr"], r["lr_curve"]) for r in d["methods"]] for d in (plain, other)]
     assert rates[0] == rates[1]
     assert plain["methods"][1]["test"] != other["methods"][1]["test"]
+
+
+@pytest.mark.parametrize("count", [4, 5, 17, 60, 244])
+def test_both_halves_of_what_is_held_out_are_of_the_whole_file(count):
+    chosen_by, reported_on = contest.split(Dataset.from_dict({"place": range(count)}))
+    one, other = (rows["place"] for rows in (chosen_by, reported_on))
+    assert sorted([*one, *other]) == list(range(count))
+    assert abs(len(one) - len(other)) <= -(-count // contest.TURNS)
+    # drift along the file is the same in both: their middles are a turn apart, not half a file
+    assert abs(sum(one) / len(one) - sum(other) / len(other)) <= -(-count // contest.TURNS)
 
 
 def test_an_interrupted_bench_ends_with_the_same_bytes(place, whole, tmp_path, monkeypatch):

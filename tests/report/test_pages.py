@@ -42,7 +42,8 @@ def run_page():
 def bench_row(name, difference=None, verdict="baseline"):
     return {
         "name": name, "lr": 1e-3, "default_lr": 1e-3, "at_edge": False, "trials": 9,
-        "lr_curve": [{"lr": 10**-k, "mean": 3.0 + k, "values": [3.0 + k, None]} for k in (4, 3, 2)],
+        "lr_curve": [{"lr": 10**-k, "mean": 3.0 + k, "values": [3.0 + k, None]} for k in (4, 3, 2)]
+        + [{"lr": 0.03, "mean": None, "values": [None, None]}],
         "basin_decades": 1.0, "regret_at_default_lr": 0.0, "regret_at_baseline_lr": None,
         "expected_after_trials": [3.2, 3.1], "verdict": verdict, "reason": "", "recipe": "R()",
         "test": {"mean": 3.0, "sd": 0.1, "values": [2.9, 3.1, 3.0]}, "difference": difference,

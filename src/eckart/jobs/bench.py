@@ -193,7 +193,7 @@ def compare(
             )
         ],
         "ranking": ranking(records),
-        "held_fixed": held_fixed(job, planned, entered),
+        "held_fixed": held_fixed(job, options, planned, entered),
         "repeat": repeat(job, options),
         "warnings": screen.warnings,
     }
@@ -257,15 +257,24 @@ def costs(r: Record, length: Length, data: Any) -> dict[str, Any]:
     }
 
 
+MATCHED = {
+    "none": "nothing: each method at its own size",
+    "parameters": "trained parameters, by rank",
+}
+
+
 def held_fixed(
-    job: Job, planned: Mapping[str, Length], entered: Sequence[Contestant]
+    job: Job, options: Options, planned: Mapping[str, Length], entered: Sequence[Contestant]
 ) -> dict[str, str]:
-    """What all contestants had in common, each said once."""
+    """What all contestants had in common, each said once, and what was made equal."""
+    by_bytes = options.budget.startswith("bytes")
     steps = {planned[c.name].steps for c in entered}
     rows = {planned[c.name].rows for c in entered}
     return {
         "model": str(job.model),
         "data": ", ".join(s.path for s in job.data.train),
+        "budget": options.budget or "steps",
+        "matched": MATCHED[options.match] + ("; peak bytes, by rows" if by_bytes else ""),
         "steps": " to ".join(str(s) for s in sorted(steps)[:: max(1, len(steps) - 1)]),
         "rows in a batch": " to ".join(str(s) for s in sorted(rows)[:: max(1, len(rows) - 1)]),
         "schedule": f"{job.train.schedule}, warm-up {job.train.warmup:g}",

@@ -40,7 +40,7 @@ def verdicts(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | 
     head = ["method", "test loss", "over seeds", "better by", "from", "to", "p (Holm)",
             "visible from", "verdict"]  # fmt: skip
     cells = [
-        [r["name"], shown(r["test"]["mean"]), shown(r["test"]["sd"], 2), *between(r), r["verdict"]]
+        [r["name"], loss(r["test"]["mean"]), loss(r["test"]["sd"]), *between(r), r["verdict"]]
         for r in rows
     ]
     reasons = [f"{r['name']}: {r['reason']}." for r in rows if r.get("reason")]
@@ -61,8 +61,8 @@ def between(r: Row) -> list[str]:
         return [""] * 5
     low, high = d["interval"]
     return [
-        shown(d["mean"]), shown(low), shown(high), shown(d["p_corrected"], 2),
-        shown(d["smallest_visible"], 2),
+        *(loss(value, "+") for value in (d["mean"], low, high)),
+        shown(d["p_corrected"], 2), loss(d["smallest_visible"]),
     ]  # fmt: skip
 
 
@@ -76,10 +76,11 @@ def rates(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Tab
         x, y = [p["lr"] for p in points], [p["mean"] for p in points]
         drawn.append(Curve(row["name"], x, y, low, high, marks=True))
     head = ["method", "best lr", "at an edge", "basin, decades", "lost at its default lr",
-            "lost at the baseline's lr", "runs"]  # fmt: skip
+            "lost at the baseline's lr", "diverged at", "runs"]  # fmt: skip
     cells = [
-        [r["name"], f"{r['lr']:.2g}", "yes" if r["at_edge"] else "", shown(r["basin_decades"], 2),
-         shown(r["regret_at_default_lr"], 3), shown(r["regret_at_baseline_lr"], 3),
+        [r["name"], f"{r['lr']:.2g}", "yes" if r["at_edge"] else "no", shown(r["basin_decades"], 2),
+         loss(r["regret_at_default_lr"]), loss(r["regret_at_baseline_lr"]),
+         ", ".join(f"{p['lr']:.2g}" for p in r["lr_curve"] if p["mean"] is None),
          str(r["trials"])]
         for r in rows
     ]  # fmt: skip
@@ -141,6 +142,11 @@ def costs(rows: Sequence[Row]) -> list[Figure | Table]:
 
 def fixed(document: Mapping[str, Any]) -> Table:
     return Table(["what", "value"], [[k, v] for k, v in document["held_fixed"].items()])
+
+
+def loss(value: float | None, sign: str = "") -> str:
+    """In nats, to the fourth place."""
+    return "" if value is None else f"{value:{sign}.4f}"
 
 
 def shown(value: float | None, digits: int = 4) -> str:
