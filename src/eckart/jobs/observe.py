@@ -1,8 +1,10 @@
 """What a run's page shows beside its metrics: how the update grew, turned and what it says.
 
     update_norm   |theta_after - theta_before| of a step that is logged, all that is trained
-    spectra       singular values of what was learned, six times in a run
-    overlaps      at a refresh of a basis: |P_old^T P_new|^2 / r, the share of it that stays
+    spectra       singular values of what was learned, six times in a run; see change.py for
+                  those of full training
+    overlaps      at a refresh of a basis: |P_old^T P_new|^2 / r, the share of it that stays;
+                  of chosen coordinates or columns the share that is chosen again
     samples       the same held-out beginnings gone on with, before and after
 
 Update norms stand in metrics.jsonl, spectra and overlaps in spectra.jsonl, a line for each step
@@ -20,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from eckart.io.run import SPECTRA, Run
 from eckart.io.text import Data
+from eckart.jobs.change import changes, starts
 from eckart.jobs.memory import size
 from eckart.jobs.page import spectra
 from eckart.jobs.screen import Screen
@@ -27,7 +30,8 @@ from eckart.recipe import Handle
 
 COPIED = 256 * 10**6  # bytes of trained tensors up to which a step's update is measured
 TIMES, REFRESHES = 6, 100  # spectra and overlaps of a run at most
-WATCHED, VALUES = 8, 64  # matrices whose basis is watched; singular values that are kept
+WATCHED, VALUES = 8, 512  # matrices whose basis is watched; singular values that are kept
+SIDES = {"left": 2, "right": 2, "index": 1}  # what a basis is kept as, and its dimensions
 PROMPTS, BEGUN, TOKENS = 2, 64, 32  # samples: how many, tokens given, tokens written
 
 
@@ -38,6 +42,7 @@ class Observer(TrainerCallback):
         self.run, self.handle, self.optimizer = run, handle, optimizer
         self.before: list[Tensor] = []
         self.bases: dict[tuple[str, str], tuple[int, Tensor]] = {}
+        self.start = starts(handle)  # of a full training
         self.next_overlap = 0
         self.update_norm: float | None = None
 
@@ -65,10 +70,16 @@ class Observer(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         step, every = state.global_step, max(1, state.max_steps // TIMES)
-        due = self.handle.attached and (step % every == 0 or step == state.max_steps)
-        if due and (found := spectra(self.handle)):
+        due = step % every == 0 or step == state.max_steps
+        if due and (found := self.learned(whole=args.world_size == 1)):
             kept = {path: rounded(values[:VALUES]) for path, values in found.items()}
             self.run.log(SPECTRA, step=step, spectra=kept)
+
+    def learned(self, whole: bool) -> dict[str, list[float]]:
+        """Singular values by matrix; of full training where this process has `whole` matrices."""
+        if self.handle.attached:
+            return spectra(self.handle)
+        return changes(self.handle, self.start) if whole else {}
 
     def trained(self) -> list[Tensor]:
         return list(self.handle.trainable().values())
@@ -96,15 +107,20 @@ class Observer(TrainerCallback):
         found = [
             (named[p].removesuffix(".weight"), side, entry["due"], entry[side].detach())
             for p, entry in self.optimizer().state.items()
-            for side in ("left", "right")
-            if p in named and isinstance(entry.get(side), Tensor) and entry[side].ndim == 2
+            for side, dims in SIDES.items()
+            if p in named and isinstance(entry.get(side), Tensor) and entry[side].ndim == dims
         ]
         step = max(1, len(found) // WATCHED)
         return found[::step][:WATCHED]
 
 
 def overlap(old: Tensor, new: Tensor, side: str) -> float:
-    """|P_old^T P_new|^2 / r, with P [m, r] on the left and [r, n] on the right."""
+    """|P_old^T P_new|^2 / r, with P [m, r] on the left and [r, n] on the right.
+
+    An index [r] names directions of one orthogonal basis: the share of them that is in both.
+    """
+    if side == "index":
+        return float(torch.isin(new, old).float().mean())
     product = old.float().mT @ new.float() if side == "left" else old.float() @ new.float().mT
     return float(product.square().sum() / product.shape[-1])
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eckart.io.folder import write_text
 from eckart.io.run import SPECTRA, Run, read_lines
+from eckart.jobs.change import why_not
 from eckart.jobs.config import Job
 from eckart.recipe import Handle
 
@@ -47,6 +48,7 @@ def write_page(
         command=f"eckart {job.command} -c {run.folder / 'resolved.yaml'}",
         spectra=over_time | ({rows[-1]["step"]: last} if rows and last else {}),
         overlaps=overlaps,
+        unseen=why_not(handle),
         coverage=handle.coverage.by_role,
         memory=memory,
         samples=samples,

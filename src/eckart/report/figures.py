@@ -109,7 +109,11 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], x_label: str) ->
     names = list(groups)
     categories = list(dict.fromkeys(c for values in groups.values() for c in values))
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        height = 0.9 + 0.42 * len(names)
+        height = (
+            0.9
+            + 0.42 * len(names)
+            + 0.25 * (-(-len(categories) // 3) if len(categories) > 1 else 0)
+        )
         canvas = Canvas(figsize=(6.4, max(1.8, height)), layout="constrained")
         axes = canvas.add_subplot()
         for i, category in enumerate(categories):
@@ -120,7 +124,7 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], x_label: str) ->
         axes.invert_yaxis()
         axes.set_xlabel(x_label)
         if len(categories) > 1:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3)
+            canvas.legend(loc="outside lower center", ncols=3)  # below the axis' label
         parts = [
             f"{name}: " + ", ".join(f"{c} {v:.3g}" for c, v in groups[name].items())
             for name in names

@@ -24,6 +24,7 @@ def page(
     command: str = "",
     spectra: Mapping[int, Spectra] | None = None,
     overlaps: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    unseen: str = "",
     coverage: Mapping[str, Mapping[str, int]] | None = None,
     memory: Mapping[str, Mapping[str, float]] | None = None,
     samples: Sequence[tuple[str, str, str]] = (),
@@ -36,13 +37,14 @@ def page(
     grad_norm, update_norm, penalty, and others, which get a figure of their own.
     `spectra`: step -> site -> singular values of what was learned (the last step is drawn).
     `overlaps`: site -> [(step, share of the old subspace in the new one)] at refreshes.
+    `unseen`: why there are no spectra where one would look for them.
     `coverage`: role -> {trained, projected, frozen, unreachable} elements.
     `memory`: {"estimated": {category: bytes}, "measured": {category: bytes}}.
     `samples`: (prompt, before, after). `resolved`: (key, value, reason; "" where given).
     """
     sections = [
         Section("Training", training(metrics)),
-        Section("What was learned", learned(spectra or {}, overlaps or {})),
+        Section("What was learned", learned(spectra or {}, overlaps or {}, unseen)),
         Section("What was trained", reached(coverage or {})),
         Section("Memory", remembered(memory or {})),
         Section("Samples", [sample(*s) for s in samples]),
@@ -119,10 +121,12 @@ def curve(metrics: Sequence[Mapping[str, Any]], key: str) -> Curve | None:
 
 
 def learned(
-    spectra: Mapping[int, Spectra], overlaps: Mapping[str, Sequence[tuple[int, float]]]
-) -> list[Figure | Table]:
+    spectra: Mapping[int, Spectra],
+    overlaps: Mapping[str, Sequence[tuple[int, float]]],
+    unseen: str = "",
+) -> list[Figure | Table | Text]:
     """Singular values of the change, its effective rank over time and by place, overlaps."""
-    found: list[Figure | Table] = []
+    found: list[Figure | Table | Text] = [Text(unseen)] if unseen else []
     if spectra:
         last = spectra[max(spectra)]
         by_role = grouped(last)
