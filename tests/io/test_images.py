@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, ViTConfig
 
 from eckart.errors import FileError, UsageError
 from eckart.io.images import read, read_images
-from eckart.io.pictures import decoded
+from eckart.io.pictures import decoded, holds_images
 from eckart.io.preprocessing import Preprocessing, load_preprocessing
 
 
@@ -39,6 +39,22 @@ def sources(root, colours):
     rows = [{"bytes": png(pixels), "path": None} for pixels in colours]
     pa.parquet.write_table(pa.table({"image": rows, "label": classes}), root / "b.parquet")
     return [root / "folder", root / "a.npz", root / "b.parquet"]
+
+
+def test_a_saved_data_set_names_its_classes_and_weights_repeat_rows(tmp_path, colours):
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    features = Features({"img": Image(), "label": ClassLabel(names=["ant", "cat"])})
+    rows = [{"bytes": png(pixels), "path": None} for pixels in colours]
+    made = Dataset.from_dict({"img": rows, "label": [i % 2 for i in range(12)]}, features=features)
+    made.save_to_disk(tmp_path / "saved")
+    assert holds_images(str(tmp_path / "saved"))
+    once = read(str(tmp_path / "saved"), Preprocessing(6, 6), eval=0, cache=False)
+    folder = read(str(sources(tmp_path, colours)[0]), Preprocessing(6, 6), eval=0, cache=False)
+    assert once.labels == ("ant", "cat") and content(once.train) == content(folder.train)
+    entry = {"path": str(tmp_path / "saved"), "weight": 2.5}
+    more = read([entry], Preprocessing(6, 6), eval=0, cache=False)
+    assert len(more.train) == 30 and "weight 2.5" in more.summary
 
 
 def content(data):

@@ -22,6 +22,7 @@ import pyarrow.parquet
 from eckart.errors import FileError, MissingExtra, did_you_mean
 from eckart.io.folder import sha256_of
 from eckart.io.models import missing
+from eckart.io.reading import DataSource, hub_dataset, is_hub
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 PIXEL_NAMES = ("images", "image", "img", "pixel_values", "x", "X", "data")
@@ -61,9 +62,13 @@ def holds_images(source: str) -> bool:
     A folder is one where more images than other data lie in folders below it.
     """
     path = Path(source).expanduser()
+    if not path.exists() and source == DIGITS:
+        return True
+    if (table := dataset_in(source)) is not None:
+        return any(name in PIXEL_NAMES and is_picture(f) for name, f in table.features.items())
     if not path.exists():
         listed = images_of(source) if has_magic(source) else []
-        return source == DIGITS or bool(listed) or all_tables_hold_images(source)
+        return bool(listed) or all_tables_hold_images(source)
     if path.is_dir():
         inside = [p for p in visible(path) if p.is_file()]
         pictures = [p for p in inside if p.suffix.lower() in IMAGES and p.parent != path]
@@ -71,6 +76,20 @@ def holds_images(source: str) -> bool:
         others = sum(p.suffix.lower() in (".txt", ".md", ".jsonl", ".json", ".csv") for p in inside)
         return len(pictures) > others or bool(tables and not others and in_columns(tables[0]))
     return path.suffix == ".npz" or (path.suffix == ".parquet" and in_columns(path))
+
+
+def dataset_in(source: str) -> Any:
+    """A folder that `Dataset.save_to_disk` wrote, or a data set of the hub; None for others."""
+    if (Path(source).expanduser() / "state.json").is_file():
+        import datasets
+
+        return datasets.load_from_disk(str(Path(source).expanduser()))
+    return hub_dataset(source) if is_hub(DataSource(source, source)) else None
+
+
+def is_picture(feature: Any) -> bool:
+    """Is this a column of images, for `datasets`?"""
+    return type(feature).__name__ == "Image"
 
 
 def visible(root: Path) -> Iterator[Path]:
@@ -125,9 +144,11 @@ def found_in(source: str) -> Found:
     path = Path(source).expanduser()
     if has_magic(source) and not path.exists():
         return of_files(images_of(source)) if images_of(source) else in_tables(tables_of(source))
+    if not path.exists() and source == DIGITS:
+        return digits()
+    if (table := dataset_in(source)) is not None:
+        return in_dataset(table, source)
     if not path.exists():
-        if source == DIGITS:
-            return digits()
         raise missing(path)
     if path.is_dir():
         tables = tables_of(source)
@@ -236,31 +257,53 @@ def in_parquet(path: Path) -> Found:
     except (pa.ArrowException, OSError) as fault:
         reason = str(fault).splitlines()[0]
         raise FileError("this is not parquet", [(str(path), reason)]) from fault
+    return in_table(table, str(path))
+
+
+def in_dataset(dataset: Any, source: str) -> Found:
+    """A data set of `datasets`; classes that it names have their names."""
+    found = in_table(dataset.with_format("arrow")[:], source)
+    label = next(name for name in CLASS_NAMES if name in dataset.column_names)
+    names = getattr(dataset.features[label], "names", None)
+    classes = [names[int(c)] for c in found.classes] if names else found.classes
+    return replace(found, classes=classes)
+
+
+def in_table(table: pa.Table, path: str) -> Found:
+    """The rows of a table with a column of images and one of labels."""
     columns = table.column_names
     pixel = next((n for n in PIXEL_NAMES if n in columns), None)
     label = next((n for n in CLASS_NAMES if n in columns), None)
     if pixel is None or label is None or not table.num_rows:
         lost = "image" if pixel is None else "label" if label is None else "row"
-        raise FileError(f"the file has no {lost}", [(str(path), "columns " + ", ".join(columns))])
+        raise FileError(f"the file has no {lost}", [(path, "columns " + ", ".join(columns))])
     classes = table[label].to_pylist()
     if None in classes:
         raise FileError("the row has no label", [(f"{path}, row {classes.index(None) + 1}", "")])
     values = table[pixel].to_pylist()
-    contents = [v.get("bytes") if isinstance(v, dict) else v for v in values]
+    contents = [encoded_in(v) if isinstance(v, dict) else v for v in values]
     if isinstance(contents[0], list):
-        return in_arrays(same_shapes(contents, path), np.asarray(classes), str(path))
-    encoded = [content for content in contents if isinstance(content, bytes)]
+        return in_arrays(same_shapes(contents, path), np.asarray(classes), path)
+    encoded = [content for content in contents if isinstance(content, bytes | Path)]
     if len(encoded) < len(contents):
-        i = next(i for i, content in enumerate(contents, 1) if not isinstance(content, bytes))
+        i = next(
+            i for i, content in enumerate(contents, 1) if not isinstance(content, bytes | Path)
+        )
         raise FileError("a row has no image", [(f"{path}, row {i}", "no bytes")])
     return Found(
-        pictures=list(encoded),
+        pictures=encoded,
         classes=[str(c) for c in classes],
         where=[f"{path}, row {i + 1}" for i in range(len(encoded))],
     )
 
 
-def same_shapes(rows: Sequence[Any], path: Path) -> np.ndarray:
+def encoded_in(entry: Mapping[str, Any]) -> bytes | Path | None:
+    """The image of a {bytes, path} entry; of the two the bytes where they are there."""
+    path = entry.get("path")
+    return entry.get("bytes") or (Path(path) if path and Path(path).is_file() else None)
+
+
+def same_shapes(rows: Sequence[Any], path: str) -> np.ndarray:
     """Rows of pixels as one array. Raises FileError with the first of another shape."""
     shapes: list[tuple[int, ...]] = []
     for i, row in enumerate(rows, 1):
