@@ -8,7 +8,8 @@ import torch
 
 from eckart.errors import UsageError
 from eckart.optim.layerwise import peak_gradient_bytes
-from tests.conftest import randomise
+from eckart.recipe import Recipe, attach, registry
+from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import attached, slugs, small, steps, weights_methods
 from tests.methods.updates import spectrum, start, train
 from tests.optim.test_tuples import is_symmetric
@@ -188,3 +189,29 @@ def test_gradients_are_freed_as_they_come_or_it_is_said_that_none_would_be(slug)
         torch.testing.assert_close(p, q, rtol=0, atol=1e-9, msg=name)  # fp64, 5 steps
     assert peak <= peak_gradient_bytes(optimizer.param_groups, "first")
     assert peak < 0.6 * sum(p.numel() * p.element_size() for p in params)
+
+
+ROUNDS = [slug for slug in RULES if "rounding" in registry.find(slug).fields]
+
+
+@pytest.mark.parametrize("slug", ROUNDS)
+def test_bf16_weights_are_rounded_by_chance_over_fp32_moments_where_a_rule_offers_it(slug):
+    wide = {"state_dtype": "float32"} if "state_dtype" in registry.find(slug).fields else {}
+    weights = []
+    for rounding in ("nearest", "stochastic"):
+        update = small(slug, rounding=rounding, **wide)
+        model = tiny("llama", torch.bfloat16)
+        handle = attach(model, Recipe(weights=small("dense"), update=update))
+        optimizer = handle.optimizer(lr=1e-4, clip=1.0)
+        steps(handle, optimizer, [batch_for("llama")] * 4)
+        for p, state in optimizer.state.items():
+            moments = [state[k] for k in ("exp_avg", "exp_avg_sq") if k in state]
+            assert all(t.dtype == (torch.float32 if wide else p.dtype) for t in moments)
+        weights.append(torch.cat([p.detach().flatten() for p in handle.trainable().values()]))
+    assert weights[0].dtype == torch.bfloat16
+    moved = [(w != weights_of_tiny()).double().mean() for w in weights]
+    assert moved[1] > moved[0]  # steps of 1e-4 are mostly below half a bf16 step
+
+
+def weights_of_tiny():
+    return torch.cat([p.detach().flatten() for p in tiny("llama", torch.bfloat16).parameters()])

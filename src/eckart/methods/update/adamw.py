@@ -32,6 +32,9 @@ class AdamW(Update):
     """Share of a weight lost per step, times the learning rate. Usual: 0 for adapters,
     0.1 for pretraining."""
 
+    state_dtype: Literal["param", "float32"] = "param"
+    """The dtype of the moments. torch: the parameter's."""
+
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """Of bf16 weights when they move: by chance (stochastic), an update below half a bf16 step
     is not lost but made now and then. fp32 weights are never rounded. Usual: nearest."""
@@ -42,7 +45,9 @@ class AdamW(Update):
 
     def rule(self) -> Rule:
         return Rule(
-            Adam(self.betas, self.eps), weight_decay=self.weight_decay, rounding=self.rounding
+            Adam(self.betas, self.eps, state_dtype=self.state_dtype),
+            weight_decay=self.weight_decay,
+            rounding=self.rounding,
         )
 
     def cost(self, m: int, n: int) -> Cost:

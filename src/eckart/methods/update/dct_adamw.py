@@ -91,6 +91,13 @@ class DCTAdamW(Update):
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Share of a weight lost per step, times the learning rate."""
 
+    state_dtype: Literal["param", "float32"] = "param"
+    """The dtype of the moments. Code: the parameter's."""
+
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of bf16 weights when they move: to nearest, or by chance so that small updates count on
+    average."""
+
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 0.001
     mission: ClassVar = True
@@ -120,10 +127,13 @@ class DCTAdamW(Update):
             source=Momentum(self.momentum) if trion else error,
             scale_by=self.step_scale if trion else "one",
             weight_decay=self.weight_decay,
+            rounding=self.rounding,
         )
 
     def plain(self) -> Rule:
-        return Rule(self.adam(), weight_decay=self.weight_decay)
+        return Rule(self.adam(), weight_decay=self.weight_decay, rounding=self.rounding)
 
     def adam(self) -> Adam:
-        return Adam(self.betas, self.eps, age_correct=self.age_correct)
+        return Adam(
+            self.betas, self.eps, state_dtype=self.state_dtype, age_correct=self.age_correct
+        )

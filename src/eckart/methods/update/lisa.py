@@ -63,6 +63,13 @@ class LISA(Update):
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Share of a weight lost per step that it trains, times the learning rate."""
 
+    state_dtype: Literal["param", "float32"] = "param"
+    """The dtype of the moments. Code: the parameter's."""
+
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of bf16 weights when they move: to nearest, or by chance so that small updates count on
+    average."""
+
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 5e-5
     mission: ClassVar = True
@@ -74,7 +81,7 @@ class LISA(Update):
 
     def rule(self) -> Rule:
         return Rule(
-            Adam(self.betas, self.eps),
+            Adam(self.betas, self.eps, state_dtype=self.state_dtype),
             blocks=Blocks(
                 count=self.blocks,
                 every=self.every,
@@ -86,6 +93,7 @@ class LISA(Update):
                 weights=self.block_weights,
             ),
             weight_decay=self.weight_decay,
+            rounding=self.rounding,
         )
 
     def cost(self, m: int, n: int) -> Cost:
