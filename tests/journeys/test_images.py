@@ -260,6 +260,17 @@ def test_estimate_counts_images(learnt, place):
     assert ran.document["memory"]["factors"] == facts["memory"]["estimated"]["factors"]
 
 
+def test_a_vit_is_made_smaller_and_keeps_its_classes(learnt, place, tmp_path):
+    words = ("--to", "dense", "-o", tmp_path / "m")
+    assert eckart("convert", place / "learnt", *words).code == 0
+    out = tmp_path / "small"
+    ran = eckart("compress", tmp_path / "m", place / "photos", "keep=0.9", "-o", out)
+    assert ran.code == 0, ran.err
+    assert "import eckart.hf, then AutoModelForImageClassification.from_pretrained" in ran.out
+    ran = eckart("eval", out, place / "photos", "--json")
+    assert ran.code == 0 and ran.document["eval"]["accuracy"] > 0.5, ran.out
+
+
 # --- bad input -----------------------------------------------------------------------------
 
 
@@ -319,6 +330,11 @@ def test_what_is_wrong_with_images_is_said(place, tmp_path, monkeypatch):
         "Take a model for images, such as a ViT or a ResNet.\n",
         "llama", "p",
     )  # fmt: skip
+    ran = eckart("pretrain", "vit", "p", "-o", "r")
+    assert ran.code == 2 and ran.err.startswith(
+        "pretraining learns from text, with a model for words\n"
+        "  vit  looks at images\n  p    a task with classes: image\n"
+    )
     monkeypatch.setitem(sys.modules, "PIL", None)
     refused(
         6,

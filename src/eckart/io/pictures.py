@@ -284,12 +284,11 @@ def in_table(table: pa.Table, path: str) -> Found:
     contents = [encoded_in(v) if isinstance(v, dict) else v for v in values]
     if isinstance(contents[0], list):
         return in_arrays(same_shapes(contents, path), np.asarray(classes), path)
-    encoded = [content for content in contents if isinstance(content, bytes | Path)]
-    if len(encoded) < len(contents):
-        i = next(
-            i for i, content in enumerate(contents, 1) if not isinstance(content, bytes | Path)
-        )
-        raise FileError("a row has no image", [(f"{path}, row {i}", "no bytes")])
+    encoded: list[Picture] = []
+    for i, content in enumerate(contents, 1):
+        if not isinstance(content, bytes | Path):
+            raise FileError("a row has no image", [(f"{path}, row {i}", "no bytes")])
+        encoded.append(content)
     return Found(
         pictures=encoded,
         classes=[str(c) for c in classes],

@@ -96,7 +96,11 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def stem(path: str) -> str:
-    """A short name for a source: the file's name without its endings."""
+    """A short name for a source: the file's name without its endings, or a glob's folder."""
+    if has_magic(path):
+        parts = Path(path).parts
+        fixed = [*parts[: next(i for i, part in enumerate(parts) if has_magic(part))], path]
+        return fixed[-2] if len(fixed) > 1 else path
     return Path(path).name.split(".")[0] or Path(path).name or path
 
 

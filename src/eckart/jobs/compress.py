@@ -14,18 +14,20 @@ from typing import Any
 
 from eckart.errors import UsageError
 from eckart.io import factored
-from eckart.io.models import folder_of, holds_tokenizer, load_model, load_tokenizer, recognise
+from eckart.io.models import folder_of, holds_tokenizer, load_model, own_task, recognise
 from eckart.io.opening import Opened
 from eckart.io.run import Run
+from eckart.io.tasks import TASKS
 from eckart.io.text import Data
 from eckart.jobs import held_out, outcome, prepare, senses, settle
+from eckart.jobs.classes import require_task
 from eckart.jobs.config import Job
 from eckart.jobs.course import model_line
 from eckart.jobs.fit import fit
 from eckart.jobs.screen import Screen, amount
 from eckart.recipe import Compress, Handle, Recipe, attach
 
-LOADING = "import eckart.hf, then AutoModelForCausalLM.from_pretrained"
+LOADING = "import eckart.hf, then {}.from_pretrained"
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -37,8 +39,8 @@ def run(job: Job) -> dict[str, Any]:
     model = load_model(model_of(job))
     before = sum(p.numel() for p in model.parameters())
     screen.line("model", model_line(Opened(model, None, str(job.model))), Path(str(job.model)).name)
-    tokenizer = tokenizer_of(job)
-    job, data = read(job, model, tokenizer, screen)
+    reader = reader_of(job)
+    job, data = read(job, model, reader, screen)
     scores = {"before": held_out.measure(model, data, 8) if data else None, "after": None}
 
     recipe = Recipe(weights=method, update=job.heal.update.method)  # type: ignore[arg-type]
@@ -62,7 +64,7 @@ def run(job: Job) -> dict[str, Any]:
             scores["compressed"] = held_out.measure(model, data, 8)
             fit(healing(job, data, handle), run, handle, data, screen)
         scores["after"] = held_out.measure(model, data, 8) if data else None
-        factored.save(handle, run.final, overwrite=True, tokenizer=tokenizer)
+        factored.save(handle, run.final, overwrite=True, tokenizer=reader)
         found = document(job, screen, handle, scores, begun, run)
         run.record(
             **{k: v for k, v in found.items() if k not in ("run", "exit")}, format="factored"
@@ -103,17 +105,21 @@ def budget_of(job: Job) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(job.compress).items() if k in names}
 
 
-def tokenizer_of(job: Job) -> Any:
-    """The model's tokenizer, or None where there is none and no text is read."""
-    folder = folder_of(job.model or "")
-    return load_tokenizer(folder) if holds_tokenizer(folder) or job.data.train else None
+def reader_of(job: Job) -> Any:
+    """What reads the model's inputs, or None where there is no tokenizer and no text is read."""
+    task = own_task(job.model or "")
+    if job.data.train:
+        require_task(job)
+        return senses.reader_of(job)
+    there = TASKS[task].sees != "text" or holds_tokenizer(folder_of(job.model or ""))
+    return senses.beside(job.model or "", task) if there else None
 
 
-def read(job: Job, model: Any, tokenizer: Any, screen: Screen) -> tuple[Job, Data | None]:
+def read(job: Job, model: Any, reader: Any, screen: Screen) -> tuple[Job, Data | None]:
     """DATA, where it is given. UsageError where healing or the method needs it and it is not."""
     if job.data.train:
         job = senses.settled(job, model, prepare.device())
-        data = senses.read_data(job, tokenizer, model)
+        data = senses.read_data(job, reader, model)
         name, _, summary = data.summary.partition(": ")
         screen.line("data", summary, name)
         return job, data
@@ -165,7 +171,8 @@ def document(
 def report(screen: Screen, found: dict[str, Any]) -> None:
     """The last lines: what came out, and what to type next."""
     folder = outcome.shown(found["run"])
+    auto = TASKS[own_task(found["run"])].auto
     before, after = found["eval"]["before"], found["eval"]["after"]
     gained = f"held out {before['loss']:.3f} -> {after['loss']:.3f}; " if before and after else ""
-    screen.line("done", f"{gained}factored: {LOADING}", folder, result=True)
+    screen.line("done", f"{gained}factored: {LOADING.format(auto)}", folder, result=True)
     screen.line("next", f"eckart generate {folder}", result=True)

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import (
 )
 from transformers.initialization import no_init_weights
 
-from eckart.errors import EckartError
+from eckart.errors import EckartError, UsageError
 from eckart.io.heads import outside
 from eckart.io.preprocessing import USUAL, sides
 from eckart.io.presets import quiet
@@ -101,17 +101,22 @@ class Imagined:
         """
         with self.ready(checkpointing) as model, Live() as live:
             for _ in range(passes):
-                model(**self.batch(model, rows, length)).loss.backward()
+                self.loss(model, rows, length).backward()
         return self.weights + self.factors + self.state + live.peak
 
     def flops(self, rows: int, length: int) -> tuple[int, int]:
         """Floating-point operations of a forward pass, and of the backward pass after it."""
         with self.ready() as model:
             with FlopCounterMode(display=False, custom_mapping=ON_CPU) as forward:
-                loss = model(**self.batch(model, rows, length)).loss
+                loss = self.loss(model, rows, length)
             with FlopCounterMode(display=False, custom_mapping=ON_CPU) as backward:
                 loss.backward()
         return forward.get_total_flops(), backward.get_total_flops()
+
+    def loss(self, model: Any, rows: int, length: int) -> Tensor:
+        """What a step trains on, a data objective's own passes among it."""
+        inputs = self.batch(model, rows, length)
+        return self.live[1].loss(inputs, model(**inputs))
 
     def batch(self, model: Any, rows: int, length: int) -> dict[str, Tensor]:
         """What the model's task is taught from."""
@@ -176,7 +181,15 @@ def imagine(
     except EckartError:
         raise
     except UNKNOWN:
-        return by_formula(mode, config, recipe, dtype, device, steps, task)
+        try:
+            return by_formula(mode, config, recipe, dtype, device, steps, task)
+        except UNKNOWN:
+            kind = config.model_type
+            raise UsageError(
+                "this architecture cannot be estimated",
+                [(kind, "it asks for numbers while it is built")],
+                "Load it, and be told the same: eckart finetune MODEL DATA --dry-run",
+            ) from None
     optimizer = handle.optimizer(default_lr(recipe))  # first: it says which blocks rest
     with mode:
         trained = handle.trainable()

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from eckart.errors import UsageError
 from eckart.io.corpora import MASK, train_tokenizer
-from eckart.io.formats import format_of
+from eckart.io.formats import CLASSES, format_of
 from eckart.io.models import config_of, folder_of, holds_tokenizer, load_tokenizer, recognise
 from eckart.io.opening import Opened
 from eckart.io.presets import build_model
 from eckart.io.reading import rows_of, sources_of
-from eckart.io.tasks import task_of
+from eckart.io.tasks import TASKS, task_of
 from eckart.io.text import held_out_share, split
 from eckart.jobs import launch, prepare, senses
 from eckart.jobs.config import Job
@@ -40,12 +40,27 @@ def run(job: Job) -> dict[str, Any]:
         return launch.in_processes(job)
     job, screen = begin(job)
     shape = shape_of(job)
+    require_text(job, shape)
     tokenizer = tokenizer_for(job, shape)
     vocab = len(tokenizer) if recognise(shape).kind == "preset" else None
     model = build_model(shape, vocab, job.train.seed, dtype=prepare.dtype_of(job))
     share_ends(model, tokenizer)
     screen.line("vocab", f"{len(tokenizer):,} tokens")
     return course(job, screen, Opened(model, None, shape), tokenizer, write_whole)
+
+
+def require_text(job: Job, shape: str) -> None:
+    """Raise UsageError where there is no text to learn from, or a model that reads none."""
+    task, form = task_of(config_of(shape)), senses.form_of(job)
+    if TASKS[task].language and form not in CLASSES:
+        return
+    learns = f"a task with classes: {CLASSES[form]}" if form in CLASSES else form
+    raise UsageError(
+        "pretraining learns from text, with a model for words",
+        [(shape, TASKS[task].gives), (str(job.data.train[0].path), learns)],
+        "Classes are taught to a model with weights, random ones too: save one made by\n"
+        "AutoModel.from_config(CONFIG), and type eckart finetune FOLDER DATA method=dense",
+    )
 
 
 def shape_of(job: Job) -> str:
