@@ -9,11 +9,13 @@ from eckart.linear import alone, find_sites, fold, kernels
 from eckart.linear.layers import LinearSum
 from eckart.methods.weights.block_lora import BlockLoRA
 from eckart.methods.weights.bone import Bone
+from eckart.methods.weights.codyra import CoDyRA
 from eckart.methods.weights.dora import DoRA
 from eckart.methods.weights.dylora import DyLoRA
 from eckart.methods.weights.lamda import LaMDA
 from eckart.methods.weights.loldu import LoLDU
 from eckart.methods.weights.lora import LoRA
+from eckart.methods.weights.lora_sb import LoRASB
 from eckart.methods.weights.nola import NOLA
 from eckart.methods.weights.randlora import RandLoRA
 from eckart.recipe import Recipe, attach
@@ -32,6 +34,9 @@ METHODS = {
     "loldu": LoLDU(rank=7, targets=("map",)),
     "lamda": LaMDA(rank=3, targets=("map",)),
     "dylora": DyLoRA(rank=3, targets=("map",)),
+    "codyra": CoDyRA(rank=3, targets=("map",)),
+    "lora-xs": LoRASB(rank=3, init="xs", core="zero", targets=("map",)),
+    "block-lora": BlockLoRA(rank=4, blocks=2, targets=("map",)),
     "block-lora arms": BlockLoRA(rank=4, blocks=2, form="arms", targets=("map",)),
 }
 M, N, TOKENS = 18, 27, 40  # no rank above divides both sides; more tokens than either
@@ -166,13 +171,18 @@ def test_beside_a_bf16_base_the_error_is_at_most_twice_the_plain_forms(
         assert ours <= 2 * theirs + 1e-6 * torch.linalg.norm(true)
 
 
+# A gain takes the bias out of the product.
+AT_BASE = [name for name in METHODS if name != "dora"]
+
+
 @pytest.mark.parametrize("emulated", [False, True])
-@pytest.mark.parametrize("name", BESIDE)
-def test_beside_a_bf16_base_it_starts_at_the_base_bit_for_bit(name, emulated, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", AT_BASE)
+def test_it_starts_at_the_base_bit_for_bit(name, dtype, emulated, monkeypatch):
     monkeypatch.setattr("eckart.linear.products.BF16_ON_CPU", not emulated)
-    model, x = One().bfloat16(), torch.randn(TOKENS, N).bfloat16()
+    model, x = One().to(dtype), torch.randn(TOKENS, N).to(dtype)
     expected = model(x)
-    attach(model, Recipe(weights=METHODS[name]))
+    attach(model, Recipe(weights=METHODS[name]), steps=10)
     assert torch.equal(model(x), expected)
 
 
