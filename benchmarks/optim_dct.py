@@ -4,9 +4,9 @@
 
 The algorithm as published is written below matrix by matrix: coordinates by one product, their
 choice, moments turned by the product of the old and the new directions, the update projected
-back. The aim is at least twice its speed, with coordinates by the fast transform (route=fft);
-with the product S = G Q (route=matmul, the default) that and the update W += N Q^T are most of
-either's time, which is printed beside. Matrices of a 60M and a 350M Llama; steps are
+back. The aim is at least twice its speed, with coordinates as they are by default, here by the
+fast transform; with the product S = G Q (route=matmul) that and the update W += N Q^T are most
+of either's time, which is printed beside. Matrices of a 60M and a 350M Llama; steps are
 interleaved, ratios are of neighbours.
 """
 
@@ -79,8 +79,8 @@ def compared(name: str) -> dict[str, Any]:
     """Ratios, times, operations and bytes for blocks of one model."""
     width, wide, blocks, rank = MODELS[name]
     a, b, c, d = (problem(llama_shapes(width, wide, blocks)) for _ in range(4))
-    ours = LowRankOptimizer(a, lr=LR, rule=DCTAdamW(rank=rank, route="fft").rule())
-    plain = LowRankOptimizer(d, lr=LR, rule=DCTAdamW(rank=rank).rule())
+    ours = LowRankOptimizer(a, lr=LR, rule=DCTAdamW(rank=rank).rule())
+    plain = LowRankOptimizer(d, lr=LR, rule=DCTAdamW(rank=rank, route="matmul").rule())
     theirs = Published(b, rank)
     for i in range(3):  # gradients that change, so that the directions do
         torch.manual_seed(i)

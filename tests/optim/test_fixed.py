@@ -82,6 +82,10 @@ def test_both_norms_and_both_routes():
     for route in ("matmul", "fft"):
         assert chosen(Selected(1, norm=1, route=route), G)[0].tolist() != [3]
         assert chosen(Selected(1, norm=2, route=route), G)[0].tolist() == [3]
+    G = torch.randn(4, 300, dtype=F64, generator=torch.Generator().manual_seed(0))
+    a, b = (Selected(1, route=route).coordinates(G[None], -1) for route in ("auto", "matmul"))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    assert not torch.equal(a, b)  # the fast transform is taken, and rounds otherwise
     with pytest.raises(UsageError, match="only the dct2 basis has an fft route"):
         Selected(1, kind="dct3", route="fft")
 

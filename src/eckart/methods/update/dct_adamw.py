@@ -45,8 +45,9 @@ class DCTAdamW(Update):
     """The fixed basis: rows or columns of the DCT-II matrix (code: columns, dct3), a Hadamard
     matrix (powers of two only), or a random orthogonal one."""
 
-    route: Literal["matmul", "fft"] = "matmul"
-    """How dct2 coordinates are computed: one product, or n log n by a fast transform."""
+    route: Literal["auto", "matmul", "fft"] = "auto"
+    """How dct2 coordinates are computed: one product, or n log n by a fast transform; auto takes
+    that on a CPU from 256 directions on, where it is three to seven times as fast."""
 
     ell_norm: Literal[1, 2] = 1
     """Directions are ranked by sums of magnitudes (1) or of squares (2) of their coordinates.
