@@ -85,6 +85,13 @@ class Fira(Update):
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Share of a weight lost per step, times the learning rate. Paper: 0."""
 
+    state_dtype: Literal["param", "float32"] = "param"
+    """The dtype of the moments. Code: the parameter's."""
+
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of bf16 weights when they move: to nearest, or by chance so that small updates count on
+    average."""
+
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 0.01
     mission: ClassVar = True
@@ -95,7 +102,7 @@ class Fira(Update):
 
     def rule(self) -> Rule:
         return Rule(
-            inner=Adam(self.betas, self.eps, self.eps_mode),
+            inner=Adam(self.betas, self.eps, self.eps_mode, self.state_dtype),
             projector=SEARCHES[self.search](self.rank, self.side),
             refresh=Refresh(self.every, self.on_refresh, self.stagger),
             residual=Rescaled(self.center, self.phi, self.phi_max),
@@ -103,4 +110,5 @@ class Fira(Update):
             scale=self.scale,
             weight_decay=self.weight_decay,
             decay="after" if self.eps_mode == "hf" else "before",
+            rounding=self.rounding,
         )
