@@ -1,6 +1,8 @@
 """A page per method, generated from its file when the documentation is built."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -8,6 +10,10 @@ from mkdocs.structure.files import File, Files
 from eckart.jobs.methods import BEYOND, combines, told
 from eckart.recipe import registry
 from eckart.recipe.registry import REQUIRED, Entry
+
+RECORDED = Path(__file__).parent.parent / "benchmarks" / "results" / "claims"
+DOCUMENTS = [json.loads(file.read_text()) for file in sorted(RECORDED.glob("*.json"))]
+VERDICTS = {document["name"]: document["verdict"] for document in DOCUMENTS}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -46,6 +52,9 @@ def page(entry: Entry, entries: dict[str, Entry]) -> Iterator[str]:
     yield f"        {entry.axis}={entry.name}\n"
     if entry.paper:
         yield f"Paper: [{entry.paper['title']}]({entry.paper['url']})\n"
+    if entry.name in VERDICTS:
+        found = VERDICTS[entry.name]
+        yield f"Its claim, on a small scale: [{found}](../claims.md#{entry.name}).\n"
     if not entry.mission:
         yield f"Beyond the mission: {BEYOND}.\n"
     if entry.promises:
