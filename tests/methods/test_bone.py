@@ -23,6 +23,7 @@ from eckart.methods.weights.bone import (
     fold_matrix,
     unfold,
 )
+from eckart.recipe import Recipe, attach
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits
 from tests.methods.lawful import assert_lawful, carried
@@ -194,6 +195,26 @@ def test_fold_and_unfold_are_transposes():
     x, h = draw(3, 13), draw(3, 4, seed=1)
     left, right = (fold(x, 4, F64) * h).sum(), (x * unfold(h, 13)).sum()
     torch.testing.assert_close(left, right, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("first, second", [("tile", "bat"), ("bat", "tile"), ("mini", "tile")])
+def test_two_modes_stand_beside_each_other(first, second):
+    """W in bat is the base's own whatever stands beside it, so the order is no matter."""
+    model, batch = tiny("llama", F64), batch_for("llama")
+    sites = {s.path: s.weight() for s in find_sites(model) if s.kind == "linear"}
+    handles = {}
+    for mode in (first, second):
+        method = Bone(rank=5, mode=mode, mini_rank=3)
+        handles[mode] = attach(model, Recipe(weights=method), name=mode)
+        model.to(F64)
+        randomise(handles[mode])
+    handles[first].use([first, second])
+    expected = tiny("llama", F64)
+    for path, W in sites.items():
+        terms = [h.terms()[path]["bone"].dense() for h in handles.values() if path in h.attached]
+        expected.get_submodule(path).weight.data.copy_(sum(terms, W))
+    # fp64, one product where there were three
+    torch.testing.assert_close(logits(model, batch), logits(expected, batch), rtol=0, atol=1e-11)
 
 
 def test_bat_refuses_dropout():

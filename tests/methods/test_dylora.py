@@ -215,6 +215,21 @@ def test_resume_draws_and_trains_the_same():
     assert all(torch.equal(t, theirs[n]) for n, t in second.named_state().items())
 
 
+def test_all_micro_batches_of_a_step_have_one_rank():
+    handle, optimizer = attached(DyLoRA(rank=4))
+    for seed in range(6):
+        drawn = int(handle.shared["dylora"].drawn)
+        for part in range(3):
+            batch = batch_for("llama", seed=3 * seed + part)
+            (handle.loss(batch, handle.model(**batch)) / 3).backward()
+            assert int(handle.shared["dylora"].drawn) == drawn
+        for term in nested(handle.terms()):
+            resting = [A for start, _, A in term.units() if start >= drawn]
+            assert not any(A.grad.any() for A in resting)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_evaluation_is_at_one_rank_whatever_was_drawn():
     model, handle, batch = carried(DyLoRA(rank=4, active_rank=3), "llama")
     randomise(handle)

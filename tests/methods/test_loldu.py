@@ -5,14 +5,17 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
+from eckart.errors import FileError
 from eckart.io import native, peft
+from eckart.io.tensors import write_tensors
 from eckart.linear import find_sites, install
 from eckart.methods.weights.loldu import DEAD, LDU, LoLDU, alive, ldu, pivot_rows, without_pivoting
 from eckart.recipe import attach_from
 from tests.conftest import batch_for, randomise, tiny
-from tests.laws.matrix import logits
+from tests.laws.matrix import logits, steps
 from tests.methods.lawful import assert_lawful, carried
 
 F64 = torch.float64
@@ -47,6 +50,9 @@ def test_the_pieces_make_up_the_matrix(shape):
     P, lapack_L, lapack_U = torch.linalg.lu(W)  # LAPACK's own factors
     torch.testing.assert_close(L, P @ lapack_L, rtol=0, atol=1e-12)
     torch.testing.assert_close(D, lapack_U.diagonal(), rtol=0, atol=1e-12)
+    term = LDU(pivots, D.float(), 1.0, False)  # frames in fp32: entries up to 4
+    term.derive(W)
+    torch.testing.assert_close(term.dense(), W.float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -153,6 +159,30 @@ def test_only_touched_pieces_change_the_matrix():
     term = LDU(pivot_rows(W, 10), s, 1.0, False)
     term.derive(W)
     assert torch.linalg.matrix_rank(term.dense()) == 3
+    L = decomposed(W, 10)[0]  # its columns span the update's
+    beside = term.dense() - L @ torch.linalg.lstsq(L, term.dense()).solution
+    assert beside.abs().max() < 1e-12
+
+
+def test_training_decomposes_nothing(monkeypatch):
+    """The pivots are found and L, D, U made before the first forward, and never again."""
+    _, handle, batch = carried(LoLDU(rank=6), "llama")
+    for name in ("ldu", "pivot_rows", "without_pivoting"):
+        monkeypatch.delattr(f"eckart.methods.weights.loldu.{name}")
+    optimizer = handle.optimizer(lr=1e-2)
+    assert len(handle.trainable()) == len(handle.attached)
+    losses = steps(handle, optimizer, [batch] * 3)
+    assert losses[-1] < losses[0]
+
+
+def test_a_file_without_its_pivots_is_refused(tmp_path):
+    _, handle, _ = carried(LoLDU(rank=6), "llama")
+    native.save(handle, tmp_path)
+    tensors = load_file(tmp_path / native.TENSORS)
+    left = {name: t for name, t in tensors.items() if not name.endswith("pivots")}
+    write_tensors(tmp_path / native.TENSORS, left)
+    with pytest.raises(FileError, match=r"pivots +is missing"):
+        native.load(tiny("llama"), tmp_path)
 
 
 def test_a_pass_keeps_r_numbers_per_token():

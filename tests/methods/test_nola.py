@@ -20,7 +20,7 @@ from eckart.linear.basis import RandomBasis, combined
 from eckart.methods.weights import nola
 from eckart.methods.weights.nola import NOLA, Combination, frozen_start, quantise, rounded
 from eckart.recipe import Recipe, attach
-from tests.conftest import randomise, tiny
+from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits
 from tests.methods.lawful import assert_lawful, carried
 
@@ -128,6 +128,20 @@ def test_a_step_is_loras_step_projected_on_the_span_of_the_bases():
         projected = (grad.flatten() @ P.mT @ P).view_as(grad)
         # fp64, sums of at most 45 products of order 1 to 10
         torch.testing.assert_close(new - old, -lr * projected, rtol=0, atol=1e-11)
+
+
+def test_micro_batches_add_up_to_the_whole_one():
+    model, handle, _ = carried(NOLA(rank=3, bases=20), "llama", F64)
+    randomise(handle)
+    whole, found = batch_for("llama", rows=4), []
+    for size in (4, 1):
+        model.zero_grad()
+        for start in range(0, 4, size):
+            part = {name: t[start : start + size] for name, t in whole.items()}
+            (model(**part)["loss"] * size / 4).backward()
+        found.append({name: p.grad.clone() for name, p in handle.trainable().items()})
+    for name, grad in found[0].items():  # fp64, but the model's own loss is in fp32
+        torch.testing.assert_close(found[1][name], grad, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("hold", [True, False])

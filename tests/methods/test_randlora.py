@@ -108,6 +108,16 @@ def test_function_passes_gradcheck(m, n, tokens):
     assert gradcheck(forward, [t.requires_grad_() for t in inputs])
 
 
+@pytest.mark.parametrize(("m", "n"), [(7, 12), (12, 7)])
+def test_few_tokens_and_many_are_computed_alike(m, n):
+    """Two thin products for few tokens, the built update for more of them than its longer side."""
+    term = term_for(m, n, *bases(7, 12))
+    x = draw(20, n, seed=2)
+    slices = torch.cat([term(part) for part in x.split(3)])
+    torch.testing.assert_close(term(x), slices, rtol=0, atol=1e-11)  # fp64, sums of size 100
+    torch.testing.assert_close(term(x), x @ term.dense().T, rtol=0, atol=1e-11)
+
+
 def test_only_lambda_moves_first():
     model, handle, batch = carried(RandLoRA(rank=4), "llama")
     model(**batch)["loss"].backward()
