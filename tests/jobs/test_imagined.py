@@ -1,4 +1,5 @@
-"""Sizes of what is not there against those of what is: every method, two architectures.
+"""Sizes of what is not there against those of what is: every method that trains, on two
+architectures.
 
 The measured side is real: attached with calibration, one step of the real optimizer, tensors
 counted. All categories are exact; activations too, since the same code ran. The peak is that
@@ -13,21 +14,32 @@ from eckart.jobs.imagined import elements, imagine
 from eckart.jobs.memory import Live, activation_bytes, held_state_bytes, model_bytes, size
 from eckart.jobs.proposals import candidates
 from eckart.jobs.shallow import alike, sized
-from eckart.recipe import Recipe
+from eckart.recipe import Recipe, attach, registry
 from tests.conftest import batch_for, tiny
-from tests.laws.matrix import attached, recipe_for, slugs
+from tests.laws.matrix import attached, recipe_for, slugs, small
 
 ARCHITECTURES = ("llama", "gpt2")
 CPU = torch.device("cpu")
 
 
+def recipe_with(slug):
+    """The recipe in which a method of any axis stands; an adapter beside what needs a partner."""
+    axis = registry.find(slug).axis
+    if axis in ("weights", "update"):
+        return recipe_for(slug)
+    method = small(slug)
+    return Recipe(weights=small("lora"), **{axis: (method,) if axis == "objective" else method})
+
+
 def imagined(slug, architecture):
     """The same recipe on the same configuration, from the configuration alone."""
-    return imagine(tiny(architecture).config, recipe_for(slug), torch.float32, CPU, steps=20)
+    return imagine(tiny(architecture).config, recipe_with(slug), torch.float32, CPU, steps=20)
 
 
 def measured(slug, architecture):
-    model, handle, batch = attached(slug, architecture)
+    model, batch, recipe = tiny(architecture), batch_for(architecture), recipe_with(slug)
+    calibration = [batch] if recipe.needs else None
+    handle = attach(model, recipe, calibration=calibration, steps=20, lr=1e-2, warmup=2)
     optimizer = handle.optimizer(1e-3)
     handle.loss(batch, model(**batch)).backward()
     found = model_bytes(handle)
@@ -42,16 +54,26 @@ def measured(slug, architecture):
     return found, activation_bytes(model, batch), held + live.peak
 
 
+TRAINING = [s for axis in ("weights", "update", "precision", "objective") for s in slugs(axis)]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("slug", [*slugs("weights"), *slugs("update")])
+@pytest.mark.parametrize("slug", TRAINING)
 def test_every_category_is_exact(slug, architecture):
+    try:
+        wanted, activations, peak = measured(slug, architecture)
+    except UsageError as refused:  # this kind of layer: then the estimate says so too
+        with pytest.raises(UsageError, match=refused.what):
+            imagined(slug, architecture)
+        return
     found = imagined(slug, architecture)
-    wanted, activations, peak = measured(slug, architecture)
     assert found.fixed == wanted
     rows, length = batch_for(architecture)["input_ids"].shape
-    if not found.by_formula:
-        assert found.activations(rows, length) == activations
-        assert found.peak(rows, length) == pytest.approx(peak, rel=0.1)
+    assert found.peak(rows, length) == pytest.approx(peak, rel=0.1)
+    # by formula passes are those of plain LoRA instead, and only nearly the method's own
+    assert found.activations(rows, length) == pytest.approx(
+        activations, rel=0.25 if found.by_formula else 0
+    )
 
 
 @pytest.mark.parametrize("slug", slugs("weights"))

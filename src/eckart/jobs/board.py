@@ -55,9 +55,18 @@ class Board:
         if self.live:
             self.live.update(self.table(), refresh=True)
         elif not self.quiet:
-            loss = f"loss {quantities['loss']:.4f}"
-            line = f" {done}/{total}  {trial.described}  {loss}  {self.left()}"
+            line = (
+                f" {done}/{total}  {trial.described}  {self.seen(trial, quantities)}  {self.left()}"
+            )
             print(line, file=sys.stderr, flush=True)
+
+    def seen(self, trial: Any, quantities: Quantities) -> str:
+        """The loss that the run is for: while rates are chosen no test row is shown."""
+        choosing = trial.lr and trial.seed < self.first
+        name, said = ("validation", "held out") if choosing else ("loss", "test")
+        return f"{said} {quantities[name]:.4f}" + (
+            " diverged" if quantities.get("diverged") else ""
+        )
 
     def left(self) -> str:
         """About how long it still takes."""

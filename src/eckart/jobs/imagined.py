@@ -114,9 +114,14 @@ class Imagined:
         return forward.get_total_flops(), backward.get_total_flops()
 
     def loss(self, model: Any, rows: int, length: int) -> Tensor:
-        """What a step trains on, a data objective's own passes among it."""
+        """What a step trains on, a data objective's own passes among it.
+
+        An objective sees no labels: which tokens count is a matter of numbers, so all do.
+        """
         inputs = self.batch(model, rows, length)
-        return self.live[1].loss(inputs, model(**inputs))
+        unlabelled = {key: tensor for key, tensor in inputs.items() if key != "labels"}
+        found: Tensor = self.live[1].loss(unlabelled, model(**inputs))
+        return found
 
     def batch(self, model: Any, rows: int, length: int) -> dict[str, Tensor]:
         """What the model's task is taught from."""
