@@ -1,5 +1,6 @@
 """What every update rule keeps to, whatever it does with a gradient."""
 
+import dataclasses
 import random
 
 import numpy
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from eckart.errors import UsageError
+from eckart.optim import LowRankOptimizer
 from eckart.optim.layerwise import peak_gradient_bytes
 from eckart.recipe import Recipe, attach, registry
 from tests.conftest import batch_for, randomise, tiny
@@ -164,6 +166,24 @@ def test_a_transposed_run_is_the_run_transposed(slug):
     torch.testing.assert_close(path[-1], turned[-1].T, rtol=0, atol=1e-9)  # fp64, 10 steps
 
 
+@pytest.mark.parametrize("slug", [s for s in RULES if small(s).wants != "pairs"])
+def test_the_order_of_parameters_changes_nothing(slug):
+    """What is drawn or spread over steps is so by name."""
+    rule = dataclasses.replace(small(slug).rule(), blocks=None)
+    shapes = {"a": (9, 6), "b": (6, 9), "c": (9, 6)}
+    ends = []
+    for names in ("abc", "cba"):
+        params = {name: torch.nn.Parameter(start(shapes[name])) for name in names}
+        optimizer = LowRankOptimizer(list(params.items()), 0.02, rule=rule)
+        for step in range(7):
+            for seed, name in enumerate("abc"):
+                params[name].grad = spectrum(shapes[name], 7, seed)[step]
+            optimizer.step()
+        ends.append(params)
+    for name in shapes:  # fp64: batched products in another order
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("slug", RULES)
 def test_gradients_are_freed_as_they_come_or_it_is_said_that_none_would_be(slug):
     handle, optimizer, batch = prepared(slug, dtype=torch.float64)
@@ -214,4 +234,5 @@ def test_bf16_weights_are_rounded_by_chance_over_fp32_moments_where_a_rule_offer
 
 
 def weights_of_tiny():
+    """All of the tiny model's weights in bf16, before any step."""
     return torch.cat([p.detach().flatten() for p in tiny("llama", torch.bfloat16).parameters()])

@@ -67,8 +67,8 @@ class GaLore(Update):
     less where a gradient is mere noise."""
 
     inner: Literal["adam", "adam8bit", "adafactor"] = "adam"
-    """The rule in the subspace: Adam, Adam with its moments in 8 bits, or Adafactor. Paper:
-    all three."""
+    """The rule in the subspace: Adam, Adam with its moments in 8 bits (32 where a matrix has
+    fewer than 4096 of them), or Adafactor. Paper: all three."""
 
     stagger: bool = True
     """Spread the refreshes of the matrices over the steps by a hash of their names. Paper:
