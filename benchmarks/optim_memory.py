@@ -1,0 +1,106 @@
+"""Bytes of optimizer state, and of gradients at their peak: counted exactly, nothing is timed.
+
+    python benchmarks/optim_memory.py [--write]
+
+Every registered rule trains a small Llama (width 256, 4 blocks, fp32), whole or through LoRA of
+rank 8 where it is a rule for factor pairs, and is shown beside AdamW on what it trains. State is
+what lies in the optimizer after the steps. Gradients are those of parameters and what layer-wise
+hooks keep, at the moment when a gradient has just come, in a step that searches no basis: all of
+them as usual; layer by layer one of the projected ones at a time.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from counting import state_bytes
+from pairs import versions, write
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import eckart
+from eckart.errors import EckartError
+from eckart.recipe import Recipe, Update
+from eckart.recipe.registry import load, methods
+
+RANK, STEPS = 32, 3
+SIZES = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 512}
+FIELDS = {"rank": RANK, "every": 200, "stagger": False}  # of a rule that has them
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **heads))
+
+
+def update_of(name: str) -> Update:
+    cls: Any = load(name)
+    return cls(**{key: value for key, value in FIELDS.items() if key in asdict(cls())})
+
+
+def measured(update: Update, pairs: bool, layerwise: bool = False) -> dict[str, int]:
+    """Bytes of state, of trained parameters, and of gradients at the peak of the last step."""
+    lora = eckart.LoRA(rank=8)
+    weights = replace(lora, **update.asks(lora)) if pairs else eckart.Dense()
+    handle = eckart.attach(model(), Recipe(weights=weights, update=update), lr=1e-3, steps=STEPS)
+    optimizer: Any = handle.optimizer()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    peak = 0
+
+    def look(_: torch.Tensor) -> None:
+        nonlocal peak
+        held = [p.grad for p in trained if p.grad is not None]
+        held += list(optimizer.projected.low.values()) if layerwise else []
+        peak = max(peak, sum(t.numel() * t.element_size() for t in held))
+
+    for p in trained:  # those of resting blocks too
+        trains = p.requires_grad
+        p.requires_grad_(True).register_post_accumulate_grad_hook(look)
+        p.requires_grad_(trains)
+    if layerwise:  # after ours, which sees a gradient before this frees it
+        optimizer.attach_layerwise("first")
+    tokens = torch.randint(0, SIZES["vocab_size"], (1, 16))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss: torch.Tensor = handle.model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        return loss
+
+    for _ in range(STEPS):
+        peak = 0
+        optimizer.step(closure)
+    return {
+        "trained": sum(p.numel() * p.element_size() for p in trained),
+        "state": state_bytes(optimizer.state.values()),
+        "gradients": peak,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    names = [name for name, entry in methods().items() if entry.axis == "update"]
+    base = {pairs: measured(update_of("adamw"), pairs) for pairs in (False, True)}
+    rows: dict[str, Any] = {}
+    head = f"{'KB':<14}{'trains':>10}{'state':>12}{'of AdamW':>10}"
+    print(head + f"{'gradients':>12}{'by layer':>10}")
+    for name in names:
+        update = update_of(name)
+        pairs = update.wants == "pairs"
+        row: dict[str, Any] = measured(update, pairs)
+        row["state_over_adamw"] = round(row["state"] / base[pairs]["state"], 3)
+        try:
+            row["gradients_layer_by_layer"] = measured(update, pairs, layerwise=True)["gradients"]
+        except EckartError as refused:
+            row["refused_layer_by_layer"] = str(refused).splitlines()[0]
+        rows[name] = row
+        by_layer = row.get("gradients_layer_by_layer")
+        print(f"{name:<14}{'factors' if pairs else 'all':>10}{row['state'] / 1024:>12,.0f}"
+              f"{row['state_over_adamw']:>10.2f}{row['gradients'] / 1024:>12,.0f}"
+              f"{'refused' if by_layer is None else f'{by_layer / 1024:,.0f}':>10}")  # fmt: skip
+    what = "bytes of state and of gradients alive at once, Llama of 4 blocks, width 256, fp32"
+    write("optim_memory", {"what": what, "rank": RANK, "rules": rows, "versions": versions()})
+
+
+if __name__ == "__main__":
+    main()
