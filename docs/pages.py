@@ -1,12 +1,14 @@
-"""A page per method, generated from its file when the documentation is built."""
+"""A page per method, made from its file, and each job's options, made from the command line."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
 from mkdocs.structure.files import File, Files
 
+from eckart.cli import app
 from eckart.jobs.methods import BEYOND, combines, told
 from eckart.recipe import registry
 from eckart.recipe.registry import REQUIRED, Entry
@@ -26,10 +28,32 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """A job's page with its options at the end, as the command line itself has them."""
+    command = typer.main.get_command(app).commands.get(page.file.src_uri.removesuffix(".md"))
+    return "\n".join([markdown, "", *options(command)]) if command else markdown
+
+
+def options(command: Any) -> Iterator[str]:
+    """The table of a command's options; those of a group are of its commands."""
+    yield "## Options\n"
+    yield "| option | meaning |\n|---|---|"
+    commands = getattr(command, "commands", {"": command})
+    seen = set()
+    for each in commands.values():
+        for p in each.params:
+            if p.opts[0].startswith("-") and p.name not in seen:
+                seen.add(p.name)
+                metavar = "" if p.is_flag or p.name == "help" else f" {p.metavar or 'VALUE'}"
+                yield f"| `{', '.join(p.opts)}{metavar}` | {p.help} |"
+    yield "\nWhat it may end with: [exit codes](exit-codes.md)."
+
+
 def index(entries: dict[str, Entry]) -> Iterator[str]:
     """All methods by axis."""
     yield "# Methods\n"
-    yield "Generated from the methods' own files. On the command line: `eckart methods [NAME]`.\n"
+    yield "On the command line `eckart methods` lists them, `eckart methods NAME` says all about one"
+    yield "(formula, when to take it, fields, what it combines with), and `--cite` prints BibTeX.\n"
     for axis, question in registry.questions().items():
         here = [e for e in entries.values() if e.axis == axis]
         if here:

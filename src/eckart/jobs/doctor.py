@@ -20,7 +20,9 @@ UNLOCKS = {  # the extras that a command or an example makes use of
     "peft": "PEFT itself, to load adapters without eckart",
     "images": "image files as data (arrays need nothing)",
     "quant": "precision=int8: a frozen base in 8 bits",
+    "bitsandbytes": "bases that bitsandbytes holds in 4 or 8 bits",
     "trackers": "track=[tensorboard]: the curves of a run in TensorBoard",
+    "sweeps": "eckart bench --sampler tpe (Optuna) and --ray (Ray Tune)",
     "claims": "eckart reproduce and bench, intervals in eckart eval, the digits as images",
 }
 GB = 1e9
@@ -169,6 +171,6 @@ def lines(found: dict[str, Any], core: list[Package]) -> Iterator[tuple[str, str
     )
     yield "network", reach
     for i, (name, extra) in enumerate(found["extras"].items()):
-        state = "there  " if extra["there"] else "missing"
+        state = "there" if extra["there"] else "missing"
         way = "" if extra["there"] else f"   pip install 'eckart[{name}]'"
-        yield "" if i else "extras", f"{name:<8}{state}   {extra['unlocks']}{way}"
+        yield "" if i else "extras", f"{name:<14}{state:<10}{extra['unlocks']}{way}"

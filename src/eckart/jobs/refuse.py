@@ -8,7 +8,7 @@ from dataclasses import fields
 from eckart.errors import UsageError, nearest
 from eckart.jobs.merge import AXES, EXCLUSIVE, Given, merge, says_something
 from eckart.jobs.tree import SECTIONS
-from eckart.jobs.words import COMMAND_LINE, HABITS, Setting, read_words
+from eckart.jobs.words import COMMAND_LINE, HABITS, SWITCHES, Setting, read_words
 from eckart.recipe import registry
 
 READ_BY = {"compress": "compress", "heal": "compress", "convert": "convert"}  # section: command
@@ -95,9 +95,11 @@ def from_habit(setting: Setting, known: Sequence[str]) -> str:
     """What a key of other tools is called here; empty where it is none."""
     word = setting.key[-1]
     entries = registry.methods()
-    slug = entries.get(word.removeprefix("use_").replace("_", "-"))
+    slug = entries.get(word.removeprefix("peft_").removeprefix("use_").replace("_", "-"))
     if slug is not None:
         return f"A method is named: type {slug.axis}={slug.name}."
+    if word in SWITCHES:
+        return f"Here it is {SWITCHES[word]}."
     key = HABITS.get(word)
     if key is None:
         return ""

@@ -89,6 +89,17 @@ HABITS = {
     "torch_dtype": "precision",
     "dtype": "precision",
 }
+# Those whose values are not ours: what stands here is said; an import of files has its own ways.
+SWITCHES = {
+    "use_rslora": "weights.scaling=rslora",
+    "peft_use_rslora": "weights.scaling=rslora",
+    "pissa_init": "weights.init=pissa",
+    "alpha_pattern": "weights.overrides",
+    "lora_target_modules": "weights.targets",
+    "loraplus_lr_ratio": "weights.lr_ratio",
+    "proj_type": "update.side",
+    "galore_proj_type": "update.side",
+}
 
 
 @dataclass(frozen=True)
