@@ -6,12 +6,14 @@ import random
 import numpy
 import pytest
 import torch
+from transformers import Trainer
 
 from eckart.errors import UsageError
 from eckart.optim import LowRankOptimizer
 from eckart.optim.layerwise import peak_gradient_bytes
 from eckart.recipe import Recipe, attach, registry
 from tests.conftest import batch_for, randomise, tiny
+from tests.jobs.loops import mixed
 from tests.laws.matrix import attached, slugs, small, steps, weights_methods
 from tests.methods.updates import spectrum, start, train
 from tests.optim.test_tuples import is_symmetric
@@ -93,6 +95,25 @@ def test_a_rate_of_zero_moves_nothing_and_the_state_goes_on(slug):
     assert differing(weights[0], weights[1]) == []
     assert differing(weights[1], weights[2])
     assert [k for k in states[0] if k in states[1] and not torch.equal(states[0][k], states[1][k])]
+
+
+@pytest.mark.parametrize("slug", [*RULES, "relora"])
+def test_the_rates_that_a_trainer_logs_are_those_of_the_step(slug, tmp_path, monkeypatch):
+    """Ratios of groups and the jagged warm-up of restarts included."""
+    applied = []
+    move = LowRankOptimizer.move
+
+    def seen(self, *args):
+        applied.append({float(group["lr"]) for group in self.param_groups})
+        move(self, *args)
+
+    monkeypatch.setattr(LowRankOptimizer, "move", seen)
+    _, handle, _ = attached(slug, "llama")
+    trained = mixed(handle, Trainer, tmp_path, 5, 1)
+    trained.train()
+    rows = [row for row in trained.state.log_history if "learning_rate" in row]
+    found = [{v for k, v in row.items() if k.startswith("learning_rate")} for row in rows]
+    assert found == applied and len({min(rates) for rates in applied}) > 3
 
 
 @pytest.mark.parametrize("slug", RULES)
