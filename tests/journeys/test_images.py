@@ -271,6 +271,23 @@ def test_a_vit_is_made_smaller_and_keeps_its_classes(learnt, place, tmp_path):
     assert ran.code == 0 and ran.document["eval"]["accuracy"] > 0.5, ran.out
 
 
+def test_a_stream_of_image_tasks_shares_one_head(place, tmp_path):
+    pixels, bright = pictures()
+    np.savez(tmp_path / "b.npz", images=255 - pixels, labels=np.array(["dark", "top"])[bright])
+    words = ("method=codyra", "train.steps=20", "train.lr=2e-2", "data.eval=0.25")
+    data = f"data=[{place / 'a.npz'},{tmp_path / 'b.npz'}]"
+    out = tmp_path / "r"
+    ran = eckart("finetune", place / "vit", data, *words, "-o", out, "--json")
+    assert ran.code == 0, ran.out
+    first, last = (task["held_out"] for task in ran.document["tasks"])
+    # a's images never are dark: ln 2 is what a head that learns this reaches at once
+    assert first["a"]["loss"] < 0.8 and last["b"]["loss"] < first["b"]["loss"] - 1
+    ran = eckart("eval", out, tmp_path / "b.npz", "data.eval=0.25", "--json")
+    assert ran.code == 0, ran.out
+    # merged task after task here, one adapter there; the head is in its file
+    assert ran.document["eval"]["loss"] == pytest.approx(last["b"]["loss"], abs=1e-4)
+
+
 # --- bad input -----------------------------------------------------------------------------
 
 
@@ -296,8 +313,8 @@ def test_what_is_wrong_with_images_is_said(place, tmp_path, monkeypatch):
     (broken / "top" / "1.png").unlink()
     refused(
         3,
-        f"the images have one class only\n  {broken}  bottom\n"
-        "Type the folder that has a folder for each class.\n",
+        f"the data has one class only\n  {broken}  bottom\n"
+        "Two are needed to be told apart: other labels, or a folder for each class.\n",
         place / "vit", broken,
     )  # fmt: skip
     table = tmp_path / "shapes.parquet"

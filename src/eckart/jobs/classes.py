@@ -75,6 +75,12 @@ def open_to_teach(
                 f"eckart convert {source} --to dense -o MERGED",
             )
         return open_model(source, dtype, task, seed)
+    if not keeps and len(labels) < 2:
+        raise FileError(
+            "the data has one class only",
+            [(str(job.data.train[0].path), ", ".join(labels))],
+            "Two are needed to be told apart: other labels, or a folder for each class.",
+        )
     head = {} if keeps else naming(labels)
     model = load_model(source, dtype, task, seed, **head, **padding(reader))
     return Opened(model, None, found.path)

@@ -26,6 +26,7 @@ from torch import nn
 from eckart.errors import UsageError
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
 from eckart.io.headers import read_json
+from eckart.io.heads import outside
 from eckart.io.run import METRICS, SPECTRA, Run, latest_checkpoint, read_lines
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.io.text import Data
@@ -34,6 +35,7 @@ from eckart.jobs.checkpoints import OPTIMIZER, read_state
 from eckart.jobs.config import Job
 from eckart.jobs.fit import fit
 from eckart.jobs.memory import described, model_device, room
+from eckart.jobs.norms import hold_statistics
 from eckart.jobs.screen import Screen
 from eckart.linear.narrow import take_shapes
 from eckart.recipe import Handle, Recipe, Stage, Work, attach, attach_from, registry
@@ -171,7 +173,7 @@ def train(course: Course, found: list[Place], place: Place, work: Work) -> Work:
     folder, data = course.folder / place.name, task_data(course, place.task)
     job = stage_job(course.job, place.stage, data)
     checkpoint = latest_checkpoint(folder)
-    handle = work.handle or carried(course, job, work, checkpoint)
+    handle = work.handle or carried(course, job, work, data, checkpoint)
     train_only(handle, place.stage.train)
     opened = Run.resume if (folder / "run.json").is_file() else Run.create
     with launch.shared(lambda: opened(folder)) as run:
@@ -204,8 +206,9 @@ def stage_job(job: Job, stage: Stage, data: Data) -> Job:
     return settle.batch(job, rows, 0, lambda checkpointing: 1, 2 * rows, False)
 
 
-def carried(course: Course, job: Job, work: Work, checkpoint: Path | None) -> Handle:
+def carried(course: Course, job: Job, work: Work, data: Data, checkpoint: Path | None) -> Handle:
     """The recipe's terms on a model that has none: new, or as a checkpoint has them."""
+    hold_statistics(work.model)
     if checkpoint is not None:
         return attach_from(work.model, read_state(checkpoint)["structure"], recipe=course.recipe)
     return attach(
@@ -216,6 +219,7 @@ def carried(course: Course, job: Job, work: Work, checkpoint: Path | None) -> Ha
         lr=float(job.train.lr),
         warmup=settle.warmup_steps(job.train),
         seed=job.train.seed,
+        also_train=outside(work.model) if data.labels else (),
     )
 
 
