@@ -151,10 +151,7 @@ class Iteration(Subspace):
         return polish(Z)
 
 
-SEARCHES: dict[str, type[Subspace]] = {  # as the methods' `search` calls them
-    "auto": Leading,
-    "svd": SVD,
-    "gram": Gram,
-    "randomised": Randomised,
-    "iteration": Iteration,
+# as the methods' `search` calls them
+SEARCHES: dict[str, type[Subspace]] = {"auto": Leading} | {
+    search.__name__.lower(): search for search in (SVD, Gram, Randomised, Iteration)
 }
