@@ -31,7 +31,7 @@ def run_page():
         metrics,
         command="eckart finetune ./m d.jsonl",
         spectra=spectra,
-        overlaps={"q": [(10, 0.4), (20, 0.8)]},
+        overlaps={site: [(10, 0.4), (20, 0.8)] for site in SITES},
         coverage={"attn": {"trained": 10, "frozen": 90}, "head": {"frozen": 50}},
         memory={"estimated": {"weights": 1e6}, "measured": {"weights": 1.1e6}},
         samples=[("2 < 3 & so", "before <b>", "after")],
@@ -144,6 +144,51 @@ def test_what_a_run_says_is_shown_as_text():
 
 def test_the_same_facts_make_the_same_bytes():
     assert run_page() == run_page()
+
+
+RUN_SHOWS = [  # figures by their titles
+    "Loss", "Learning rate", "Gradient and update norms", "Singular values of what was learned",
+    "Effective rank", "Effective rank by layer and role",
+    "Overlap of a subspace with the one before", "Share by role", "Tensor bytes",
+]  # fmt: skip
+BENCH_SHOWS = [
+    "Better than the baseline by", "Held-out loss by learning rate",
+    "Expected best after some rates tried", "Test loss by seed", "Peak tensor bytes",
+    "Seconds of a run",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "titles"), [(run_page, RUN_SHOWS), (bench_page, BENCH_SHOWS)])
+def test_every_figure_that_was_promised_is_there(made, titles):
+    assert set(titles) <= set(re.findall(r"<svg[^>]*><title>(.*?)</title>", made()))
+
+
+def test_a_run_shows_what_no_figure_can():
+    found = run_page()
+    for text in (
+        "<pre>eckart finetune ./m d.jsonl</pre>",  # the command to repeat it
+        "<td>the default of lora</td>",  # the reason for a choice
+        "held-out loss 5.000 → 3.200",
+        "--- before", "--- after",
+    ):  # fmt: skip
+        assert text in found, text
+    assert ">0.self_attn.q_proj</text>" in found  # names without what all begin with
+
+
+def test_a_bench_says_where_a_rate_diverged_and_what_was_held_fixed():
+    found = bench_page()
+    assert '<td class="number">0.03</td>' in found and "diverged at" in found
+    assert "What was held fixed" in found and ">+0.1000<" in found and ">+0.0500<" in found
+
+
+def test_why_there_are_no_spectra_is_said():
+    assert '<p class="wide">too large</p>' in page({}, [], unseen="too large")
+
+
+def test_many_layers_have_no_number_in_their_cells():
+    few, many = (heat("t", ["a"], [str(j) for j in range(n)], [[0.123] * n]).svg for n in (12, 40))
+    assert few.count(">0.123<") == 12 and many.count(">0.123<") == 0
+    assert 10 <= many.count("<text") <= 13  # ten names, one row
 
 
 def test_a_run_without_facts_has_a_page():

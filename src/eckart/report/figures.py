@@ -22,6 +22,9 @@ INK, FAINT = "#010101", "#020202"
 CURVES = tuple(f"#0301{i:02x}" for i in range(8))
 VARIABLES = {INK: "--ink", FAINT: "--faint"} | {c: f"--c{i}" for i, c in enumerate(CURVES)}
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")  # curves differ by more than their colour
+WIDE, HIGH = 5.2, 3.1  # inches: text is still 10 pixels high on a phone
+BELOW, LINE = 4, 0.2  # curves from which on their names stand below; inches of a line of names
+NUMBERED = 12  # columns up to which a number has room in its cell
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -77,7 +80,8 @@ def curves(
 ) -> Figure:
     """Lines over a common axis. A value that is not finite leaves a gap."""
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(6.4, 3.4), layout="constrained")
+        below = -(-len(drawn) // 2) if len(drawn) > BELOW else 0  # lines of names
+        canvas = Canvas(figsize=(WIDE, HIGH + LINE * below), layout="constrained")
         axes = canvas.add_subplot()
         for i, c in enumerate(drawn):
             color = CURVES[(i if c.color is None else c.color) % len(CURVES)]
@@ -93,8 +97,10 @@ def curves(
             axes.set_yscale("log")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if len(drawn) > 1:
-            axes.legend(ncols=1 if len(drawn) < 6 else 2)
+        if below:
+            canvas.legend(loc="outside lower center", ncols=2)
+        elif len(drawn) > 1:
+            axes.legend()
         return finished(canvas, title, alt or spoken(title, drawn, y_label))
 
 
@@ -109,12 +115,9 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], x_label: str) ->
     names = list(groups)
     categories = list(dict.fromkeys(c for values in groups.values() for c in values))
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        height = (
-            0.9
-            + 0.42 * len(names)
-            + 0.25 * (-(-len(categories) // 3) if len(categories) > 1 else 0)
-        )
-        canvas = Canvas(figsize=(6.4, max(1.8, height)), layout="constrained")
+        below = -(-len(categories) // 3) if len(categories) > 1 else 0  # lines of names
+        height = max(1.8, 0.9 + 0.42 * len(names)) + LINE * below
+        canvas = Canvas(figsize=(WIDE, height), layout="constrained")
         axes = canvas.add_subplot()
         for i, category in enumerate(categories):
             left = [sum(groups[n].get(c, 0.0) for c in categories[:i]) for n in names]
@@ -123,7 +126,7 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], x_label: str) ->
             axes.barh(names, widths, 0.6, left=left, color=color, label=category)
         axes.invert_yaxis()
         axes.set_xlabel(x_label)
-        if len(categories) > 1:
+        if below:
             canvas.legend(loc="outside lower center", ncols=3)  # below the axis' label
         parts = [
             f"{name}: " + ", ".join(f"{c} {v:.3g}" for c, v in groups[name].items())
@@ -135,7 +138,7 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], x_label: str) ->
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], x_label: str) -> Figure:
     """Means with their intervals, one under the other, and a line at 0."""
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        canvas = Canvas(figsize=(6.4, max(1.6, 0.9 + 0.4 * len(rows))), layout="constrained")
+        canvas = Canvas(figsize=(WIDE, max(1.6, 0.9 + 0.4 * len(rows))), layout="constrained")
         axes = canvas.add_subplot()
         for i, (_, mean, low, high) in enumerate(rows):
             axes.plot([low, high], [i, i], color=CURVES[0], linewidth=2)
@@ -157,7 +160,7 @@ def heat(
     known = [v for row in values for v in row if v == v]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        canvas = Canvas(figsize=(6.4, 1.0 + 0.32 * len(rows)), layout="constrained")
+        canvas = Canvas(figsize=(WIDE, 1.0 + 0.32 * len(rows)), layout="constrained")
         axes = canvas.add_subplot()
         for i, row in enumerate(values):
             for j, value in enumerate(row):
@@ -168,8 +171,11 @@ def heat(
                     [j - 0.5, j + 0.5], i - 0.5, i + 0.5, color=CURVES[0],
                     alpha=0.1 + 0.6 * share, linewidth=0,
                 )  # fmt: skip
-                axes.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=9)
-        axes.set_xticks(range(len(columns)), columns, rotation=45 if len(columns) > 8 else 0)
+                if len(columns) <= NUMBERED:
+                    axes.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=9)
+        step = -(-len(columns) // NUMBERED)  # every so many columns have their name
+        shown = range(0, len(columns), step)
+        axes.set_xticks(shown, [columns[j] for j in shown], rotation=45 if len(shown) > 8 else 0)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)

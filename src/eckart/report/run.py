@@ -160,13 +160,25 @@ def learned(
         head = ["matrix", "values", "effective rank", "stable rank", f"rank for {ENERGY:.0%}"]
         found.append(Table(head, rows, "By matrix"))
     if overlaps:
+        names = without_common(list(overlaps)[:8])
         drawn = [
-            Curve(site, [s for s, _ in points], [v for _, v in points], marks=True)
-            for site, points in list(overlaps.items())[:8]
+            Curve(name, [s for s, _ in points], [v for _, v in points], marks=True)
+            for name, points in zip(names, overlaps.values(), strict=False)
         ]
         title = "Overlap of a subspace with the one before"
         found.append(curves(title, drawn, "step", "share that stays"))
     return found
+
+
+def without_common(paths: Sequence[str]) -> list[str]:
+    """Paths without the words that all begin with; a path alone stays whole."""
+    if len(paths) < 2:
+        return list(paths)
+    words = [path.split(".") for path in paths]
+    shared = 0
+    while min(map(len, words)) > shared + 1 and len({w[shared] for w in words}) == 1:
+        shared += 1
+    return [".".join(w[shared:]) for w in words]
 
 
 def by_place(last: Spectra) -> list[Figure]:
