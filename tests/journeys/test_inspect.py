@@ -10,7 +10,7 @@ import torch
 from eckart.decompose.spectra import effective_rank
 from eckart.io.models import load_model
 from eckart.io.opening import open_model
-from eckart.jobs.drift import Text
+from eckart.jobs.drift import of_text
 from eckart.jobs.heads import reaches
 from tests.journeys.adapters import adapter
 from tests.journeys.runs import eckart, model_folder, texts
@@ -87,7 +87,7 @@ def test_heads_reach_as_far_as_the_logits_of_eager_attention(place):
     from eckart.io.models import load_tokenizer
 
     model = load_model(place / "m")
-    text = Text(load_tokenizer(place / "m"), 48, [str(place / "d.jsonl")])
+    text = of_text(load_tokenizer(place / "m"), 48, [str(place / "d.jsonl")])
     found = {(h.layer, h.head): h for h in reaches(model, text)}
     assert len(found) == 8 and model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
