@@ -43,4 +43,4 @@ def test_what_is_wrong_with_an_adapter_is_said(place, tmp_path):
     assert ran.code == 3 and ran.err.startswith("this adapter was made for another base\n")
     twice = ("--adapter", f"x={place / 'a'}", "--adapter", f"x={place / 'b'}")
     ran = eckart("generate", place / "m", *twice, "-p", "low")
-    assert ran.code == 2 and ran.err.startswith("an adapter of this name is attached already\n")
+    assert ran.code == 2 and ran.err.startswith("two adapters have one name\n")

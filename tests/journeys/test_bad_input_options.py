@@ -152,6 +152,10 @@ CASES = {
         "  --adapter a=peft  command line\n"
         "Give each a name of its own.\n",
     ),
+    "a picture of another kind": (
+        "inspect m -o layers.jpg",
+        "cannot draw layers.jpg\n  -o  ends in neither .html nor .svg\nType -o layers.html\n",
+    ),
     "a size without a unit": (
         "estimate finetune m --fit 24",
         "24 has no unit\nType 24GB or 24MB.\n",

@@ -30,6 +30,7 @@ Write = Callable[[Run, Handle, Any], str]  # (run, handle, reader) -> the format
 
 def begin(job: Job) -> tuple[Job, Screen]:
     """What comes before anything is loaded: a free folder, a resumed run's own values."""
+    launch.follow_starter()
     require_trackers(job)
     if launch.is_first():
         outcome.refuse_early(job)

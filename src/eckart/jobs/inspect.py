@@ -36,7 +36,7 @@ from eckart.jobs.finetune import require_weights
 from eckart.jobs.heads import NORMS, HeadReach, reaches
 from eckart.jobs.outcome import shown
 from eckart.jobs.pairs import all_sites, common_base, overlaps_by_role, pairs
-from eckart.jobs.pictures import draw
+from eckart.jobs.pictures import draw, require_picture
 from eckart.jobs.screen import Screen, amount
 from eckart.linear import Site
 from eckart.recipe import Handle
@@ -82,6 +82,8 @@ def run(job: Job) -> dict[str, Any]:
     """Everything from a source to the printed tables; the object of --json."""
     screen = Screen(quiet=job.flags.json)
     require_weights(job)
+    if job.flags.out:
+        require_picture(job.flags.out)
     found = of_pair(job, screen) if job.options.get("against") else of_one(job, screen)
     if job.flags.out:
         draw(found, job.flags.out)
@@ -99,7 +101,8 @@ def of_one(job: Job, screen: Screen) -> dict[str, Any]:
         raise UsageError("there is no matrix to look at", [(str(job.model), kind)])
     count = sum(p.numel() for p in opened.model.parameters())
     made = f"; {handle.weights.slug}" if handle else ""
-    facts = f"{kind} of {amount(count)} parameters, {len(matrices)} matrices{made}"
+    of = "model" if kind == "model" else "adapter on a model"
+    facts = f"{of} of {amount(count)} parameters, {len(matrices)} matrices{made}"
     screen.line(kind, facts, shown(str(job.model)))
     found = {matrix.path: matrix.numbers for matrix in matrices}
     table(screen, by_role(found), kind)

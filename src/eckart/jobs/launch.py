@@ -28,7 +28,9 @@ from eckart.errors import EckartError, UsageError
 from eckart.io.run import METRICS, Run
 from eckart.jobs import settle
 from eckart.jobs.config import Job
+from eckart.jobs.runner import follow
 
+STARTED_BY = "ECKART_STARTED_BY"  # the process id of the first process, in the others' environment
 GRACE = 60.0  # seconds the others have to end after one has
 
 
@@ -53,6 +55,15 @@ def is_first() -> bool:
 def is_needed(job: Job) -> bool:
     """Are processes to be started, and is this not one of them?"""
     return job.train.processes > 1 and "RANK" not in os.environ
+
+
+def follow_starter() -> None:
+    """In a process that was started here: end when the first one is gone, killed perhaps.
+
+    Without it they would wait for each other, and hold their memory, for half an hour.
+    """
+    if starter := os.environ.get(STARTED_BY):
+        follow(int(starter))
 
 
 def wait_for_all() -> None:
@@ -134,6 +145,7 @@ def start(words: list[str], count: int, as_json: bool, folder: str) -> list[Any]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place[STARTED_BY] = str(os.getpid())
     started = []
     for rank in range(count):
         env = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -30,13 +30,17 @@ DRAWN = {  # title -> the number of each matrix; the first that is there is the 
 }
 
 
-def draw(found: Mapping[str, Any], out: str) -> None:
-    """Write the picture of a document of `inspect`. UsageError for a name of another kind."""
-    suffix = Path(out).suffix.lower()
-    if suffix not in (".html", ".svg"):
+def require_picture(out: str) -> None:
+    """Raise UsageError for a name of another kind."""
+    if Path(out).suffix.lower() not in (".html", ".svg"):
         raise UsageError(
             f"cannot draw {out}", [("-o", "ends in neither .html nor .svg")], "Type -o layers.html"
         )
+
+
+def draw(found: Mapping[str, Any], out: str) -> None:
+    """Write the picture of a document of `inspect`, by its name's ending a page or an SVG."""
+    suffix = Path(out).suffix.lower()
     from eckart.report.figures import heat  # brings matplotlib, where something is drawn alone
     from eckart.report.html import Section, html
 
