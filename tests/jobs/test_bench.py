@@ -14,6 +14,7 @@ from eckart.errors import MissingExtra, OutOfRoom, UsageError
 from eckart.jobs import bench, contest, lengths, runner
 from eckart.jobs.config import resolve
 from eckart.jobs.job import Flags
+from eckart.jobs.standing import Record
 from tests.tiny import SHAPE
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then"]
@@ -304,3 +305,19 @@ def test_ranks_are_matched_to_the_parameters_of_the_baseline(place):
     assert lengths.matched([plain, contest.contestant("dora:rank=7", base)], model)[1].name == (
         "dora:rank=7"  # a rank that was given stays
     )
+
+
+def test_what_was_made_equal_is_said_with_those_that_were_not():
+    def trains(name, count):
+        return Record(name, 1e-3, costs={"parameters": count})
+
+    entered = [trains("lora", 1000), trains("bone:rank=29", 960), trains("dense+fira", 9000)]
+    said = {
+        (match, budget): bench.matched(bench.Options(match=match, budget=budget), entered)
+        for match in ("none", "parameters")
+        for budget in ("", "bytes=1GB")
+    }
+    assert said["none", ""] == "nothing: each method at its own size"
+    assert said["parameters", ""] == "trained parameters, by rank; not dense+fira"
+    assert said["parameters", "bytes=1GB"].endswith("; not dense+fira; peak bytes, by rows")
+    assert bench.matched(bench.Options(match="parameters"), entered[:2]).endswith("by rank")

@@ -193,7 +193,7 @@ def compare(
             )
         ],
         "ranking": ranking(records),
-        "held_fixed": held_fixed(job, options, planned, entered),
+        "held_fixed": held_fixed(job, options, planned, records),
         "repeat": repeat(job, options),
         "warnings": screen.warnings,
     }
@@ -263,18 +263,30 @@ MATCHED = {
 }
 
 
+NEAR = 0.1  # of the baseline's trained parameters, within which a rank counts as matched
+
+
+def matched(options: Options, records: Sequence[Record]) -> str:
+    """What was made equal, and who could not be: without a rank, or with one that was given."""
+    said = MATCHED[options.match]
+    target = records[0].costs["parameters"]
+    left = [r.name for r in records if abs(r.costs["parameters"] - target) > NEAR * target]
+    if options.match == "parameters" and left:
+        said += f"; not {', '.join(left)}"
+    return said + ("; peak bytes, by rows" if options.budget.startswith("bytes") else "")
+
+
 def held_fixed(
-    job: Job, options: Options, planned: Mapping[str, Length], entered: Sequence[Contestant]
+    job: Job, options: Options, planned: Mapping[str, Length], records: Sequence[Record]
 ) -> dict[str, str]:
     """What all contestants had in common, each said once, and what was made equal."""
-    by_bytes = options.budget.startswith("bytes")
-    steps = {planned[c.name].steps for c in entered}
-    rows = {planned[c.name].rows for c in entered}
+    steps = {planned[r.name].steps for r in records}
+    rows = {planned[r.name].rows for r in records}
     return {
         "model": str(job.model),
         "data": ", ".join(s.path for s in job.data.train),
         "budget": options.budget or "steps",
-        "matched": MATCHED[options.match] + ("; peak bytes, by rows" if by_bytes else ""),
+        "matched": matched(options, records),
         "steps": " to ".join(str(s) for s in sorted(steps)[:: max(1, len(steps) - 1)]),
         "rows in a batch": " to ".join(str(s) for s in sorted(rows)[:: max(1, len(rows) - 1)]),
         "schedule": f"{job.train.schedule}, warm-up {job.train.warmup:g}",
