@@ -154,7 +154,7 @@ def asked_for(job: Job) -> Reader | None:
     wanted = job.data.tokenizer
     if wanted == "bytes":
         return bytes_tokenizer()
-    return None if wanted == "auto" else load_tokenizer(wanted)
+    return None if wanted is None else load_tokenizer(wanted)
 
 
 def require_tokens(tokenizer: Any, model: Any) -> None:

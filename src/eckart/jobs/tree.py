@@ -46,8 +46,8 @@ class Data(Section):
     """How rows are read (text, messages, prompt and completion, ...); auto looks at them."""
     seq_len: Annotated[int, Ge(2)] | Auto = "auto"
     """Tokens in a row at most."""
-    tokenizer: str = "auto"
-    """`bytes`, or where it lies; auto takes the model's own, and where a model is pretrained that
+    tokenizer: str | None = None
+    """`bytes`, or where it lies; null takes the model's own, and where a model is pretrained that
     has none, trains one on the data."""
 
 
