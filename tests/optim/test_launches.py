@@ -1,6 +1,7 @@
 """A step of many matrices of one shape launches little more than a step of two."""
 
 from collections import Counter
+from dataclasses import fields
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from eckart.optim import (
     Rule,
     Selected,
 )
+from eckart.recipe.registry import load, methods
 
 RARE = Refresh(1000, stagger=False)
 # What each further matrix adds. R = G P^T and W += N P are products with all of G and W; Fira
@@ -59,19 +61,48 @@ class Launches(TorchDispatchMode):
 
 
 def launches(rule, count):
-    """Those of a third step of `count` matrices."""
-    named = parameters([(12, 8)] * count, torch.float32)
-    optimizer = LowRankOptimizer(named, rule=rule, clip=1.0)
+    """Those of a third step of `count` matrices, or of factor pairs of such."""
+    sizes = [(12, 8)] if rule.pair is None else [(12, 4), (4, 8)]
+    params = parameters(sizes * count, torch.float32)
+    named = [(f"layers.{i}.w", p) for i, (_, p) in enumerate(params)]  # blocks for some rules
+    names, pairs = [name for name, _ in named], []
+    if rule.pair is not None:
+        pairs = [(B, A, 2.0) for B, A in zip(names[::2], names[1::2], strict=True)]
+    optimizer = LowRankOptimizer([{"params": named, "pairs": pairs}], rule=rule, clip=1.0)
     for _ in range(3):
         for _, p in named:
-            p.grad = torch.randn(p.shape)
+            p.grad = torch.randn(p.shape) if p.requires_grad else None
         with Launches() as counter:
             optimizer.step()
     return counter.found
 
 
+def growth(rule):
+    """What each further matrix, or pair, adds."""
+    few, many = launches(rule, 2), launches(rule, 6)
+    return {k: (many[k] - few[k]) / 4 for k in many if many[k] != few[k]}
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_further_matrix_adds_its_full_size_products_alone(name):
     rule, wanted = RULES[name]
-    few, many = launches(rule, 2), launches(rule, 6)
-    assert {k: (many[k] - few[k]) / 4 for k in many if many[k] != few[k]} == wanted
+    assert growth(rule) == wanted
+
+
+# Readings and writings of a whole matrix, or of a gathered basis; Adam's mul_ and addcmul_, and
+# what scales gradients, are foreach on a GPU. What decomposes or draws is not among them.
+WHOLE = {
+    "mm", "addmm_", "addcmul_", "linalg_vector_norm", "mul", "mul_", "add_", "copy_", "clone",
+    "sign", "gather", "scatter_add_", "index", "_to_copy", "_fused_adam_", "new_zeros",
+    "lift_fresh",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n, e in methods().items() if e.axis == "update"])
+def test_no_rule_launches_more_for_a_further_matrix_than_goes_through_all_of_it(name):
+    cls = load(name)
+    rare = {"rank": 4, "density": 0.5, "every": 1000, "stagger": False}
+    update = cls(**{k: v for k, v in rare.items() if k in (f.name for f in fields(cls))})
+    added = growth(update.rule())
+    assert set(added) <= WHOLE
+    assert sum(added.values()) <= 13  # FRUGAL, whose rest of the gradient is formed

@@ -184,15 +184,31 @@ class Bucket:
             for entry in self.entries:
                 entry.fed = source.receive(entry)
         refresh(self.entries)
-        for entry in self.entries:
-            if entry.low is None:
-                entry.low = entry.lower(entry.A)
+        self.lower()
         layout = self.entries[0].layout
         if layout is not None:
             sum_(self.low, layout.partial)
         if source is not None:
             for entry in self.entries:
                 source.settle(entry, entry.A)
+
+    def lower(self) -> None:
+        """R of all that have none yet. Bases that are drawn anew are so for many at once."""
+        waiting = [e for e in self.entries if e.low is None]
+        projector, first = self.rule.projector, self.entries[0]
+        if projector.orthonormal or not projector.derived or first.layout is not None:
+            for entry in waiting:
+                entry.low = entry.lower(entry.A)
+            return
+        elements = sum(a * b for a, b in zip(projector.ranks(*first.size), first.size, strict=True))
+        together = max(1, (CACHED if first.local.is_cpu else CHUNK) // elements)
+        for start in range(0, len(waiting), together):
+            some = waiting[start : start + together]
+            state = {n: torch.stack([e.tensors[n] for e in some]) for n in projector.names}
+            bases = projector.basis(state, first.local, first.size)
+            assert isinstance(bases, Basis)
+            for i, entry in enumerate(some):
+                entry.low = down(entry.A, Basis(*(None if t is None else t[i] for t in bases)))
 
     def norms(self) -> Tensor:
         """The norm of each local gradient as applied, times the root of its group's weight."""

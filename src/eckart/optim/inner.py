@@ -40,12 +40,11 @@ class Direction:
         return list(N), [c / x for c, x in zip(self.correction, self.excess, strict=True)]
 
     def tensors(self) -> Tensors:
-        """N = numerator / denominator, which is overwritten. Where there is none N may be
-        the state itself: do not write into it."""
+        """N = numerator / denominator. Where there is none N may be the state itself: do not
+        write into it."""
         if self.denominator is None:
             return self.numerator
-        pairs = zip(self.numerator, self.denominator, strict=True)
-        return [torch.div(n, d, out=d) for n, d in pairs]
+        return list(torch._foreach_div(self.numerator, self.denominator))
 
 
 @dataclass(frozen=True)
@@ -387,7 +386,7 @@ class Normalised(Inner):
     def step(
         self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
     ) -> Direction:
-        return Direction([unit_rows(r) for r in R], None, [1.0] * len(R))
+        return Direction(each(unit_rows, R), None, [1.0] * len(R))
 
     def rotate(self, state: State, turn: Turn, count: int) -> None:
         pass  # nothing is remembered
