@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from eckart.io.export import export as export
     from eckart.io.export import load as load
     from eckart.io.export import swap as swap
-    from eckart.jobs.training import trainer as trainer
+    from eckart.jobs.training.trainer import trainer as trainer
     from eckart.methods import *  # noqa: F403
     from eckart.recipe import Recipe as Recipe
     from eckart.recipe import attach as attach
@@ -32,7 +32,7 @@ PUBLIC = {
     "load": "eckart.io.export",
     "optimizer_for": "eckart.recipe.foreign",
     "swap": "eckart.io.export",
-    "trainer": "eckart.jobs.training",
+    "trainer": "eckart.jobs.training.trainer",
 }
 
 

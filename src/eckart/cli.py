@@ -47,7 +47,7 @@ class Commands(TyperGroup):
             if type(fault).__name__ == "NoArgsIsHelpError":
                 typer.echo(fault.format_message(), err=True)
                 sys.exit(UsageError.exit_code)
-            wrong = import_module("eckart.jobs.mistyped").mistyped(fault, words, self)
+            wrong = import_module("eckart.jobs.settings.mistyped").mistyped(fault, words, self)
             code = say(words[0], wrong, "--json" in words)
         sys.exit(code)
 
@@ -101,7 +101,7 @@ def words(metavar: str) -> Parameter:
 
 def completed(context: typer.Context, incomplete: str) -> list[Any]:
     """What a word of a job may be. The shell names files by itself where this is empty."""
-    from eckart.jobs.completion import completions
+    from eckart.jobs.settings.completion import completions
 
     typed = [str(word) for word in context.params.get("words") or ()]
     return completions(context.command.name or "", typed, incomplete)
@@ -109,7 +109,7 @@ def completed(context: typer.Context, incomplete: str) -> list[Any]:
 
 def named(incomplete: str) -> list[str]:
     """Methods whose names begin so."""
-    from eckart.jobs.completion import method_names
+    from eckart.jobs.settings.completion import method_names
 
     return [name for name in method_names() if name.startswith(incomplete)]
 
@@ -428,9 +428,9 @@ def to_job(
     partial: bool = False,
 ) -> Any:
     """The job of a command line. Words that are not key=value are MODEL and DATA, in order."""
-    from eckart.jobs.config import Flags, resolve
-    from eckart.jobs.refuse import refuse_elsewhere, refuse_word, unknown_flag
-    from eckart.jobs.words import is_setting
+    from eckart.jobs.settings.config import Flags, resolve
+    from eckart.jobs.settings.refuse import refuse_elsewhere, refuse_word, unknown_flag
+    from eckart.jobs.settings.words import is_setting
 
     own = [f"--{name.replace('_', '-')}" for name in ("config", *flags, *(options or {}))]
     for word, following in zip(words or (), [*(words or ()), ""][1:], strict=True):
@@ -450,8 +450,8 @@ def job_words(words: list[str] | None) -> tuple[str, list[str]]:
 
     Raises UsageError for a first word that is meant for a command and is none.
     """
-    from eckart.jobs.config import FILES, NEEDS
-    from eckart.jobs.words import is_setting
+    from eckart.jobs.settings.config import FILES, NEEDS
+    from eckart.jobs.settings.words import is_setting
 
     first, *rest = words or ["finetune"]
     command = FILES.get(first, first)

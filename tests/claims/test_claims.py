@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eckart import claims
-from eckart.jobs.lab import start_of
+from eckart.jobs.lab.bare_loop import start_of
 from eckart.recipe import registry
 
 FOLDER = Path(claims.__file__).parent

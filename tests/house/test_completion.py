@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eckart.io.presets import PRESETS
-from eckart.jobs.completion import completions
+from eckart.jobs.settings.completion import completions
 from eckart.recipe import registry
 
 ROOT = Path(__file__).parents[2]

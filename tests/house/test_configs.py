@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eckart.jobs.config import resolve
+from eckart.jobs.settings.config import resolve
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

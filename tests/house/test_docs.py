@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from eckart import cli
 from eckart.io.run import Run
-from eckart.jobs.refuse import own_keys, unknown_key
-from eckart.jobs.words import read_words
+from eckart.jobs.settings.refuse import own_keys, unknown_key
+from eckart.jobs.settings.words import read_words
 from eckart.recipe import registry
 
 ROOT = Path(__file__).parents[2]

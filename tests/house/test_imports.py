@@ -78,6 +78,21 @@ def test_arrows_point_downwards(path):
         assert there != "kernels" or path.name == "attachment.py", place
 
 
+def test_arrows_between_the_rooms_of_jobs_point_downwards():
+    """Commands stand above all; a bench in the lab takes from them how a model is opened."""
+    rank = {room: i for i, room in enumerate(("lab", "training", "settings", "measuring"))}
+    for path in (SRC / "jobs").glob("*/*.py"):
+        here = path.parent.name
+        for module, line in imports(path):
+            if not module.startswith("eckart.jobs."):
+                continue
+            there = module.split(".")[2]
+            if there in rank:
+                assert rank[there] >= rank[here], f"{path}:{line} imports {module}"
+            else:
+                assert here == "lab", f"{path}:{line} imports {module}"
+
+
 def test_every_room_has_its_place():
     rooms = {room_of(p) for p in FILES}
     assert rooms <= set(RANK)

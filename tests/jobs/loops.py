@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, get_scheduler
 
 from eckart.io.packing import order
-from eckart.jobs.training import trainer
+from eckart.jobs.training.trainer import trainer
 from eckart.recipe import Handle, Recipe, attach, registry
 from tests.conftest import VOCAB, tiny
 

@@ -11,10 +11,11 @@ import pytest
 from datasets import Dataset
 
 from eckart.errors import MissingExtra, OutOfRoom, UsageError
-from eckart.jobs import bench, contest, lengths, runner
-from eckart.jobs.config import resolve
-from eckart.jobs.job import Flags
-from eckart.jobs.standing import Record
+from eckart.jobs import bench
+from eckart.jobs.lab import contest, lengths, runner
+from eckart.jobs.lab.standing import Record
+from eckart.jobs.settings.config import resolve
+from eckart.jobs.settings.job import Flags
 from tests.tiny import SHAPE
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then"]

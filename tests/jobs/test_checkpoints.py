@@ -15,7 +15,7 @@ from eckart.errors import FileError
 from eckart.io.folder import close_with_manifest, write_json
 from eckart.io.run import checkpoint_folders, latest_checkpoint
 from eckart.io.tensors import write_tensors
-from eckart.jobs.checkpoints import apart, load_model_state, whole
+from eckart.jobs.training.checkpoints import apart, load_model_state, whole
 from tests.jobs.loops import LR, collate, handle_of, logged, mixed, rows
 from tests.processes import in_processes
 

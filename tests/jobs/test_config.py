@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from eckart.errors import EckartError, FileError, UsageError
-from eckart.jobs import words
-from eckart.jobs.config import NONE, Choice, Flags, Job, resolve
 from eckart.jobs.schema import build
-from eckart.jobs.tree import SECTIONS, Source
+from eckart.jobs.settings import words
+from eckart.jobs.settings.config import NONE, Choice, Flags, Job, resolve
+from eckart.jobs.settings.tree import SECTIONS, Source
 from eckart.recipe import registry
 
 

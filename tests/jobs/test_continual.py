@@ -2,8 +2,8 @@
 
 import pytest
 
-from eckart.jobs.continual import show, summary
-from eckart.jobs.screen import Screen
+from eckart.jobs.training.continual import show, summary
+from eckart.jobs.training.screen import Screen
 
 BEFORE = {"a": {"accuracy": 0.2}, "b": {"accuracy": 0.3}, "c": {"accuracy": 0.1}}
 AFTER = [

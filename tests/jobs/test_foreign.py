@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from eckart.jobs.config import resolve
+from eckart.jobs.settings.config import resolve
 from tests.journeys.adapters import adapter
 from tests.journeys.runs import eckart, model_folder
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from eckart.errors import UsageError
-from eckart.jobs.imagined import elements, imagine
-from eckart.jobs.memory import Live, activation_bytes, held_state_bytes, model_bytes, size
+from eckart.jobs.measuring.imagined import elements, imagine
+from eckart.jobs.measuring.memory import Live, activation_bytes, held_state_bytes, model_bytes, size
+from eckart.jobs.measuring.shallow import alike, sized
 from eckart.jobs.proposals import candidates
-from eckart.jobs.shallow import alike, sized
 from eckart.recipe import Recipe, attach, registry
 from tests.conftest import batch_for, tiny
 from tests.laws.matrix import attached, recipe_for, slugs, small

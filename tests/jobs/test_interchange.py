@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from eckart.io import peft
-from eckart.jobs.approximate import of_update
+from eckart.jobs.measuring.approximate import of_update
 from tests.conftest import randomise, tiny
 from tests.laws.matrix import attached, logits, small, weights_methods
 

@@ -8,8 +8,8 @@ import torch
 
 from eckart.claims import END, Arm, Splits, Task
 from eckart.io.corpora import Corpus
-from eckart.jobs.lab import Bench, at_steps, start_of
-from eckart.jobs.materials import text_splits, warm_cosine
+from eckart.jobs.lab.bare_loop import Bench, at_steps, start_of
+from eckart.jobs.lab.materials import text_splits, warm_cosine
 from eckart.methods import AdamW, Dense, GaLore, LoRA
 from eckart.optim.named import pack
 from eckart.recipe import Cut, Recipe

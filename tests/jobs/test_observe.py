@@ -8,8 +8,8 @@ import torch
 
 from eckart.io.models import load_model
 from eckart.io.run import read_metrics
-from eckart.jobs import change
-from eckart.jobs.observe import Observer, overlap
+from eckart.jobs.training import change
+from eckart.jobs.training.observe import Observer, overlap
 from eckart.recipe import Recipe, attach, registry
 from tests.journeys.runs import eckart, model_folder, texts
 

@@ -14,9 +14,10 @@ import pytest
 from eckart import claims
 from eckart.claims import Arm, Claim, lower, recovers
 from eckart.errors import UsageError
-from eckart.jobs import reproduce, trials
-from eckart.jobs.judge import judge
-from eckart.jobs.sweep import Plan, at_edge, best, lr_at, wanted
+from eckart.jobs import reproduce
+from eckart.jobs.lab import trials
+from eckart.jobs.lab.judge import judge
+from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, wanted
 
 # --- the search ----------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ def test_a_quick_check_says_nothing():
 
 
 def test_planted_claims_are_judged_at_the_stated_rates(monkeypatch):
-    monkeypatch.setattr("eckart.jobs.statistics.DRAWS", 200)
+    monkeypatch.setattr("eckart.jobs.lab.statistics.DRAWS", 200)
     rng, n = np.random.default_rng(8), 500
     ties = [judge(PLAIN, table(0.0, rng=rng), "default").verdict for _ in range(n)]
     assert sum(v != "not seen" for v in ties) / n <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / n)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from eckart.io.packing import Collate
-from eckart.jobs import intervals
-from eckart.jobs.scores import joined, score
+from eckart.jobs.measuring import intervals
+from eckart.jobs.measuring.scores import joined, score
 from tests import tiny
 
 

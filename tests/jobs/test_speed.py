@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from eckart.jobs import speed
-from eckart.jobs.speed import Speed, shape_within
+from eckart.jobs.measuring import speed
+from eckart.jobs.measuring.speed import Speed, shape_within
 from tests.journeys.runs import eckart, model_folder
 
 SHAPES = {

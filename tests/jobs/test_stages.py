@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from eckart.errors import UsageError
 from eckart.io.models import load_model
 from eckart.io.opening import open_model
-from eckart.jobs import stages
-from eckart.jobs.fit import RunTraining
-from eckart.jobs.stages import places
+from eckart.jobs.training import stages
+from eckart.jobs.training.fit import RunTraining
+from eckart.jobs.training.stages import places
 from eckart.recipe import Stage, registry
 from tests.journeys.runs import eckart, model_folder, texts
 from tests.tiny import logits

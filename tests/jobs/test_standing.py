@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from eckart.jobs import standing, statistics
-from eckart.jobs.standing import Record, basin, budget_curve, ranking, regret, table
+from eckart.jobs.lab import standing, statistics
+from eckart.jobs.lab.standing import Record, basin, budget_curve, ranking, regret, table
 
 
 @pytest.fixture(autouse=True)

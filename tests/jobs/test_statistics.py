@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eckart.jobs import statistics
-from eckart.jobs.statistics import difference, holm, power, seeds_needed, visible
+from eckart.jobs.lab import statistics
+from eckart.jobs.lab.statistics import difference, holm, power, seeds_needed, visible
 
 TABLES = 600
 # The share of errors in 600 tables is known to 2 * sqrt(.05 * .95 / 600) = 0.018.

@@ -14,8 +14,8 @@ from pytest import param
 from transformers import Trainer, TrainerCallback
 
 from eckart.io.run import latest_checkpoint
-from eckart.jobs import cut
-from eckart.jobs.checkpoints import read_state
+from eckart.jobs.training import cut
+from eckart.jobs.training.checkpoints import read_state
 from eckart.linear import LowRank
 from eckart.recipe import Recipe, attach, attach_from, registry
 from tests.conftest import tiny

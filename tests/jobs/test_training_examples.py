@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 from eckart.errors import UsageError
 from eckart.io.models import load_model
 from eckart.io.presets import build_model
-from eckart.jobs.training import trainer
+from eckart.jobs.training.trainer import trainer
 from eckart.methods.objective.distill import Distill
 from eckart.methods.weights.lora import LoRA
 from eckart.recipe import Recipe, attach

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from eckart.jobs.settle import gradient_bytes
-from eckart.jobs.training import Training
-from eckart.jobs.tree import Train
+from eckart.jobs.settings.settle import gradient_bytes
+from eckart.jobs.settings.tree import Train
+from eckart.jobs.training.trainer import Training
 from eckart.recipe import Recipe, attach, registry
 from tests.conftest import tiny
 from tests.jobs.loops import SEED, logged, mixed

@@ -10,9 +10,9 @@ from eckart.errors import EckartError, FileError, UsageError
 from eckart.io.models import load_tokenizer
 from eckart.io.opening import open_model
 from eckart.io.text import read
-from eckart.jobs.config import resolve
-from eckart.jobs.tree import SECTIONS
-from eckart.jobs.words import HABITS
+from eckart.jobs.settings.config import resolve
+from eckart.jobs.settings.tree import SECTIONS
+from eckart.jobs.settings.words import HABITS
 from eckart.recipe import registry
 from tests.journeys.adapters import adapter
 from tests.journeys.bad import enter, entries

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from eckart.io.models import load_model
 from eckart.io.opening import open_model
 from eckart.io.run import read_metrics
-from eckart.jobs import fit
-from eckart.jobs.config import resolve
+from eckart.jobs.settings.config import resolve
+from eckart.jobs.training import fit
 from tests.journeys.runs import eckart, labels, model_folder, texts
 from tests.tiny import logits
 

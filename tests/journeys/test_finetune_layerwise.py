@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eckart.io.run import read_metrics
-from eckart.jobs.fit import RunTraining
+from eckart.jobs.training.fit import RunTraining
 from tests.journeys.runs import eckart, model_folder, texts
 from tests.journeys.test_finetune_processes import environment, interrupted_after
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from eckart.io.models import load_tokenizer
 from eckart.io.opening import open_model
 from eckart.io.text import read
-from eckart.jobs import held_out
-from eckart.jobs.fit import RunTraining
+from eckart.jobs.training import held_out
+from eckart.jobs.training.fit import RunTraining
 from eckart.recipe import registry
 from tests.journeys.runs import eckart, model_folder, texts
 

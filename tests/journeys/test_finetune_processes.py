@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eckart.io.run import latest_checkpoint, read_metrics
-from eckart.jobs.fit import RunTraining
+from eckart.jobs.training.fit import RunTraining
 from tests.journeys.runs import eckart, model_folder, texts
 
 ROOT = Path(__file__).parents[2]

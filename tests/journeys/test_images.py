@@ -16,7 +16,7 @@ from eckart.io.images import read_images
 from eckart.io.models import load_model
 from eckart.io.opening import open_model
 from eckart.io.presets import build_model
-from eckart.jobs import fit
+from eckart.jobs.training import fit
 from tests.journeys.runs import eckart, model_folder, texts
 
 VIT = {

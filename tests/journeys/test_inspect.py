@@ -10,8 +10,8 @@ import torch
 from eckart.decompose.spectra import effective_rank
 from eckart.io.models import load_model
 from eckart.io.opening import open_model
-from eckart.jobs.drift import of_text
-from eckart.jobs.heads import reaches
+from eckart.jobs.measuring.drift import of_text
+from eckart.jobs.measuring.heads import reaches
 from tests.journeys.adapters import adapter
 from tests.journeys.runs import eckart, model_folder, texts
 

@@ -101,7 +101,7 @@ def test_no_memory_is_said_with_what_each_remedy_saves(place):
     """The allocator itself refuses: the step asks for more than any machine has."""
     limit = (
         "import torch\n"
-        "from eckart.jobs import fit\n"
+        "from eckart.jobs.training import fit\n"
         "def greedy(*a, **k):\n"
         "    return torch.empty(2**55, dtype=torch.uint8)\n"
         "fit.RunTraining.compute_loss = greedy\n"
@@ -150,7 +150,7 @@ def test_a_second_run_into_one_folder_is_refused_while_the_first_goes_on(place):
 def test_a_second_ctrl_c_ends_at_once_and_what_was_saved_is_gone_on_from(place):
     twice = (
         "import os, signal\n"
-        "from eckart.jobs import fit\n"
+        "from eckart.jobs.training import fit\n"
         "told = fit.Interrupt.on_step_end\n"
         "def asked(self, args, state, control, **more):\n"
         "    if state.global_step == 3:\n"

@@ -106,7 +106,7 @@ def test_it_trains_and_its_default_rate_is_taken(whole_run, place):
 def test_a_killed_run_goes_on_to_the_same_tensors(whole_run, place):
     code = (
         "import os, signal, sys\n"
-        "from eckart.jobs import fit\n"
+        "from eckart.jobs.training import fit\n"
         "from eckart.cli import main\n"
         "step = fit.Interrupt.on_step_end\n"
         "def killed(self, args, state, control, **k):\n"

@@ -82,7 +82,10 @@ def test_doctor_says_what_is_there_and_what_is_not(monkeypatch):
     labels = [line[:10].strip() for line in ran.out.splitlines() if line[:10].strip()]
     wanted = ["eckart", "packages", "devices", "methods", "cache", "network", "extras"]
     assert labels == wanted
-    assert "claims        missing   eckart reproduce and bench" in ran.out and "pip install 'eckart[claims]'" in ran.out
+    assert (
+        "claims        missing   eckart reproduce and bench" in ran.out
+        and "pip install 'eckart[claims]'" in ran.out
+    )
     assert "peft          there     PEFT itself" in ran.out
 
 

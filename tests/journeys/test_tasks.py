@@ -11,7 +11,7 @@ from eckart.io.models import load_model, load_tokenizer
 from eckart.io.opening import open_model
 from eckart.io.presets import build_model
 from eckart.io.run import read_metrics
-from eckart.jobs import fit
+from eckart.jobs.training import fit
 from tests.journeys.runs import TALK, WORDS, eckart, texts
 
 SIZE = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eckart.errors import UsageError
-from eckart.jobs.config import resolve
+from eckart.jobs.settings.config import resolve
 from eckart.recipe import Recipe, attach
 from eckart.recipe.recipe import fitted
 from tests.conftest import batch_for, randomise, tiny

@@ -10,8 +10,8 @@ from torch.autograd.gradcheck import GradcheckError
 
 import eckart
 from eckart import Recipe, attach
-from eckart.jobs.config import resolve
-from eckart.jobs.contest import contestant
+from eckart.jobs.lab.contest import contestant
+from eckart.jobs.settings.config import resolve
 from eckart.linear import LowRank, low_rank
 from eckart.linear.sites import as_matrix
 from eckart.methods.update.allora import ALLoRA, row_factor, slowed

@@ -6,7 +6,7 @@ from torch import nn
 
 from eckart import Recipe, attach
 from eckart.errors import UsageError
-from eckart.jobs.config import resolve
+from eckart.jobs.settings.config import resolve
 from eckart.methods.update.altlora import AltLoRA, carrier, projection
 from eckart.methods.weights.lora import LoRA
 from eckart.optim import LowRankOptimizer

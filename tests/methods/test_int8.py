@@ -11,7 +11,7 @@ from eckart.errors import MissingExtra, UsageError
 from eckart.io import dense, factored, native
 from eckart.io.models import load_model
 from eckart.io.opening import open_model
-from eckart.jobs.memory import size
+from eckart.jobs.measuring.memory import size
 from eckart.linear.sites import find_sites, quantised
 from eckart.methods.precision.int8 import Int8, torchao
 from eckart.methods.update.galore import GaLore

@@ -333,7 +333,7 @@ def test_narrow_and_spread():
 
 def test_the_job_prunes_aligns_learns_and_recovers(tmp_path, monkeypatch):
     from eckart.io.opening import open_model
-    from eckart.jobs.fit import RunTraining
+    from eckart.jobs.training.fit import RunTraining
     from tests.journeys.runs import eckart, model_folder, texts
 
     monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))

@@ -11,8 +11,8 @@ A claim file reads like the protocol of an experiment:
         unseen="parity with full fine-tuning at billions of parameters",
     )
 
-The lab (`jobs/lab.py`, handed over by `eckart reproduce`) trains every arm with its own best
-learning rate, then several seeds in which all arms see the same data in the same order, and
+The lab (`jobs/lab/bare_loop.py`, handed over by `eckart reproduce`) trains every arm with its own
+best learning rate, then several seeds in which all arms see the same data in the same order, and
 judges each statement on the differences within seeds. What a lab cannot train by a recipe
 alone, a function of the claim file does (`Arm(run=...)`), or measures (`Arm(watch=...)`).
 """

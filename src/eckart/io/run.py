@@ -181,12 +181,6 @@ class Run:
         """The newest checkpoint whose manifest holds; None where there is none."""
         return latest_checkpoint(self.folder)
 
-    def prune(self, keep: int, always: Path | None = None) -> None:
-        """Remove all but the newest `keep` checkpoints, and `always` (the best one)."""
-        for path in checkpoint_folders(self.folder)[keep:]:
-            if path != always:
-                shutil.rmtree(path, ignore_errors=True)
-
     def drop_from(self, step: int) -> None:
         """Remove the checkpoints of a step and of those after it."""
         for path in checkpoint_folders(self.folder):

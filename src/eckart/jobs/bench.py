@@ -26,21 +26,23 @@ from typing import Any, Self
 from eckart.errors import UsageError
 from eckart.io.folder import write_text
 from eckart.io.run import Run
-from eckart.jobs import lengths, outcome, prepare, settle
-from eckart.jobs.board import Board
-from eckart.jobs.contest import (
+from eckart.jobs.lab import lengths
+from eckart.jobs.lab.board import Board
+from eckart.jobs.lab.contest import (
     BenchTrial,
     Contestant,
     contestants,
     ground,
     starts_at_random,
 )
-from eckart.jobs.job import Job
-from eckart.jobs.lengths import Length
-from eckart.jobs.runner import Quantities, Runner, runner
-from eckart.jobs.screen import Screen
-from eckart.jobs.standing import Record, ranking, table
-from eckart.jobs.sweep import Plan, lr_at, sampled, wanted
+from eckart.jobs.lab.lengths import Length
+from eckart.jobs.lab.runner import Quantities, Runner, runner
+from eckart.jobs.lab.standing import Record, ranking, table
+from eckart.jobs.lab.sweep import Plan, lr_at, sampled, wanted
+from eckart.jobs.settings import settle
+from eckart.jobs.settings.job import Job
+from eckart.jobs.training import outcome, prepare
+from eckart.jobs.training.screen import Screen
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.groups import default_lr
 

@@ -21,7 +21,7 @@ from eckart.io.packing import IGNORE
 from eckart.io.pictures import decoded
 from eckart.io.preprocessing import load_preprocessing
 from eckart.io.text import Encoder
-from eckart.jobs.config import Job
+from eckart.jobs.settings.config import Job
 
 MOST = 5  # classes that are shown
 Choices = list[tuple[str, float]]  # names with their shares, the likeliest first

@@ -19,12 +19,13 @@ from eckart.io.opening import Opened
 from eckart.io.run import Run
 from eckart.io.tasks import TASKS
 from eckart.io.text import Data
-from eckart.jobs import held_out, outcome, prepare, senses, settle
-from eckart.jobs.classes import require_task
-from eckart.jobs.config import Job
-from eckart.jobs.course import model_line
-from eckart.jobs.fit import fit
-from eckart.jobs.screen import Screen, amount
+from eckart.jobs.settings import settle
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training import held_out, outcome, prepare, senses
+from eckart.jobs.training.classes import require_task
+from eckart.jobs.training.course import model_line
+from eckart.jobs.training.fit import fit
+from eckart.jobs.training.screen import Screen, amount
 from eckart.recipe import Compress, Handle, Recipe, attach
 
 LOADING = "import eckart.hf, then {}.from_pretrained"

@@ -24,13 +24,13 @@ from eckart.io.heads import task_of_live
 from eckart.io.models import load_model, recognise
 from eckart.io.opening import ADAPTERS, Opened, on_base, open_model
 from eckart.io.tasks import TASKS
-from eckart.jobs import prepare, senses
-from eckart.jobs.approximate import Approximation, of_model, of_update
-from eckart.jobs.config import OUT, Job
-from eckart.jobs.drift import Sample, of_images, of_text
 from eckart.jobs.finetune import require_weights
-from eckart.jobs.outcome import shown
-from eckart.jobs.screen import Screen, amount
+from eckart.jobs.measuring.approximate import Approximation, of_model, of_update
+from eckart.jobs.measuring.drift import Sample, of_images, of_text
+from eckart.jobs.settings.config import OUT, Job
+from eckart.jobs.training import prepare, senses
+from eckart.jobs.training.outcome import shown
+from eckart.jobs.training.screen import Screen, amount
 from eckart.linear import Term
 from eckart.recipe import Handle
 from eckart.recipe.fingerprint import fingerprint

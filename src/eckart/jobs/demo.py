@@ -15,9 +15,9 @@ from eckart.io.headers import read_json
 from eckart.io.models import load_tokenizer
 from eckart.io.opening import open_model
 from eckart.jobs import finetune
-from eckart.jobs.config import Flags, Job, resolve
 from eckart.jobs.generate import complete
-from eckart.jobs.screen import Screen
+from eckart.jobs.settings.config import Flags, Job, resolve
+from eckart.jobs.training.screen import Screen
 
 BASE = Path(eckart.__file__).parent / "assets" / "llama-tiny"
 DATA = "pydoc-prose"

@@ -107,7 +107,7 @@ def devices() -> list[dict[str, Any]]:
     """The CPU and each accelerator, with its memory and whether it computes in bf16."""
     import torch
 
-    from eckart.jobs.memory import room
+    from eckart.jobs.measuring.memory import room
 
     free, total = room(torch.device("cpu"))
     found: list[dict[str, Any]] = [

@@ -21,16 +21,17 @@ from eckart.io.headers import read_json
 from eckart.io.models import config_of, own_task, recognise
 from eckart.io.peft_read import method_of
 from eckart.io.tasks import TASKS
-from eckart.jobs import prepare, senses, settle
-from eckart.jobs.classes import keeps_head, require_task
-from eckart.jobs.config import Choice, Job
-from eckart.jobs.imagined import Imagined, imagine
-from eckart.jobs.memory import in_bytes, in_words, room
-from eckart.jobs.outcome import recipe_of, shown
+from eckart.jobs.measuring.imagined import Imagined, imagine
+from eckart.jobs.measuring.memory import in_bytes, in_words, room
+from eckart.jobs.measuring.speed import Speed, measured
 from eckart.jobs.proposals import proposals
 from eckart.jobs.proposals import say as say_proposals
-from eckart.jobs.screen import Screen, amount
-from eckart.jobs.speed import Speed, measured
+from eckart.jobs.settings import settle
+from eckart.jobs.settings.config import Choice, Job
+from eckart.jobs.training import prepare, senses
+from eckart.jobs.training.classes import keeps_head, require_task
+from eckart.jobs.training.outcome import recipe_of, shown
+from eckart.jobs.training.screen import Screen, amount
 from eckart.recipe import Recipe, registry
 
 TRAININGS = ("finetune", "pretrain")

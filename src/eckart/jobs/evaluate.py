@@ -24,13 +24,14 @@ from eckart.io.heads import names_of
 from eckart.io.models import load_tokenizer
 from eckart.io.opening import Opened, open_model
 from eckart.io.tasks import TASKS
-from eckart.jobs import intervals, prepare, senses
-from eckart.jobs.classes import open_to_measure, require_task
-from eckart.jobs.config import Job
 from eckart.jobs.finetune import require_weights
-from eckart.jobs.outcome import shown
-from eckart.jobs.scores import Scores, joined, score
-from eckart.jobs.screen import Screen, amount
+from eckart.jobs.measuring import intervals
+from eckart.jobs.measuring.scores import Scores, joined, score
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training import prepare, senses
+from eckart.jobs.training.classes import open_to_measure, require_task
+from eckart.jobs.training.outcome import shown
+from eckart.jobs.training.screen import Screen, amount
 
 ASKED = ("prompt+completion", "instruction", "messages")  # formats where a whole answer counts
 NEEDS_SCIPY = "no intervals without scipy: type pip install 'eckart[claims]'"

@@ -11,11 +11,11 @@ from typing import Any
 from eckart.errors import FileError, UsageError
 from eckart.io.models import recognise
 from eckart.io.opening import Opened, open_model
-from eckart.jobs import launch, prepare, senses
-from eckart.jobs.classes import open_to_teach, require_task
-from eckart.jobs.config import Job
-from eckart.jobs.course import begin, course, staged_course
-from eckart.jobs.outcome import write_final
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training import launch, prepare, senses
+from eckart.jobs.training.classes import open_to_teach, require_task
+from eckart.jobs.training.course import begin, course, staged_course
+from eckart.jobs.training.outcome import write_final
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.headers import read_json
-from eckart.jobs.config import Job, resolve
-from eckart.jobs.words import HABITS, Setting, read_file
+from eckart.jobs.settings.config import Job, resolve
+from eckart.jobs.settings.words import HABITS, Setting, read_file
 from eckart.recipe import registry
 from eckart.recipe.registry import FULL
 

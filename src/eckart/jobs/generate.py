@@ -16,7 +16,7 @@ from eckart.io.models import load_tokenizer, own_task, recognise
 from eckart.io.opening import ADAPTERS, open_model
 from eckart.io.tasks import TASKS
 from eckart.jobs import classify
-from eckart.jobs.config import Job
+from eckart.jobs.settings.config import Job
 from eckart.recipe import Handle
 
 

@@ -29,15 +29,15 @@ from eckart.decompose.spectra import (
 from eckart.errors import UsageError
 from eckart.io.models import load_tokenizer, recognise
 from eckart.io.opening import Opened, open_model
-from eckart.jobs import prepare, senses
-from eckart.jobs.config import Job
-from eckart.jobs.drift import of_text
 from eckart.jobs.finetune import require_weights
-from eckart.jobs.heads import NORMS, HeadReach, reaches
-from eckart.jobs.outcome import shown
+from eckart.jobs.measuring.drift import of_text
+from eckart.jobs.measuring.heads import NORMS, HeadReach, reaches
 from eckart.jobs.pairs import all_sites, common_base, overlaps_by_role, pairs
 from eckart.jobs.pictures import draw, require_picture
-from eckart.jobs.screen import Screen, amount
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training import prepare, senses
+from eckart.jobs.training.outcome import shown
+from eckart.jobs.training.screen import Screen, amount
 from eckart.linear import Site
 from eckart.recipe import Handle
 from eckart.recipe.targets import sites_of

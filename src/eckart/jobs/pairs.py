@@ -24,8 +24,8 @@ from eckart.decompose.spectra import effective_rank
 from eckart.errors import EckartError, UsageError
 from eckart.io.models import load_model, recognise
 from eckart.io.opening import Opened
-from eckart.jobs.screen import Screen
-from eckart.jobs.words import read_file
+from eckart.jobs.settings.words import read_file
+from eckart.jobs.training.screen import Screen
 from eckart.linear import Site
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.targets import sites_of

@@ -23,10 +23,10 @@ from eckart.io.presets import build_model
 from eckart.io.reading import rows_of, sources_of
 from eckart.io.tasks import TASKS, task_of
 from eckart.io.text import held_out_share, split
-from eckart.jobs import launch, prepare, senses
-from eckart.jobs.config import Job
-from eckart.jobs.course import begin, course
-from eckart.jobs.outcome import write_whole
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training import launch, prepare, senses
+from eckart.jobs.training.course import begin, course
+from eckart.jobs.training.outcome import write_whole
 
 SPECIAL = {  # tokens that a new tokenizer needs for a task
     "masked": (MASK,),

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from eckart.errors import EckartError, OutOfRoom
-from eckart.jobs import prepare
-from eckart.jobs.config import Job
-from eckart.jobs.memory import in_words
-from eckart.jobs.screen import Screen
-from eckart.jobs.settle import SHARE, largest_divisor
-from eckart.jobs.shallow import Sizes, alike, sized
-from eckart.jobs.speed import Speed
+from eckart.jobs.measuring.memory import in_words
+from eckart.jobs.measuring.shallow import Sizes, alike, sized
+from eckart.jobs.measuring.speed import Speed
+from eckart.jobs.settings.config import Job
+from eckart.jobs.settings.settle import SHARE, largest_divisor
+from eckart.jobs.training import prepare
+from eckart.jobs.training.screen import Screen
 from eckart.recipe import Recipe, registry
 
 

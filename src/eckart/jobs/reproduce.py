@@ -25,12 +25,12 @@ from eckart.claims import Arm, Budget, Claim
 from eckart.errors import EckartError, UsageError
 from eckart.io.folder import write_json, write_text
 from eckart.io.run import versions
-from eckart.jobs.judge import NO_VERDICT, Judged, Judgement, judge, number
-from eckart.jobs.lab import start_of
-from eckart.jobs.runner import Quantities, Runner, Trial, runner
-from eckart.jobs.screen import clock
-from eckart.jobs.sweep import Plan, at_edge, best, lr_at, wanted
-from eckart.jobs.trials import ClaimTrial, task_of
+from eckart.jobs.lab.bare_loop import start_of
+from eckart.jobs.lab.judge import NO_VERDICT, Judged, Judgement, judge, number
+from eckart.jobs.lab.runner import Quantities, Runner, Trial, runner
+from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, wanted
+from eckart.jobs.lab.trials import ClaimTrial, task_of
+from eckart.jobs.training.screen import clock
 from eckart.report.claims import page
 
 PLANS: Mapping[Budget, Plan] = {

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from eckart.jobs.config import Job
-from eckart.jobs.tree import SECTIONS, Source, Train
+from eckart.jobs.settings.config import Job
+from eckart.jobs.settings.tree import SECTIONS, Source, Train
 from eckart.recipe import registry
 
 

@@ -1,0 +1,1 @@
+"""Experiments: many runs, searched learning rates, paired seeds, and a verdict from numbers."""

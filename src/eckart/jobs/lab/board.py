@@ -1,0 +1,93 @@
+"""What one sees of a bench while it runs: a table that fills, and about how long it still takes.
+
+On a terminal the table stays in place; in a pipe every run that ends is a line on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from eckart.jobs.lab.runner import Quantities
+from eckart.jobs.lab.standing import Record
+from eckart.jobs.training.screen import clock
+
+
+class Board:
+    """Shows runs as they end; nothing where it is quiet. Seeds from `first` on are the report's."""
+
+    def __init__(self, records: Sequence[Record], options: Any, first: int, quiet: bool):
+        self.quiet, self.first, self.seeds = quiet, first, options.seeds
+        self.found: dict[str, list[tuple[Any, Quantities]]] = {r.name: [] for r in records}
+        # two points beyond the window, as most searches need
+        rates = min(options.purse, options.window + 2)
+        self.planned = len(records) * (rates * options.choose + options.seeds) + 1
+        self.done, self.begun = 0, time.monotonic()
+        shown = not quiet and sys.stderr.isatty()
+        self.live = Live(console=Console(stderr=True), auto_refresh=False) if shown else None
+
+    def __enter__(self) -> Board:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self.live:
+            self.live.stop()
+
+    def ended(self, trial: Any, quantities: Quantities, done: int, total: int) -> None:
+        """A run has ended."""
+        self.done += 1
+        if trial.lr:
+            self.found[trial.name].append((trial, quantities))
+        if self.live:
+            self.live.update(self.table(), refresh=True)
+        elif not self.quiet:
+            line = (
+                f" {done}/{total}  {trial.described}  {self.seen(trial, quantities)}  {self.left()}"
+            )
+            print(line, file=sys.stderr, flush=True)
+
+    def seen(self, trial: Any, quantities: Quantities) -> str:
+        """The loss that the run is for: while rates are chosen no test row is shown."""
+        choosing = trial.lr and trial.seed < self.first
+        name, said = ("validation", "held out") if choosing else ("loss", "test")
+        return f"{said} {quantities[name]:.4f}" + (
+            " diverged" if quantities.get("diverged") else ""
+        )
+
+    def left(self) -> str:
+        """About how long it still takes."""
+        pace = (time.monotonic() - self.begun) / max(1, self.done)
+        return f"about {clock(pace * max(1, self.planned - self.done))} left"
+
+    def table(self) -> Any:
+        """The runs of this sitting, by method."""
+        table = Table(title=f"{self.done} runs, {self.left()}", title_justify="left")
+        for name in ("method", "rates tried", "best held out", "at lr", "seeds", "test"):
+            table.add_column(name)
+        for name, runs in self.found.items():
+            chosen = [(q["validation"], t.lr) for t, q in runs if t.seed < self.first]
+            tests = [q["loss"] for t, q in runs if t.seed >= self.first]
+            least = min(chosen, default=None)
+            table.add_row(
+                name,
+                str(len({lr for _, lr in chosen})),
+                f"{least[0]:.4f}" if least else "",
+                f"{least[1]:.2g}" if least else "",
+                f"{len(tests)}/{self.seeds}",
+                f"{sum(tests) / len(tests):.4f}" if tests else "",
+            )
+        return table

@@ -1,0 +1,306 @@
+"""Who takes part in a bench, and one run of one of them.
+
+    lora   dora+lora-pro   lora:rank=4   dense+fira:rank=8:every=50
+
+Methods joined by + are one recipe, a method's fields follow it after colons. Every contestant
+is the same job with other choices, so that all else (data, batch, schedule, steps) is one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart.claims import Task
+from eckart.errors import UsageError
+from eckart.io.heads import outside
+from eckart.io.models import config_of, recognise
+from eckart.io.packing import order
+from eckart.io.presets import build_model
+from eckart.io.text import Data
+from eckart.jobs import finetune, pretrain
+from eckart.jobs.lab.bare_loop import Bench
+from eckart.jobs.lab.materials import digest, warm_cosine
+from eckart.jobs.lab.trials import described, source_of_rooms
+from eckart.jobs.settings import settle
+from eckart.jobs.settings.config import build, refuse_unknown, suited
+from eckart.jobs.settings.job import Choice, Job
+from eckart.jobs.settings.merge import Given
+from eckart.jobs.settings.words import read_words
+from eckart.jobs.training import classes, prepare, senses
+from eckart.jobs.training.held_out import summed
+from eckart.recipe import Recipe, registry
+from eckart.recipe.registry import DEFAULTS, FULL
+
+PLACE = "--methods"
+TURNS = 16  # in which held-out rows go to the part to choose by and the part to report on
+EVALUATED = 16  # rows at once at least: without gradients they need far less than training
+RECIPE_AXES = ("weights", "update", "precision", "attention")
+
+
+@dataclass(frozen=True, eq=False)
+class Contestant:
+    """A recipe under its name, as the job that trains it."""
+
+    name: str
+    job: Job
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.job.recipe()
+
+
+def contestants(text: str, job: Job) -> list[Contestant]:
+    """The plain baseline first, then those named, each once."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError(
+            "nothing to compare     --methods", fix="Type for example --methods lora,dora"
+        )
+    found = [contestant(name, job) for name in dict.fromkeys([baseline_of(job), *names])]
+    seen: dict[Recipe, str] = {}
+    for one in found:
+        if one.recipe in seen:
+            raise UsageError(
+                "two contestants are the same recipe",
+                [(one.name, seen[one.recipe])],
+                "Leave one of them out.",
+            )
+        seen[one.recipe] = one.name
+    return found
+
+
+def baseline_of(job: Job) -> str:
+    """What everything is measured against: full training from a shape, else the plain adapter."""
+    return FULL if starts_at_random(job) else DEFAULTS["weights"]
+
+
+def starts_at_random(job: Job) -> bool:
+    """Is MODEL a shape without weights?"""
+    return recognise(job.model or "").kind in ("preset", "config")
+
+
+def contestant(name: str, job: Job) -> Contestant:
+    """One recipe of the list. UsageError for what is unknown, doubled or cannot combine."""
+    given: Given = {}
+    entries: dict[tuple[str, ...], Any] = {}
+    for part in name.split("+"):
+        slug, *fields = part.strip().split(":")
+        entry = registry.find(slug, place=PLACE)
+        if entry.axis not in (*RECIPE_AXES, "objective"):
+            raise UsageError(
+                f"{entry.name} trains nothing     {PLACE}", [(entry.name, f"a {entry.axis} method")]
+            )
+        key = (entry.axis, entry.name) if entry.axis == "objective" else (entry.axis,)
+        if key in entries:
+            raise UsageError(
+                f"two choices for one axis     {PLACE}", [(name, f"{entry.axis} has one place")]
+            )
+        entries[key] = entry
+        for setting in read_words([f"{'.'.join(key)}.{field}" for field in fields]):
+            given[setting.key] = dataclasses.replace(setting, place=f"{PLACE} {name}")
+    if ("weights",) not in entries:
+        update = entries.get(("update",))
+        whole = starts_at_random(job) or (update is not None and update.wants == "matrices")
+        entries["weights",] = registry.find(FULL if whole else DEFAULTS["weights"])
+    entries.setdefault(("update",), registry.find(DEFAULTS["update"]))
+    refuse_unknown(given, entries)
+    chosen = {key: Choice(e.name, build(e, given, key)) for key, e in entries.items()}
+    choices = {axis: chosen.get((axis,), choice) for axis, choice in job.choices.items()}
+    choices["weights"] = suited(choices, {k[1] for k in given if k[0] == "weights"}, {})
+    objectives = tuple(c for key, c in chosen.items() if key[0] == "objective")
+    mine = dataclasses.replace(job, choices=choices, objectives=objectives or job.objectives)
+    mine.recipe()
+    weights: Any = choices["weights"].method
+    if weights.stages:
+        raise UsageError(
+            f"{weights.slug} trains in stages     {PLACE}",
+            [(name, ", ".join(stage.name for stage in weights.stages))],
+            "A bench compares trainings of one stage.",
+        )
+    return Contestant(name, mine)
+
+
+# --- model and data ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What all contestants start from."""
+
+    model: nn.Module
+    data: Data
+    vocab: int | None  # for a shape that has none of its own
+
+
+_grounds: dict[str, Ground] = {}
+
+
+def ground(job: Job) -> Ground:
+    """The model and the data of a job, read once by each process."""
+    key = repr((job.model, job.data))
+    if key not in _grounds:
+        _grounds[key] = read_ground(job)
+    return _grounds[key]
+
+
+def read_ground(job: Job) -> Ground:
+    """Open MODEL and DATA. All contestants train in fp32: a precision is no advantage here."""
+    place = prepare.device()
+    if starts_at_random(job):
+        shape = pretrain.shape_of(job)
+        reader = pretrain.tokenizer_for(job, shape)
+        vocab = len(reader) if recognise(shape).kind == "preset" else None
+        model: Any = build_model(config_of(shape, vocab), seed=0)
+    else:
+        classes.require_task(job)
+        vocab, reader = None, senses.reader_of(job)
+        opened = finetune.open_base(job, reader)
+        if opened.handle is not None:
+            raise UsageError(
+                "a bench starts from a model, not from an adapter",
+                [(str(job.model), "an adapter")],
+                f"Merge it first: eckart convert {job.model} --to dense -o MERGED",
+            )
+        model = opened.model
+    senses.require_fit(job, reader, model)
+    job = senses.settled(job, model, place)
+    data = senses.read_data(job, reader, model)
+    return Ground(model.float().to(place), data, vocab)
+
+
+class UserLab(Bench):
+    """The lab over a person's own model and data."""
+
+    def __init__(self, job: Job, seed: int, lr: float, steps: int, rows: int):
+        self.job, self.ground, self.rows = job, ground(job), rows
+        self.task = Task(steps=steps, batch_size=rows, clip=job.train.clip)
+        self.seed, self.lr, self.steps = seed, lr, steps
+
+    def model(self) -> nn.Module:
+        if starts_at_random(self.job):
+            shape = config_of(pretrain.shape_of(self.job), self.ground.vocab)
+            return build_model(shape, seed=self.seed).to(prepare.device()).train()
+        return copy.deepcopy(self.ground.model).train()
+
+    def batch(self, step: int) -> dict[str, Any]:
+        n = len(self.ground.data.train)
+        places = range(step * self.rows, (step + 1) * self.rows)
+        orders = {epoch: order(n, self.seed, epoch) for epoch in {p // n for p in places}}
+        return self.collated([int(orders[p // n][p % n]) for p in places])
+
+    def batches(self, count: int) -> list[Any]:
+        n = len(self.ground.data.train)
+        chosen = order(n, self.seed, -1).tolist()
+        groups = [chosen[i * self.rows : (i + 1) * self.rows] for i in range(count)]
+        return [self.collated(group) for group in groups if group]
+
+    def collated(self, indices: Sequence[int]) -> dict[str, Any]:
+        data = self.ground.data
+        batch = data.collate([data.train[i] for i in indices])
+        return {k: v.to(prepare.device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def rate(self, step: int, steps: int) -> float:
+        train = dataclasses.replace(self.job.train, steps=steps)
+        warmup = settle.warmup_steps(train)
+        if train.schedule == "cosine" or step < warmup:
+            return warm_cosine(step, steps, warmup / steps)
+        if train.schedule == "constant":
+            return 1.0
+        return max(0.0, (steps - step) / max(1, steps - warmup))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """`validation` on one half of every held-out source, `loss` on the other."""
+        was_training, data = model.training, self.ground.data
+        model.eval()
+        try:
+            halves = [split(rows) for rows in data.evaluation.values()]
+            at_once = max(self.rows, EVALUATED)
+            validation = [summed(model, first, data, at_once) for first, _ in halves]
+            test = [summed(model, second, data, at_once) for _, second in halves]
+        finally:
+            model.train(was_training)
+        found = {"validation": mean(validation, "loss"), "loss": mean(test, "loss")}
+        if data.labels:
+            found["accuracy"] = mean(test, "right")
+        return found
+
+
+def split(rows: Any) -> tuple[Any, Any]:
+    """Held-out rows as a part to choose by and a part to report on, in turns of neighbours.
+
+    Rows stand in the order of their file. Cut in the middle, the two parts are of different
+    matters, and the rate that is best for the one is not for the other: on Python's reference
+    Fira's was three times too large, and it was called worse than LoRA instead of better.
+    """
+    turn = max(1, math.ceil(len(rows) / TURNS))
+    parts: tuple[list[int], list[int]] = [], []
+    for i in range(len(rows)):
+        parts[i // turn % 2].append(i)
+    return rows.select(parts[0]), rows.select(parts[1])
+
+
+def mean(parts: Sequence[Mapping[str, float]], name: str) -> float:
+    count = sum(p["count"] for p in parts)
+    return sum(p[name] for p in parts) / count if count else float("nan")
+
+
+# --- one run -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BenchTrial:
+    """One contestant at one seed and learning rate; `lr` 0 evaluates the untouched model."""
+
+    name: str
+    job: Job
+    seed: int
+    lr: float
+    steps: int
+    rows: int
+    fingerprint: str  # of the model and the data
+    folder: str
+
+    @property
+    def described(self) -> str:
+        return f"{self.name}  seed {self.seed}  lr {self.lr:.2g}" if self.lr else "untouched"
+
+    @property
+    def file(self) -> Path:
+        return Path(self.folder) / f"{digest(self.facts())}.json"
+
+    def prepare(self) -> None:
+        """Nothing to make: workers read model and data themselves."""
+
+    def measure(self) -> dict[str, float]:
+        lab = UserLab(self.job, self.seed, self.lr, self.steps, self.rows)
+        model = lab.model()
+        if not self.lr:
+            return lab.evaluate(model)
+        recipe = self.job.recipe()
+        heads = outside(model) if lab.ground.data.labels else ()
+        return lab.train(model, recipe, also_train=heads).quantities
+
+    def facts(self) -> dict[str, Any]:
+        train = self.job.train
+        return {
+            "fingerprint": self.fingerprint,
+            "recipe": described(self.job.recipe()),
+            "seed": self.seed,
+            "lr": self.lr,
+            "steps": self.steps,
+            "rows": self.rows,
+            "training": [train.schedule, train.warmup, train.clip],
+            "turns": TURNS,
+            "source": source_of_rooms(),
+            "torch": torch.__version__,
+        }

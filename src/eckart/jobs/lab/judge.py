@@ -1,0 +1,142 @@
+"""From an experiment's numbers to a verdict: pure functions of the results by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from eckart.claims import Budget, Claim, Quantities, Results, Statement
+from eckart.jobs.lab.statistics import Difference, difference, holm
+
+NO_VERDICT = "no verdict"
+
+
+class Reading(Mapping[str, Quantities]):
+    """One seed's results that remembers which arms were looked at; a missing number is NaN."""
+
+    def __init__(self, results: Results):
+        self.results, self.seen = results, set[str]()
+
+    def __getitem__(self, arm: str) -> Quantities:
+        self.seen.add(arm)
+        return Numbers(self.results[arm])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+
+class Numbers(dict[str, float]):
+    """Quantities of an arm; one that a diverged run did not come to is NaN."""
+
+    def __missing__(self, name: str) -> float:
+        if self.get("diverged"):
+            return math.nan
+        raise KeyError(f"no quantity {name}; there are {', '.join(sorted(self))}")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A statement with its numbers and its verdict."""
+
+    text: str
+    unit: str
+    values: tuple[float, ...]  # per seed, positive where the sentence holds
+    found: Difference
+    p_corrected: float
+    verdict: str
+    arms: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """For the JSON document; what is not a number is null."""
+        d = self.found
+        return {
+            "statement": self.text,
+            "verdict": self.verdict,
+            "unit": self.unit,
+            "excess": number(d.mean),
+            "interval": [number(d.low), number(d.high)],
+            "p": number(d.p),
+            "p_corrected": number(self.p_corrected),
+            "smallest_visible_difference": number(d.visible),
+            "values": [number(v) for v in self.values],
+        }
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an experiment says about a claim."""
+
+    verdict: str
+    reason: str
+    statements: tuple[Judged, ...]
+    control: Judged
+    skipped: tuple[str, ...] = field(default=())  # statements about arms that were left out
+
+    @property
+    def visible(self) -> float:
+        """The largest of the statements' smallest visible differences."""
+        return max((s.found.visible for s in self.statements), default=math.nan)
+
+
+def judge(
+    claim: Claim, results: Sequence[Results], budget: Budget, edges: Sequence[str] = ()
+) -> Judgement:
+    """The verdict on a claim from each seed's results; `edges` are arms whose search failed."""
+    present = results[0].keys()
+    (control,) = judged([claim.control], results, present)
+    statements = judged(claim.statements, results, present)
+    judged_texts = {s.text for s in statements}
+    skipped = tuple(s.text for s in claim.statements if s.text not in judged_texts)
+    read = {arm for s in (control, *statements) for arm in s.arms}
+    verdict, reason = conclude(statements, control, budget, sorted(read & set(edges)))
+    if budget == "quick":
+        control, *statements = (replace(s, verdict=NO_VERDICT) for s in (control, *statements))
+    return Judgement(verdict, reason, tuple(statements), control, skipped)
+
+
+def conclude(
+    statements: Sequence[Judged], control: Judged, budget: Budget, edges: Sequence[str]
+) -> tuple[str, str]:
+    """The claim's verdict from those of its statements, and the reason where there is none."""
+    if budget == "quick":
+        return NO_VERDICT, "a quick check of the machinery"
+    if control.verdict != "confirmed":
+        return NO_VERDICT, f"the positive control was {control.verdict}: {control.text}"
+    if edges:
+        return NO_VERDICT, f"no best learning rate inside the grid: {', '.join(edges)}"
+    verdicts = [s.verdict for s in statements]
+    if "refuted" in verdicts:
+        return "refuted", ""
+    return ("confirmed" if set(verdicts) == {"confirmed"} else "not seen"), ""
+
+
+def judged(
+    statements: Sequence[Statement], results: Sequence[Results], present: Any
+) -> list[Judged]:
+    """Each statement's differences, judged together (Holm); those about absent arms left out."""
+    read: list[tuple[Statement, tuple[float, ...], tuple[str, ...]]] = []
+    for statement in statements:
+        readings = [Reading(r) for r in results]
+        try:
+            values = tuple(float(statement.excess(r)) for r in readings)
+        except KeyError:
+            if readings[0].seen <= set(present):
+                raise  # a quantity that no arm measures: a mistake in the claim's file
+            continue
+        read.append((statement, values, tuple(sorted(readings[0].seen))))
+    found = [difference(values, comparisons=len(read)) for _, values, _ in read]
+    corrected = holm([d.p for d in found])
+    return [
+        Judged(s.text, s.unit, values, d, p, d.verdict(p), arms)
+        for (s, values, arms), d, p in zip(read, found, corrected, strict=True)
+    ]
+
+
+def number(value: float) -> float | None:
+    """Five significant digits; null where it is not a number."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None

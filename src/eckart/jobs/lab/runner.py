@@ -1,0 +1,147 @@
+"""Many runs, each kept as a small file as soon as it ends, in this process or in several.
+
+A file's name is the hash of all that its numbers depend on, so what has ended is never run
+again: not after an interruption, nor for another comparison with the same baseline.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from eckart.io.folder import write_json
+from eckart.jobs.lab import cluster
+from eckart.jobs.training.launch import follow
+
+Quantities = dict[str, float]
+
+
+class Trial(Protocol):
+    """One run: picklable, so that a worker process can do it."""
+
+    @property
+    def described(self) -> str:
+        """For a progress line."""
+        ...
+
+    @property
+    def file(self) -> Path:
+        """Where its numbers are kept; equal content has the same file."""
+        ...
+
+    def facts(self) -> Any:
+        """All that its numbers depend on, as plain data."""
+        ...
+
+    def prepare(self) -> None:
+        """Make what several runs share (a pretrained start), once, before workers begin."""
+        ...
+
+    def measure(self) -> Mapping[str, float]:
+        """Do it."""
+        ...
+
+
+K = TypeVar("K", bound=Hashable)
+Progress = Callable[[Trial, Quantities, int, int], None]  # what ended; how many of how many
+
+
+def measured(trial: Trial) -> Quantities:
+    """Do a run."""
+    torch.set_num_threads(1)
+    return {name: float(value) for name, value in trial.measure().items()}
+
+
+def execute(trial: Trial) -> Quantities:
+    """Do a run and keep its numbers."""
+    quantities = measured(trial)
+    keep(trial, quantities)
+    return quantities
+
+
+def keep(trial: Trial, quantities: Quantities) -> None:
+    """Write a run's numbers, with all that they depend on beside them."""
+    write_json(trial.file, {"run": trial.facts(), "quantities": quantities})
+
+
+def kept(trial: Trial) -> Quantities | None:
+    """The numbers of a run that is already there."""
+    try:
+        return json.loads(trial.file.read_text())["quantities"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class Runner:
+    """Does trials; finished ones survive any end of the program."""
+
+    def __init__(self, processes: int = 1, progress: Progress | None = None, on_ray: bool = False):
+        self.processes, self.progress, self.on_ray = processes, progress, on_ray
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __call__(self, trials: Mapping[K, Trial]) -> dict[K, Quantities]:
+        """The numbers of all trials; those kept are read from their files."""
+        found = {key: q for key, trial in trials.items() if (q := kept(trial)) is not None}
+        missing: dict[Path, Trial] = {}
+        for key, trial in trials.items():
+            if key not in found:
+                missing.setdefault(trial.file, trial)
+        done: dict[Path, Quantities] = {}
+
+        def ended(path: Path, quantities: Quantities) -> None:
+            done[path] = quantities
+            if self.progress:
+                self.progress(missing[path], quantities, len(done), len(missing))
+
+        if missing:
+            self.run(missing, ended)
+        return {key: found[key] if key in found else done[t.file] for key, t in trials.items()}
+
+    def run(self, trials: Mapping[Path, Trial], ended: Callable[[Path, Quantities], None]) -> None:
+        """Do the trials; `ended` is told of each when it has ended and its numbers are kept."""
+        if self.on_ray:
+
+            def reported(path: Path, quantities: Quantities) -> None:
+                keep(trials[path], quantities)
+                ended(path, quantities)
+
+            cluster.run(trials, measured, reported)
+            return
+        if self.processes == 1 or len(trials) == 1:
+            for path, trial in trials.items():
+                ended(path, execute(trial))
+            return
+        for trial in trials.values():
+            trial.prepare()
+        if self.pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.processes, spawn, follow, (os.getpid(),))
+        futures = {self.pool.submit(execute, trial): path for path, trial in trials.items()}
+        for future in as_completed(futures):
+            ended(futures[future], future.result())
+
+    def close(self) -> None:
+        """Let the workers go; what they are doing is lost."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+            self.pool = None
+
+
+@contextmanager
+def runner(
+    processes: int = 1, progress: Progress | None = None, on_ray: bool = False
+) -> Iterator[Runner]:
+    """A Runner whose workers are gone when the block ends."""
+    it = Runner(processes, progress, on_ray)
+    try:
+        yield it
+    finally:
+        it.close()

@@ -1,0 +1,1 @@
+"""Numbers about models: bytes, time, scores, drift, and what an imagined model would take."""

@@ -1,0 +1,87 @@
+"""How far a model's choices are from another's: words on a text, classes on texts or images.
+
+KL(other || model), in nats per token (or class), and how often both have the same first choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eckart.io import images
+from eckart.io.preprocessing import Preprocessing
+from eckart.io.text import read
+from eckart.jobs.measuring.scores import score
+
+TEXT = "pydoc-prose"  # always there: Python's own reference
+ROWS, LENGTH = 32, 128  # of text, and tokens in each
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The rows that drift is measured on."""
+
+    rows: Rows
+    collate: Callable[[Any], dict[str, Any]]
+    name: str
+    lengths: Sequence[int]
+    shifted: bool = True  # are logits about the next token?
+
+    def drift(self, model: Any, other: Any) -> dict[str, Any]:
+        """{kl, same_first_choice, tokens, text, of_classes} of a model from another one."""
+        found = score(
+            model.eval(), self.rows, self.collate, other.eval(),
+            lengths=self.lengths, shifted=self.shifted,
+        )  # fmt: skip
+        tokens = float(found.count.sum())
+        return {
+            "kl": max(0.0, float(found.kl.sum()) / tokens),  # rounding can fall below 0
+            "same_first_choice": float(found.same.sum()) / tokens,
+            "tokens": int(tokens),
+            "text": self.name,
+            "of_classes": not self.shifted,
+        }
+
+
+def of_text(
+    tokenizer: Any, context: int | None, sources: Sequence[Any] = (), task: str = "causal"
+) -> Sample:
+    """Rows of `sources`, or of a text that is always there."""
+    length = min(LENGTH, context or LENGTH)
+    data = read([], tokenizer, length, packing=False, eval=list(sources) or TEXT)
+    found = [row for rows in data.evaluation.values() for row in rows]
+    rows = [CHOICES.get(task, as_it_is)(found[i]) for i in spread(len(found))]
+    lengths = [len(row["input_ids"]) for row in rows]
+    return Sample(rows, data.collate, ", ".join(data.evaluation), lengths, task not in CHOICES)
+
+
+def of_images(preprocessing: Preprocessing, sources: Sequence[Any]) -> Sample:
+    """Images of `sources`, whatever their classes."""
+    data = images.read([], preprocessing, eval=list(sources))
+    found = [row for rows in data.evaluation.values() for row in rows]
+    rows = [{**found[i], "labels": 0} for i in spread(len(found))]
+    return Sample(rows, data.collate, ", ".join(data.evaluation), data.lengths(rows), False)
+
+
+def spread(count: int) -> list[int]:
+    """At most ROWS places, evenly over so many."""
+    places = np.linspace(0, count - 1, min(ROWS, count)).round().astype(int)
+    return [int(i) for i in places]
+
+
+def as_it_is(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return row
+
+
+# A label at every place where a model with classes has a choice; which one makes no difference.
+CHOICES: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
+    "classification": lambda row: {"input_ids": row["input_ids"], "labels": 0},
+    "tagging": lambda row: {
+        "input_ids": row["input_ids"], "labels": np.zeros(len(row["input_ids"]), np.int64)
+    },
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""From words and files to a validated job whose every open key is settled, with reasons."""

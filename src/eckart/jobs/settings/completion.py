@@ -1,0 +1,115 @@
+"""What a shell may put for a word that was begun: keys, methods, choices and presets.
+
+Reads the registry and the tree of keys alone, so that a press of the tab key costs neither
+torch nor a method. The places of MODEL and DATA belong to the shell's own file names.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from eckart.io.shapes import PRESETS
+from eckart.jobs.settings.tree import SECTIONS
+from eckart.recipe import registry
+
+ANY = "method"  # short for the axis on which a name lives
+PLAIN = ("model", "data", "out", "track")  # keys without a section
+SHORT = {"compress": ("keep", "rank", "error"), "convert": ("rank", "max_drift", "base", "dtype")}
+PLACES = {"convert": 1, "inspect": 1, "generate": 1, "compress": 1}  # paths; other commands take 2
+
+
+def method_names() -> list[str]:
+    return list(registry.methods())
+
+
+def completions(command: str, typed: Sequence[str], begun: str) -> list[str]:
+    """What may stand for the word `begun`, after the words `typed`; whole words, sorted.
+
+    Bash takes `method=lo` for three words; then the part behind the `=` is answered alone.
+    """
+    *before, word, whole = joined([*typed, begun])
+    words = [w for w in before if isinstance(w, str)]
+    key, equals, value = str(word).partition("=")
+    if equals:
+        found = [v for v in values(key, chosen(words)) if v.startswith(value)]
+        return [f"{key}={v}" for v in found] if whole else found
+    paths = [w for w in words if "=" not in w or w.partition("=")[0] in ("model", "data")]
+    if len(paths) < PLACES.get(command, 2):
+        names = PRESETS if command == "pretrain" and not paths else ()
+        return sorted(name for name in names if name.startswith(begun))
+    return sorted(f"{k}=" for k in keys(command, chosen(words)) if k.startswith(begun))
+
+
+def joined(words: Sequence[str]) -> list[Any]:
+    """The words with those around a lone `=` put together, and whether the last was whole."""
+    found: list[Any] = []
+    after = False
+    for word in words:
+        if (word == "=" or after) and found:
+            found[-1] += word
+        else:
+            found.append(word)
+        after = word == "="
+    return [*found, len(words) < 2 or not (after or words[-2] == "=")]
+
+
+def chosen(words: Sequence[str]) -> dict[str, registry.Entry]:
+    """The method on each axis that these words name; the usual one of the others."""
+    entries = registry.methods()
+    found = {axis: entries[name] for axis, name in registry.DEFAULTS.items() if name in entries}
+    for word in words:
+        key, _, value = word.partition("=")
+        entry = entries.get(value.replace("_", "-"))
+        if entry is not None and key.removesuffix(".name") in (ANY, entry.axis):
+            found[entry.axis] = entry
+    return found
+
+
+def keys(command: str, methods: Mapping[str, registry.Entry]) -> Iterator[str]:
+    """Every key of a job with these methods."""
+    yield ANY
+    yield from PLAIN
+    yield from registry.questions()
+    yield from SHORT.get(command, ())
+    for section, cls in SECTIONS.items():
+        yield from (f"{section}.{field.name}" for field in dataclasses.fields(cls))
+    for axis, entry in methods.items():
+        yield from (f"{axis}.{name}" for name in entry.fields)
+
+
+def values(key: str, methods: Mapping[str, registry.Entry]) -> list[str]:
+    """What a key may be set to, where that can be listed."""
+    section, _, name = key.partition(".")
+    axis = None if key == ANY else section
+    if axis in (None, *registry.questions()) and name in ("", "name"):
+        return [e.name for e in registry.methods().values() if axis in (None, e.axis)]
+    if section in methods and name in methods[section].fields:
+        return literals(methods[section].fields[name].type)
+    if section in SECTIONS:
+        types = {field.name: field.type for field in dataclasses.fields(SECTIONS[section])}
+        return sorted(set(choices(types[name]))) if name in types else []
+    return []
+
+
+def choices(kind: Any) -> Iterator[str]:
+    """The words in a type: those of its literals, true and false of a bool."""
+    if kind is bool:
+        yield from ("false", "true")
+    elif get_origin(kind) is Literal:
+        yield from map(str, get_args(kind))
+    else:
+        for part in get_args(kind):
+            yield from choices(part)
+
+
+def literals(text: str) -> list[str]:
+    """The same of a type that is written as text."""
+    if text == "bool":
+        return ["false", "true"]
+    nodes = ast.walk(ast.parse(text, mode="eval"))
+    return sorted(
+        n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    )

@@ -1,0 +1,148 @@
+"""What is said to a key that is not there, and to keys that exclude each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from eckart.errors import UsageError, nearest
+from eckart.jobs.settings.merge import AXES, EXCLUSIVE, Given, merge, says_something
+from eckart.jobs.settings.tree import SECTIONS
+from eckart.jobs.settings.words import COMMAND_LINE, HABITS, SWITCHES, Setting, read_words
+from eckart.recipe import registry
+
+READ_BY = {"compress": "compress", "heal": "compress", "convert": "convert"}  # section: command
+TAKES = {"generate": ("MODEL",)}  # command -> its words without a key, where not MODEL DATA
+
+
+def unknown_key(setting: Setting, known: Sequence[str], more: str) -> UsageError:
+    """The error for a key that is not there: what it is called here, or the nearest key.
+
+    `known` are all keys, the likeliest first; `more` says where they are listed.
+    """
+    what = f"unknown key {setting.name}     {setting.place}"
+    hint = from_habit(setting, known)
+    if not hint and (close := nearest_key(".".join(setting.key), known)):
+        hint = f"Did you mean {close}?"
+    return UsageError(what, fix=f"{hint} {more}".strip())
+
+
+def unknown_flag(word: str, following: str, options: Sequence[str]) -> UsageError:
+    """The error for --lr 1e-3 or --lr=1e-3, which is train.lr=1e-3 here, or for --jsn.
+
+    `options` are those that the command has.
+    """
+    name, _, text = word.lstrip("-").partition("=")
+    setting = Setting((name.replace("-", "_"),), None, COMMAND_LINE, text or following)
+    hint = from_habit(setting, known := own_keys())
+    ends = {key.rpartition(".")[2] for key in known}
+    close = nearest(f"--{name}", options) if setting.name not in ends else []
+    if not hint and close:
+        hint = f"Did you mean {close[0]}?"
+    if not hint and (key := nearest_key(setting.name, known)):
+        hint = f"Did you mean {key}={setting.text}?"
+    return UsageError(f"unknown option {word}     {COMMAND_LINE}", fix=hint or "Type --help.")
+
+
+def own_keys() -> list[str]:
+    """The keys that every job has, with the fields of the methods that are there by default."""
+    defaults = [registry.find(registry.DEFAULTS[axis]) for axis in ("weights", "update")]
+    known = [f"{e.axis}.{field}" for e in defaults for field in e.fields]
+    return known + [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
+
+
+def refuse_word(word: str, command: str, place: int) -> None:
+    """Raise UsageError for a word that is no key and stands where the command takes none.
+
+    `place` counts such words from 0: MODEL, DATA.
+    """
+    takes = TAKES.get(command, ("MODEL", "DATA"))
+    if not word.strip():
+        raise UsageError(
+            f"{takes[min(place, len(takes) - 1)]} is empty     {COMMAND_LINE}",
+            fix="Type a path or a hub id; perhaps a variable of the shell is not set.",
+        )
+    if word.endswith((".yaml", ".yml")):
+        raise UsageError(
+            f"{word} is a job file, not {' or '.join(takes)}     {COMMAND_LINE}",
+            fix=f"Type -c {word}",
+        )
+    if place < len(takes):
+        return
+    if word in own_keys():
+        raise UsageError(f"{word} has no value     {COMMAND_LINE}", fix=f"Type {word}=VALUE")
+    after = "After MODEL and DATA come key=value words; several files: data=[a.jsonl,b.jsonl]"
+    raise UsageError(
+        f"unexpected word {word}     {COMMAND_LINE}",
+        fix=after if len(takes) > 1 else f"After {takes[0]} come key=value words and options.",
+    )
+
+
+def nearest_key(name: str, keys: Sequence[str]) -> str | None:
+    """The key that was meant: the same last word, spelled alike in its section, or anywhere."""
+    head, _, tail = name.rpartition(".")
+    tails = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == head}
+    if exact := siblings.get(tail) or tails.get(tail):
+        return exact
+    for words, where in ((tail, siblings), (name, {key: key for key in keys}), (tail, tails)):
+        if close := nearest(words, where):
+            return where[close[0]]
+    return None
+
+
+def from_habit(setting: Setting, known: Sequence[str]) -> str:
+    """What a key of other tools is called here; empty where it is none."""
+    word = setting.key[-1]
+    entries = registry.methods()
+    slug = entries.get(word.removeprefix("peft_").removeprefix("use_").replace("_", "-"))
+    if slug is not None:
+        return f"A method is named: type {slug.axis}={slug.name}."
+    if word in SWITCHES:
+        return f"Here it is {SWITCHES[word]}."
+    key = HABITS.get(word)
+    if key is None:
+        return ""
+    axis, _, name = key.partition(".")
+    if axis not in AXES or not name or key in known:
+        return f"Here it is {key}: type {key}={setting.text}."
+    have = [e.name for e in entries.values() if e.axis == axis and name in e.fields]
+    return f"Here it is {key}, with {axis}={' or '.join(have)}." if have else ""
+
+
+def refuse_alternatives(given: Given) -> None:
+    """Raise UsageError where one layer says the same thing in two ways."""
+    for group in EXCLUSIVE:
+        said = [given[key] for key in group if key in given and says_something(given[key])]
+        if len(said) > 1:
+            raise UsageError(
+                f"{' and '.join(s.name for s in said)} exclude each other",
+                [(f"{s.name} = {s.text}", s.place) for s in said],
+                "Leave one of them.",
+            )
+
+
+def refuse_elsewhere(words: Sequence[str], command: str) -> None:
+    """Raise UsageError for key=value words that the command would leave unused.
+
+    Only what was typed is asked: a -c file may serve several commands.
+    """
+    typed = merge([read_words(words)], command)
+    for setting in typed.values():
+        reader = READ_BY.get(setting.key[0], command)
+        if reader != command:
+            raise UsageError(
+                f"{setting.name} says nothing to {command.removesuffix('uate')}"
+                f"     {setting.place}",
+                [(f"{setting.name} = {setting.text}", f"a key of eckart {reader}")],
+                "Leave it out.",
+            )
+    for axis in ("weights", "update"):
+        said = typed.get((axis, "name"))
+        if command == "compress" and said is not None and said.value not in ("auto", "none"):
+            others = [e.name for e in registry.methods().values() if e.axis == "compress"]
+            raise UsageError(
+                f"{said.value} trains and does not compress     {said.place}",
+                [("compressions", ", ".join(others))],
+                f"For the training afterwards type heal.{axis}={said.value} heal.steps=100.",
+            )

@@ -1,0 +1,257 @@
+"""What `auto` means: every key that was left open gets a value and a reason.
+
+Each function takes a job and the facts it needs and returns a job with something settled.
+What a person set is never changed. A resumed run takes the values it began with, so that
+another machine's memory does not change its course.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eckart.errors import OutOfRoom, UsageError, did_you_mean
+from eckart.jobs.measuring.memory import size
+from eckart.jobs.settings.config import Choice, Job, resolve, value_at
+from eckart.jobs.settings.tree import Train
+from eckart.optim.layerwise import check_layerwise, peak_gradient_bytes
+from eckart.recipe import Recipe, registry
+from eckart.recipe.groups import default_lr, default_update
+
+OPEN = (
+    "data.seq_len",
+    "train.steps",
+    "train.batch_size",
+    "train.accumulate",
+    "train.lr",
+    "train.save_every",
+    "train.checkpointing",
+    "eval.every",
+    "eval.metrics",
+)
+ROWS = {"pretrain": 32}  # rows in a step; other commands take 16
+EPOCHS = {"pretrain": 1.0}  # passes where neither steps nor epochs are given; others take 3
+STEPS = {"pretrain": (100, 10_000)}  # and the least and the most of them; others (30, 1000)
+LONGEST = {"cuda": 1024}  # tokens in a row where nothing is said; 512 elsewhere
+SHARE = 0.9  # of the free memory that a batch may fill: allocators lose some to gaps
+
+
+def as_it_began(job: Job, run: Path) -> Job:
+    """A resumed job with every open key as the run settled it."""
+    file = run / "resolved.yaml"
+    if not file.is_file():
+        return job  # it stopped before anything was settled
+    before = resolve(job.command, files=[file])
+    for key in OPEN:
+        if value_at(job, tuple(key.split("."))) == "auto":
+            job = job.settle(key, value_at(before, tuple(key.split("."))), "as the run began")
+    if job.choices["precision"].name == "auto":
+        job = job.choose("precision", before.choices["precision"], "as the run began")
+    return with_as_many_rows(job, before)
+
+
+def with_as_many_rows(job: Job, before: Job) -> Job:
+    """A resumed job whose steps have as many rows as they had, on however many processes."""
+    train, was = job.train, before.train
+    if train.processes == was.processes or "auto" in (train.batch_size, was.batch_size):
+        return job
+    rows = int(was.batch_size) * int(was.accumulate) * was.processes
+    together = int(train.batch_size) * train.processes
+    if "train.accumulate" in job.settled and rows % together == 0:
+        reason = f"{rows} rows a step, as the run began"
+        return job.settle("train.accumulate", rows // together, reason)
+    if together * int(train.accumulate) == rows:
+        return job
+    fits = rows // train.processes
+    sizes = f"train.batch_size={fits} train.accumulate=1"
+    raise UsageError(
+        "a resumed run keeps the rows of its steps",
+        [
+            ("the run", f"{rows} rows, on {was.processes} processes"),
+            ("now", f"{together * int(train.accumulate)} rows, on {train.processes}"),
+        ],
+        f"Type {sizes}." if fits * train.processes == rows else "Take a number that divides them.",
+    )
+
+
+def precision(job: Job, device: torch.device) -> Job:
+    """bf16 where the device computes in it, else fp32."""
+    if job.choices["precision"].name != "auto":
+        return job
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    name, reason = ("bfloat16", "this GPU computes in it") if fast else ("float32", "no GPU here")
+    for slug, entry in registry.methods().items():
+        plain = entry.axis == "precision" and not entry.declares.get("converts")
+        if plain and entry.declares.get("dtype") == name:
+            return job.choose("precision", Choice(slug, registry.load(slug)()), reason)
+    return job
+
+
+def layerwise(job: Job) -> Job:
+    """What layer-wise mode asks of the job. Raises UsageError where it cannot work."""
+    if not job.train.layerwise:
+        return job
+    recipe, train = job.recipe(), job.train
+    rule = (recipe.update or default_update()).rule()
+    penalties = [o.slug for o in recipe.objective if o.kind == "penalty"]
+    if penalties and rule.projector.names:
+        raise UsageError(
+            "a penalty needs gradients that layer-wise mode has freed",
+            [(f"objective = {name}", "train.layerwise = true") for name in penalties],
+            "Leave train.layerwise out, or the penalty.",
+        )
+    if rule.needs_gradient and train.processes > 1:
+        raise UsageError(
+            "this update rule cannot share its work layer by layer",
+            [(f"update = {job.choices['update'].name}", f"train.processes = {train.processes}")],
+            "Leave train.layerwise out, type train.processes=1, or take update=galore.",
+        )
+    if rule.needs_gradient and train.accumulate == "auto":
+        job = job.settle("train.accumulate", 1, "layer by layer this update cannot accumulate")
+    elif rule.needs_gradient and train.accumulate != 1:
+        raise UsageError(
+            "this update rule cannot accumulate micro-batches layer by layer",
+            [(f"update = {job.choices['update'].name}", f"train.accumulate = {train.accumulate}")],
+            "Type train.accumulate=1, or leave train.layerwise out.",
+        )
+    refresh_from = "first" if rule.needs_gradient else "step"
+    check_layerwise([{"rule": rule}], refresh_from, None, train.clip)
+    return job
+
+
+def gradient_bytes(train: Train, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of gradients that are alive at once at most."""
+    if not train.layerwise:
+        return sum(size(p) for group in optimizer.param_groups for p in group["params"])
+    whole = train.accumulate == 1 and train.processes == 1  # a micro-batch is the whole step
+    return peak_gradient_bytes(optimizer.param_groups, "first" if whole else "step")
+
+
+def seq_len(job: Job, context: int | None, device: torch.device) -> Job:
+    """The model's context, at most what trains at a bearable pace.
+
+    Raises UsageError for rows that are longer than the context.
+    """
+    if job.data.seq_len != "auto":
+        if context is not None and int(job.data.seq_len) > context:
+            raise UsageError(
+                "data.seq_len is longer than the model reads",
+                [(f"data.seq_len = {job.data.seq_len}", f"at most {context} tokens")],
+                f"Type data.seq_len={context}, or leave it out.",
+            )
+        return job
+    longest = LONGEST.get(device.type, 512)
+    if context is not None and context <= longest:
+        return job.settle("data.seq_len", context, "the model's context")
+    return job.settle("data.seq_len", longest, f"enough for most texts on {device.type}")
+
+
+def horizon(job: Job, rows: int, recipe: Recipe) -> Job:
+    """Rows in a step, steps, rate, and how often to save and to look."""
+    per_step = rows_per_step(job, rows)
+    if job.train.steps == "auto":
+        job = job.settle("train.steps", *steps_for(job, rows, per_step))
+    steps = int(job.train.steps)
+    if job.train.lr == "auto":
+        update, weights = recipe.update, recipe.weights
+        own = update is not None and update.default_lr is not None
+        whose: Any = update if own else weights
+        job = job.settle("train.lr", default_lr(recipe), f"the default of {whose.slug}")
+    often = max(min(5, steps), round(steps / 10))
+    reason = "ten times in the run" if often > 5 else "a short run"
+    for key in ("eval.every", "train.save_every"):
+        if value_at(job, tuple(key.split("."))) == "auto":
+            job = job.settle(key, often, reason)
+    return job
+
+
+def rows_per_step(job: Job, rows: int) -> int:
+    """How many rows make a step on one process, before memory says how they are split."""
+    batch_size, accumulate = job.train.batch_size, job.train.accumulate
+    parts = 1 if accumulate == "auto" else int(accumulate)
+    if batch_size != "auto":
+        return int(batch_size) * parts
+    # few data: at least eight steps an epoch, and powers of two, which split evenly
+    usual = min(ROWS.get(job.command, 16), 1 << max(0, (rows // 8).bit_length() - 1))
+    usual = max(1, usual // job.train.processes)
+    return max(parts, usual // parts * parts)
+
+
+def steps_for(job: Job, rows: int, per_step: int) -> tuple[int, str]:
+    """Steps and the reason, from the epochs or from the amount of data."""
+    in_epoch = max(1, rows // (per_step * job.train.processes))
+    if job.train.epochs is not None:
+        steps = max(1, math.ceil(job.train.epochs * in_epoch))
+        return steps, f"{job.train.epochs:g} epochs of {rows:,} rows, {per_step} a step"
+    least, most = STEPS.get(job.command, (30, 1000))
+    epochs = EPOCHS.get(job.command, 3.0)
+    steps = round(epochs * in_epoch)
+    plain = f"{epochs:g} epoch{'s' if epochs > 1 else ''} of {rows:,} rows, {per_step} a step"
+    if steps < least:
+        return least, f"at least; {plain} would be {steps}"
+    return (most, f"at most; {plain} would be {steps:,}") if steps > most else (steps, plain)
+
+
+def batch(
+    job: Job, rows: int, fixed: int, per_row: Callable[[bool], int], free: int, whole: bool
+) -> Job:
+    """How the `rows` of a step are split, and whether activations are computed again.
+
+    `fixed` bytes are there whatever the batch; `per_row(checkpointing)` measures one row;
+    `whole` is true where an objective compares the rows of a step. Raises OutOfRoom where the
+    fixed part alone does not fit.
+    """
+    if fixed > free:
+        raise OutOfRoom(
+            "the model and its optimizer do not fit into memory",
+            [("needed", f"{fixed / 1e9:.3g} GB"), ("free", f"{free / 1e9:.3g} GB")],
+            "Type method=lora, or a smaller model.",
+        )
+    space = SHARE * (free - fixed)
+    checkpointing = job.train.checkpointing
+    if checkpointing == "auto":
+        fits = per_row(False) <= space
+        reason = "activations fit" if fits else "activations of one row would not fit"
+        job = job.settle("train.checkpointing", not fits, reason)
+    if job.train.batch_size == "auto":
+        parts = 1 if job.train.accumulate == "auto" else int(job.train.accumulate)
+        most = max(1, int(space // max(1, per_row(bool(job.train.checkpointing)))))
+        size = rows // parts
+        if job.train.accumulate == "auto" and not whole:
+            size = largest_divisor(rows, most)
+        why = f"{rows} rows a step" + (f", {most} fit at once" if size < rows // parts else "")
+        job = job.settle("train.batch_size", size, why)
+    if job.train.accumulate == "auto":
+        parts = max(1, rows // int(job.train.batch_size))
+        reason = f"{rows} rows a step" if parts > 1 else "the batch is a whole step"
+        job = job.settle("train.accumulate", parts, reason)
+    return job
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
+
+
+def metrics(job: Job, names: tuple[str, ...]) -> Job:
+    """What is measured on held-out data. UsageError for what is not measured here."""
+    if job.eval.metrics != "auto":
+        for name in job.eval.metrics:
+            if name not in names:
+                raise UsageError(
+                    f"no metric of this data is called {name}",
+                    [("eval.metrics", f"known here: {', '.join(names)}")],
+                    did_you_mean(name, names, "Leave it out for all of them."),
+                )
+        return job
+    return job.settle("eval.metrics", names, "what this task has")
+
+
+def warmup_steps(train: Train) -> int:
+    """A share of the steps below 1, a number of steps from 1 on."""
+    share = train.warmup
+    return round(share * int(train.steps)) if share < 1 else int(share)

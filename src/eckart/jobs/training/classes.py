@@ -1,0 +1,134 @@
+"""Models with a head for classes: which head a job's data needs, and how it is opened.
+
+A head that knows all classes of the data is gone on with, under its own numbers; for other
+classes there is a new one, drawn from the seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from eckart.errors import FileError, UsageError
+from eckart.io.formats import CLASSES, IMAGES
+from eckart.io.heads import names_of, naming
+from eckart.io.models import classes_known, described, load_model, own_task, recognise
+from eckart.io.opening import ADAPTERS, Opened, open_model
+from eckart.io.tasks import TASKS, sees_images
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training import senses
+
+
+def require_task(job: Job) -> None:
+    """Raise UsageError where the model cannot learn from the job's data, whatever its head."""
+    source, form = job.model or "", senses.form_of(job)
+    made_for, looks = own_task(source), sees_images(described(source))
+    facts = [(source, made_for), (str(job.data.train[0].path), form)]
+    if looks and form != IMAGES:
+        raise UsageError(
+            "this model looks at images, and the data is text", facts,
+            "Give it a folder with a folder of images for each class, or arrays in an .npz file.",
+        )  # fmt: skip
+    if form == IMAGES and not looks:
+        raise UsageError(
+            f"this model {TASKS[made_for].gives}, and the data is images", facts,
+            "Take a model for images, such as a ViT or a ResNet.",
+        )  # fmt: skip
+    if form not in CLASSES and not TASKS[made_for].language:
+        raise UsageError(
+            f"this model {TASKS[made_for].gives}, and the data is text", facts,
+            "Give it rows of text + label or tokens + tags, or take a model with a language head.",
+        )  # fmt: skip
+
+
+def keeps_head(source: str, task: str, labels: tuple[str, ...]) -> bool:
+    """Has the model a head for this task that knows all these classes?"""
+    return own_task(source) == task and set(labels) <= set(classes_known(source))
+
+
+def padding(reader: Any) -> dict[str, Any]:
+    """What a decoder with a head needs to find the end of a text; nothing for images."""
+    ids = [getattr(reader, name, None) for name in ("pad_token_id", "eos_token_id")]
+    pad = next((i for i in ids if i is not None), 0)
+    return {"pad_token_id": pad} if hasattr(reader, "pad_token_id") else {}
+
+
+def open_to_teach(
+    job: Job, task: str, labels: tuple[str, ...], reader: Any, dtype: torch.dtype
+) -> Opened:
+    """The model with its head for these classes; an adapter with its own.
+
+    Raises UsageError for an adapter that has no head, or one for other classes.
+    """
+    source, seed = job.model or "", job.train.seed
+    keeps, found = keeps_head(source, task, labels), recognise(source)
+    if found.kind == "run":
+        found = recognise(f"{found.path}/final")
+    if found.kind in ADAPTERS:
+        if not keeps:
+            known = ", ".join(classes_known(source)) or "no head for classes"
+            raise UsageError(
+                "this adapter was made for other classes",
+                [(source, known), ("the data", ", ".join(labels))],
+                f"Start from {found.base or 'its base'}, or merge it first: "
+                f"eckart convert {source} --to dense -o MERGED",
+            )
+        return open_model(source, dtype, task, seed)
+    if not keeps and len(labels) < 2:
+        raise FileError(
+            "the data has one class only",
+            [(str(job.data.train[0].path), ", ".join(labels))],
+            "Two are needed to be told apart: other labels, or a folder for each class.",
+        )
+    head = {} if keeps else naming(labels)
+    model = load_model(source, dtype, task, seed, **head, **padding(reader))
+    return Opened(model, None, found.path)
+
+
+def open_to_measure(
+    source: str,
+    task: str,
+    labels: tuple[str, ...],
+    reader: Any,
+    dtype: torch.dtype | None,
+    seed: int,
+) -> Opened:
+    """A model to measure on classes. Raises FileError where its head does not know them."""
+    found = recognise(source)
+    if found.kind == "run":
+        return open_to_measure(f"{found.path}/final", task, labels, reader, dtype, seed)
+    if found.kind not in ADAPTERS or own_task(source) == task:
+        if found.kind in ADAPTERS:
+            opened = open_model(source, dtype, task, seed)
+        else:
+            model = load_model(source, dtype, task, seed, **padding(reader))
+            opened = Opened(model, None, source)
+        require_known(opened.model, labels)
+        return opened
+    if not found.base:
+        raise FileError("the adapter names no base", [(found.path, "")])
+    # A file of PEFT's own has the head's weights, and no names: they are the data's, in its order.
+    model = load_model(found.base, dtype, task, seed, **naming(labels), **padding(reader))
+    handle = ADAPTERS[found.kind](model, found.path)
+    if not handle.also_train:
+        raise FileError(
+            "the adapter has no head for classes",
+            [(found.path, f"{handle.weights.slug} alone"), ("labels", ", ".join(labels))],
+            "Measure it on text, or fine-tune it on labelled rows first.",
+        )
+    return Opened(model, handle, found.base)
+
+
+def require_known(model: Any, labels: tuple[str, ...]) -> None:
+    """Raise FileError for a class of the data that the model does not know."""
+    known = names_of(model)
+    unknown = [name for name in labels if name not in known]
+    if unknown:
+        names = [str(name) for name in model.config.id2label.values()]
+        more = f", ... ({len(names):,})" if len(names) > 12 else ""
+        raise FileError(
+            "the model has no such class",
+            [("in the data", ", ".join(unknown)), ("in the model", ", ".join(names[:12]) + more)],
+            "Fine-tune it on these labels first: eckart finetune MODEL DATA",
+        )

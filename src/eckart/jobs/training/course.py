@@ -1,0 +1,201 @@
+"""The course of a training, from a loaded model to a finished run.
+
+    data -> recipe attached -> what is auto decided -> training -> final/
+
+`finetune` and `pretrain` differ in where the model comes from and in what is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eckart.io.data import Data
+from eckart.io.opening import Opened
+from eckart.io.run import Run
+from eckart.jobs.measuring.memory import by_category, described, in_words, room
+from eckart.jobs.settings import settle
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training import continual, held_out, launch, observe, outcome, prepare, senses
+from eckart.jobs.training.fit import fit
+from eckart.jobs.training.page import write_page
+from eckart.jobs.training.screen import Screen, amount, rate
+from eckart.jobs.training.stages import Course, as_handle, carry_out, memory_of, metrics_of, scores
+from eckart.jobs.training.trackers import require_trackers
+from eckart.recipe import Handle
+
+Write = Callable[[Run, Handle, Any], str]  # (run, handle, reader) -> the format of final/
+
+
+def begin(job: Job) -> tuple[Job, Screen]:
+    """What comes before anything is loaded: a free folder, a resumed run's own values."""
+    launch.follow_starter()
+    require_trackers(job)
+    if launch.is_first():
+        outcome.refuse_early(job)
+    if job.flags.resume:
+        job = settle.as_it_began(job, Path(job.flags.resume))
+    job = settle.layerwise(job)
+    quiet = job.flags.json or not launch.is_first()
+    return settle.precision(job, prepare.device()), Screen(quiet)
+
+
+def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) -> dict[str, Any]:
+    """Train the model of a job and write what comes out; the object of --json."""
+    place = prepare.device()
+    opened.model.to(place)
+    senses.require_fit(job, reader, opened.model)
+    screen.line("model", model_line(opened), Path(opened.base).name)
+
+    job = senses.settled(job, opened.model, place)
+    data = senses.read_data(job, reader, opened.model)
+    name, _, summary = data.summary.partition(": ")
+    screen.line("data", "\n".join([summary, *rows_lines(data)]), name)
+
+    before = held_out.measure(opened.model, data, 8) if not job.flags.resume else {}
+    begun = None if job.flags.dry_run else observe.beginnings(data)
+    wrote = observe.gone_on(opened.model, reader, begun, screen) if before else []
+    job = settle.horizon(job, len(data.train), job.recipe())
+    prepare.require_unfinished(job)
+    handle = prepare.carry(job, opened, data)
+    screen.line("method", str(handle.coverage), method_name(job))
+
+    job, parts = prepare.into_memory(job, handle, data)
+    job = settle.metrics(job, held_out.names(data))
+    estimate = sum(parts.values())
+    screen.line("memory", described(parts, room(place)[1]))
+    screen.line("lr", job.settled.get("train.lr", "as given"), rate(float(job.train.lr)))
+    screen.line("steps", steps_line(job), str(job.train.steps))
+
+    parameters = outcome.parameters_of(handle)
+    if job.flags.dry_run:
+        return outcome.document(job, screen, parameters, estimate)
+    with launch.shared(lambda: outcome.open_run(job, data, parameters, estimate)) as run:
+        before = before or (run.facts.get("eval") or {}).get("before") or {}
+        run.record(eval={"before": before, "after": None})
+        wrote = wrote or run.facts.get("wrote_before") or []
+        run.record(wrote_before=wrote)
+        fitted = fit(job, run, handle, data, screen, prepare.resume_from(job))
+        after = held_out.measure(handle.model, data, int(job.train.batch_size))
+        form = write(run, handle, data.keeping(reader))
+        found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
+        memory = found["memory"] = {"estimated": parts, "measured": fitted.memory}
+        run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+        after_it = observe.gone_on(handle.model, reader, begun, screen)
+        if launch.is_first():
+            said = observe.samples(begun, reader, wrote, after_it)
+            write_page(run, job, handle, memory, samples=said)
+    if fitted.memory:
+        screen.line("memory", by_category(memory), "measured")
+    outcome.report(screen, found, form, fitted)
+    return found
+
+
+def staged_course(
+    job: Job,
+    screen: Screen,
+    opened: Opened,
+    reader: Any,
+    write: Write,
+    original: Callable[[], Any],
+) -> dict[str, Any]:
+    """As `course`, for a method that declares stages; each source of the data is a task.
+
+    `original` loads the model anew, for stages that start from it.
+    """
+    place = prepare.device()
+    opened.model.to(place)
+    senses.require_fit(job, reader, opened.model)
+    screen.line("model", model_line(opened), Path(opened.base).name)
+    job = senses.settled(job, opened.model, place)
+    tasks = senses.read_tasks(job, reader, opened.model)
+    for name, data in tasks.items():
+        screen.line("task", data.summary.partition(": ")[2], name)
+    weights: Any = job.choices["weights"].method
+    screen.line("stages", ", ".join(stage.name for stage in weights.stages), weights.slug)
+    if job.flags.dry_run:
+        return {
+            "run": None,
+            "command": job.command,
+            "exit": 0,
+            "recipe": outcome.recipe_of(job),
+            "stages": [stage.name for stage in weights.stages],
+            "warnings": list(screen.warnings),
+        }
+    first = next(iter(tasks.values()))
+    with launch.shared(lambda: outcome.open_run(job, first, {}, 0)) as run:
+        begun = time.monotonic()
+        shared = Course(
+            job,
+            job.recipe(),
+            run.folder / "stages",
+            lambda: original().to(place),
+            tasks,
+            lambda model, data: prepare.calibration(job, model, data),
+            screen,
+        )
+        before = scores(shared, opened.model)
+        work, measured = carry_out(shared)
+        after = scores(shared, work.model)
+        handle = as_handle(work)
+        form = write(run, handle, first.keeping(reader))
+        memory = memory_of(shared)
+        estimated, peak = (
+            max((sum(p.values()) for name, p in memory.items() if name.endswith(kind)), default=0)
+            for kind in ("estimated", "measured")
+        )
+        found = outcome.document(job, screen, outcome.parameters_of(handle), estimated, run)
+        found |= {"seconds": time.monotonic() - begun, "tasks": measured}
+        found["peak_memory_bytes"] = peak
+        found["eval"] = {
+            "before": continual.overall(before) or None,
+            "after": continual.overall(after) or None,
+        }
+        found["stream"] = continual.summary(before, [row["held_out"] for row in measured])
+        run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+        if launch.is_first():
+            write_page(run, job, handle, memory, metrics_of(shared))
+    for name in (name for name in tasks if before[name]):
+        gained = f"held out {before[name]['loss']:.3f} -> {after[name]['loss']:.3f}"
+        screen.line("task", gained, name, result=True)
+    if found["stream"] and len(tasks) > 1:
+        continual.show(screen, found["stream"])
+    said = f"{in_words(peak)} measured, {in_words(estimated)} estimated" if peak else ""
+    facts = [said, f"{form}: {outcome.LOADED_BY[form]}"]
+    screen.line("done", "; ".join(f for f in facts if f), outcome.shown(found["run"]), result=True)
+    outcome.following(screen, found["run"], form)
+    return found
+
+
+def model_line(opened: Opened) -> str:
+    """`134.5 M parameters, bf16`, and what it carries already."""
+    model = opened.model
+    count = sum(p.numel() for p in model.parameters())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
+    carried = f", going on with {opened.handle.weights.slug}" if opened.handle else ""
+    return f"{amount(count)} parameters, {short}{carried}"
+
+
+def rows_lines(data: Data) -> list[str]:
+    """How much is trained on, and how it begins: the loss is taken between « and »."""
+    begin = " ".join(data.example.split())
+    begin = begin if len(begin) <= 80 else begin[:79] + "…"
+    return [f"{data.unit(len(data.train))}, the first: {begin}"]
+
+
+def method_name(job: Job) -> str:
+    """`lora`, or `dense + galore` where the update is not the plain one."""
+    names = [job.choices["weights"].name]
+    if "update.name" not in job.settled:
+        names.append(job.choices["update"].name)
+    return " + ".join(names + [c.name for c in job.objectives])
+
+
+def steps_line(job: Job) -> str:
+    """Why so many steps, and how a step's rows are split."""
+    size, parts = job.train.batch_size, job.train.accumulate
+    split = f"batch {size}" + (f" x {parts} accumulated" if parts != 1 else "")
+    return f"{job.settled.get('train.steps', 'as given')}; {split}"

@@ -1,0 +1,160 @@
+"""How a training ends: the result in final/, the lines a person reads, the JSON object."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eckart.io.export import export, possible
+from eckart.io.run import Run, refuse_taken
+from eckart.io.text import Data
+from eckart.jobs.measuring.memory import in_words
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training import launch
+from eckart.jobs.training.fit import Fitted
+from eckart.jobs.training.screen import Screen
+from eckart.recipe import Handle
+
+
+def refuse_early(job: Job) -> None:
+    """Raise UsageError for a run folder that is taken, before anything is loaded."""
+    if not job.flags.resume and not job.out.endswith("{name}"):
+        refuse_taken(Path(job.out).absolute(), job.flags.overwrite)
+
+
+def open_run(job: Job, data: Data, parameters: Mapping[str, Any], estimate: int) -> Run:
+    """The run's folder, with what was asked and what was decided."""
+    run = (
+        Run.resume(job.flags.resume)
+        if job.flags.resume
+        else Run.create(job.out, job.flags.overwrite)
+    )
+    run.write_config(job.dump())
+    run.write_resolved(job.dump_resolved())
+    run.record(
+        command=job.command,
+        seed=job.train.seed,
+        data={"sha256": data.sha256, "hashes": dict(data.hashes), "rows": len(data.train)},
+        recipe=recipe_of(job),
+        parameters=dict(parameters),
+        estimated_memory_bytes=estimate,
+    )
+    return run
+
+
+def write_final(run: Run, handle: Handle, tokenizer: Any) -> str:
+    """final/ for a model that was taught: an adapter beside its base where that says it all.
+
+    Returns the format. The tokenizer lies beside, with the chat template it was used with.
+    """
+    dropped = handle.weights.base == "dropped"
+    return write(run, handle, tokenizer, *(("factored",) if dropped else ("peft", "native")))
+
+
+def write_whole(run: Run, handle: Handle, tokenizer: Any) -> str:
+    """final/ for a model that began here: its base exists nowhere else.
+
+    Factored where the terms are the map; where they stand beside a dense matrix they are
+    folded into it if they can be.
+    """
+    dropped = handle.weights.base == "dropped"
+    wanted = ("factored", "dense") if dropped else ("dense", "factored")
+    return write(run, handle, tokenizer, *wanted)
+
+
+def write(run: Run, handle: Handle, tokenizer: Any, *wanted: str) -> str:
+    """Write the first of these formats that the method can have; one without terms is dense."""
+    can = possible(handle)
+    form = next(f for f in (wanted if handle.attached else ("dense",)) if f in can)
+    if launch.is_first():
+        export(handle, run.final, form, tokenizer, overwrite=True)
+    launch.wait_for_all()
+    return form
+
+
+LOADED_BY = {
+    "peft": "plain PEFT loads it",
+    "dense": "plain transformers loads it",
+    "factored": "transformers loads it after `import eckart.hf`",
+    "native": "eckart.load() loads it",
+}
+
+
+def recipe_of(job: Job) -> dict[str, Any]:
+    """{axis: {name, fields}} of what was chosen."""
+    chosen = {
+        axis: {"name": choice.name, **dataclasses.asdict(choice.method)}
+        for axis, choice in job.choices.items()
+        if choice.method is not None
+    }
+    objectives = [
+        {"name": c.name, **dataclasses.asdict(c.method)} for c in job.objectives if c.method
+    ]
+    return {**chosen, "objective": objectives}
+
+
+def parameters_of(handle: Handle) -> dict[str, Any]:
+    """Elements: all, trained, and by role."""
+    coverage = handle.coverage
+    trainable = sum(p.numel() for p in handle.trainable().values())
+    by_role = {role: dict(row) for role, row in coverage.by_role.items()}
+    return {"total": coverage.parameters, "trainable": trainable, "by_role": by_role}
+
+
+def document(
+    job: Job,
+    screen: Screen,
+    parameters: Mapping[str, Any],
+    estimate: int,
+    run: Run | None = None,
+    fitted: Fitted | None = None,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The object of --json. What a dry run cannot know is null."""
+    planned = None if job.train.steps == "auto" else int(job.train.steps)
+    return {
+        "run": str(run.folder) if run else None,
+        "command": job.command,
+        "exit": 0,
+        "recipe": recipe_of(job),
+        "steps": fitted.steps if fitted else planned,
+        "seconds": fitted.seconds if fitted else None,
+        "tokens_per_second": (fitted.tokens_per_second or None) if fitted else None,
+        "peak_memory_bytes": fitted.peak_bytes if fitted else None,
+        "estimated_memory_bytes": estimate,
+        "parameters": dict(parameters),
+        "eval": {"before": before or None, "after": after or None},
+        "warnings": list(screen.warnings),
+    }
+
+
+def report(screen: Screen, found: Mapping[str, Any], form: str, fitted: Fitted) -> None:
+    """The last two lines: what came out, and what to type next."""
+    folder = shown(found["run"])
+    before, after = found["eval"]["before"], found["eval"]["after"]
+    gained = f"held out {before['loss']:.3f} -> {after['loss']:.3f}" if before and after else ""
+    if fitted.best_step and fitted.best_step != fitted.steps:
+        gained += f" (best, step {fitted.best_step})"
+    measured, estimated = fitted.peak_bytes, found["estimated_memory_bytes"]
+    memory = f"{in_words(measured)} measured, {in_words(estimated)} estimated" if measured else ""
+    facts = [gained, memory, f"{form}: {LOADED_BY[form]}"]
+    screen.line("done", "; ".join(f for f in facts if f), folder, result=True)
+    following(screen, found["run"], form)
+
+
+def following(screen: Screen, run: str, form: str) -> None:
+    """What to type next."""
+    folder = shown(run)
+    words = [f"eckart generate {folder}"]
+    words += [f"eckart convert {folder} --to dense"] if form != "dense" else []
+    screen.line("next", "   |   ".join(words), result=True)
+
+
+def shown(folder: str) -> str:
+    """A path as one would type it from here."""
+    relative = os.path.relpath(folder)
+    return folder if relative.startswith("..") else relative

@@ -1,0 +1,84 @@
+"""The page of a run: its facts gathered, drawn by `report`, written as report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eckart.io.folder import write_text
+from eckart.io.run import SPECTRA, Run, read_lines
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training.change import why_not
+from eckart.recipe import Handle
+
+ABOUT = ("command", "steps", "seconds", "tokens_per_second", "format", "seed", "data", "versions")
+Rows = Sequence[Mapping[str, Any]]
+LISTED = 300  # characters of a value
+
+
+def write_page(
+    run: Run,
+    job: Job,
+    handle: Handle,
+    memory: Mapping[str, Mapping[str, int]],
+    written: tuple[Rows, Rows] | None = None,
+    samples: Sequence[tuple[str, str, str]] = (),
+) -> None:
+    """Write report.html from run.json as it is by now, and the lines of metrics and spectra.
+
+    `written` are those lines; the run's own if None.
+    """
+    from eckart.report import page  # brings matplotlib, at the end of a run alone
+
+    facts = run.facts
+    rows, observed = written or (run.metrics(), read_lines(run.folder, SPECTRA))
+    overlaps: dict[str, list[tuple[int, float]]] = {}
+    for row in observed:
+        for name, share in (row.get("overlaps") or {}).items():
+            overlaps.setdefault(name, []).append((row["step"], share))
+    last = spectra(handle) if handle.attached else {}
+    over_time = {row["step"]: row["spectra"] for row in observed if row.get("spectra")}
+    kept = {k: facts[k] for k in (*ABOUT, "recipe", "eval", "warnings") if facts.get(k)}
+    text = page(
+        {"name": run.folder.name, **kept},
+        rows,
+        command=f"eckart {job.command} -c {run.folder / 'resolved.yaml'}",
+        spectra=over_time | ({rows[-1]["step"]: last} if rows and last else {}),
+        overlaps=overlaps,
+        unseen=why_not(handle),
+        coverage=handle.coverage.by_role,
+        memory=memory,
+        samples=samples,
+        resolved=[
+            (key, str(value)[:LISTED], reason(job, key)) for key, value in job.everything().items()
+        ],
+    )
+    write_text(run.report, text)
+
+
+def reason(job: Job, key: str) -> str:
+    """Why a key has its value."""
+    return job.settled.get(key) or ("as given" if key in job.given else "the default")
+
+
+@torch.no_grad()
+def spectra(handle: Handle) -> dict[str, list[float]]:
+    """Singular values of what each site learned, largest first; where it is a thin product."""
+    found: dict[str, list[float]] = {}
+    for path, by_name in handle.terms().items():
+        pairs = [term.factors() if term.linear else None for term in by_name.values()]
+        if pairs and all(pair is not None and pair[0].ndim == 2 for pair in pairs):
+            B = torch.cat([pair[0] for pair in pairs if pair], dim=-1)  # [m, r]
+            A = torch.cat([pair[1] for pair in pairs if pair], dim=-2)  # [r, n]
+            found[path] = product_spectrum(B, A).tolist()
+    return found
+
+
+def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
+    """Singular values of B A without forming it: [m, r], [r, n] -> [min(m, r, n)] fp64."""
+    R_B = torch.linalg.qr(B.double().cpu(), mode="r").R
+    R_A = torch.linalg.qr(A.double().cpu().mT, mode="r").R
+    return torch.linalg.svdvals(R_B @ R_A.mT)

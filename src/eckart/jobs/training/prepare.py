@@ -1,0 +1,215 @@
+"""From a settled job to a model that carries its recipe: devices, data, attaching, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from eckart.errors import FileError, UsageError
+from eckart.io.data import Data
+from eckart.io.heads import outside
+from eckart.io.opening import Opened, open_model
+from eckart.io.packing import order
+from eckart.io.run import latest_checkpoint
+from eckart.jobs.measuring.memory import (
+    activation_bytes,
+    model_bytes,
+    model_device,
+    room,
+    state_bytes,
+)
+from eckart.jobs.measuring.norms import hold_statistics
+from eckart.jobs.settings import settle
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training.checkpoints import load_model_state, read_state
+from eckart.recipe import Handle, Recipe, attach, attach_from
+from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.vocabulary import brought
+
+CALIBRATION = (8, 4)  # batches and rows in each, for methods that look at gradients first
+
+
+def device() -> torch.device:
+    """Where the model trains: this process's GPU, or the CPU."""
+    found: torch.device = PartialState().device
+    return found
+
+
+def dtype_of(job: Job) -> torch.dtype:
+    """How the model is loaded: what is trained of it stays in fp32 (bf16 is autocast then)."""
+    weights: Any = job.choices["weights"].method
+    precision: Any = job.choices["precision"].method
+    trained = weights is not None and weights.trains_the_model
+    return torch.float32 if trained else getattr(torch, precision.dtype)
+
+
+# --- attaching -----------------------------------------------------------------------------
+
+
+def carry(job: Job, opened: Opened, data: Data) -> Handle:
+    """The recipe on the model: rebuilt from a checkpoint, gone on with, or new."""
+    recipe, model = job.recipe(), opened.model
+    hold_statistics(model)
+    checkpoint = resume_from(job)
+    if checkpoint is not None:
+        if opened.handle is not None:
+            opened.handle.remove()
+        handle = rebuilt(model, checkpoint, recipe)
+    elif opened.handle is not None:
+        handle = gone_on(opened.handle, job, recipe)
+    else:
+        handle = attach(
+            model,
+            recipe,
+            calibration=calibration(job, model, data) if recipe.needs else None,
+            steps=int(job.train.steps),
+            lr=float(job.train.lr),
+            warmup=settle.warmup_steps(job.train),
+            seed=job.train.seed,
+            also_train=outside(model) if data.labels else (),
+        )
+    handle.steps, handle.lr = int(job.train.steps), float(job.train.lr)
+    handle.warmup = settle.warmup_steps(job.train)
+    if wants_teacher(handle):
+        handle.teacher = teacher(job, handle)
+    return handle
+
+
+def wants_teacher(handle: Handle) -> bool:
+    """Does an objective compare with the base where that itself is changed?"""
+    changed = handle.weights.base != "frozen" or bool(handle.originals)
+    return changed and any(o.needs_reference for o in handle.recipe.objective)
+
+
+def teacher(job: Job, handle: Handle) -> nn.Module:
+    """The model as it was before, loaded once more. UsageError where it began as a shape."""
+    if job.command == "pretrain":
+        raise UsageError(
+            "there is no model to stay close to",
+            [(o.slug, "compares with a reference") for o in handle.recipe.objective],
+            "Type eckart finetune MODEL DATA, or leave the objective out.",
+        )
+    before = open_model(job.model or "", dtype_of(job), seed=job.train.seed).model
+    before.to(model_device(handle.model)).eval().requires_grad_(False)
+    model: nn.Module = before
+    return model
+
+
+def resume_from(job: Job) -> Path | None:
+    """The newest whole checkpoint of the run that is resumed."""
+    return latest_checkpoint(job.flags.resume) if job.flags.resume else None
+
+
+def require_unfinished(job: Job) -> None:
+    """Raise UsageError where a resumed run has its last step and its result."""
+    checkpoint = resume_from(job)
+    if checkpoint is None or not (Path(job.flags.resume or "") / "final").is_dir():
+        return
+    done, steps = int(checkpoint.name.removeprefix("step-")), int(job.train.steps)
+    if done >= steps:
+        raise UsageError(
+            "this run is finished",
+            [(str(job.flags.resume), f"{done} of {steps} steps")],
+            f"Type train.steps={2 * steps} to train on, or eckart generate {job.flags.resume}",
+        )
+
+
+def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:
+    """The terms of a checkpoint with its values; no calibration is repeated."""
+    structure = read_state(checkpoint)["structure"]
+    found = fingerprint(model, brought(model, structure))
+    if structure["fingerprint"] != found:
+        raise FileError(
+            "this run was started on another base",
+            [
+                (str(checkpoint), f"fingerprint {structure['fingerprint'][:12]}"),
+                ("the model now", f"fingerprint {found[:12]}"),
+            ],
+            "Put the model back that the run's config.yaml names.",
+        )
+    handle = attach_from(model, structure, recipe=recipe)
+    load_model_state(handle, checkpoint)  # before a forward pass measures what one row takes
+    return handle
+
+
+def gone_on(adapter: Handle, job: Job, recipe: Recipe) -> Handle:
+    """An adapter that was loaded, now with the job's other axes. UsageError for another method."""
+    if "weights.name" in job.given and job.choices["weights"].name != adapter.weights.slug:
+        raise UsageError(
+            "an adapter is gone on with by its own method",
+            [
+                (f"{job.model}", f"made by {adapter.weights.slug}"),
+                (f"weights = {job.choices['weights'].name}", "asked for"),
+            ],
+            f"Merge it first: eckart convert {job.model} --to dense -o MERGED",
+        )
+    structure = adapter.structure()
+    tensors = {name: tensor.detach().clone() for name, tensor in adapter.named_state().items()}
+    model = adapter.remove()
+    handle = attach_from(model, structure, recipe=recipe)
+    handle.load_named_state(tensors)
+    return handle
+
+
+def calibration(job: Job, model: nn.Module, data: Data) -> list[dict[str, Any]]:
+    """The first rows of a shuffle of their own, for methods that need gradients or activations."""
+    count, rows = CALIBRATION
+    chosen = order(len(data.train), job.train.seed, -1)[: count * rows].tolist()
+    groups = [chosen[i : i + rows] for i in range(0, len(chosen), rows)]
+    return [on_device(data.collate([data.train[i] for i in group]), model) for group in groups]
+
+
+def on_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    place = model_device(model)
+    return {k: v.to(place) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+# --- memory --------------------------------------------------------------------------------
+
+
+def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, int]]:
+    """The batch settled by what fits, and the bytes that the run will take by category."""
+    optimizer = handle.optimizer(float(job.train.lr))
+    parts = model_bytes(handle)
+    parts["gradients"] = settle.gradient_bytes(job.train, optimizer)
+    parts["state"] = state_bytes(optimizer)
+    place = model_device(handle.model)
+    held = ("weights", "factors", "teacher")  # already there
+    free = room(place)[0] + sum(parts.get(name, 0) for name in held)
+    measured: dict[bool, int] = {}
+
+    def per_row(checkpointing: bool) -> int:
+        if checkpointing not in measured:
+            measured[checkpointing] = one_row(handle.model, data, checkpointing)
+        return measured[checkpointing]
+
+    job = settle.batch(
+        job,
+        settle.rows_per_step(job, len(data.train)),
+        sum(parts.values()),
+        per_row,
+        free,
+        any(o.couples_batch for o in handle.recipe.objective),
+    )
+    handle.recipe.require_no_accumulation(int(job.train.accumulate))
+    parts["activations"] = per_row(bool(job.train.checkpointing)) * int(job.train.batch_size)
+    return job, parts
+
+
+def one_row(model: Any, data: Data, checkpointing: bool) -> int:
+    """Bytes that autograd keeps for the longest of a few rows."""
+    rows = [data.train[i] for i in range(min(len(data.train), 16))]
+    lengths = data.lengths(rows)
+    longest = rows[lengths.index(max(lengths))]
+    batch = on_device(data.collate([longest]), model)
+    if not checkpointing:
+        return activation_bytes(model, batch)
+    model.activation_checkpointing_enable()
+    try:
+        return activation_bytes(model, batch)
+    finally:
+        model.activation_checkpointing_disable()

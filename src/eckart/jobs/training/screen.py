@@ -1,0 +1,133 @@
+"""What a person sees of a job: aligned lines, and progress that stays in place.
+
+Results go to stdout, all else to stderr; with --json nothing but the document may reach
+stdout, and nothing is printed at all. On a terminal progress overwrites itself; in a pipe it
+is one line per log step.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from eckart.jobs.measuring.memory import in_words
+
+
+@dataclass
+class Screen:
+    """Prints the lines of one job, or nothing where it is `quiet`."""
+
+    quiet: bool = False
+    warnings: list[str] = field(default_factory=list)
+    width: int = 0  # of the second column: the longest name so far
+
+    def line(self, label: str, text: str, name: str = "", result: bool = False) -> None:
+        """`label    name   text`; a result goes to stdout. Further lines of text are indented."""
+        if self.quiet:
+            return
+        self.width = max(self.width, len(name))
+        head, *rest = text.splitlines() or [""]
+        column = f"{name:<{self.width}}   " if name else ""
+        print(f"{label:<9}{column}{head}".rstrip(), file=sys.stdout if result else sys.stderr)
+        for more in rest:
+            print(" " * 9 + more, file=sys.stdout if result else sys.stderr)
+
+    def warn(self, text: str) -> None:
+        """A line that begins with `warning`; kept for the document."""
+        self.warnings.append(text)
+        self.line("warning", text)
+
+
+class Progress(TrainerCallback):
+    """`120/300  loss 2.31  held out 2.40  lr 2.1e-3  1.9 s/step  540 tokens/s  1 GB  0:05:42 left`.
+
+    On stderr. `per_step` is how much a step sees, and of what; `memory` measures bytes, at log
+    steps alone.
+    """
+
+    def __init__(
+        self,
+        per_step: tuple[float, str],
+        memory: Callable[[], int],
+        out: TextIO | None = None,
+    ):
+        self.out = out or sys.stderr
+        self.live = self.out.isatty()
+        self.per_step, self.memory = per_step, memory
+        self.bytes: int | None = None
+        self.loss: float | None = None
+        self.held_out: float | None = None
+        self.rate: float | None = None
+        self.begun, self.first = time.monotonic(), 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.begun, self.first = time.monotonic(), state.global_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1  # a longer line could not be overwritten
+            self.out.write("\r\x1b[K" + self.text(state)[: max(width, 40)])
+            self.out.flush()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        logs = more.get("logs") or {}
+        self.held_out = logs.get("eval_loss", self.held_out)
+        if "loss" not in logs:
+            return
+        self.loss, self.rate = logs["loss"], logs.get("learning_rate")
+        self.bytes = self.memory()
+        if not self.live:
+            print(self.text(state), file=self.out, flush=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.live:
+            print(file=self.out, flush=True)
+
+    def text(self, state: TrainerState) -> str:
+        """The line as of now."""
+        done, total = state.global_step, state.max_steps
+        pace = (time.monotonic() - self.begun) / max(1, done - self.first)
+        parts = [f"{done:>{len(str(total))}}/{total}"]
+        parts += [f"loss {self.loss:.3f}"] if self.loss is not None else []
+        parts += [f"held out {self.held_out:.3f}"] if self.held_out is not None else []
+        parts += [f"lr {rate(self.rate)}"] if self.rate is not None else []
+        seen, unit = self.per_step
+        parts += [f"{pace:.2g} s/step", f"{amount(seen / pace)} {unit}/s"]
+        parts += [in_words(self.bytes)] if self.bytes else []
+        parts += [f"{clock(pace * (total - done))} left"]
+        return " " + "  ".join(parts)
+
+
+def rate(value: float) -> str:
+    """2.1e-3, as people write learning rates."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02d}:{s:02d}"
+
+
+def amount(count: float) -> str:
+    """1,234 below ten thousand, then 134.5 M or 7.1 B."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "K")):
+        if count >= size:
+            return f"{count / (1e3 if unit == 'K' else size):.1f} {unit}"
+    return f"{count:,.0f}"

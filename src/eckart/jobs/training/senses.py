@@ -1,0 +1,236 @@
+"""How data reaches a model: text through a tokenizer, images through a preprocessing.
+
+What is to be learnt follows from the data and the model (io/tasks.py); a task sees text or
+images, and what a job asks of either is a row of the table here. Everywhere else a job has a
+`reader`, which turns data into inputs and is saved beside what is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from eckart.errors import FileError, UsageError
+from eckart.io import images, text
+from eckart.io.corpora import bytes_tokenizer
+from eckart.io.data import Data
+from eckart.io.encoding import class_names
+from eckart.io.formats import CLASSES, IMAGES, format_of
+from eckart.io.heads import names_of
+from eckart.io.models import load_tokenizer, own_task
+from eckart.io.packing import isolates_documents
+from eckart.io.pictures import found_in, holds_images
+from eckart.io.preprocessing import Preprocessing, load_preprocessing
+from eckart.io.reading import DataSource, in_order, rows_of, sources_of
+from eckart.io.tasks import TASKS
+from eckart.jobs.settings import settle
+from eckart.jobs.settings.config import Job
+
+Reader = Any  # a tokenizer or a Preprocessing
+
+
+@dataclass(frozen=True)
+class Sense:
+    """What differs between text and images, for a job."""
+
+    reader: Callable[[Job], Reader]
+    require_fit: Callable[[Reader, Any], None]  # raises where it is not the model's
+    length: Callable[[Job, Any, torch.device], Job]  # settles how long a row is
+    read: Callable[[Job, Reader, Any, Any, Any], Data]  # (job, reader, model, sources, eval)
+
+
+def of(job: Job) -> Sense:
+    """The sense that a job's data speaks to."""
+    return SENSES[TASKS[task_of(job)].sees]
+
+
+def reader_of(job: Job) -> Reader:
+    """What turns the job's data into inputs of its model."""
+    return of(job).reader(job)
+
+
+def beside(source: str, task: str) -> Reader:
+    """What lies beside a model, an adapter or a run to read its inputs. FileError for nothing."""
+    sees = TASKS[task].sees
+    return load_tokenizer(source) if sees == "text" else load_preprocessing(source)
+
+
+def require_fit(job: Job, reader: Reader, model: Any) -> None:
+    """Raise FileError where data would reach the model in another shape than it was made for."""
+    of(job).require_fit(reader, model)
+
+
+def settled(job: Job, model: Any, place: torch.device) -> Job:
+    """The job with the length of its rows decided, where they have one."""
+    return of(job).length(job, model, place)
+
+
+def read_data(job: Job, reader: Reader, model: nn.Module) -> Data:
+    """The job's data; classes have the numbers that the model knows them by."""
+    held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
+    with PartialState().main_process_first():  # the others find it in the cache
+        return of(job).read(job, reader, model, entries(job), held)
+
+
+def read_tasks(job: Job, reader: Reader, model: nn.Module) -> dict[str, Data]:
+    """Each source of the data by itself, in the order given."""
+    found: dict[str, Data] = {}
+    for source in job.data.train:
+        alone = dataclasses.replace(job.data, train=(source,))
+        data = read_data(dataclasses.replace(job, data=alone), reader, model)
+        found[next(iter(data.hashes))] = data
+    return found
+
+
+def read_to_measure(job: Job, reader: Reader, model: nn.Module) -> Data:
+    """All rows of the data, or those that data.eval, where it was given, holds out of it."""
+    if "data.eval" in job.given:
+        return read_data(job, reader, model)
+    return of(job).read(job, reader, model, [], entries(job))
+
+
+# --- what the data is ----------------------------------------------------------------------
+
+
+def entries(job: Job) -> list[dict[str, Any]]:
+    """The data's sources as `io` takes them."""
+    return [dataclasses.asdict(source) for source in job.data.train]
+
+
+def all_sources(job: Job) -> list[DataSource]:
+    """The data's sources, and those that data.eval names."""
+    named = list(job.data.eval) if isinstance(job.data.eval, tuple) else []
+    return [*sources_of(entries(job)), *(sources_of(named) if named else [])]
+
+
+def task_of(job: Job) -> str:
+    """What is to be learnt: classes where the data has any, else what the model is made for."""
+    return CLASSES.get(form_of(job)) or own_task(job.model or "")
+
+
+def form_of(job: Job) -> str:
+    """The format of the data. FileError where there is none, UsageError where there are two."""
+    sources = all_sources(job)
+    pictured = [isinstance(s.path, str) and holds_images(s.path) for s in sources]
+    if all(pictured):
+        return IMAGES
+    if any(pictured):
+        kinds = ["images" if p else "text" for p in pictured]
+        facts = [(str(s.path), kind) for s, kind in zip(sources, kinds, strict=True)]
+        raise UsageError("images and text cannot be mixed", facts)
+    first = next(iter(rows_of(sources[0])), None)
+    if first is None:
+        raise FileError("no rows in the data", [(str(sources[0].path), "")])
+    return format_of(first, job.data.format)
+
+
+def labels_of(job: Job) -> tuple[str, ...]:
+    """Names of the classes or tags in the data; none where it is text alone."""
+    form = form_of(job)
+    if form not in CLASSES:
+        return ()
+    sources = all_sources(job)
+    if form == IMAGES:
+        return tuple(in_order({c for s in sources for c in found_in(str(s.path)).classes}))
+    return tuple(class_names((row for source in sources for row in rows_of(source)), form))
+
+
+# --- text ----------------------------------------------------------------------------------
+
+
+def tokenizer_of(job: Job) -> Reader:
+    """The tokenizer that was asked for, or the model's own."""
+    return asked_for(job) or load_tokenizer(job.model or "")
+
+
+def asked_for(job: Job) -> Reader | None:
+    """The tokenizer that data.tokenizer names."""
+    wanted = job.data.tokenizer
+    if wanted == "bytes":
+        return bytes_tokenizer()
+    return None if wanted is None else load_tokenizer(wanted)
+
+
+def require_tokens(tokenizer: Any, model: Any) -> None:
+    """Raise FileError where the tokenizer has tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise FileError(
+            "the tokenizer has more tokens than the model",
+            [("tokenizer", f"{len(tokenizer):,} tokens"), ("model", f"{rows:,} embeddings")],
+            "Use the tokenizer that the model was trained with.",
+        )
+
+
+def context_of(model: Any) -> int | None:
+    """The longest text that the model was made for; None where it says nothing."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
+def tokens_in_a_row(job: Job, model: Any, place: torch.device) -> Job:
+    return settle.seq_len(job, context_of(model), place)
+
+
+def read_text(job: Job, tokenizer: Reader, model: Any, sources: Any, eval: Any) -> Data:
+    """Rows of tokens; those to train on are packed where the model keeps documents apart."""
+    task = task_of(job)
+    return text.read(
+        sources,
+        tokenizer,
+        int(job.data.seq_len),
+        packing=bool(sources) and task == "causal" and isolates_documents(model),
+        eval=eval,
+        format=job.data.format,
+        task=task,
+        seed=job.train.seed,
+        labels=names_of(model) if TASKS[task].classes else (),
+    )
+
+
+# --- images --------------------------------------------------------------------------------
+
+
+def preprocessing_of(job: Job) -> Preprocessing:
+    """The model's own; its size is the images' where neither it nor a file says one."""
+    first = all_sources(job)[0]
+    array = found_in(str(first.path)).pictures[0]
+    shape = getattr(array, "shape", None)  # of an array [c, h, w]
+    return load_preprocessing(job.model or "", None if shape is None else tuple(shape[1:]))
+
+
+def require_channels(preprocessing: Preprocessing, model: Any) -> None:
+    """Raise FileError where the preprocessing gives another size than the model takes."""
+    size = getattr(model.config, "image_size", None)
+    height, width = (size, size) if isinstance(size, int) else (size or (None, None))
+    fixed = hasattr(model.config, "patch_size")  # else convolutions, which take any size
+    if fixed and height and (height, width) != (preprocessing.height, preprocessing.width):
+        raise FileError(
+            "the preprocessing is not this model's",
+            [
+                (preprocessing.source, f"{preprocessing.height} x {preprocessing.width}"),
+                ("the model's config.json", f"{height} x {width}"),
+            ],
+            "Put the preprocessor_config.json back that the model came with.",
+        )
+
+
+def any_size(job: Job, model: Any, place: torch.device) -> Job:
+    return job
+
+
+def read_images(job: Job, reader: Reader, model: Any, sources: Any, eval: Any) -> Data:
+    """Images at the model's size."""
+    return images.read(sources, reader, eval, labels=names_of(model))
+
+
+SENSES = {
+    "text": Sense(tokenizer_of, require_tokens, tokens_in_a_row, read_text),
+    "images": Sense(preprocessing_of, require_channels, any_size, read_images),
+}

@@ -1,0 +1,310 @@
+"""A job of several stages, as its method declares them: operations and trainings in a row.
+
+    stages/
+      00-prune/        state/ (the model after it, its output), closed with a manifest
+      01-align-news/   run.json, metrics.jsonl, checkpoints/, state/
+      ...
+
+A stage whose state is whole is not done again; a training stage resumes inside. Stages that
+stand together under repeat="tasks" are repeated for each source of the data, in order, and
+after each all tasks are measured. Within a stage shapes are constant; between stages the
+optimizer starts fresh, or takes over the moments of what is still there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from eckart.errors import UsageError
+from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
+from eckart.io.headers import read_json
+from eckart.io.heads import outside
+from eckart.io.run import METRICS, SPECTRA, Run, latest_checkpoint, read_lines
+from eckart.io.tensors import read_tensors, write_tensors
+from eckart.io.text import Data
+from eckart.jobs.measuring.memory import described, model_device, room
+from eckart.jobs.measuring.norms import hold_statistics
+from eckart.jobs.settings import settle
+from eckart.jobs.settings.config import Job
+from eckart.jobs.training import held_out, launch, prepare
+from eckart.jobs.training.checkpoints import OPTIMIZER, read_state
+from eckart.jobs.training.fit import fit
+from eckart.jobs.training.screen import Screen
+from eckart.linear.narrow import take_shapes
+from eckart.recipe import Handle, Recipe, Stage, Work, attach, attach_from, registry
+
+ORIGINAL = "original"  # the base of a stage that starts from the model as it was loaded
+MODEL, OUTPUT, STRUCTURE = "model.safetensors", "output.safetensors", "structure.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One stage, for one task where it is repeated, and its folder's name."""
+
+    number: int
+    stage: Stage
+    task: str = ""
+    last: bool = False  # of a task: all tasks are measured after it
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            [f"{self.number:02d}", self.stage.name, *([self.task] if self.task else [])]
+        )
+
+
+@dataclass(frozen=True)
+class Course:
+    """What all stages share. `original` loads the model anew; `data` holds each task's own."""
+
+    job: Job
+    recipe: Recipe
+    folder: Path
+    original: Callable[[], nn.Module]
+    data: Mapping[str, Data]
+    batches: Callable[[nn.Module, Data], list[dict[str, Any]]]
+    screen: Screen = field(default_factory=Screen)
+
+
+def places(stages: Sequence[Stage], tasks: Sequence[str]) -> list[Place]:
+    """All stages in the order they are done. UsageError for a name that is not there."""
+    check(stages)
+    found: list[Place] = []
+    for repeated, group in groupby(stages, key=lambda stage: stage.repeat):
+        block = list(group)
+        for task in tasks if repeated else [""]:
+            for stage in block:
+                last = bool(repeated) and stage is block[-1]
+                found.append(Place(len(found), stage, task, last))
+    return found
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """Raise UsageError where a stage names one that does not come before it."""
+    before = [ORIGINAL]
+    for stage in stages:
+        for name in (*stage.reads, *([stage.base] if stage.base else [])):
+            if name not in before:
+                raise UsageError(
+                    "a stage names one that does not come before it",
+                    [(stage.name, f"names {name}; before it: {', '.join(before)}")],
+                )
+        before.append(stage.name)
+
+
+def carry_out(course: Course) -> tuple[Work, list[dict[str, Any]]]:
+    """Do all stages that are not done; the model after the last, and the tasks' numbers."""
+    assert course.recipe.weights is not None
+    found = places(course.recipe.weights.stages, list(course.data))
+    work: Work | None = None
+    measured: list[dict[str, Any]] = []
+    for place in found:
+        folder = course.folder / place.name
+        if manifest_holds(folder / "state"):
+            work = None  # loaded where the next stage asks for it
+        else:
+            work = start(course, found, place, work)
+            work = (
+                train(course, found, place, work) if is_training(place) else operate(course, work)
+            )
+            if launch.is_first():
+                save(folder, work, scores(course, work.model) if place.last else {})
+            launch.wait_for_all()
+            course.screen.line("stage", "done", place.name)
+        if place.last:
+            after = read_json(folder / "state" / "scores.json")
+            measured.append({"after": place.task, "held_out": after})
+    work = work or load(course, found[-1])
+    return work, measured
+
+
+def is_training(place: Place) -> bool:
+    return place.stage.kind == "train"
+
+
+def start(course: Course, found: list[Place], place: Place, work: Work | None) -> Work:
+    """The model that a stage begins with, and the outputs that it reads."""
+    before = [p for p in found if p.number < place.number]
+    if place.stage.base == ORIGINAL or not before:
+        work = Work(place.stage, course.original())
+    elif place.stage.base:
+        work = load(course, [p for p in before if p.stage.name == place.stage.base][-1])
+    elif work is None:
+        work = load(course, before[-1])
+    read = {
+        p.stage.name: read_tensors(course.folder / p.name / "state" / OUTPUT)
+        for p in before
+        if p.stage.name in place.stage.reads
+    }
+    model, data = work.model, task_data(course, place.task)
+    return dataclasses.replace(
+        work,
+        stage=place.stage,
+        task=place.task,
+        read=read,
+        output={},
+        batches=lambda: course.batches(model, data),
+    )
+
+
+def task_data(course: Course, task: str) -> Data:
+    """A task's data; the first source's for a stage that is not repeated."""
+    return course.data[task] if task else next(iter(course.data.values()))
+
+
+# --- one stage -----------------------------------------------------------------------------
+
+
+def operate(course: Course, work: Work) -> Work:
+    """A one-shot operation of the method."""
+    assert course.recipe.weights is not None
+    return course.recipe.weights.operate(work)
+
+
+def train(course: Course, found: list[Place], place: Place, work: Work) -> Work:
+    """A training with the job's recipe, resumed inside; it gives what differs from the base."""
+    folder, data = course.folder / place.name, task_data(course, place.task)
+    job = stage_job(course.job, place.stage, data)
+    checkpoint = latest_checkpoint(folder)
+    handle = work.handle or carried(course, job, work, data, checkpoint)
+    train_only(handle, place.stage.train)
+    opened = Run.resume if (folder / "run.json").is_file() else Run.create
+    with launch.shared(lambda: opened(folder)) as run:
+        run.write_resolved(job.dump_resolved())
+        moments = {}
+        if place.stage.optimizer == "migrate" and checkpoint is None:
+            moments = moments_before(course, found, place)
+        told = run.facts.get("memory") or {}
+        if checkpoint is None:  # else its terms have no values yet
+            parts = prepare.into_memory(job, handle, data)[1]
+            course.screen.line(
+                "memory", described(parts, room(model_device(handle.model))[1]), place.name
+            )
+            told = {"estimated": parts}
+            run.record(memory=told)
+        fitted = fit(job, run, handle, data, course.screen, checkpoint, moments)
+        run.record(memory={**told, "measured": fitted.memory}, seconds=fitted.seconds)
+    return dataclasses.replace(
+        work, handle=handle, model=handle.model, output=dict(handle.named_state())
+    )
+
+
+def stage_job(job: Job, stage: Stage, data: Data) -> Job:
+    """The job with what the stage's options say of `train` (steps, lr, ...), and all settled."""
+    for key, value in stage.options.items():
+        job = job.settle(f"train.{key}", value, f"the stage {stage.name}")
+    job = settle.horizon(job, len(data.train), job.recipe())
+    rows = settle.rows_per_step(job, len(data.train))
+    # Shapes change from stage to stage: a step's rows are one batch, unless the job splits them.
+    return settle.batch(job, rows, 0, lambda checkpointing: 1, 2 * rows, False)
+
+
+def carried(course: Course, job: Job, work: Work, data: Data, checkpoint: Path | None) -> Handle:
+    """The recipe's terms on a model that has none: new, or as a checkpoint has them."""
+    hold_statistics(work.model)
+    if checkpoint is not None:
+        return attach_from(work.model, read_state(checkpoint)["structure"], recipe=course.recipe)
+    return attach(
+        work.model,
+        course.recipe,
+        calibration=work.batches() if course.recipe.needs else None,
+        steps=int(job.train.steps),
+        lr=float(job.train.lr),
+        warmup=settle.warmup_steps(job.train),
+        seed=job.train.seed,
+        also_train=outside(work.model) if data.labels else (),
+    )
+
+
+def train_only(handle: Handle, what: str) -> None:
+    """Let a stage train the terms, all parameters, or those whose names match a glob."""
+    if what == "terms":
+        return
+    named = dict(handle.model.named_parameters())
+    chosen = set(named) if what == "all" else set(fnmatch.filter(named, what))
+    if not chosen:
+        raise UsageError("a stage trains nothing", [(what, "matches no parameter")])
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in chosen)
+
+
+def moments_before(course: Course, found: list[Place], place: Place) -> dict[str, Any]:
+    """The optimizer's state at the end of the training before this one."""
+    before = [p for p in found if p.number < place.number and is_training(p)]
+    checkpoint = latest_checkpoint(course.folder / before[-1].name) if before else None
+    if checkpoint is None:
+        return {}
+    return {**read_tensors(checkpoint / OPTIMIZER), **read_state(checkpoint)["optimizer"]}
+
+
+def memory_of(course: Course) -> dict[str, dict[str, int]]:
+    """Bytes by category of every training stage, estimated and measured."""
+    found = {}
+    for folder in trained_folders(course):
+        for kind, parts in (read_json(folder / "run.json").get("memory") or {}).items():
+            if parts:  # nothing is measured where a stage had only its result left to write
+                found[f"{folder.name} {kind}"] = parts
+    return found
+
+
+def metrics_of(course: Course) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All stages' lines of metrics.jsonl and of spectra.jsonl, their steps counted on."""
+    metrics: list[dict[str, Any]] = []
+    spectra: list[dict[str, Any]] = []
+    for folder in trained_folders(course):
+        before = metrics[-1]["step"] if metrics else 0
+        for found, file in ((metrics, METRICS), (spectra, SPECTRA)):
+            lines = read_lines(folder, file)
+            found += [{**line, "step": before + line["step"]} for line in lines]
+    return metrics, spectra
+
+
+def trained_folders(course: Course) -> list[Path]:
+    """The folders of stages that trained, in their order."""
+    return sorted(path.parent for path in course.folder.glob("*/run.json"))
+
+
+def scores(course: Course, model: nn.Module) -> dict[str, Any]:
+    """Every task's held-out numbers."""
+    size = int(course.job.train.batch_size) if course.job.train.batch_size != "auto" else 8
+    return {task: held_out.measure(model, data, size) for task, data in course.data.items()}
+
+
+# --- between stages ------------------------------------------------------------------------
+
+
+def save(folder: Path, work: Work, measured: Mapping[str, Any]) -> None:
+    """The whole model after a stage, what it is made of, and the stage's output."""
+    with write_folder(folder / "state", overwrite=True) as beside:
+        write_tensors(beside / MODEL, dict(work.model.state_dict()))
+        write_tensors(beside / OUTPUT, work.output)
+        write_json(beside / STRUCTURE, work.handle.structure() if work.handle else {})
+        write_json(beside / "scores.json", measured)
+        close_with_manifest(beside, stage=work.stage.name, task=work.task)
+
+
+def load(course: Course, place: Place) -> Work:
+    """The model as a stage left it."""
+    folder = course.folder / place.name / "state"
+    model, tensors = course.original(), read_tensors(folder / MODEL)
+    take_shapes(model, tensors)  # a stage may have pruned rows and columns
+    structure = read_json(folder / STRUCTURE)
+    handle = attach_from(model, structure, recipe=course.recipe) if structure else None
+    model.load_state_dict(tensors)
+    return Work(place.stage, model, handle, place.task)
+
+
+def as_handle(work: Work) -> Handle:
+    """A handle to export: the stage's own, or the whole model where no terms are left."""
+    if work.handle is not None:
+        return work.handle
+    dense: Any = registry.load(registry.FULL)
+    return attach(work.model, Recipe(weights=dense()))
