@@ -384,7 +384,7 @@ def test_the_job_learns_and_keeps_task_by_task(tmp_path, monkeypatch):
     names = sorted(p.name for p in (tmp_path / "run" / "stages").iterdir())
     assert names == ["00-learn-a", "01-keep-a", "02-learn-b", "03-keep-b"]
     first, second = ran.document["tasks"]
-    before = ran.document["eval"]["before"]
+    before = ran.document["eval"]["before"]["tasks"]
     assert first["held_out"]["a"]["loss"] < before["a"]["loss"]
     assert second["held_out"]["b"]["loss"] < first["held_out"]["b"]["loss"]
     ended = open_model(tmp_path / "run")
