@@ -128,6 +128,9 @@ TRAINING = (CONFIG, OUT, SEED, DRY, JSON, RESUME, OVERWRITE)
 AGAINST = option(
     "against", str, "--against", text="Another model on the same rows: drift.", metavar="OTHER"
 )
+COMPARED = option(
+    "against", str, "--against", text="Another one: what differs, by matrix.", metavar="OTHER"
+)
 TO = option(
     "to", str, "--to", text="peft, lora, dense, factored, native or kohya.", metavar="FORMAT"
 )
@@ -200,7 +203,7 @@ job("eval", MODEL_DATA, (CONFIG, AGAINST, JSON),
     file="evaluate")
 job("convert", "SOURCE", (TO, OUT, JSON, OVERWRITE),
     "Write a run, an adapter or a model in another form.")
-job("inspect", "SOURCE", (AGAINST, OUT, JSON),
+job("inspect", "SOURCE", (COMPARED, OUT, JSON),
     "Show a model's, an adapter's or a run's structure, spectra and effective ranks.")
 job("generate", "MODEL KEY=VALUE", (CONFIG, PROMPT, TOKENS, TEMPERATURE, ADAPTER, SEED, JSON),
     "Let a model, an adapter or a run write; prompts from -p or standard input.")

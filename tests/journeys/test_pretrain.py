@@ -67,6 +67,7 @@ def test_terms_beside_random_weights_end_as_one_plain_model(small, tmp_path):
     out = tmp_path / "run"
     ran = eckart("pretrain", small, data, "weights=lora", "train.steps=3", "-o", out)
     assert ran.code == 0, ran.err
+    assert "lora leaves its matrices at random numbers; weights=dense trains them" in ran.err
     assert "plain transformers loads it" in ran.out
     load_model(out / "final")
 

@@ -46,6 +46,9 @@ def run(job: Job) -> dict[str, Any]:
     model = build_model(shape, vocab, job.train.seed, dtype=prepare.dtype_of(job))
     share_ends(model, tokenizer)
     screen.line("vocab", f"{len(tokenizer):,} tokens")
+    weights: Any = job.choices["weights"].method
+    if weights.base == "frozen":
+        screen.warn(f"{weights.slug} leaves its matrices at random numbers; weights=dense trains them")
     return course(job, screen, Opened(model, None, shape), tokenizer, write_whole)
 
 
