@@ -48,7 +48,8 @@ def run(job: Job) -> dict[str, Any]:
     screen.line("vocab", f"{len(tokenizer):,} tokens")
     weights: Any = job.choices["weights"].method
     if weights.base == "frozen":
-        screen.warn(f"{weights.slug} leaves its matrices at random numbers; weights=dense trains them")
+        left = f"{weights.slug} leaves its matrices at random numbers"
+        screen.warn(f"{left}; weights=dense trains them")
     return course(job, screen, Opened(model, None, shape), tokenizer, write_whole)
 
 
