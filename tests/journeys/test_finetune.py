@@ -50,6 +50,21 @@ def test_a_first_run_says_what_it_does_and_gains(first_run, place):
     assert facts["eval"]["after"]["loss"] < facts["eval"]["before"]["loss"] - 0.2
 
 
+def test_it_stops_when_patience_runs_out_and_the_best_is_the_result(place, tmp_path):
+    other = tmp_path / "other.jsonl"  # what is learnt of one text hurts on another, in the end
+    other.write_text("".join(json.dumps({"text": f"{i} zyx wvu {i}"}) + "\n" for i in range(8)))
+    out = tmp_path / "run"
+    ran = eckart(
+        "finetune", place / "m", place / "d.jsonl", f"data.eval=[{other}]", "train.steps=100",
+        "train.lr=3e-2", "eval.every=2", "train.patience=3", "-o", out, "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    scores = {m["step"]: m["eval_loss"] for m in read_metrics(out) if "eval_loss" in m}
+    best = min(scores, key=lambda step: scores[step])
+    assert ran.document["steps"] == max(scores) == best + 3 * 2 < 100
+    assert ran.document["eval"]["after"]["loss"] == pytest.approx(scores[best], abs=1e-6)
+
+
 def test_the_adapter_loads_in_plain_peft_to_the_same_function(first_run, place):
     from peft import PeftModel
 
