@@ -8,7 +8,8 @@ implementation can meet it on a CPU, where AdamW's step and the products that a 
 without, measured alone in the same run, are two to five times AdamW's step: each rule is shown
 against that floor, too. Printed with each: its state in bytes, all of which is read and
 written, the floating-point operations of its products, and the operations dispatched. LoRA-Pro's
-moments are those of the whole matrices, so its floor is AdamW's step on these and its products.
+moments are those of the whole matrices: its floor is torch's AdamW step on these and its products,
+one after the other, and a step done in pieces that stay in the cache can be below that.
 """
 
 from collections.abc import Callable
