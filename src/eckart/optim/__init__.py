@@ -11,10 +11,10 @@ from eckart.optim.inner import (
     Inner,
     Memoryless,
     Normalised,
-    Orthogonal,
 )
 from eckart.optim.leading import SEARCHES, SVD, Gram, Iteration, Leading, Randomised
 from eckart.optim.optimizer import LowRankOptimizer
+from eckart.optim.orthogonal import Orthogonal
 from eckart.optim.pair import (
     Factor,
     Moments,

@@ -13,7 +13,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from eckart.errors import UsageError
 from eckart.optim.part import Part, State, Tensors, add_squares_, multiply_
 from eckart.optim.project import Turn
 from eckart.optim.sharded import Split, sum_
@@ -305,75 +304,6 @@ class Adafactor(Inner):
 
 
 @dataclass(frozen=True)
-class Orthogonal(Inner):
-    """R, or its momentum M = mu M + R, with all singular values moved near 1 by a few
-    Newton-Schulz steps (Muon, Jordan et al. 2024), or to 1 by a decomposition (`exact`).
-
-    `nesterov` looks a step ahead: R + mu M is what is made orthogonal. Without `momentum`
-    there is no state.
-    """
-
-    steps: int = 5
-    momentum: float = 0.0
-    nesterov: bool = False
-    exact: bool = False
-    elementwise: ClassVar[bool] = False
-    sums: ClassVar[bool] = True
-
-    def init(self, R: Tensor) -> dict[str, Tensor]:
-        return {"momentum": torch.zeros_like(R)} if self.momentum else {}
-
-    def step(
-        self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
-    ) -> Direction:
-        M = self.averaged(R, states)
-        if self.exact:
-            return Direction(each(exactly_orthogonal, M), None, [1.0] * len(R))
-        found = each(lambda t: orthogonalised(t, self.steps), M)
-        return Direction(found, None, [1.0] * len(R))
-
-    def step_on_shards(
-        self,
-        R: Tensors,
-        states: list[State],
-        counts: list[int],
-        shapes: Sequence[torch.Size],
-        split: Split,
-    ) -> Direction:
-        """One collective: the Gram matrices of the dimension that is whole."""
-        if not (split.rows or split.columns):  # experts are whole each
-            return self.step(R, states, counts)
-        if split.rows and split.columns:
-            raise UsageError(
-                "a matrix that is sharded along both dimensions cannot be made orthogonal",
-                [("shape", " x ".join(map(str, shapes[0])))],
-                "Shard it along its outputs (dimension 0) alone.",
-            )
-        M = self.averaged(R, states)
-        turned = [m.mT if split.columns else m for m in M]  # [*, shards of a, b]
-        grams = [r.mT @ r for r in (wide(r) for r in turned)]  # [*, b, b]
-        sum_(grams, split.rows or split.columns)
-        N = [
-            exactly_by(r, C) if self.exact else orthogonalised_by(r, C, self.steps)
-            for r, C in zip(turned, grams, strict=True)
-        ]
-        return Direction([n.mT if split.columns else n for n in N], None, [1.0] * len(R))
-
-    def averaged(self, R: Tensors, states: list[State]) -> Tensors:
-        """What is made orthogonal, after moving the momentum."""
-        if not self.momentum:
-            return R
-        M = [s["momentum"] for s in states]
-        multiply_(M, self.momentum)
-        torch._foreach_add_(M, R)
-        return list(torch._foreach_add(R, M, alpha=self.momentum)) if self.nesterov else M
-
-    def rotate(self, state: State, turn: Turn, count: int) -> None:
-        if self.momentum:
-            state["momentum"].copy_(turn.mean(state["momentum"]))
-
-
-@dataclass(frozen=True)
 class Normalised(Inner):
     """Each row of R [*, r, n] with length 1 (Dion: the columns of its R); a zero row stays."""
 
@@ -416,54 +346,6 @@ def unit_rows(R: Tensor) -> Tensor:
     """Rows of R [*, r, n] divided by their lengths; a zero row stays."""
     lengths = torch.linalg.vector_norm(wide(R), dim=-1, keepdim=True)
     return (wide(R) / torch.where(lengths > 0, lengths, 1.0)).to(R.dtype)
-
-
-def orthogonalised(R: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz on R [*, a, b]: singular values go to within 0.3 of 1, vectors stay."""
-    X = wide(R) / (torch.linalg.matrix_norm(wide(R))[..., None, None] + 1e-7)
-    tall = X.shape[-2] > X.shape[-1]
-    X = X.mT if tall else X
-    for _ in range(steps):
-        C = X @ X.mT  # of the short side
-        X = 3.4445 * X + (-4.7750 * C + 2.0315 * C @ C) @ X
-    return (X.mT if tall else X).to(R.dtype)
-
-
-def orthogonalised_by(R: Tensor, C: Tensor, steps: int) -> Tensor:
-    """The same for some rows of R, from C = R^T R [*, b, b] of all: each step is a product
-    with a polynomial of C, so they are multiplied first."""
-    length = C.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None] + 1e-7  # |R|
-    C, eye = C / length**2, torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-    Q = eye / length
-    for _ in range(steps):
-        step = 3.4445 * eye - 4.7750 * C + 2.0315 * C @ C
-        Q, C = Q @ step, step @ C @ step
-    return (wide(R) @ Q).to(R.dtype)
-
-
-def exactly_orthogonal(R: Tensor) -> Tensor:
-    """U V^T of R = U S V^T [*, a, b]; directions that R does not have stay away."""
-    ok = R.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    U, s, Vh = torch.linalg.svd(torch.where(ok, wide(R), 0), full_matrices=False)
-    found = (U * present(s, max(R.shape[-2:])).unsqueeze(-2)) @ Vh
-    return torch.where(ok, found, torch.nan).to(R.dtype)
-
-
-def exactly_by(R: Tensor, C: Tensor) -> Tensor:
-    """The same for some rows of R, from C = R^T R [*, b, b] of all: R C^(-1/2). The Gram matrix
-    squares the condition number, so what is a thousandth in fp32 counts as not there."""
-    ok = C.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    values, V = torch.linalg.eigh(torch.where(ok, C, 0))
-    there = present(values, C.shape[-1])
-    inverse = torch.where(there > 0, values, 1.0).rsqrt() * there
-    found = wide(R) @ (V * inverse.unsqueeze(-2)) @ V.mT
-    return torch.where(ok, found, torch.nan).to(R.dtype)
-
-
-def present(values: Tensor, size: int) -> Tensor:
-    """1 for singular (or Gram) values [*, k] above rounding, else 0; no value of 0 is."""
-    noise = torch.finfo(values.dtype).eps * size * values.amax(-1, keepdim=True)
-    return (values > noise).to(values.dtype)
 
 
 def zeros_like_each(tensors: Tensors) -> Tensors:
