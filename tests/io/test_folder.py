@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ from eckart.io.folder import (
     write_text,
 )
 from eckart.io.run import Run, latest_checkpoint, read_lines, read_metrics
+
+
+@contextmanager
+def checkpoint(run, step):
+    """A folder to fill, which becomes checkpoints/step-N, closed with its manifest."""
+    with write_folder(run.checkpoints / f"step-{step}", overwrite=True) as beside:
+        yield beside
+        close_with_manifest(beside, step=step)
 
 
 def names(folder: Path) -> list[str]:
@@ -193,14 +202,16 @@ def test_a_killed_run_is_free_to_resume_and_loses_only_its_torn_line(tmp_path):
     process = python(
         """
         import sys, time
+        from eckart.io.folder import close_with_manifest, write_folder
         from eckart.io.run import Run
         run = Run.create(sys.argv[1])
         run.log(step=1, loss=2.0)
-        with run.checkpoint(1) as folder:
+        with write_folder(run.checkpoints / "step-1") as folder:
             (folder / "x").write_text("x")
+            close_with_manifest(folder, step=1)
         for log in ("metrics.jsonl", "spectra.jsonl"):
             open(run.folder / log, "a").write('{"step": 2, "lo')
-        with run.checkpoint(2) as folder:
+        with write_folder(run.checkpoints / "step-2") as folder:
             (folder / "x").write_text("x")
             print("here", flush=True)
             time.sleep(60)
@@ -228,7 +239,7 @@ def test_a_killed_run_is_free_to_resume_and_loses_only_its_torn_line(tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     with Run.create(tmp_path / "a") as run:
         for step in (9, 10):
-            with run.checkpoint(step) as folder:
+            with checkpoint(run, step) as folder:
                 write_text(folder / "x", "x")
         (run.checkpoints / "step-10" / "x").write_text("y")
         assert run.latest() == run.checkpoints / "step-9" == latest_checkpoint(run.folder)

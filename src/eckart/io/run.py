@@ -18,21 +18,18 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.folder import (
-    close_with_manifest,
     manifest_holds,
     move_aside,
     recover,
     refuse_occupied,
     speaking,
-    write_folder,
     write_json,
     write_text,
 )
@@ -169,13 +166,6 @@ class Run:
     @property
     def report(self) -> Path:
         return self.folder / "report.html"
-
-    @contextmanager
-    def checkpoint(self, step: int, **facts: Any) -> Iterator[Path]:
-        """A folder to fill, which becomes checkpoints/step-N, closed with its manifest."""
-        with write_folder(self.checkpoints / f"step-{step}", overwrite=True) as beside:
-            yield beside
-            close_with_manifest(beside, step=step, **facts)
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose manifest holds; None where there is none."""
