@@ -20,7 +20,6 @@ from eckart.methods.weights.codyra import (
     next_task,
     official,
     ranks_of,
-    retention,
     shrunk_product,
     soft,
 )
@@ -349,21 +348,6 @@ def test_sharded_gates_shrink_as_whole_ones(importance):
 
 def test_a_copy_of_the_method_plans_the_same():
     assert copy.deepcopy(CoDyRA()) == CoDyRA()
-
-
-def test_retention_of_a_table_made_by_hand():
-    scores = torch.tensor([[8.0, 2.0, 0.0], [9.0, 9.0, 1.0], [7.0, 5.0, 10.0]], dtype=F64)
-    found = retention(scores, torch.tensor([1.0, 2.0, 3.0], dtype=F64))
-    assert found == pytest.approx(
-        {
-            "base": 2.0,
-            "transfer": (2.0 + (0.0 + 1.0) / 2) / 2,  # a true zero counts
-            "average": 51 / 9,
-            "last": 22 / 3,
-            "forgetting": (2.0 + 4.0) / 2,
-            "backward": (-1.0 - 4.0) / 2,
-        }
-    )
 
 
 def test_the_job_learns_and_keeps_task_by_task(tmp_path, monkeypatch):

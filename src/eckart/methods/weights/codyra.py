@@ -311,25 +311,3 @@ def next_task(handle: Handle, steps: int | None = None) -> None:
     handle.events.step, handle.steps = 0, steps
     handle.coverage = cover(handle)
     lock(handle.model, handle.structure())
-
-
-def retention(scores: Tensor, before: Tensor) -> dict[str, float]:
-    """The numbers of continual learning; scores [N, N]: row t after task t, column j task j.
-
-    `before` [N] is the base model's row; higher is better. transfer: on tasks not yet seen;
-    average; last: after all tasks; forgetting: from a task's best to its last; backward: the
-    same from its own row. A score of zero counts as any other.
-    """
-    N = scores.shape[0]
-    unseen = [scores[:j, j].mean() for j in range(1, N)]
-    ahead = torch.stack(unseen).mean() if unseen else scores.new_tensor(float("nan"))
-    last, own = scores[-1, :-1], scores.diagonal()[:-1]
-    drop = scores[:, :-1].amax(0) - last
-    return {
-        "base": float(before.mean()),
-        "transfer": float(ahead),
-        "average": float(scores.mean()),
-        "last": float(scores[-1].mean()),
-        "forgetting": float(drop.mean()),
-        "backward": float((last - own).mean()),
-    }
