@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-slow: $(VENV)/ready-test
+slow: $(VENV)/ready-slow
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 exhaustive: $(VENV)/ready-test
@@ -50,4 +50,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(VENV)/ready-test: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+# Ray, which one slow test is about.
+$(VENV)/ready-slow: $(VENV)/ready-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,sweeps]'
 	touch $@
