@@ -8,7 +8,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow exhaustive lint docs bench stubs clean
+.PHONY: demo test slow exhaustive cluster lint docs bench stubs clean
 
 demo: $(VENV)/ready
 	$(BIN)/eckart demo
@@ -16,11 +16,14 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-slow: $(VENV)/ready-slow
+slow: $(VENV)/ready-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 exhaustive: $(VENV)/ready-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m exhaustive
+
+cluster: $(VENV)/ready-cluster
+	$(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
@@ -52,7 +55,6 @@ $(VENV)/ready-test: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-# Ray, which one slow test is about.
-$(VENV)/ready-slow: $(VENV)/ready-test
+$(VENV)/ready-cluster: $(VENV)/ready-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,sweeps]'
 	touch $@

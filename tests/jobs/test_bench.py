@@ -183,9 +183,10 @@ def test_a_sampler_spends_the_whole_purse_and_repeats(place, tmp_path):
         assert all(start / 101 < point["lr"] < start * 101 for point in row["lr_curve"])
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_local_ray_tune_gives_the_same_bytes_and_goes_on(place, whole, tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray")
+    import ray
+
     out, true = tmp_path / "out", runner.keep
     left = [4]
 
