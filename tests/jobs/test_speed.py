@@ -30,7 +30,7 @@ def seconds_a_step(folder):
     return (ended - begun) / (last - first)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # by the clock: nothing to hold a change up by on a machine that is shared
 def test_most_trainings_take_a_time_inside_the_interval(tmp_path):
     """Nine in ten are claimed, so of five one may be outside: two of five happen once in twelve."""
     rows = json.dumps({"text": "low rank is enough for most of what a model learns " * 2}) + "\n"
