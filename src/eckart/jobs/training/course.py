@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eckart.io.data import Data
 from eckart.io.opening import Opened
 from eckart.io.run import Run
@@ -45,11 +47,7 @@ def begin(job: Job) -> tuple[Job, Screen]:
 def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) -> dict[str, Any]:
     """Train the model of a job and write what comes out; the object of --json."""
     place = prepare.device()
-    opened.model.to(place)
-    senses.require_fit(job, reader, opened.model)
-    screen.line("model", model_line(opened), Path(opened.base).name)
-
-    job = senses.settled(job, opened.model, place)
+    job = placed(job, screen, opened, reader, place)
     data = senses.read_data(job, reader, opened.model)
     name, _, summary = data.summary.partition(": ")
     screen.line("data", "\n".join([summary, *rows_lines(data)]), name)
@@ -106,10 +104,7 @@ def staged_course(
     `original` loads the model anew, for stages that start from it.
     """
     place = prepare.device()
-    opened.model.to(place)
-    senses.require_fit(job, reader, opened.model)
-    screen.line("model", model_line(opened), Path(opened.base).name)
-    job = senses.settled(job, opened.model, place)
+    job = placed(job, screen, opened, reader, place)
     tasks = senses.read_tasks(job, reader, opened.model)
     for name, data in tasks.items():
         screen.line("task", data.summary.partition(": ")[2], name)
@@ -167,6 +162,14 @@ def staged_course(
     screen.line("done", "; ".join(f for f in facts if f), outcome.shown(found["run"]), result=True)
     outcome.following(screen, found["run"], form)
     return found
+
+
+def placed(job: Job, screen: Screen, opened: Opened, reader: Any, place: torch.device) -> Job:
+    """Put the model where it is trained, say what it is, and settle what depends on it."""
+    opened.model.to(place)
+    senses.require_fit(job, reader, opened.model)
+    screen.line("model", model_line(opened), Path(opened.base).name)
+    return senses.settled(job, opened.model, place)
 
 
 def model_line(opened: Opened) -> str:
