@@ -50,6 +50,16 @@ def test_a_first_run_says_what_it_does_and_gains(first_run, place):
     assert facts["eval"]["after"]["loss"] < facts["eval"]["before"]["loss"] - 0.2
 
 
+def test_the_resolved_configuration_runs_again_to_the_same_bits(first_run, place, tmp_path):
+    ran = eckart("finetune", "-c", place / "run" / "resolved.yaml", "-o", tmp_path / "again")
+    assert ran.code == 0, ran.err
+    one, two = (
+        load_file(run / "final" / "adapter_model.safetensors")
+        for run in (place / "run", tmp_path / "again")
+    )
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+
+
 def test_it_stops_when_patience_runs_out_and_the_best_is_the_result(place, tmp_path):
     other = tmp_path / "other.jsonl"  # what is learnt of one text hurts on another, in the end
     other.write_text("".join(json.dumps({"text": f"{i} zyx wvu {i}"}) + "\n" for i in range(8)))
