@@ -93,6 +93,16 @@ def test_what_is_estimated_is_what_a_training_takes(place, tmp_path):
     assert found["batch"] == {"rows": 4, "accumulate": 1, "seq_len": 32}
 
 
+def test_padded_rows_are_as_long_as_the_data_has_them(place, tmp_path):
+    rows = [{"text": "a film " * (2 + i % 5), "label": i % 2} for i in range(40)]
+    (tmp_path / "labelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("finetune", place / "m", tmp_path / "labelled.jsonl", "train.batch_size=4")
+    found = eckart("estimate", *words, "--json").document
+    planned = eckart(*words, "--dry-run", "--json").document
+    assert 10 < found["batch"]["seq_len"] < 60  # of 512 that the model reads
+    assert found["estimated_memory_bytes"] == planned["estimated_memory_bytes"]
+
+
 def test_an_adapter_is_estimated_by_its_own_method(place):
     found = eckart("estimate", "finetune", place / "adapter", "--json").document
     assert found["recipe"]["weights"]["name"] == "lora"

@@ -174,7 +174,9 @@ class Encoder:
     def whole(self, parts: Sequence[Part]) -> tuple[list[int], list[bool]]:
         """One example encoded as one text."""
         text = "".join(t for t, _ in parts)
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        found = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         marks = np.zeros(len(text) + 1, bool)
         at = 0
         for t, trained in parts:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -46,7 +47,16 @@ from eckart.io.packing import (
 )
 from eckart.io.reading import DataSource, Row, content_hash, rows_of, sources_of
 
-__all__ = ["Collate", "Data", "Shuffled", "cache_folder", "isolates_documents", "order", "read"]
+__all__ = [
+    "Collate",
+    "Data",
+    "Shuffled",
+    "cache_folder",
+    "first_rows",
+    "isolates_documents",
+    "order",
+    "read",
+]
 
 
 def read(
@@ -95,6 +105,20 @@ def read(
     return noised(data, tokenizer, seed)
 
 
+def first_rows(
+    sources: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    format: str,
+    task: str,
+    count: int,
+) -> Data:
+    """At most `count` rows of each source as `read` makes them, unpacked; the rest is not read."""
+    given = sources_of(sources)
+    data = encode(given, [], 0.0, {}, tokenizer, seq_len, False, format, task, first=count)
+    return noised(data, tokenizer, 0)
+
+
 def noised(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
     """Data whose rows are text alone, as rows with holes; other data as it is."""
     if not data.holed:
@@ -127,11 +151,12 @@ def encode(
     format: str,
     task: str,
     labels: Sequence[str] = (),
+    first: int | None = None,
 ) -> Data:
-    """`read` without its cache, and before holes are made."""
+    """`read` without its cache, and before holes are made; of the `first` rows or of all."""
     encoder = Encoder(tokenizer, seq_len)
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    read_in = [(source, *recognised(source, format)) for source in [*given, *others]]
+    read_in = [(source, *recognised(source, format, first)) for source in [*given, *others]]
     kinds = {kind for _, kind, _ in read_in}
     task = task_for(kinds, task)
     classes = list(labels)
@@ -237,9 +262,9 @@ def holed(kinds: Set[str], task: str) -> bool:
     return task in ("masked", "seq2seq") and not kinds & set(PAIRS)
 
 
-def recognised(source: DataSource, format: str) -> tuple[str, list[Row]]:
-    """A source's format and all its rows."""
-    found = list(rows_of(source))
+def recognised(source: DataSource, format: str, first: int | None) -> tuple[str, list[Row]]:
+    """A source's format and its rows."""
+    found = list(islice(rows_of(source), first))
     if not found:
         raise FileError("no rows in the data", [(str(source.path), "")])
     return format_of(found[0], format), found

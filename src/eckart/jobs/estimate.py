@@ -3,7 +3,8 @@
     eckart estimate finetune MODEL method=galore train.batch_size=8
 
 Reads a configuration and nothing else. Weights, factors, gradients and the optimizer's state
-are exact; activations are those of rows of the full length, kept as autograd keeps them;
+are exact; activations are those of full rows, or where rows are padded of the longest of the
+data's first ones, kept as autograd keeps them;
 operations are counted in a pass that computes nothing, and become seconds by what this machine
 does in one layer of the model (speed.py). With --fit SIZE: which recipes would fit there.
 """
@@ -54,8 +55,9 @@ def run(job: Job) -> dict[str, Any]:
     if job.command == "compress":
         return compressed(job, config, place, screen)
     job = settle.seq_len(job, getattr(config, "max_position_embeddings", None), place)
+    length = length_of(job, task)
     if limit := job.options.get("fit"):
-        return fitting(job, config, place, in_bytes(str(limit)), screen)
+        return fitting(job, config, place, length, in_bytes(str(limit)), screen)
     dtype = prepare.dtype_of(job)
     found = imagine(config, job.recipe(), dtype, place, task=task)
     base = found.parameters - (found.trainable if found.factors else 0)
@@ -67,9 +69,9 @@ def run(job: Job) -> dict[str, Any]:
         screen.warn("its sizes depend on the weights: by formula, activations as with plain LoRA")
 
     free, total = room(place)
-    job, activations = with_batch(job, found, free)
+    job, activations = with_batch(job, found, free, length)
     parts = {**found.fixed, "activations": activations}
-    rows, length = int(job.train.batch_size), int(job.data.seq_len)
+    rows = int(job.train.batch_size)
     forward, backward = found.flops(1, length)
     again = forward if job.train.checkpointing else 0
     per_step = (forward + again + backward) * rows * int(job.train.accumulate)
@@ -78,9 +80,11 @@ def run(job: Job) -> dict[str, Any]:
     )
     fits = max(peak, sum(parts.values())) <= free
     speed = measured(config, dtype, place, rows, length)
-    say(screen, job, task, parts, peak, (free, total), per_step, found.trainable, speed)
+    pictures = TASKS[task].sees == "images"
+    shape = f"{rows} images" if pictures else f"{rows} rows of {length} tokens"
+    say(screen, job, shape, parts, peak, (free, total), per_step, found.trainable, speed)
     if not fits:
-        remedies(screen, job, found, parts, free)
+        remedies(screen, job, found, parts, length)
     return {
         "command": "estimate",
         "exit": 0,
@@ -135,13 +139,21 @@ def task_of(job: Job, config: Any) -> str:
     return task
 
 
+def length_of(job: Job, task: str) -> int:
+    """Tokens of a row: as many as fit where rows are filled or the data is elsewhere."""
+    most = int(job.data.seq_len)
+    here = all(Path(s.path).exists() for s in job.data.train)
+    longest = senses.longest_of_first(job, task) if job.data.train and here else None
+    return most if longest is None else longest
+
+
 def fitting(
-    job: Job, config: Any, place: torch.device, limit: int, screen: Screen
+    job: Job, config: Any, place: torch.device, length: int, limit: int, screen: Screen
 ) -> dict[str, Any]:
     """The recipes that fit into a size, best first."""
-    rows, length = settle.rows_per_step(job, ROWS), int(job.data.seq_len)
+    rows = settle.rows_per_step(job, ROWS)
     speed = cache(lambda: measured(config, prepare.dtype_of(job), place, rows, length))
-    found, left = proposals(job, config, place, limit, rows, speed)
+    found, left = proposals(job, config, place, limit, (rows, length), speed)
     say_proposals(screen, found, left, limit)
     return {
         "command": "estimate",
@@ -219,9 +231,8 @@ def adapter_method(kind: str, folder: Path) -> Choice:
     return Choice(method.slug, method)
 
 
-def with_batch(job: Job, found: Imagined, free: int) -> tuple[Job, int]:
+def with_batch(job: Job, found: Imagined, free: int, length: int) -> tuple[Job, int]:
     """The job with its batch settled as a training would, and the activations' bytes."""
-    length = int(job.data.seq_len)
     measured: dict[bool, int] = {}
 
     def per_row(checkpointing: bool) -> int:
@@ -279,7 +290,7 @@ def full() -> Any:
 def say(
     screen: Screen,
     job: Job,
-    task: str,
+    shape: str,
     parts: dict[str, int],
     peak: int,
     memory: tuple[int, int],
@@ -288,15 +299,12 @@ def say(
     speed: Speed,
 ) -> None:
     """The batch, each category, the sum against what is there, the work and time of a step."""
-    size, split = job.train.batch_size, job.train.accumulate
-    pictures = TASKS[task].sees == "images"
-    shape = f"{size} images" if pictures else f"{size} rows of {job.data.seq_len} tokens"
+    split = job.train.accumulate
     shape += f", {split} times a step" if split != 1 else ""
     why = [job.settled.get(f"train.{key}", "") for key in ("batch_size", "checkpointing")]
     screen.line("batch", "; ".join([shape, *dict.fromkeys(w for w in why if w)]))
     for i, (name, part) in enumerate(parts.items()):
-        note = "   of full rows" if name == "activations" else ""
-        note += ", recomputed" if name == "activations" and job.train.checkpointing else ""
+        note = "   recomputed" if name == "activations" and job.train.checkpointing else ""
         screen.line("" if i else "memory", f"{name:<12}{in_words(part):>10}{note}", result=True)
     free, total = memory
     whole = sum(parts.values())
@@ -311,10 +319,10 @@ def say(
     screen.line("time", f"{interval}; by {speed.of} on this machine", result=True)
 
 
-def remedies(screen: Screen, job: Job, found: Imagined, parts: dict[str, int], free: int) -> None:
+def remedies(screen: Screen, job: Job, found: Imagined, parts: dict[str, int], length: int) -> None:
     """What would help most, with the bytes that each saves."""
     saved: list[tuple[int, str]] = []
-    length, size = int(job.data.seq_len), int(job.train.batch_size)
+    size = int(job.train.batch_size)
     if size > 1:
         per_row = parts["activations"] // size
         saved.append(

@@ -70,15 +70,21 @@ class Proposal:
 
 
 def proposals(
-    job: Job, config: Any, place: torch.device, limit: int, rows: int, speed: Callable[[], Speed]
+    job: Job,
+    config: Any,
+    place: torch.device,
+    limit: int,
+    batch: tuple[int, int],
+    speed: Callable[[], Speed],
 ) -> tuple[list[Proposal], list[str]]:
     """The recipes that fit into `limit` bytes with at least one row, best first; the rest's words.
 
-    `rows` is what a step takes; `speed` is asked once something fits. Raises OutOfRoom where
-    nothing does.
+    `batch` is the rows that a step takes and the tokens in each; `speed` is asked once something
+    fits. Raises OutOfRoom where nothing does.
     """
     found, left = [], []
-    passes = Passes(int(job.data.seq_len))
+    rows, length = batch
+    passes = Passes(length)
     stacked = alike(config)
     for words, weights, update, plain in candidates():
         try:

@@ -52,6 +52,7 @@ class Speed:
         return operations / self.typical + step, operations / self.fast + step, slowest
 
 
+@quiet()
 def measured(config: Any, dtype: torch.dtype, place: torch.device, rows: int, length: int) -> Speed:
     """The speed of one layer of this configuration on a batch of this shape, or less of it.
 

@@ -25,6 +25,7 @@ from eckart.jobs.measuring.memory import (
 from eckart.jobs.measuring.norms import hold_statistics
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
+from eckart.jobs.training import senses
 from eckart.jobs.training.checkpoints import load_model_state, read_state
 from eckart.recipe import Handle, Recipe, attach, attach_from
 from eckart.recipe.fingerprint import fingerprint
@@ -202,7 +203,7 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
 
 def one_row(model: Any, data: Data, checkpointing: bool) -> int:
     """Bytes that autograd keeps for the longest of a few rows."""
-    rows = [data.train[i] for i in range(min(len(data.train), 16))]
+    rows = [data.train[i] for i in range(min(len(data.train), senses.FIRST))]
     lengths = data.lengths(rows)
     longest = rows[lengths.index(max(lengths))]
     batch = on_device(data.collate([longest]), model)

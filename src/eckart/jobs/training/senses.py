@@ -33,6 +33,7 @@ from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
 
 Reader = Any  # a tokenizer or a Preprocessing
+FIRST = 16  # rows of which the longest stands for all in an estimate
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,19 @@ def read_text(job: Job, tokenizer: Reader, model: Any, sources: Any, eval: Any) 
         seed=job.train.seed,
         labels=names_of(model) if TASKS[task].classes else (),
     )
+
+
+def longest_of_first(job: Job, task: str) -> int | None:
+    """Tokens of the longest of the data's first rows, as a training measures one.
+
+    None where rows are filled up with more than one text.
+    """
+    if task == "causal" or TASKS[task].sees != "text":
+        return None
+    length = int(job.data.seq_len)
+    tokenizer = tokenizer_of(job)
+    data = text.first_rows(entries(job), tokenizer, length, job.data.format, task, FIRST)
+    return max(len(row["input_ids"]) for row in data.train)
 
 
 # --- images --------------------------------------------------------------------------------
