@@ -213,11 +213,11 @@ def encode(
     plain = kinds & {"messages", "instruction"} and not tokenizer.chat_template
     if plain:
         lines.append("the tokenizer has no chat template: a plain one is used (### User:)")
-    first, kind = read_in[0][2][0], read_in[0][1]
+    _, kind, (row, *_) = read_in[0]
     return Data(
         format=", ".join(sorted(kinds)),
         summary="\n".join(lines),
-        example=example_of(first, kind, encoder, noise is not None),
+        example=example_of(row, kind, encoder, noise is not None),
         sha256=hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest(),
         hashes=hashes,
         bytes_per_token=bytes_per_token,
