@@ -81,8 +81,30 @@ CASES = {
     "a key of another command": (
         "finetune m d.jsonl compress.keep=0.5",
         "compress.keep says nothing to finetune     command line\n"
-        "  compress.keep = 0.5  a key of eckart compress\n"
+        "  compress.keep = 0.5    a key of compress\n"
+        "  eckart finetune reads  model, data, out, track, weights, update, precision, attention, "
+        "objective, train, eval\n"
         "Leave it out.\n",
+    ),
+    "a key of trainings to measure by": (
+        "eval m d.jsonl train.batch_size=2 train.steps=3",
+        "train.steps says nothing to eval     command line\n"
+        "  train.steps = 3    a key of finetune, pretrain, linearize, compress, bench\n"
+        "  eckart eval reads  model, data, precision, eval.metrics, train.batch_size, train.seed\n"
+        "Leave it out.\n",
+    ),
+    "a key of trainings to write by": (
+        "generate m train.seed=1 data.seq_len=9 -p x",
+        "data.seq_len says nothing to generate     command line\n"
+        "  data.seq_len = 9       a key of finetune, pretrain, linearize, compress, bench, eval\n"
+        "  eckart generate reads  model, train.seed\n"
+        "Leave it out.\n",
+    ),
+    "a way of training for what is left of a model": (
+        "compress m d.jsonl heal.steps=3 heal.weights=lora",
+        "a compression is healed as it is\n"
+        "  heal.weights = lora  would be a term on top\n"
+        "Leave it out, or teach the result: eckart finetune COMPRESSED DATA method=lora\n",
     ),
     "a key of this command, mistyped": (
         "convert m --to dense rnak=3",
@@ -92,7 +114,7 @@ CASES = {
         "compress m method=lora",
         "lora trains and does not compress     command line\n"
         "  compressions  svd\n"
-        "For the training afterwards type heal.weights=lora heal.steps=100.\n",
+        "For the training afterwards type eckart finetune COMPRESSED DATA method=lora\n",
     ),
     "a shape to compress": (
         "compress llama-tiny keep=0.5",

@@ -56,6 +56,13 @@ def test_against_the_base_the_difference_is_paired(place):
     assert "change   loss +0.000" in itself.out and "first choice at 100.0 %" in itself.out
 
 
+def test_metrics_that_are_not_asked_for_are_not_told(place):
+    ran = eckart("eval", place / "run", place / "d.jsonl", "eval.metrics=[bits_per_byte]")
+    assert ran.out.splitlines()[0].split() == ["eval", "loss", "bits/byte", "rows"]
+    ran = eckart("eval", place / "classes", place / "l.jsonl", "eval.metrics=[perplexity]")
+    assert ran.code == 2 and "no metric of this data is called perplexity\n" in ran.err
+
+
 def test_several_sources_have_a_row_each(place):
     data = f"data=[{place / 'd.jsonl'},{place / 'l.jsonl'}]"
     ran = eckart("eval", place / "m", data, "data.format=text")

@@ -41,6 +41,7 @@ from eckart.jobs.lab.standing import Record, ranking, table
 from eckart.jobs.lab.sweep import Plan, lr_at, sampled, wanted
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.job import Job
+from eckart.jobs.settings.refuse import CONTESTED, is_among
 from eckart.jobs.training import outcome, prepare
 from eckart.jobs.training.screen import Screen
 from eckart.recipe.fingerprint import fingerprint
@@ -48,7 +49,6 @@ from eckart.recipe.groups import default_lr
 
 HELD_OUT = 0.1  # unless data.eval says otherwise: half to choose by, half to report on
 FEWEST = 4  # held-out rows
-OWN_KEYS = ("weights", "update", "precision", "attention", "objective", "train.lr")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def begin(job: Job) -> tuple[Job, Screen]:
     """What can be refused before anything is loaded; what was open, settled."""
     outcome.refuse_early(job)
     for key in job.given:
-        if key == "train.lr" or key.split(".")[0] in OWN_KEYS:
+        if is_among(tuple(key.split(".")), CONTESTED):
             raise UsageError(
                 "every contestant has its own choices",
                 [(key, "belongs to all of them here")],

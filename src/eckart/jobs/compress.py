@@ -34,6 +34,7 @@ LOADING = "import eckart.hf, then {}.from_pretrained"
 def run(job: Job) -> dict[str, Any]:
     """Everything from a job to a compressed model; the object of --json."""
     outcome.refuse_early(job)
+    refuse_adapter(job)
     screen, begun = Screen(quiet=job.flags.json), time.monotonic()
     job = settle.precision(job, prepare.device())
     method = sized(job)
@@ -42,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     screen.line("model", model_line(Opened(model, None, str(job.model))), Path(str(job.model)).name)
     reader = reader_of(job)
     job, data = read(job, model, reader, screen)
-    scores = {"before": held_out.measure(model, data, 8) if data else None, "after": None}
+    scores = {"before": measured(job, model, data), "after": None}
 
     recipe = Recipe(weights=method, update=job.heal.update.method)  # type: ignore[arg-type]
     calibration = prepare.calibration(job, model, data) if recipe.needs and data else None
@@ -62,9 +63,9 @@ def run(job: Job) -> dict[str, Any]:
         run.write_config(job.dump())
         run.write_resolved(job.dump_resolved())
         if data and job.heal.steps:
-            scores["compressed"] = held_out.measure(model, data, 8)
+            scores["compressed"] = measured(job, model, data)
             fit(healing(job, data, handle), run, handle, data, screen)
-        scores["after"] = held_out.measure(model, data, 8) if data else None
+        scores["after"] = measured(job, model, data)
         factored.save(handle, run.final, overwrite=True, tokenizer=reader)
         found = document(job, screen, handle, scores, begun, run)
         run.record(
@@ -72,6 +73,16 @@ def run(job: Job) -> dict[str, Any]:
         )
     report(screen, found)
     return found
+
+
+def refuse_adapter(job: Job) -> None:
+    """Raise UsageError where the training after it is to have a weights method of its own."""
+    if (name := job.heal.weights.name) != "auto":
+        raise UsageError(
+            "a compression is healed as it is",
+            [(f"heal.weights = {name}", "would be a term on top")],
+            f"Leave it out, or teach the result: eckart finetune COMPRESSED DATA method={name}",
+        )
 
 
 def model_of(job: Job) -> str:
@@ -123,7 +134,7 @@ def read(job: Job, model: Any, reader: Any, screen: Screen) -> tuple[Job, Data |
         data = senses.read_data(job, reader, model)
         name, _, summary = data.summary.partition(": ")
         screen.line("data", summary, name)
-        return job, data
+        return settle.metrics(job, held_out.names(data)), data
     if job.heal.steps:
         raise UsageError(
             "healing trains on text",
@@ -131,6 +142,11 @@ def read(job: Job, model: Any, reader: Any, screen: Screen) -> tuple[Job, Data |
             "Type eckart compress MODEL DATA heal.steps=...",
         )
     return job, None
+
+
+def measured(job: Job, model: Any, data: Data | None) -> dict[str, Any] | None:
+    """The model's held-out numbers, where there is data."""
+    return held_out.measure(model, data, 8, job.eval.metrics) if data else None
 
 
 def healing(job: Job, data: Data, handle: Handle) -> Job:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,8 +27,9 @@ from eckart.io.tasks import TASKS
 from eckart.jobs.finetune import require_weights
 from eckart.jobs.measuring import intervals
 from eckart.jobs.measuring.scores import Scores, joined, score
+from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
-from eckart.jobs.training import prepare, senses
+from eckart.jobs.training import held_out, prepare, senses
 from eckart.jobs.training.classes import open_to_measure, require_task
 from eckart.jobs.training.outcome import shown
 from eckart.jobs.training.screen import Screen, amount
@@ -57,6 +58,7 @@ def run(job: Job) -> dict[str, Any]:
 
     job = senses.settled(job, opened.model, prepare.device())
     data = read_rows(job, reader, opened.model)
+    job = settle.metrics(job, metrics_of(data))
     screen.line("data", data.summary)
     size = job.train.batch_size
     by_source = {
@@ -71,7 +73,7 @@ def run(job: Job) -> dict[str, Any]:
         )
         for name, rows in data.evaluation.items()
     }
-    found = tables(by_source, data)
+    found = tables(by_source, data, job.eval.metrics)
     rows, tokens = len(found["all"].scores.loss), int(found["all"].scores.count.sum())
     unit = TASKS[data.task].labels
     if intervals.available():
@@ -165,7 +167,7 @@ class Table:
     scores: Scores
     bytes: float
     unit: str  # what has a label: a token, a tag or a whole row
-    asked: bool  # is a row a question with one answer?
+    metrics: Sequence[str]  # what is told besides the loss and the drift
 
     @cached_property
     def numbers(self) -> dict[str, tuple[float, tuple[float, float]]]:
@@ -179,14 +181,14 @@ class Table:
                 per_byte = s.count.sum() / self.bytes / math.log(2)
                 found["bits_per_byte"] = loss * per_byte, (low * per_byte, high * per_byte)
         found["accuracy"] = mean_and_interval(s.right, s.count)
-        if self.asked:
-            found["exact_match"] = mean_and_interval(s.exact, ones)
+        found["exact_match"] = mean_and_interval(s.exact, ones)
         if len(s.other):
             found["other_loss"] = mean_and_interval(s.other, s.count)
             found["difference"] = mean_and_interval(s.loss - s.other, s.count)
             found["kl"] = mean_and_interval(s.kl, s.count)
             found["same_first_choice"] = mean_and_interval(s.same, s.count)
-        return found
+        told = ("loss", *self.metrics)
+        return {n: number for n, number in found.items() if n in told or n not in HEADS}
 
     def document(self) -> dict[str, Any]:
         """The same for --json."""
@@ -207,14 +209,20 @@ def exp(x: float) -> float:
     return math.exp(min(x, 700.0))  # e^709 is the largest double
 
 
-def tables(by_source: Mapping[str, Scores], data: Data) -> dict[str, Table]:
+def metrics_of(data: Data) -> tuple[str, ...]:
+    """What can be told of this data: what a training tells, how often words are right, answers."""
+    asked = any(form in ASKED for form in data.format.split(", "))
+    answers = ("exact_match",) if asked else ()
+    return tuple(dict.fromkeys((*held_out.names(data), "accuracy", *answers)))
+
+
+def tables(by_source: Mapping[str, Scores], data: Data, metrics: Sequence[str]) -> dict[str, Table]:
     """A table for each source; `all` comes last."""
     unit = TASKS[data.task].unit
-    asked = any(form in ASKED for form in data.format.split(", "))
 
     def table(names: list[str]) -> Table:
         text = sum(by_source[n].count.sum() * data.bytes_per_token.get(n, 0.0) for n in names)
-        return Table(joined([by_source[n] for n in names]), text, unit, asked)
+        return Table(joined([by_source[n] for n in names]), text, unit, metrics)
 
     return {**{name: table([name]) for name in by_source}, "all": table(list(by_source))}
 

@@ -8,10 +8,22 @@ from dataclasses import fields
 from eckart.errors import UsageError, nearest
 from eckart.jobs.settings.merge import AXES, EXCLUSIVE, Given, merge, says_something
 from eckart.jobs.settings.tree import SECTIONS
-from eckart.jobs.settings.words import COMMAND_LINE, HABITS, SWITCHES, Setting, read_words
+from eckart.jobs.settings.words import COMMAND_LINE, HABITS, SWITCHES, Key, Setting, read_words
 from eckart.recipe import registry
 
-READ_BY = {"compress": "compress", "heal": "compress", "convert": "convert"}  # section: command
+ALL = ("model", "data", "out", "track", "weights", "update", "precision", "attention", "objective",
+       "train", "eval")  # fmt: skip
+LENGTHS = ("steps", "epochs", "batch_size", "accumulate", "schedule", "warmup", "clip", "seed")
+READS: dict[str, tuple[str, ...]] = {  # command -> its keys, or what they begin with
+    **dict.fromkeys(("finetune", "pretrain", "linearize"), ALL),
+    "compress": ("model", "data", "out", "track", "precision", "compress", "heal", "train", "eval"),
+    "bench": ("model", "data", "out", *(f"train.{name}" for name in LENGTHS)),
+    "evaluate": ("model", "data", "precision", "eval.metrics", "train.batch_size", "train.seed"),
+    "generate": ("model", "train.seed"),
+    "convert": ("model", "data.train", "out", "convert"),
+    "inspect": ("model", "data.train"),
+}
+CONTESTED = (*AXES, "train.lr")  # of which each contestant of a bench has its own: said there
 TAKES = {"generate": ("MODEL",)}  # command -> its words without a key, where not MODEL DATA
 
 
@@ -128,15 +140,6 @@ def refuse_elsewhere(words: Sequence[str], command: str) -> None:
     Only what was typed is asked: a -c file may serve several commands.
     """
     typed = merge([read_words(words)], command)
-    for setting in typed.values():
-        reader = READ_BY.get(setting.key[0], command)
-        if reader != command:
-            raise UsageError(
-                f"{setting.name} says nothing to {command.removesuffix('uate')}"
-                f"     {setting.place}",
-                [(f"{setting.name} = {setting.text}", f"a key of eckart {reader}")],
-                "Leave it out.",
-            )
     for axis in ("weights", "update"):
         said = typed.get((axis, "name"))
         if command == "compress" and said is not None and said.value not in ("auto", "none"):
@@ -144,5 +147,28 @@ def refuse_elsewhere(words: Sequence[str], command: str) -> None:
             raise UsageError(
                 f"{said.value} trains and does not compress     {said.place}",
                 [("compressions", ", ".join(others))],
-                f"For the training afterwards type heal.{axis}={said.value} heal.steps=100.",
+                "For the training afterwards type "
+                + (
+                    f"heal.update={said.value} heal.steps=100."
+                    if axis == "update"
+                    else f"eckart finetune COMPRESSED DATA method={said.value}"
+                ),
             )
+    for key, setting in typed.items():
+        readers = [name for name, names in READS.items() if is_among(key, names)]
+        left = command == "bench" and is_among(key, CONTESTED)
+        if readers and command not in readers and not left:
+            said, *others = (name.removesuffix("uate") for name in (command, *readers))
+            raise UsageError(
+                f"{setting.name} says nothing to {said}     {setting.place}",
+                [
+                    (f"{setting.name} = {setting.text}", f"a key of {', '.join(others)}"),
+                    (f"eckart {said} reads", ", ".join(READS[command])),
+                ],
+                "Leave it out.",
+            )
+
+
+def is_among(key: Key, names: Sequence[str]) -> bool:
+    """Is this one of the keys, or in one of the sections?"""
+    return key[0] in names or ".".join(key) in names

@@ -118,7 +118,7 @@ class Budget(Section):
 
 @dataclass(frozen=True)
 class Heal(Section):
-    """Training after a compression; heal.weights, heal.update and heal.train as without heal."""
+    """Training after a compression; heal.update and heal.train as without heal."""
 
     steps: Annotated[int, Ge(0)] = 0
     """Optimizer steps; 0 for none."""

@@ -52,7 +52,10 @@ def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) 
     name, _, summary = data.summary.partition(": ")
     screen.line("data", "\n".join([summary, *rows_lines(data)]), name)
 
-    before = held_out.measure(opened.model, data, 8) if not job.flags.resume else {}
+    job = settle.metrics(job, held_out.names(data))
+    before = {}
+    if not job.flags.resume:
+        before = held_out.measure(opened.model, data, 8, job.eval.metrics)
     begun = None if job.flags.dry_run else observe.beginnings(data)
     wrote = observe.gone_on(opened.model, reader, begun, screen) if before else []
     job = settle.horizon(job, len(data.train), job.recipe())
@@ -61,7 +64,6 @@ def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) 
     screen.line("method", str(handle.coverage), method_name(job))
 
     job, parts = prepare.into_memory(job, handle, data)
-    job = settle.metrics(job, held_out.names(data))
     estimate = sum(parts.values())
     screen.line("memory", described(parts, room(place)[1]))
     screen.line("lr", job.settled.get("train.lr", "as given"), rate(float(job.train.lr)))
@@ -76,7 +78,8 @@ def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) 
         wrote = wrote or run.facts.get("wrote_before") or []
         run.record(wrote_before=wrote)
         fitted = fit(job, run, handle, data, screen, prepare.resume_from(job))
-        after = held_out.measure(handle.model, data, int(job.train.batch_size))
+        size = int(job.train.batch_size)
+        after = held_out.measure(handle.model, data, size, job.eval.metrics)
         form = write(run, handle, data.keeping(reader))
         found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
         memory = found["memory"] = {"estimated": parts, "measured": fitted.memory}
@@ -106,6 +109,8 @@ def staged_course(
     place = prepare.device()
     job = placed(job, screen, opened, reader, place)
     tasks = senses.read_tasks(job, reader, opened.model)
+    first = next(iter(tasks.values()))
+    job = settle.metrics(job, held_out.names(first))
     for name, data in tasks.items():
         screen.line("task", data.summary.partition(": ")[2], name)
     weights: Any = job.choices["weights"].method
@@ -119,7 +124,6 @@ def staged_course(
             "stages": [stage.name for stage in weights.stages],
             "warnings": list(screen.warnings),
         }
-    first = next(iter(tasks.values()))
     with launch.shared(lambda: outcome.open_run(job, first, {}, 0)) as run:
         begun = time.monotonic()
         shared = Course(

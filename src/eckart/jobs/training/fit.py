@@ -194,7 +194,10 @@ class RunTraining(Training):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Means over tokens, as before and after the run, so that the numbers compare."""
         found = held_out.measure(
-            self.handle.model, self.data, self.args.per_device_train_batch_size
+            self.handle.model,
+            self.data,
+            self.args.per_device_train_batch_size,
+            self.job.eval.metrics,
         )
         if not math.isfinite(found["loss"]):
             raise Diverged(f"held-out loss is {found['loss']} at step {self.state.global_step}")

@@ -7,7 +7,7 @@ per byte compare models with different tokenizers, which perplexities do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ IGNORE = -100  # a label that does not count
 
 
 @torch.no_grad()
-def measure(model: nn.Module, data: Data, batch_size: int) -> dict[str, Any]:
-    """Numbers over all held-out rows; empty where nothing is held out.
+def measure(
+    model: nn.Module, data: Data, batch_size: int, metrics: Sequence[str]
+) -> dict[str, Any]:
+    """The loss and the metrics asked for, over all held-out rows; empty where there are none.
 
     loss in nats per token that is learnt; with more than one source also `sources`: {name:
     loss}. For classes, tags and hidden words also `accuracy`, the share of first choices that
@@ -50,7 +52,7 @@ def measure(model: nn.Module, data: Data, batch_size: int) -> dict[str, Any]:
             found["bits_per_byte"] = loss * count / math.log(2) / text
     if len(sums) > 1:
         found["sources"] = {name: s["loss"] / s["count"] for name, s in sums.items()}
-    return found
+    return {name: found[name] for name in found if name in ("loss", "sources", *metrics)}
 
 
 def names(data: Data) -> tuple[str, ...]:

@@ -274,8 +274,12 @@ def trained_folders(course: Course) -> list[Path]:
 
 def scores(course: Course, model: nn.Module) -> dict[str, Any]:
     """Every task's held-out numbers."""
-    size = int(course.job.train.batch_size) if course.job.train.batch_size != "auto" else 8
-    return {task: held_out.measure(model, data, size) for task, data in course.data.items()}
+    job = course.job
+    size = int(job.train.batch_size) if job.train.batch_size != "auto" else 8
+    return {
+        task: held_out.measure(model, data, size, job.eval.metrics)
+        for task, data in course.data.items()
+    }
 
 
 # --- between stages ------------------------------------------------------------------------
