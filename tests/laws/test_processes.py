@@ -7,15 +7,13 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from eckart.errors import UsageError
-from tests.conftest import randomise
-from tests.laws.matrix import attached, slugs, weights_methods
+from tests.conftest import ARCHITECTURES, batch_for, cast, randomise
+from tests.laws.matrix import attached, slugs, small, weights_methods
 from tests.processes import in_processes
 
-METHODS = weights_methods() + slugs("update")
-# Plain matrices; transposed ones in a model whose embedding is tied.
-ARCHITECTURES = ("llama", pytest.param("gpt2", marks=pytest.mark.slow))
 STEPS = 4  # rules with a refresh every third step have had it
 
 
@@ -25,14 +23,20 @@ def prepared(slug, architecture):
     return model, handle
 
 
-def train(handle, forward, rank, count):
-    """Losses' gradients averaged over processes must be those of the whole batch."""
-    from tests.conftest import batch_for
+def methods(architecture):
+    """All there are on plain matrices, and on transposed ones in a model whose embedding is tied;
+    elsewhere all adapters. (What trains Gemma's embedding whole differs by 1e-8 already in one
+    process when the rows of a batch change places: Adam where gradients cancel.)"""
+    if architecture in ("llama", "gpt2"):
+        return weights_methods() + slugs("update")
+    return [slug for slug in weights_methods() if small(slug).base == "frozen"]
 
-    architecture = handle.model.config.model_type
+
+def train(handle, forward, architecture, rank, count):
+    """Losses' gradients averaged over processes must be those of the whole batch."""
     optimizer = handle.optimizer(lr=1e-2, clip=1.0)
     for seed in range(STEPS):
-        batch = batch_for(architecture, rows=4, seed=seed)
+        batch = cast(batch_for(architecture, rows=4, seed=seed), torch.float64)
         rows = slice(rank * 4 // count, (rank + 1) * 4 // count)
         batch = {name: tensor[rows] for name, tensor in batch.items()}
         handle.loss(batch, forward(**batch)).backward()
@@ -50,21 +54,22 @@ def replicated(rank, slug, architecture):
     update = handle.recipe.update
     idle = update is not None and update.rule().idles  # then the reducer must be told
     wrapped = DistributedDataParallel(model, find_unused_parameters=idle)
-    return train(handle, wrapped, rank, 2)
+    return train(handle, wrapped, architecture, rank, 2)
 
 
 def sharded(rank, slug, architecture):
     model, handle = prepared(slug, architecture)
-    for block in model.model.layers if architecture == "llama" else model.transformer.h:
-        fully_shard(block)
+    for module in list(model.modules()):
+        if isinstance(module, GradientCheckpointingLayer):  # transformers' word for a block
+            fully_shard(module)
     fully_shard(model)
-    return train(handle, model, rank, 2)
+    return train(handle, model, architecture, rank, 2)
 
 
 def all_of(rank, way, architecture):
     """What every method ends with, or how it was refused: one launch for all."""
     found = {}
-    for slug in METHODS:
+    for slug in methods(architecture):
         try:
             found[slug] = way(rank, slug, architecture)
         except UsageError as refusal:
@@ -75,14 +80,17 @@ def all_of(rank, way, architecture):
 @functools.cache
 def alone(slug, architecture):
     model, handle = prepared(slug, architecture)
-    return train(handle, model, 0, 1)
+    return train(handle, model, architecture, 0, 1)
 
 
 @pytest.mark.parametrize("way", [replicated, sharded], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=pytest.mark.slow if a != "llama" else ()) for a in ARCHITECTURES],
+)
 def test_two_processes_equal_one(architecture, way):
     first, second = in_processes(all_of, way, architecture)
-    for slug in METHODS:
+    for slug in methods(architecture):
         if isinstance(first[slug], str):
             assert way is sharded and first[slug] == second[slug], first[slug]
             continue
