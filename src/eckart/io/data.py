@@ -74,7 +74,8 @@ class Data(Facts):
 
     def unit(self, count: int) -> str:
         """So many rows, as a person reads it."""
-        return f"{count:,} row{'' if count == 1 else 's'} of {self.seq_len} tokens"
+        most = "" if self.packed else "at most "
+        return f"{count:,} row{'' if count == 1 else 's'} of {most}{self.seq_len} tokens"
 
     def keeping(self, reader: Any) -> Any:
         """The reader as it is to be saved: a tokenizer with the template that was used."""

@@ -183,7 +183,7 @@ def described(parts: Mapping[str, int], total: int) -> str:
     """`1.15 GB of 16 GB: weights 0.27, factors 0.08, ...`; parts in the unit of the sum."""
     whole = sum(parts.values())
     scale = unit(whole)[0]
-    listed = ", ".join(f"{name} {part / scale:.2g}" for name, part in parts.items() if part)
+    listed = ", ".join(f"{name} {part / scale:.3g}" for name, part in parts.items() if part)
     return f"{in_words(whole)} of {in_words(total)}: {listed}"
 
 

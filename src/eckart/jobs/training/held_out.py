@@ -17,6 +17,7 @@ from eckart.io.data import Data
 from eckart.io.tasks import TASKS
 
 IGNORE = -100  # a label that does not count
+POOL = 8  # batches among which rows are sorted
 
 
 @torch.no_grad()
@@ -83,6 +84,10 @@ def summed(model: nn.Module, rows: Any, data: Data, batch_size: int) -> dict[str
 
 
 def batches(rows: Any, data: Data, size: int) -> Iterator[Mapping[str, Any]]:
-    """Rows in their own order, collated."""
-    for start in range(0, len(rows), size):
-        yield data.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+    """Rows collated, those of like length within some batches together: less is padded."""
+    for start in range(0, len(rows), POOL * size):
+        pool = [rows[i] for i in range(start, min(start + POOL * size, len(rows)))]
+        lengths = data.lengths(pool)
+        pool = [pool[i] for i in sorted(range(len(pool)), key=lengths.__getitem__)]
+        for at in range(0, len(pool), size):
+            yield data.collate(pool[at : at + size])

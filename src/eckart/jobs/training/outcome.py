@@ -137,6 +137,8 @@ def report(screen: Screen, found: Mapping[str, Any], form: str, fitted: Fitted) 
     folder = shown(found["run"])
     before, after = found["eval"]["before"], found["eval"]["after"]
     gained = f"held out {before['loss']:.3f} -> {after['loss']:.3f}" if before and after else ""
+    if gained and "accuracy" in after:
+        gained += f", right {before['accuracy']:.1%} -> {after['accuracy']:.1%}"
     if fitted.best_step and fitted.best_step != fitted.steps:
         gained += f" (best, step {fitted.best_step})"
     measured, estimated = fitted.peak_bytes, found["estimated_memory_bytes"]

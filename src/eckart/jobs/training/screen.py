@@ -62,18 +62,25 @@ class Progress(TrainerCallback):
         self.per_step, self.memory = per_step, memory
         self.bytes: int | None = None
         self.loss: float | None = None
-        self.held_out: float | None = None
+        self.held_out: str | None = None
         self.rate: float | None = None
         self.begun, self.first = time.monotonic(), 0
+        self.step_begun = self.stepping = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.begun, self.first = time.monotonic(), state.global_step
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.step_begun = time.monotonic()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self.stepping += time.monotonic() - self.step_begun
         if self.live:
             width = shutil.get_terminal_size().columns - 1  # a longer line could not be overwritten
             self.out.write("\r\x1b[K" + self.text(state)[: max(width, 40)])
@@ -83,7 +90,9 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         logs = more.get("logs") or {}
-        self.held_out = logs.get("eval_loss", self.held_out)
+        if "eval_loss" in logs:
+            right = f" ({logs['eval_accuracy']:.1%} right)" if "eval_accuracy" in logs else ""
+            self.held_out = f"{logs['eval_loss']:.3f}{right}"
         if "loss" not in logs:
             return
         self.loss, self.rate = logs["loss"], logs.get("learning_rate")
@@ -98,22 +107,25 @@ class Progress(TrainerCallback):
             print(file=self.out, flush=True)
 
     def text(self, state: TrainerState) -> str:
-        """The line as of now."""
+        """The line as of now: steps alone have a pace, what is left has evaluations too."""
         done, total = state.global_step, state.max_steps
-        pace = (time.monotonic() - self.begun) / max(1, done - self.first)
+        taken = max(1, done - self.first)
+        pace, whole = self.stepping / taken, (time.monotonic() - self.begun) / taken
         parts = [f"{done:>{len(str(total))}}/{total}"]
         parts += [f"loss {self.loss:.3f}"] if self.loss is not None else []
-        parts += [f"held out {self.held_out:.3f}"] if self.held_out is not None else []
+        parts += [f"held out {self.held_out}"] if self.held_out is not None else []
         parts += [f"lr {rate(self.rate)}"] if self.rate is not None else []
         seen, unit = self.per_step
         parts += [f"{pace:.2g} s/step", f"{amount(seen / pace)} {unit}/s"]
         parts += [in_words(self.bytes)] if self.bytes else []
-        parts += [f"{clock(pace * (total - done))} left"]
+        parts += [f"{clock(whole * (total - done))} left"]
         return " " + "  ".join(parts)
 
 
 def rate(value: float) -> str:
     """2.1e-3, as people write learning rates."""
+    if not value:
+        return "0"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
