@@ -36,7 +36,7 @@ def gradient(m: int, n: int) -> Tensor:
 
 def search(projector: Any, G: Tensor, old: dict[str, Tensor]) -> Tensor:
     """The right basis [r, n] that a projector finds."""
-    asked = Search(G[None], old, [0], not old, (G.shape[0], G.shape[1]), lambda t: t)
+    asked = Search(G[None], old, [0], not old, (G.shape[0], G.shape[1]))
     found: Tensor = projector.find(asked)["right"][0]
     return found
 

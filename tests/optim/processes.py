@@ -89,6 +89,7 @@ VECTORS |= {name: update.plain() for name, update in registered().items()}
 
 UNEVEN = ((6, 5), (5, 9), (9, 7), (7, 1))
 TALL = ((4, 5), (5, 9), (9, 11), (11, 11))  # all are projected on the right
+BROAD = ((6, 299), (299, 200), (200, 101))  # two on the left, too large to be mistaken
 
 
 def network(seed=0, sizes=UNEVEN):
@@ -233,7 +234,8 @@ class Sent(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+        bookkeeping = "wait" in func.__name__ or "wrap" in func.__name__
+        if func.namespace in ("c10d", "_c10d_functional") and not bookkeeping:
             flat = torch.utils._pytree.tree_leaves(args)
             elements = sum(t.numel() for t in flat if isinstance(t, torch.Tensor))
             self.calls.append((func.__name__.split(".")[0], elements))
@@ -248,7 +250,7 @@ def sent(rule, clip, sizes=UNEVEN):
     model = network(sizes=sizes)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     matrices = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
-    optimizer = LowRankOptimizer(matrices, 0.02, rule=rule, clip=clip)
+    optimizer = LowRankOptimizer(matrices[sizes == BROAD :], 0.02, rule=rule, clip=clip)
     found = []
     for x in data(10):
         model(x.chunk(2)[dist.get_rank()][:, : sizes[0][0]]).square().mean().backward()
@@ -282,9 +284,18 @@ def projecting():
     rules = {slug: update.rule() for slug, update in registered().items()}
     found = {slug: rule for slug, rule in rules.items() if rule.projector.names}
     return {
-        slug: dataclasses.replace(rule, refresh=dataclasses.replace(rule.refresh, stagger=False))
+        slug: dataclasses.replace(
+            rule,
+            refresh=dataclasses.replace(rule.refresh, stagger=False),
+            projector=as_if_large(rule.projector),
+        )
         for slug, rule in found.items()
     }
+
+
+def as_if_large(projector):
+    """A projector that treats small matrices as it does large ones."""
+    return dataclasses.replace(projector, wide=1) if isinstance(projector, Leading) else projector
 
 
 def reduced(layerwise):
@@ -357,7 +368,8 @@ if __name__ == "__main__":
         "ddp, layer by layer": {rule: ddp(rule, True) for rule in ("galore", "both")},
         "sent": {name: sent(*wanted) for name, wanted in SENT.items()},
         "sent by rules": {
-            slug: or_refused(sent, rule, None, TALL) for slug, rule in projecting().items()
+            slug: [or_refused(sent, rule, None, sizes) for sizes in (TALL, BROAD)]
+            for slug, rule in projecting().items()
         },
         "sent under ddp": {layerwise: reduced(layerwise) for layerwise in (False, True)},
         "rounded by chance": {stop: rounded(stop) for stop in (5, 10)},

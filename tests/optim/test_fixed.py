@@ -45,7 +45,7 @@ def test_the_fast_transform_is_the_product_and_scipys(n):
 
 
 def chosen(projector, G):
-    search = Search(G[None], {}, [0], True, tuple(G.shape), lambda t: t)
+    search = Search(G[None], {}, [0], True, tuple(G.shape))
     found = projector.find(search)
     return found["index"][0], found["low"][0]
 

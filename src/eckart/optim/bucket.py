@@ -40,6 +40,7 @@ class Entry:
     fed: Tensor | None = None  # A, where the rule has a source
     found: Basis | None = None  # the basis, where it lives for this step alone
     low: Tensor | None = None  # the gradient as applied: R once projected, else G
+    summed: bool = False  # is R already that of all shards?
 
     @property
     def projected(self) -> bool:
@@ -73,7 +74,8 @@ class Entry:
         """The same, gathered where it is sharded."""
         if self.layout is None:
             return self.sought
-        return as_matrix(self.layout.gather(self.sought, self.param), self.group["leading"])
+        part = self.sought.reshape(self.local.shape)
+        return as_matrix(self.layout.gather(part, self.param.shape), self.group["leading"])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -187,7 +189,7 @@ class Bucket:
         self.lower()
         layout = self.entries[0].layout
         if layout is not None:
-            sum_(self.low, layout.partial)
+            sum_([e.R for e in self.entries if not e.summed], layout.partial)
         if source is not None:
             for entry in self.entries:
                 source.settle(entry, entry.A)

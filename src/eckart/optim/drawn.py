@@ -41,7 +41,6 @@ class Gaussian(Subspace):
 
     names: ClassVar[tuple[str, ...]] = ("seed",)
     decomposes: ClassVar[bool] = False
-    from_shards: ClassVar[bool] = True
     derived: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = False
 
@@ -63,6 +62,9 @@ class Gaussian(Subspace):
         place = torch.arange(math.prod(shape), device=search.G.device).view(shape)
         return {"seed": torch.stack([seed + place for seed in search.seeds])}
 
+    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class Coordinates(Projector):
@@ -72,7 +74,6 @@ class Coordinates(Projector):
     kind: Literal["columns", "rows", "entries"] = "columns"
     names: ClassVar[tuple[str, ...]] = ("index",)
     decomposes: ClassVar[bool] = False
-    from_shards: ClassVar[bool] = True
 
     def ranks(self, m: int, n: int) -> tuple[int, int]:
         if self.kind == "rows":
@@ -98,6 +99,9 @@ class Coordinates(Projector):
         *shape, _, _ = search.G.shape
         draws = [drawn(size, r, math.prod(shape[1:]), seed) for seed in search.seeds]
         return {"index": torch.stack(draws).view(*shape, r).to(search.G.device)}
+
+    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+        return True
 
     def turn(
         self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]

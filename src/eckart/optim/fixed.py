@@ -55,7 +55,6 @@ class Selected(Subspace):
     names: ClassVar[tuple[str, ...]] = ("index",)
     decomposes: ClassVar[bool] = False
     measures: ClassVar[bool] = True
-    from_shards: ClassVar[bool] = True
     derived: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -83,10 +82,14 @@ class Selected(Subspace):
         left, right = self.ranks(*search.size)
         axis = -2 if left else -1  # of the coordinates
         S = self.coordinates(search.G, axis)
-        score = search.total((S.abs() if self.norm == 1 else S * S).sum(-3 - axis))  # [k, *, n]
+        sizes = S.abs() if self.norm == 1 else S * S
+        score = search.rows.total(sizes.sum(-3 - axis))  # [k, *, n]
         order = score.sort(dim=-1, descending=True, stable=True).indices
         index = order[..., : left or right].sort(-1).values
         return {"index": index, "low": picked(S, index, axis), "energy": score.sum(-1)}
+
+    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+        return self.ranks(*size)[0] == 0  # else each coordinate is a sum over all rows
 
     def coordinates(self, G: Tensor, axis: int) -> Tensor:
         """Q^T G (axis -2) or G Q (axis -1) of G [k, *, m, n]."""

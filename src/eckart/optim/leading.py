@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -65,29 +64,31 @@ class Randomised(Subspace):
 
     oversample: int = 8
     power: int = 1
-    from_shards: ClassVar[bool] = True
 
     def find(self, search: Search) -> Found:
-        G, (left, right) = search.G, self.ranks(*search.size)
+        left, right = self.ranks(*search.size)
         return parts(
-            lambda: self.columns(G.mT, left, search),
-            lambda: self.columns(G, right, search).mT,
+            lambda: self.columns(search, left, on_left=True),
+            lambda: self.columns(search, right, on_left=False).mT,
             left,
             right,
         )
 
-    def columns(self, G: Tensor, rank: int, search: Search) -> Tensor:
-        """About the r leading right singular vectors, as columns [k, *, n, r].
+    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+        return True
+
+    def columns(self, search: Search, rank: int, on_left: bool) -> Tensor:
+        """About the r leading singular vectors of one side, as columns [k, *, m or n, r].
 
         G^T G Z = Q T has nearly the left singular vectors that G^T G has, so those of T order
         Q's columns: no further product with G.
         """
-        n = G.shape[-1]
+        G, n = search.G, search.size[0 if on_left else 1]
         k = min(n, rank + self.oversample)
         Z = torch.stack([gaussian(n, k, seed) for seed in search.seeds]).to(G.device, G.dtype)
         Z = Z.reshape(len(search.seeds), *(1,) * (G.dim() - 3), n, k)
         for _ in range(self.power + 1):
-            Z, T = torch.linalg.qr(search.total(G.mT @ (G @ Z)))
+            Z, T = torch.linalg.qr(search.squared(Z, on_left))
         inner = torch.linalg.eigh(T @ T.mT)[1].flip(-1)
         return fix_signs(polish(Z @ inner[..., :rank]), -2)
 
@@ -102,7 +103,6 @@ class Leading(Subspace):
     """
 
     wide: int = 1024  # from this length of the projected side on
-    from_shards: ClassVar[bool] = True
 
     def way(self, size: tuple[int, int]) -> SVD | Randomised:
         """What searches a matrix of this size."""
@@ -117,6 +117,9 @@ class Leading(Subspace):
     def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
         return self.way(size).from_gram(first, size)
 
+    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+        return self.way(size).from_shards(first, size)
+
 
 @dataclass(frozen=True)
 class Iteration(Subspace):
@@ -126,27 +129,30 @@ class Iteration(Subspace):
     """
 
     power: int = 1
-    from_shards: ClassVar[bool] = True
 
     def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
         return first
 
+    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+        return not first
+
     def find(self, search: Search) -> Found:
         if search.first:
             return SVD(self.rank, self.side, self.basis_dtype).find(search)
-        G, old, (left, right) = search.G, search.old, self.ranks(*search.size)
+        old, (left, right) = search.old, self.ranks(*search.size)
         return parts(
-            lambda: self.columns(G.mT, old["left"].to(G.dtype), search),
-            lambda: self.columns(G, old["right"].to(G.dtype).mT, search).mT,
+            lambda: self.columns(search, old["left"], on_left=True),
+            lambda: self.columns(search, old["right"].mT, on_left=False).mT,
             left,
             right,
         )
 
-    def columns(self, G: Tensor, Z: Tensor, search: Search) -> Tensor:
-        """Columns Z [k, *, n, r] turned towards the leading right singular vectors of G."""
+    def columns(self, search: Search, Z: Tensor, on_left: bool) -> Tensor:
+        """Columns Z [k, *, m or n, r] turned towards G's leading singular vectors of one side."""
+        Z = Z.to(search.G.dtype)
         for _ in range(self.power):
-            Q, R = torch.linalg.qr(search.total(G.mT @ (G @ Z)))
-            signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G.dtype)
+            Q, R = torch.linalg.qr(search.squared(Z, on_left))
+            signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
             Z = Q * signs.unsqueeze(-2)  # the QR that changes as little as Z does
         return polish(Z)
 

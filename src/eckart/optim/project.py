@@ -13,7 +13,7 @@ of one shape that are refreshed together, and fused experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.part import Part
+from eckart.optim.sharded import Rows
 
 Found = dict[str, Tensor]  # state tensors of a projector
 Draw = Callable[[], Tensor]
@@ -173,7 +174,13 @@ class Search:
     seeds: list[int]  # k numbers from names and steps, for what is drawn
     first: bool  # the old basis says nothing yet
     size: tuple[int, int]  # m and n of the whole matrices
-    total: Callable[[Tensor], Tensor]  # sums what shards of the rows contribute
+    rows: Rows = field(default_factory=Rows)  # which of them G has
+
+    def squared(self, Z: Tensor, on_left: bool) -> Tensor:
+        """G G^T Z of Z [k, *, m, b], or G^T G Z of Z [k, *, n, b]; whole on every process."""
+        if on_left:
+            return self.rows.whole(self.G @ self.rows.total(self.G.mT @ self.rows.part(Z)))
+        return self.rows.total(self.G.mT @ (self.G @ Z))
 
 
 @dataclass(frozen=True)
@@ -216,9 +223,8 @@ class Projector(Part):
         right = old["right"] @ new["right"].mT if "right" in old else None
         return Rotation(Basis(left, right))
 
-    @property
-    def from_shards(self) -> bool:
-        """Can it find a right basis with shards of the rows?"""
+    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+        """Can a search, the first one or a later one, do with shards of the rows?"""
         return False
 
     def from_gram(self, first: bool, size: tuple[int, int]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eckart.optim.part import CACHED, CHUNK, Part, State, Tensors, counted, stacked
 from eckart.optim.project import Basis, Directions, Found, Search, usable
-from eckart.optim.sharded import Layout, local, sum_, whole
+from eckart.optim.sharded import Layout, Rows, local, sum_, whole
 
 if TYPE_CHECKING:
     from eckart.optim.bucket import Entry
@@ -119,8 +119,9 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
         if projector.fleeting:
             P = found["left"][i].to(entry.A.dtype)
             entry.found = Basis(P if layout is None else local(layout.place(P, "left")), None)
-        if "low" in found and (layout is None or layout.gram_suffices):  # else R of the whole
+        if "low" in found and (layout is None or layout.rows_alone):
             entry.low = found["low"][i].to(entry.A.dtype)
+            entry.summed = layout is not None and layout.left  # a left R is one of all rows
 
 
 def found_from_gradients(
@@ -130,21 +131,17 @@ def found_from_gradients(
 
     Gradients are gathered where they are sharded, unless shards of rows are enough.
     """
-    projector = entries[0].rule.projector
-    rows = layout is not None and layout.gram_suffices and projector.from_shards
-    groups = layout.groups("rows") if layout is not None and rows else ()
-
-    def total(t: Tensor) -> Tensor:
-        sum_([t], groups)
-        return t
-
-    G = stacked([e.sought if rows else e.whole_sought for e in entries])  # [k, *, m, n]
+    projector, size = entries[0].rule.projector, entries[0].size
+    rows = Rows()
+    if layout is not None and layout.rows_alone and projector.from_shards(first, size):
+        rows = Rows(layout, size[0])
+    G = stacked([e.sought if rows.layout else e.whole_sought for e in entries])  # [k, *, m, n]
     G = G.to(torch.promote_types(G.dtype, torch.float32))
-    search = Search(G, old, [e.seed for e in entries], first, entries[0].size, total)
+    search = Search(G, old, [e.seed for e in entries], first, size, rows)
     if projector.measures:
         found = projector.find(search)
         return usable(found.pop("energy")), found
-    ok = usable(total(torch.linalg.vector_norm(G, dim=(-2, -1)).square()))
+    ok = usable(rows.total(torch.linalg.vector_norm(G, dim=(-2, -1)).square()))
     if projector.decomposes:  # a NaN would end a batched decomposition
         search = replace(search, G=torch.where(ok[..., None, None], G, 0))
     return ok, projector.find(search)

@@ -8,7 +8,8 @@ is projected:
     norms           over every sharded side that is not projected
     row and column  sums over the other dimension's shards
     means
-    a new basis     right side of sharded rows: from the summed Gram matrix; else gathered
+    a new basis     of sharded rows: from the summed Gram matrix (right side), or from products
+                    with a few directions, which are summed and gathered; else G is gathered
 """
 
 from __future__ import annotations
@@ -101,9 +102,14 @@ class Layout:
         return self.groups(*self.kept("low"))
 
     @property
+    def rows_alone(self) -> bool:
+        """Has each process some rows of every matrix?"""
+        return not self.groups("lead", "columns")
+
+    @property
     def gram_suffices(self) -> bool:
         """Can a new basis be found from G^T G, summed over the shards of the rows?"""
-        return self.right and not self.left and not self.groups("lead", "columns")
+        return self.right and not self.left and self.rows_alone
 
     @property
     def dims_of_low(self) -> set[int]:
@@ -141,6 +147,16 @@ class Layout:
             return placement
         return Replicate() if placement.dim == gone else Shard(placement.dim - 1)
 
+    def placements_of(self, kind: Kind) -> list[Any]:
+        """How a tensor of this kind lies on the mesh."""
+        from torch.distributed.tensor import Replicate
+
+        kept = self.kept(kind)
+        return [
+            self.followed(placement, kind) if axis in kept else Replicate()
+            for axis, placement in zip(self.axes, self.placements, strict=True)
+        ]
+
     def place(self, t: Tensor, kind: Kind) -> DTensor:
         """A full tensor, the same on all processes, laid out beside the parameter.
 
@@ -149,14 +165,9 @@ class Layout:
         what all processes share).
         No communication.
         """
-        from torch.distributed.tensor import Replicate, distribute_tensor
+        from torch.distributed.tensor import distribute_tensor
 
-        kept = self.kept(kind)
-        placements = [
-            self.followed(placement, kind) if axis in kept else Replicate()
-            for axis, placement in zip(self.axes, self.placements, strict=True)
-        ]
-        return distribute_tensor(t, self.mesh, placements, src_data_rank=None)
+        return distribute_tensor(t, self.mesh, self.placements_of(kind), src_data_rank=None)
 
     @property
     def shard(self) -> int:
@@ -167,15 +178,45 @@ class Layout:
                 place = place * self.mesh.size(i) + self.mesh.get_local_rank(i)
         return place
 
-    def gather(self, t: Tensor, p: Tensor) -> Tensor:
-        """The whole tensor of which this process has the part t, split as the parameter is."""
+    def gather(self, t: Tensor, shape: torch.Size, kind: Kind = "param") -> Tensor:
+        """The whole tensor of a shape and kind of which this process has the part t."""
         from torch.distributed.tensor import DTensor
 
-        part = t.reshape(local(p).shape)
-        kept = DTensor.from_local(
-            part, self.mesh, self.placements, run_check=False, shape=p.shape, stride=p.stride()
+        stride = torch.empty(shape, device="meta").stride()
+        placements = self.placements_of(kind)
+        part = DTensor.from_local(
+            t.contiguous(), self.mesh, placements, run_check=False, shape=shape, stride=stride
         )
-        return kept.full_tensor()
+        return part.full_tensor()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of matrices [k, *, m, b] that this process holds: all, without a layout."""
+
+    layout: Layout | None = None
+    m: int = 0  # of the whole
+
+    def total(self, t: Tensor) -> Tensor:
+        """The sum of what the shards contribute, in place."""
+        if self.layout is not None:
+            sum_([t], self.layout.groups("rows"))
+        return t
+
+    def part(self, t: Tensor) -> Tensor:
+        """The rows here of a whole t, the same on all processes."""
+        if self.layout is None:
+            return t
+        return local(self.layout.place(t.movedim(0, -1), "left")).movedim(-1, 0)
+
+    def whole(self, t: Tensor) -> Tensor:
+        """All rows, of which t are those here."""
+        if self.layout is None:
+            return t
+        beside = t.movedim(0, -1)  # [*, rows, b, k]: laid out as one matrix is
+        *lead, _, b, k = beside.shape
+        shape = torch.Size([*lead, self.m, b, k])
+        return self.layout.gather(beside, shape, "left").movedim(-1, 0)
 
 
 def layout_of(name: str, p: Tensor, leading: int, left: bool, right: bool) -> Layout | None:

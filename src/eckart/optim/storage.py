@@ -218,9 +218,8 @@ class Packed(Projector):
         plain = {side: t for side, t in old.items() if t is not None}
         return pack_basis(self.inner.find(replace(search, old=plain)))
 
-    @property
-    def from_shards(self) -> bool:
-        return self.inner.from_shards
+    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+        return self.inner.from_shards(first, size)
 
     def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
         return self.inner.from_gram(first, size)

@@ -40,10 +40,14 @@ class Warm(Subspace):
         return Basis(eye.expand(*lead, *eye.shape), None)
 
     def find(self, search: Search) -> Found:
-        A, Q = search.G, search.old["warm"].to(search.G.dtype)  # [k, *, m, n], [k, *, r, n]
+        A, rows = search.G, search.rows  # [k, *, m, n]
+        Q = search.old["warm"].to(A.dtype)  # [k, *, r, n]
         if search.first:
             Z = torch.stack([gaussian(Q.shape[-2], Q.shape[-1], seed) for seed in search.seeds])
             Q = Z.to(A.device, A.dtype).view(-1, *(1,) * (Q.dim() - 3), *Q.shape[-2:])
-        P = polish(torch.linalg.qr(A @ Q.mT)[0])
-        R = P.mT @ A
+        P = polish(torch.linalg.qr(rows.whole(A @ Q.mT))[0])
+        R = rows.total(rows.part(P).mT @ A)
         return {"warm": unit_rows(R), "left": P, "low": R}
+
+    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+        return True

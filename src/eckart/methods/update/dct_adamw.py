@@ -9,7 +9,8 @@ There is no decomposition: one Q serves all matrices of a width, r integers are 
 each, and the subspace is chosen anew at every step. Take it where GaLore's decompositions
 cost too much or its subspace ages; `inner="trion"` is the same paper's Muon in these
 directions, for speed rather than memory. Take Fira for the rest of the gradient without an
-E of the weights' size.
+E of the weights' size, and another rule (or `every` > 1) where weights are sharded: a choice
+on the left gathers the whole gradient, as each of its coordinates is a sum over all rows.
 
 Source: I. Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
 Optimization of Large Language Models", arXiv 2505.17967, Alg. 1 (DCT-AdamW). We differ from

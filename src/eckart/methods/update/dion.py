@@ -8,16 +8,16 @@
 
 Muon's update from a thin QR and three thin products instead of its large ones; what r
 directions cannot hold stays in the momentum. B is as large as the weights, so no memory is
-saved against Muon. Take it where Muon's products cost too much; take sumo where memory does,
-trion (dct-adamw) to be free of the QR, muon where weights are sharded: finding P, every
-process gathers the whole of B here. Vectors, embeddings and head follow AdamW, at `rest_lr`
-times the learning rate.
+saved against Muon. Take it where Muon's products cost too much, and where weights are sharded:
+r columns and r rows of a matrix are all that is sent. Take sumo where memory is short, trion
+(dct-adamw) to be free of the QR. Vectors, embeddings and head follow AdamW, at `rest_lr` times
+the learning rate.
 
 Source: K. Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv 2504.05295, Alg. 1,
 and its simple code. We differ in four points: the first Q comes from the parameter's name,
 so that it is the same on every process; a row of zeros stays zero (there it is divided by
-1e-8); everything else follows AdamW (there Lion with scales of its own); and shards are
-gathered for the QR (its sharded code sends r directions).
+1e-8); everything else follows AdamW (there Lion with scales of its own); and of shards the QR
+is one of B Q^T, gathered (there Cholesky's, of a sketch).
 
 m out, n in, r rank.
 """
