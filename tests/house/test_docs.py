@@ -6,9 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from eckart import cli
+from eckart.cli import app, running
 from eckart.io.run import Run
 from eckart.jobs.settings.refuse import own_keys, unknown_key
 from eckart.jobs.settings.words import read_words
@@ -19,6 +20,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 SHOWN = re.compile(r"^    (?:\$ )?(?:echo .* \| )?(eckart [a-z](?:.*\\\n)*.*)", re.MULTILINE)
 LINES = [(p.name, line) for p in PAGES for line in SHOWN.findall(p.read_text())]
 LINES += [("README.md", line) for line in SHOWN.findall((ROOT / "README.md").read_text())]
+COMMANDS = typer.main.get_command(app).commands
+HELP = "\n".join(command.epilog or "" for command in COMMANDS.values())
+LINES += [("--help", line) for line in SHOWN.findall(HELP)]
 FAILS = {"eckart config validate update=galore weights=lora"}  # shown for what they answer
 
 
@@ -32,11 +36,11 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "job.yaml").write_text("method: lora\n")
 
     def read(command, words, config, flags, options=None):
-        cli.to_job(command, words, config, flags, options)
+        running.to_job(command, words, config, flags, options)
 
-    monkeypatch.setattr(cli, "run_job", read)
+    monkeypatch.setattr(running, "run_job", read)
     answer = SimpleNamespace(**dict.fromkeys(("run", "show", "validate", "schema"), done))
-    monkeypatch.setattr(cli, "call", lambda module, action, as_json: action(answer))
+    monkeypatch.setattr(running, "call", lambda module, action, as_json: action(answer))
 
 
 def done(*_, **__):
@@ -47,19 +51,13 @@ def done(*_, **__):
 def test_a_command_of_the_documentation_is_understood(place, page, line):
     text = line.replace("\\\n", " ").partition("   ")[0].replace("[SLUG...]", "lora")
     words = shlex.split(text, comments=True)[1:]
-    ran = CliRunner().invoke(cli.app, words)
+    ran = CliRunner().invoke(app, words)
     assert (ran.exit_code == 0) == (line not in FAILS), ran.output
 
 
 def test_the_documentation_has_a_page_for_each_command():
     made = {"methods"}  # docs/pages.py
-    assert {c for c in typed_commands() if c not in made} <= {p.stem for p in PAGES}
-
-
-def typed_commands():
-    import typer
-
-    return list(typer.main.get_command(cli.app).commands)
+    assert COMMANDS.keys() - made <= {p.stem for p in PAGES}
 
 
 def test_what_others_call_a_key_is_answered_with_the_key_beside_it():

@@ -89,14 +89,14 @@ CASES = {
     "a key of trainings to measure by": (
         "eval m d.jsonl train.batch_size=2 train.steps=3",
         "train.steps says nothing to eval     command line\n"
-        "  train.steps = 3    a key of finetune, pretrain, linearize, compress, bench\n"
+        "  train.steps = 3    a key of finetune, pretrain, compress, bench\n"
         "  eckart eval reads  model, data, precision, eval.metrics, train.batch_size, train.seed\n"
         "Leave it out.\n",
     ),
     "a key of trainings to write by": (
         "generate m train.seed=1 data.seq_len=9 -p x",
         "data.seq_len says nothing to generate     command line\n"
-        "  data.seq_len = 9       a key of finetune, pretrain, linearize, compress, bench, eval\n"
+        "  data.seq_len = 9       a key of finetune, pretrain, compress, bench, eval\n"
         "  eckart generate reads  model, train.seed\n"
         "Leave it out.\n",
     ),

@@ -15,7 +15,7 @@ ALL = ("model", "data", "out", "track", "weights", "update", "precision", "atten
        "train", "eval")  # fmt: skip
 LENGTHS = ("steps", "epochs", "batch_size", "accumulate", "schedule", "warmup", "clip", "seed")
 READS: dict[str, tuple[str, ...]] = {  # command -> its keys, or what they begin with
-    **dict.fromkeys(("finetune", "pretrain", "linearize"), ALL),
+    **dict.fromkeys(("finetune", "pretrain"), ALL),
     "compress": ("model", "data", "out", "track", "precision", "compress", "heal", "train", "eval"),
     "bench": ("model", "data", "out", *(f"train.{name}" for name in LENGTHS)),
     "evaluate": ("model", "data", "precision", "eval.metrics", "train.batch_size", "train.seed"),
@@ -140,32 +140,35 @@ def refuse_elsewhere(words: Sequence[str], command: str) -> None:
     Only what was typed is asked: a -c file may serve several commands.
     """
     typed = merge([read_words(words)], command)
-    for axis in ("weights", "update"):
+    if command == "compress":
+        refuse_trained(typed)
+    for key, setting in typed.items():
+        readers = [name for name, names in READS.items() if is_among(key, names)]
+        left = command == "bench" and is_among(key, CONTESTED)
+        if command in READS and readers and command not in readers and not left:
+            here, *others = (name.removesuffix("uate") for name in (command, *readers))
+            raise UsageError(
+                f"{setting.name} says nothing to {here}     {setting.place}",
+                [
+                    (f"{setting.name} = {setting.text}", f"a key of {', '.join(others)}"),
+                    (f"eckart {here} reads", ", ".join(READS[command])),
+                ],
+                "Leave it out.",
+            )
+
+
+def refuse_trained(typed: Given) -> None:
+    """Raise UsageError where a method that trains is to compress."""
+    later = {"weights": "eckart finetune COMPRESSED DATA method={}",
+             "update": "heal.update={} heal.steps=100."}  # fmt: skip
+    for axis, words in later.items():
         said = typed.get((axis, "name"))
-        if command == "compress" and said is not None and said.value not in ("auto", "none"):
+        if said is not None and said.value not in ("auto", "none"):
             others = [e.name for e in registry.methods().values() if e.axis == "compress"]
             raise UsageError(
                 f"{said.value} trains and does not compress     {said.place}",
                 [("compressions", ", ".join(others))],
-                "For the training afterwards type "
-                + (
-                    f"heal.update={said.value} heal.steps=100."
-                    if axis == "update"
-                    else f"eckart finetune COMPRESSED DATA method={said.value}"
-                ),
-            )
-    for key, setting in typed.items():
-        readers = [name for name, names in READS.items() if is_among(key, names)]
-        left = command == "bench" and is_among(key, CONTESTED)
-        if readers and command not in readers and not left:
-            said, *others = (name.removesuffix("uate") for name in (command, *readers))
-            raise UsageError(
-                f"{setting.name} says nothing to {said}     {setting.place}",
-                [
-                    (f"{setting.name} = {setting.text}", f"a key of {', '.join(others)}"),
-                    (f"eckart {said} reads", ", ".join(READS[command])),
-                ],
-                "Leave it out.",
+                f"For the training afterwards type {words.format(said.value)}",
             )
 
 

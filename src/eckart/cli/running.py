@@ -1,0 +1,134 @@
+"""From words to a job, and from its end to an exit code."""
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+
+from eckart.errors import EckartError, Interrupted, OutOfRoom, UsageError, nearest
+
+
+def run_job(
+    command: str,
+    words: list[str] | None,
+    config: list[Path] | None,
+    flags: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Resolve a command's job, run it, print its document; `options` are its own flags."""
+    as_json = bool(flags.get("json"))
+    document = call(
+        command, lambda job: job.run(to_job(command, words, config, flags, options)), as_json
+    )
+    show(document, as_json)
+    if code := int(document.get("exit") or 0):
+        raise typer.Exit(code)
+
+
+def to_job(
+    command: str,
+    words: list[str] | None,
+    config: list[Path] | None,
+    flags: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    partial: bool = False,
+) -> Any:
+    """The job of a command line. Words that are not key=value are MODEL and DATA, in order."""
+    from eckart.jobs.settings.config import Flags, resolve
+    from eckart.jobs.settings.refuse import refuse_elsewhere, refuse_word, unknown_flag
+    from eckart.jobs.settings.words import is_setting
+
+    own = [f"--{name.replace('_', '-')}" for name in ("config", *flags, *(options or {}))]
+    for word, following in zip(words or (), [*(words or ()), ""][1:], strict=True):
+        if word.startswith("-") and word != "-":
+            raise unknown_flag(word, following, own)
+    settings = [word for word in words or () if is_setting(word)]
+    plain = [word for word in words or () if not is_setting(word)]
+    for place, word in enumerate(plain):
+        refuse_word(word, command, place)
+    refuse_elsewhere(settings, command)
+    model, data = [*plain, None, None][:2]
+    return resolve(command, model, data, settings, config or (), Flags(**flags), options, partial)
+
+
+def job_words(words: list[str] | None) -> tuple[str, list[str]]:
+    """COMMAND and the rest; finetune where a file is checked by itself.
+
+    Raises UsageError for a first word that is meant for a command and is none.
+    """
+    from eckart.jobs.settings.config import FILES, NEEDS
+    from eckart.jobs.settings.words import is_setting
+
+    first, *rest = words or ["finetune"]
+    command = FILES.get(first, first)
+    if command in NEEDS:
+        return command, rest
+    plain = [word for word in (first, *rest) if not is_setting(word) and word[:1] != "-"]
+    if plain[:1] == [first] and not Path(first).exists():
+        names = [name for name in (*NEEDS, *FILES) if name not in FILES.values()]
+        if close := nearest(first, names):
+            fix = f"Did you mean {close[0]}?"
+            raise UsageError(f"unknown command {first}     command line", fix=fix)
+    return "finetune", [first, *rest]
+
+
+def call(module: str, action: Callable[[Any], Any], as_json: bool) -> Any:
+    """Run an action on a file of `jobs`; a Ctrl-C ends as Interrupted."""
+    try:
+        return action(import_module(f"eckart.jobs.{module}"))
+    except KeyboardInterrupt:
+        leave(module, Interrupted("interrupted"), as_json)
+    except EckartError as error:
+        leave(module, error, as_json)
+    except BrokenPipeError:  # `| head` has read enough: what is left has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(128 + signal.SIGPIPE) from None
+    except Exception as fault:
+        leave(module, as_error(fault), as_json)
+
+
+def leave(command: str, error: EckartError, as_json: bool) -> NoReturn:
+    """Say what was wrong and exit with its code."""
+    raise typer.Exit(say(command, error, as_json))
+
+
+def say(command: str, error: EckartError, as_json: bool) -> int:
+    """What was wrong, on stderr, and as the document of --json; the exit code."""
+    if as_json:
+        said = {"what": error.what, "facts": [list(f) for f in error.facts], "fix": error.fix}
+        show({"command": command, "exit": error.exit_code, "error": said}, True)
+    typer.echo(error.text(), err=True)
+    return error.exit_code
+
+
+def as_error(fault: Exception) -> EckartError:
+    """What was not foreseen: no room left, or a fault of ours with its traceback in a file."""
+    if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":  # torch's
+        return OutOfRoom("out of memory", fix="Type a smaller train.batch_size or data.seq_len.")
+    if isinstance(fault, OSError) and fault.errno == errno.ENOSPC:
+        return OutOfRoom("no space left on the disk", fix="Make room, or choose another -o.")
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="eckart-fault-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(" ".join(sys.argv) + "\n\n" + "".join(traceback.format_exception(fault)))
+    first = (str(fault).splitlines() or [""])[0]
+    return EckartError(
+        f"internal fault: {type(fault).__name__}: {first}",
+        [("traceback", file.name)],
+        "This is a mistake in eckart, not in what you typed. Please report it with that file.",
+    )
+
+
+def show(document: Any, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
