@@ -12,10 +12,10 @@ from datasets import Dataset
 
 from eckart.errors import MissingExtra, OutOfRoom, UsageError
 from eckart.jobs import bench
-from eckart.jobs.lab import contest, lengths, runner
-from eckart.jobs.lab.standing import Record
+from eckart.jobs.lab import contest, lengths, matching, runner
 from eckart.jobs.settings.config import resolve
 from eckart.jobs.settings.job import Flags
+from eckart.recipe import attach
 from tests.tiny import SHAPE
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then"]
@@ -291,35 +291,64 @@ def test_a_length_can_be_said_in_four_ways(place, tmp_path):
         lengths.plan(base, entered, "hours=3", tmp_path / "no.json")
 
 
-def test_ranks_are_matched_to_the_parameters_of_the_baseline(place):
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("dora", range(1, 8)), ("nola", range(1, 200)), ("lora+lora-pro", range(1, 8))],
+)
+def test_trained_parameters_are_matched_by_each_methods_own_size(place, name, sizes):
     base = job(place, "lora:rank=3")
     plain = contest.contestant("lora:rank=3", base)
-    dora = contest.contestant("dora", base)
-    model = contest.ground(base).model
-    _, found = lengths.matched([plain, dora], model)
-    counts = {
-        rank: lengths.trained(contest.contestant(f"dora:rank={rank}", base), model)
-        for rank in range(1, 8)
-    }
-    target = lengths.trained(plain, model)
-    nearest = min(counts, key=lambda rank: abs(counts[rank] - target))
-    assert found.name == f"dora:rank={nearest}" and lengths.trained(found, model) == counts[nearest]
-    assert lengths.matched([plain, contest.contestant("dora:rank=7", base)], model)[1].name == (
-        "dora:rank=7"  # a rank that was given stays
-    )
+    _, found = matching.matched([plain, contest.contestant(name, base)], "parameters", rows=4)
+    field = "bases" if name == "nola" else "rank"
+    first, *others = name.split("+")
+    typed = {k: "+".join([f"{first}:{field}={k}", *others]) for k in sizes}
+    counts = {k: trained_in(contest.contestant(typed[k], base)) for k in sizes}
+    target = trained_in(plain)
+    assert found.name == typed[min(counts, key=lambda k: abs(counts[k] - target))]
+
+
+def trained_in(c):
+    """Counted on the model itself, not by the method's formula."""
+    handle = attach(contest.ground(c.job).model, c.recipe, steps=5)
+    try:
+        return sum(p.numel() for p in handle.trainable().values())
+    finally:
+        handle.remove()
+
+
+def test_bytes_are_matched_by_the_rank_of_the_update_where_the_weights_have_none(place):
+    base = job(place, "dense+galore")
+    names = ("dense+galore:rank=3", "dense+fira", "dense+galore:rank=7", "dense+muon")
+    plain, fira, typed, muon = (contest.contestant(name, base) for name in names)
+    _, found, same, left = matching.matched([plain, fira, typed, muon], "memory", rows=4)
+    bytes_at = {k: rank_bytes(f"dense+fira:rank={k}", base) for k in range(1, 9)}
+    target = rank_bytes("dense+galore:rank=3", base)
+    nearest = min(bytes_at, key=lambda k: abs(bytes_at[k] - target))
+    assert found.name == f"dense+fira:rank={nearest}"
+    assert (same, left) == (typed, muon)  # a rank that was typed stays; Muon has none
+
+
+def rank_bytes(name, base):
+    return sum(lengths.bytes_of(contest.contestant(name, base), 4))
+
+
+@pytest.mark.parametrize("target", [0, 1, 7, 8, 29, 30, 1000])
+@pytest.mark.parametrize("of", [lambda k: 3 * k, lambda k: 90 - 3 * k, lambda k: 3 * min(k, 9)])
+def test_the_nearest_size_is_found_whether_it_rises_or_falls(of, target):
+    found = matching.nearest(of, target, most=30)
+    assert abs(of(found) - target) == min(abs(of(k) - target) for k in range(1, 31))
 
 
 def test_what_was_made_equal_is_said_with_those_that_were_not():
-    def trains(name, count):
-        return Record(name, 1e-3, costs={"parameters": count})
+    reached = {"lora": 1000, "bone:rank=29": 960, "dense+fira": 9000}
+    assert matching.outcome("none", reached) == "nothing: each method at its own size"
+    assert (
+        matching.outcome("memory", reached) == "peak bytes, by each method's size; not dense+fira"
+    )
+    del reached["dense+fira"]
+    assert matching.outcome("parameters", reached) == "trained parameters, by each method's size"
 
-    entered = [trains("lora", 1000), trains("bone:rank=29", 960), trains("dense+fira", 9000)]
-    said = {
-        (match, budget): bench.matched(bench.Options(match=match, budget=budget), entered)
-        for match in ("none", "parameters")
-        for budget in ("", "bytes=1GB")
-    }
-    assert said["none", ""] == "nothing: each method at its own size"
-    assert said["parameters", ""] == "trained parameters, by rank; not dense+fira"
-    assert said["parameters", "bytes=1GB"].endswith("; not dense+fira; peak bytes, by rows")
-    assert bench.matched(bench.Options(match="parameters"), entered[:2]).endswith("by rank")
+
+def test_memory_is_not_made_equal_twice(place):
+    with pytest.raises(UsageError, match="memory is made equal twice"):
+        bench.run(job(place, "lowrank", match="memory", budget="bytes=3MB"))

@@ -21,12 +21,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from eckart.errors import UsageError
 from eckart.io.folder import write_text
 from eckart.io.run import Run
-from eckart.jobs.lab import lengths
+from eckart.jobs.lab import lengths, matching
 from eckart.jobs.lab.board import Board
 from eckart.jobs.lab.contest import (
     BenchTrial,
@@ -49,6 +49,7 @@ from eckart.recipe.groups import default_lr
 
 HELD_OUT = 0.1  # unless data.eval says otherwise: half to choose by, half to report on
 FEWEST = 4  # held-out rows
+CHOICES = {"match": get_args(matching.Match), "sampler": ("grid", "tpe")}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Options:
     seeds: int = 5
     margin: float | None = None
     budget: str = ""
-    match: str = "none"
+    match: matching.Match = "none"
     sampler: str = "grid"
     processes: int = 1
     ray: bool = False
@@ -83,10 +84,16 @@ class Options:
                     [(f"--{name} {getattr(found, name)}", f"at least {least}")],
                     f"Leave it out for {cls.__dataclass_fields__[name].default}.",
                 )
-        for name, known in (("match", ("none", "parameters")), ("sampler", ("grid", "tpe"))):
+        for name, known in CHOICES.items():
             if getattr(found, name) not in known:
                 said = f"--{name} {getattr(found, name)}"
-                raise UsageError(f"{said} is unknown", fix=f"Type --{name} {known[1]}.")
+                raise UsageError(f"{said} is unknown", fix=f"Choices: {', '.join(known)}.")
+        if found.match == "memory" and found.budget.startswith("bytes"):
+            raise UsageError(
+                "memory is made equal twice",
+                [("--match memory", "by each method's size"), ("--budget", "by rows in a batch")],
+                "Type --budget steps=300, or leave --match out.",
+            )
         return found
 
 
@@ -95,13 +102,16 @@ def run(job: Job) -> dict[str, Any]:
     options = Options.of(job)
     job, screen = begin(job)
     entered = contestants(options.methods, job)
-    screen.line("compare", ", ".join(c.name for c in entered[1:]), f"against {entered[0].name}")
+    others = ", ".join(c.name for c in entered[1:])
+    screen.line("compare", f"{others} against {entered[0].name}")
     shared = ground(entered[0].job)
-    rows = held_out_rows(shared.data)
-    screen.line("data", f"{len(shared.data.train):,} rows; {rows:,} held out, half to choose by")
-    job = settle.horizon(job, len(shared.data.train), entered[0].recipe)
-    if options.match == "parameters":
-        entered = lengths.matched(entered, shared.model)
+    count, held_out = len(shared.data.train), held_out_rows(shared.data)
+    screen.line("data", f"{count:,} rows; {held_out:,} held out, half to choose by")
+    job = settle.horizon(job, count, entered[0].recipe)
+    rows = settle.rows_per_step(job, count)
+    entered = matching.matched(entered, options.match, rows)
+    if options.match != "none":
+        screen.line("matched", matching.said(entered, options.match, rows))
     with open_run(job, options) as run:
         planned = lengths.plan(job, entered, options.budget, run.folder / "pace.json")
         document = compare(job, options, entered, planned, run, screen)
@@ -259,22 +269,10 @@ def costs(r: Record, length: Length, data: Any) -> dict[str, Any]:
     }
 
 
-MATCHED = {
-    "none": "nothing: each method at its own size",
-    "parameters": "trained parameters, by rank",
-}
-
-
-NEAR = 0.1  # of the baseline's trained parameters, within which a rank counts as matched
-
-
-def matched(options: Options, records: Sequence[Record]) -> str:
-    """What was made equal, and who could not be: without a rank, or with one that was given."""
-    said = MATCHED[options.match]
-    target = records[0].costs["parameters"]
-    left = [r.name for r in records if abs(r.costs["parameters"] - target) > NEAR * target]
-    if options.match == "parameters" and left:
-        said += f"; not {', '.join(left)}"
+def made_equal(options: Options, records: Sequence[Record]) -> str:
+    """What was made equal, and who is not."""
+    reached = {r.name: r.costs[matching.REACHED[options.match][0]] for r in records}
+    said = matching.outcome(options.match, reached)
     return said + ("; peak bytes, by rows" if options.budget.startswith("bytes") else "")
 
 
@@ -288,7 +286,7 @@ def held_fixed(
         "model": str(job.model),
         "data": ", ".join(s.path for s in job.data.train),
         "budget": options.budget or "steps",
-        "matched": matched(options, records),
+        "matched": made_equal(options, records),
         "steps": " to ".join(str(s) for s in sorted(steps)[:: max(1, len(steps) - 1)]),
         "rows in a batch": " to ".join(str(s) for s in sorted(rows)[:: max(1, len(rows) - 1)]),
         "schedule": f"{job.train.schedule}, warm-up {job.train.warmup:g}",
@@ -372,7 +370,7 @@ def tell(screen: Screen, document: Mapping[str, Any]) -> None:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """Aligned columns, the baseline first."""
-    head = ["method", "test loss", "difference [95 %]", "p", "lr", "trained", "peak MB", "s",
+    head = ["method", "test loss", "better by [95 %]", "p", "lr", "trained", "peak MB", "s",
             "verdict"]  # fmt: skip
     rows = [head]
     for row in document["methods"]:

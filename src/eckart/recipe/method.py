@@ -50,12 +50,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Now:
-    """What an event sees: the step just completed (or about to start) and the live terms."""
+    """What an event sees: the step just completed (or about to start), the live terms and the
+    model that carries them."""
 
     step: int
     steps: int | None
     terms: Mapping[str, Mapping[str, Term]]  # site path -> term name -> term
     generator: torch.Generator  # seeded by (seed, event, step): the same on every process
+    model: nn.Module
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class Method:
     promises: ClassVar[Any] = ()  # names, or {name: {field: value(s) for which it holds}}
     needs: ClassVar[Any] = ()  # "gradients", "activations", ..., "horizon"; or as promises
     stages: ClassVar[tuple[Stage, ...]] = ()
+    size: ClassVar[str] = "rank"  # the field, where it has it, that says how large it is
 
     def __post_init__(self) -> None:
         check_fields(self)

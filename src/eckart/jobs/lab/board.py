@@ -28,8 +28,8 @@ class Board:
         self.found: dict[str, list[tuple[Any, Quantities]]] = {r.name: [] for r in records}
         # two points beyond the window, as most searches need
         rates = min(options.purse, options.window + 2)
-        self.planned = len(records) * (rates * options.choose + options.seeds) + 1
-        self.done, self.begun = 0, time.monotonic()
+        self.records, self.searches = records, len(records) * rates * options.choose
+        self.done, self.remaining, self.begun = 0, 0, time.monotonic()
         shown = not quiet and sys.stderr.isatty()
         self.live = Live(console=Console(stderr=True), auto_refresh=False) if shown else None
 
@@ -50,6 +50,11 @@ class Board:
     def ended(self, trial: Any, quantities: Quantities, done: int, total: int) -> None:
         """A run has ended."""
         self.done += 1
+        self.remaining = total - done
+        if trial.seed < self.first:  # further rounds will come
+            searched = done + sum(len(by) for r in self.records for by in r.scores.values())
+            self.remaining = max(self.remaining, self.searches - searched)
+            self.remaining += len(self.records) * self.seeds
         if trial.lr:
             self.found[trial.name].append((trial, quantities))
         if self.live:
@@ -70,12 +75,12 @@ class Board:
 
     def left(self) -> str:
         """About how long it still takes."""
-        pace = (time.monotonic() - self.begun) / max(1, self.done)
-        return f"about {clock(pace * max(1, self.planned - self.done))} left"
+        pace = (time.monotonic() - self.begun) / self.done
+        return f"about {clock(pace * self.remaining)} left"
 
     def table(self) -> Any:
         """The runs of this sitting, by method."""
-        table = Table(title=f"{self.done} runs, {self.left()}", title_justify="left")
+        table = Table(title=f"{self.done} done, {self.left()}", title_justify="left")
         for name in ("method", "rates tried", "best held out", "at lr", "seeds", "test"):
             table.add_column(name)
         for name, runs in self.found.items():

@@ -191,6 +191,10 @@ class UserLab(Bench):
             return build_model(shape, seed=self.seed).to(prepare.device()).train()
         return copy.deepcopy(self.ground.model).train()
 
+    def heads(self, model: nn.Module) -> tuple[str, ...]:
+        """What is trained whole beside a method's terms: a head for the data's classes."""
+        return tuple(outside(model)) if self.ground.data.labels else ()
+
     def batch(self, step: int) -> dict[str, Any]:
         n = len(self.ground.data.train)
         places = range(step * self.rows, (step + 1) * self.rows)
@@ -286,9 +290,7 @@ class BenchTrial:
         model = lab.model()
         if not self.lr:
             return lab.evaluate(model)
-        recipe = self.job.recipe()
-        heads = outside(model) if lab.ground.data.labels else ()
-        return lab.train(model, recipe, also_train=heads).quantities
+        return lab.train(model, self.job.recipe(), also_train=lab.heads(model)).quantities
 
     def facts(self) -> dict[str, Any]:
         train = self.job.train

@@ -8,7 +8,6 @@ bytes=2GB       the most rows in a batch that fit, and the same tokens for all
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -23,14 +22,13 @@ from torch import nn
 
 from eckart.errors import OutOfRoom, UsageError
 from eckart.io.folder import write_json
-from eckart.jobs.lab.contest import Contestant, UserLab
+from eckart.jobs.lab.contest import Contestant, UserLab, ground
 from eckart.jobs.measuring.memory import activation_bytes, model_bytes, room, size, state_bytes
 from eckart.jobs.settings.job import Job
 from eckart.jobs.settings.settle import rows_per_step
 from eckart.jobs.training import prepare
-from eckart.recipe import attach, registry
+from eckart.recipe import attach
 from eckart.recipe.groups import default_lr
-from eckart.recipe.targets import EVERYTHING, select, sites_of
 
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 TIMED_STEPS = 4  # after one that warms up
@@ -102,14 +100,7 @@ def pace(c: Contestant, rows: int) -> float:
 
 def most_rows(c: Contestant, limit: float) -> int:
     """The largest power of two of rows whose batch fits into the limit."""
-    lab = UserLab(c.job, 0, default_lr(c.recipe), 100, 1)
-    handle = attach(
-        lab.model(), c.recipe, steps=100,
-        calibration=lab.batches(2) if c.recipe.needs else None,
-    )  # fmt: skip
-    fixed = sum(model_bytes(handle).values()) + state_bytes(handle.optimizer())
-    fixed += sum(size(p) for p in handle.trainable().values())
-    per_row = activation_bytes(handle.model, lab.batch(0))
+    fixed, per_row = bytes_of(c, 1)
     if fixed + per_row > limit:
         raise OutOfRoom(
             "a contestant does not fit into the budget",
@@ -118,7 +109,20 @@ def most_rows(c: Contestant, limit: float) -> int:
             f"Type --budget bytes={(fixed + per_row) / 1e6:.0f}MB or more, or leave it out.",
         )  # fmt: skip
     fits = int((limit - fixed) // per_row)
-    return 1 << (min(fits, len(lab.ground.data.train)).bit_length() - 1)
+    return 1 << (min(fits, len(ground(c.job).data.train)).bit_length() - 1)
+
+
+def bytes_of(c: Contestant, rows: int) -> tuple[int, int]:
+    """Bytes of tensors before a run: whatever the batch, and kept for a batch of so many rows."""
+    lab = UserLab(c.job, 0, default_lr(c.recipe), 100, rows)
+    model = lab.model()
+    handle = attach(
+        model, c.recipe, steps=lab.steps, also_train=lab.heads(model),
+        calibration=lab.batches(2) if c.recipe.needs else None,
+    )  # fmt: skip
+    fixed = sum(model_bytes(handle).values()) + state_bytes(handle.optimizer())
+    fixed += sum(size(p) for p in handle.trainable().values())
+    return fixed, activation_bytes(handle.model, lab.batch(0))
 
 
 def processes(wanted: int, model: nn.Module) -> int:
@@ -128,42 +132,3 @@ def processes(wanted: int, model: nn.Module) -> int:
     each = PROCESS_BYTES + 6 * sum(size(p) for p in model.parameters())
     fit = int(room(torch.device("cpu"))[0] // each)
     return max(1, min(wanted, fit, os.cpu_count() or 1))
-
-
-def matched(entered: Sequence[Contestant], model: nn.Module) -> list[Contestant]:
-    """The contestants with ranks at which they train as many parameters as the baseline.
-
-    Those without a rank, or that were given one, stay as they are.
-    """
-    target = trained(entered[0], model)
-    return [entered[0], *(with_rank(c, model, target) for c in entered[1:])]
-
-
-def with_rank(c: Contestant, model: nn.Module, target: int) -> Contestant:
-    choice = c.job.choices["weights"]
-    method: Any = choice.method
-    if "rank" not in registry.find(choice.name).fields or ":rank=" in c.name:
-        return c
-    ranks = range(1, 4 * max(1, method.rank) + 1)
-    made = [dataclasses.replace(method, rank=rank) for rank in ranks]
-    counts = [parameters(m, model) for m in made]
-    best = min(range(len(made)), key=lambda i: (abs(counts[i] - target), i))
-    job = c.job.choose(
-        "weights",
-        dataclasses.replace(choice, method=made[best]),
-        "as many parameters as the baseline",
-    )
-    return Contestant(f"{c.name}:rank={made[best].rank}", job)
-
-
-def trained(c: Contestant, model: nn.Module) -> int:
-    return parameters(c.job.choices["weights"].method, model)
-
-
-def parameters(method: Any, model: nn.Module) -> int:
-    """Trained elements by the method's own cost formula; shared ones once."""
-    sites = sites_of(model)
-    words = [t for t in method.targets if t != EVERYTHING]
-    chosen = select(sites, words) if words else sites
-    found = [method.cost(*site.shape) for site in chosen]
-    return sum(cost.parameters for cost in found) + max((c.shared for c in found), default=0)

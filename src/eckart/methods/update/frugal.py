@@ -73,6 +73,7 @@ class FRUGAL(Update):
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 0.001
+    size: ClassVar = "density"
     mission: ClassVar = False
     paper: ClassVar = Paper(
         "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training",

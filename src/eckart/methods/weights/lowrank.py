@@ -42,6 +42,7 @@ class LowRank(Weights):
     base: ClassVar = "dropped"
     rest: ClassVar = "trained"
     default_lr: ClassVar = 1e-3
+    size: ClassVar = "share"
     paper: ClassVar = Paper(
         "Initialization and Regularization of Factorized Neural Layers",
         "https://arxiv.org/abs/2105.01029",

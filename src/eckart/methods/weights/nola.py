@@ -150,12 +150,10 @@ class Combination(Factored):
         frozen = [t for t in (start, basis) if isinstance(t, Tensor)]
         return combined(c, basis, known=self.made[name](value, (c,), frozen))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.dropout(x, self.dropout, self.training))
-
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
         B, A = self.factors()  # of all experts at once: the bases are read a single time
-        x = F.dropout(x.to(A.dtype), self.dropout, self.training)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = x.to(A.dtype)
         parts = [
             low_rank(x[a:b], A[e], B[e], mm=self.mm)
             for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
@@ -200,6 +198,7 @@ class NOLA(Weights):
     offers: ClassVar = ()
     mission: ClassVar = True
     default_lr: ClassVar = 1e-2
+    size: ClassVar = "bases"
     paper: ClassVar = Paper(
         "NOLA: Compressing LoRA using Linear Combination of Random Basis",
         "https://arxiv.org/abs/2310.02556",
