@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from eckart.linear import Pair, frozen_linear, linear_plus_low_rank
-from eckart.linear.products import add_product, emulated
+from eckart.linear.products import add_product, emulated, within_sum
 
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # an estimate runs on tensors without numbers
 BLOCK = 512  # tokens whose fp32 copies (n and m wide) are alive at once
@@ -92,13 +92,33 @@ def unpack(scales: Sequence[float], tensors: Sequence[Any]) -> list[Map]:
     ]
 
 
-def side_by_side(maps: Sequence[Map]) -> tuple[Tensor, list[slice]]:
-    """All A in one [sum r, n], and which rows belong to which map."""
+def thin(one: Map) -> tuple[Tensor, Tensor]:
+    """down [k, n] and up [m, k] with up down = s (B A - B0 A0); the rows of A come first.
+
+    A start is subtracted factor by factor, s ((B - B0) A + B0 (A - A0)): zero while nothing has
+    moved, nothing is lost by a difference of rounded products, and two thin ones are enough.
+    """
+    if one.A0 is None or one.B0 is None:
+        return one.A, one.B * one.scale
+    up = torch.cat([one.B - one.B0, one.B0], 1) * one.scale
+    return torch.cat([one.A, one.A - one.A0]), up
+
+
+def side_by_side(downs: Sequence[Tensor]) -> tuple[Tensor, list[slice]]:
+    """All in one [sum k, n], and which rows belong to which map."""
     edges = [0]
-    for one in maps:
-        edges.append(edges[-1] + one.A.shape[0])
-    A = maps[0].A if len(maps) == 1 else torch.cat([one.A for one in maps])
-    return A, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    for down in downs:
+        edges.append(edges[-1] + down.shape[0])
+    whole = downs[0] if len(downs) == 1 else torch.cat(list(downs))
+    return whole, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def of_A(h: Tensor, maps: Sequence[Map], parts: Sequence[slice]) -> Tensor:
+    """The columns of h [t, sum k] that are x A^T: [t, sum r]."""
+    if all(one.A0 is None for one in maps):
+        return h
+    own = [h[:, part][:, : len(one.A)] for one, part in zip(maps, parts, strict=True)]
+    return torch.cat(own, 1)
 
 
 class FusedLowRank(torch.autograd.Function):
@@ -111,23 +131,22 @@ class FusedLowRank(torch.autograd.Function):
         maps = unpack(scales, tensors)
         flat = x.reshape(-1, x.shape[-1])  # [t, n]
         ys = [F.linear(flat, one.W, one.bias) for one in maps]  # [t, m]
-        A, parts = side_by_side(maps)
-        h = flat.new_empty(flat.shape[0], A.shape[0], dtype=A.dtype)  # [t, sum r]
-        thin = [(one.B * one.scale).mT for one in maps]  # [r, m]
-        for rows in blocks(flat, any(one.A0 is not None for one in maps)):
-            wide = flat[rows].to(A.dtype)
-            torch.mm(wide, A.mT, out=h[rows])
-            for one, y, part, up in zip(maps, ys, parts, thin, strict=True):
-                if one.A0 is None or one.B0 is None:
-                    add_product(y[rows], h[rows, part], up)
-                else:  # two products of one shape: equal factors cancel exactly
-                    start = (wide @ one.A0.mT) @ (one.B0 * one.scale).mT
-                    y[rows] += h[rows, part].contiguous() @ up - start
+        downs, ups = zip(*map(thin, maps), strict=True)
+        down, parts = side_by_side(downs)
+        low = within_sum(flat, down)
+        raised = [up.to(low).mT for up in ups]  # [k, m]
+        h = flat.new_empty(flat.shape[0], down.shape[0], dtype=down.dtype)  # [t, sum k]
+        for rows in blocks(flat):
+            torch.mm(flat[rows].to(down.dtype), down.mT, out=h[rows])
+            for y, part, up in zip(ys, parts, raised, strict=True):
+                add_product(y[rows], h[rows, part].to(low), up)
         _, _, *wanted = ctx.needs_input_grad
         kept = [t for one in maps for t in one._replace(bias=None)[:-1]]
         # x for the gradient of an A, h for that of a B
         ctx.save_for_backward(
-            x if any(wanted[2::6]) else None, h if any(wanted[3::6]) else None, *kept
+            x if any(wanted[2::6]) else None,
+            of_A(h, maps, parts) if any(wanted[3::6]) else None,
+            *kept,
         )
         ctx.scales, ctx.shape = scales, x.shape
         ctx.set_materialize_grads(False)  # a result that nobody used has no gradient
@@ -143,41 +162,41 @@ class FusedLowRank(torch.autograd.Function):
         maps, dys = [every[i] for i in used], [grads[i] for i in used]
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [t, m]
         flat = None if x is None else x.reshape(-1, x.shape[-1])  # [t, n]
-        columns = side_by_side(every)[1]  # of h
-        A, parts = side_by_side(maps)
-        wide = emulated(maps[0].W) and A.dtype == torch.float32
+        columns = side_by_side([one.A for one in every])[1]  # of h
+        downs, ups = zip(*map(thin, maps), strict=True)
+        down, parts = side_by_side(downs)
+        wide = emulated(dys[0]) and down.dtype == torch.float32
+        low = within_sum(dys[0], down)
         dx = base_gradient(maps, dys, wide) if ctx.needs_input_grad[0] else None
-        bases = [one.W.float() if wide and dx is not None else one.W for one in maps]
-        scaled = [one.B * one.scale for one in maps]  # [m, r]
-        dA = None if flat is None else torch.zeros_like(A)
+        d_down = None if flat is None else torch.zeros_like(down)
         dBs = [None if h is None else torch.zeros_like(one.B) for one in maps]
         for rows in blocks(dys[0]):
-            low = [dy[rows].to(A.dtype) for dy in dys]  # [block, m]
-            for i, dB, dy in zip(used, dBs, low, strict=True):
+            tall = [dy[rows].to(down.dtype) for dy in dys]  # [block, m]
+            for i, dB, dy in zip(used, dBs, tall, strict=True):
                 if dB is not None:
                     dB.addmm_(dy.mT, h[rows, columns[i]], alpha=every[i].scale)
-            if dA is None and dx is None:
+            if d_down is None and dx is None:
                 continue
-            dh = torch.cat([dy @ B for dy, B in zip(low, scaled, strict=True)], -1)
-            if dA is not None and flat is not None:
-                dA.addmm_(dh.mT, flat[rows].to(A.dtype))
+            dh = torch.cat([dy @ up for dy, up in zip(tall, ups, strict=True)], -1)
+            if d_down is not None and flat is not None:
+                d_down.addmm_(dh.mT, flat[rows].to(down.dtype))
             if dx is None:
                 continue
-            part_x = dh @ A if wide else None
-            for one, dy, W in zip(maps, low, bases, strict=True):
-                if part_x is not None:
-                    part_x.addmm_(dy, W)
-                if one.A0 is not None and one.B0 is not None:
-                    start = (dy @ (one.B0 * -one.scale), one.A0)
-                    add_product(dx[rows] if part_x is None else part_x, *start)
-            if part_x is None:
-                add_product(dx[rows], dh, A)
-            else:
+            if wide:
+                part_x = dh @ down
+                for one, dy in zip(maps, tall, strict=True):
+                    part_x.addmm_(dy, one.W.float())
                 dx[rows] = part_x.to(dx.dtype)
+            else:
+                add_product(dx[rows], dh.to(low), down.to(low))
         found: list[Tensor | None] = [None] * (2 + len(tensors))
         found[0] = None if dx is None else dx.view(ctx.shape)
-        for i, part, dB in zip(used, parts, dBs, strict=True):
-            found[2 + 6 * i + 2], found[2 + 6 * i + 3] = None if dA is None else dA[part], dB
+        for i, one, part, dB in zip(used, maps, parts, dBs, strict=True):
+            dA = None if d_down is None else d_down[part]
+            if dA is not None and one.A0 is not None:  # both halves of down move with A
+                own, change = dA.tensor_split(2)
+                dA = own + change
+            found[2 + 6 * i + 2], found[2 + 6 * i + 3] = dA, dB
         return tuple(found)
 
 
@@ -205,9 +224,8 @@ class WideGradient(torch.autograd.Function):
         return (dy.float() @ W.float()).to(W.dtype), None, None
 
 
-def blocks(flat: Tensor, temporaries: bool = False) -> list[slice]:
-    """Row slices: BLOCK tokens on the CPU where a cast or a temporary is needed, else one."""
+def blocks(flat: Tensor) -> list[slice]:
+    """Row slices: BLOCK tokens on the CPU where a cast is needed, else one."""
     rows = flat.shape[0]
-    cast = flat.dtype != torch.float32 or temporaries
-    size = BLOCK if flat.device.type == "cpu" and cast else rows
+    size = BLOCK if flat.device.type == "cpu" and flat.dtype != torch.float32 else rows
     return [slice(start, start + size) for start in range(0, rows, max(1, size))]

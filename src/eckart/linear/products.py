@@ -36,6 +36,12 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     return x @ w.to(x.dtype)
 
 
+def within_sum(x: Tensor, factor: Tensor) -> torch.dtype:
+    """What a product of thin factors is computed in where a sum in x's dtype takes it in."""
+    narrow = x.dtype == torch.bfloat16 and not emulated(x)
+    return x.dtype if narrow else torch.promote_types(x.dtype, factor.dtype)
+
+
 def add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
     """y += a @ b in place, all of two dimensions; a and b may be of a wider dtype than y."""
     if y.dtype == a.dtype:

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from eckart.errors import FileError, UsageError
 from eckart.linear import Site, Term, plain_mm
 from eckart.linear.peers import once
-from eckart.linear.products import add_product, emulated, fitting, product
+from eckart.linear.products import add_product, emulated, fitting, product, within_sum
 from eckart.recipe import Cost, Paper, Weights
 
 
@@ -137,7 +137,7 @@ class Folded(torch.autograd.Function):
         y = F.linear(x, W, bias)
         if M.shape[-1] < W.shape[0]:
             return y.add_(unfold((h @ M).to(y.dtype), W.shape[0]))
-        low = h.dtype if emulated(x) else x.dtype
+        low = within_sum(x, M)
         add_product(y.flatten(0, -2), h.flatten(0, -2).to(low), M.to(low))
         return y
 
