@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from eckart.linear import Term, seeded_generator
 from eckart.optim import LowRankOptimizer
@@ -22,11 +22,13 @@ class EventHook:
     seeded by (seed, event, step): the same on every process and after every resume.
     """
 
-    def __init__(self, methods: tuple[Method, ...], terms: Callable[[], Terms], seed: int):
+    def __init__(
+        self, methods: tuple[Method, ...], model: nn.Module, terms: Callable[[], Terms], seed: int
+    ):
         scheduled = [event for method in methods for event in method.events()]
         self.events = [event for event in scheduled if isinstance(event, Event)]
         self.cuts = [event for event in scheduled if isinstance(event, Cut)]
-        self.terms, self.seed = terms, seed
+        self.model, self.terms, self.seed = model, terms, seed
         self.step = 0  # completed optimizer steps
         self.steps: int | None = None
         self.handles: list[Any] = []
@@ -82,7 +84,7 @@ class EventHook:
     def now(self, name: str) -> Now:
         """What an event of this name sees at the current step."""
         generator = seeded_generator(self.seed, "event", name, self.step)
-        return Now(self.step, self.steps, self.terms(), generator)
+        return Now(self.step, self.steps, self.terms(), generator, self.model)
 
     def due_cut(self) -> dict[str, dict[str, Tensor]] | None:
         """The rank components that live on, where a change of shape is due at this step."""

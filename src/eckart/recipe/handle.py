@@ -16,7 +16,7 @@ from eckart.linear.sites import quantised
 from eckart.optim import LowRankOptimizer
 from eckart.recipe import adapters
 from eckart.recipe.adapters import DEFAULT, Choice, adapters_of
-from eckart.recipe.calibrate import Batch
+from eckart.recipe.calibrate import Batch, loss_in
 from eckart.recipe.coverage import Coverage
 from eckart.recipe.events import EventHook
 from eckart.recipe.groups import default_lr, groups
@@ -60,7 +60,7 @@ class Handle:
         self.required = {name: p.requires_grad for name, p in model.named_parameters()}
         self.attached: dict[str, list[str]] = {}
         self.shared: dict[str, nn.Module] = {}  # children of the root that terms refer to
-        self.events = EventHook(recipe.choices, self.terms, seed)
+        self.events = EventHook(recipe.choices, model, self.terms, seed)
         self.coverage = Coverage()  # what the recipe reaches, once its parts are in
         self.penalty = torch.zeros(())  # of the last step
         self.resting: Callable[[], set[str]] = set  # trained in turn, and not now
@@ -177,7 +177,7 @@ class Handle:
 
         `clip` is the largest norm of the gradients as applied; None leaves them as they are.
         """
-        rate = lr or self.lr or default_lr(self.recipe)
+        rate = next(r for r in (lr, self.lr, default_lr(self.recipe)) if r is not None)
         optimizer = LowRankOptimizer(groups(self, rate), lr=rate, clip=clip, seed=self.seed)
         self.resting = lambda: optimizer.resting
         if layerwise:
@@ -224,7 +224,7 @@ class Handle:
     def loss(self, inputs: Batch, outputs: Any, loss: Tensor | None = None) -> Tensor:
         """The loss to train on: the task's own, or what the data objectives make of it."""
         if loss is None:
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+            loss = loss_in(outputs, inputs)
         self.loss_was_asked = True
         for objective in self.data_objectives:
             reference = self.reference(inputs) if objective.needs_reference else None
@@ -337,14 +337,14 @@ def handle_of(model: nn.Module) -> Handle | None:
 @contextmanager
 def terms_off(model: nn.Module) -> Iterator[None]:
     """The base alone: every structured module runs its own forward."""
-    sums = [m._sum for m in model.modules() if isinstance(m, Structured)]
-    for record in sums:
+    before = [(m._sum, m._sum.enabled) for m in model.modules() if isinstance(m, Structured)]
+    for record, _ in before:
         record.enabled = False
     try:
         yield
     finally:
-        for record in sums:
-            record.enabled = True
+        for record, enabled in before:
+            record.enabled = enabled
 
 
 def put_dense(site: Site, matrix: Tensor) -> None:

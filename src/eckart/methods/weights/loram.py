@@ -18,127 +18,60 @@ zeros at recovery are what that one would have learnt: the removed rows of B get
 nor do the removed columns of A. (fill=normal, as an option of the official code, is noise fed
 by channels that are alive in the whole model.)
 
-pattern=2:4 and unstructured zero single weights by magnitude; shapes stay, so recovery is the
-identity and memory is saved only by a sparse format. The base itself is frozen while B A is
-learnt, and B A is not masked.
+pattern=2:4, 4:8 and unstructured zero single weights, W^P = W * M; shapes stay, so recovery is
+the identity and memory is saved only by a sparse format. Alignment trains what is left. B A is
+not masked; with mask_delta it is, beside W^P and beside W: s (B A) * M is no low-rank update any
+more, and every pass forms it, m x n numbers.
 
 Source: J. Zhang et al., "Train Small, Infer Large: Memory-Efficient LoRA Training for Large
 Language Models", 2025, Alg. 1. Sizes are kept in the map and never computed anew. We differ
-in that alignment uses the job's own data and trains the layers' weights, not the head.
+in that alignment uses the job's own data and trains the layers' weights, not the head. The
+official code has structured pruning only; whether the paper masks B A is not said.
 
-m out, n in, r rank, h head width, g query heads per KV head.
+m out, n in, r rank, h head width, g query heads per KV head, M [m, n] zeros and ones.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eckart.errors import FileError, UsageError
 from eckart.linear import LowRank, Site, seeded_generator
 from eckart.linear.factored import fresh_pair
 from eckart.linear.narrow import narrow, spread, units
-from eckart.recipe import Cost, Handle, Paper, Recipe, Stage, Weights, Work, attach
-from eckart.recipe.calibrate import Batch, gather_gradients
+from eckart.recipe import Cost, Event, Handle, Now, Paper, Recipe, Stage, Weights, Work, attach
+from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
+from eckart.recipe.coupled import Group, Member, groups
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.targets import sites_of
 
 BASE = "base"  # in a prune map: which model it was made for
 
 
-@dataclass(frozen=True)
-class Member:
-    """A map's part in a group: a unit is `width` of its rows (axis 0) or columns (axis 1)."""
-
-    site: Site
-    axis: Literal[0, 1]
-    width: int
-
-    def by_unit(self, entries: Tensor) -> Tensor:
-        """Sums over each unit: [m, n] -> [units]."""
-        return entries.sum(1 - self.axis).unflatten(0, (-1, self.width)).sum(1)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Maps that lose units together: an MLP's channels, or an attention's KV heads."""
-
-    path: str
-    count: int
-    members: tuple[Member, ...]
-
-
-def groups(model: nn.Module, heads: bool, channels: bool) -> list[Group]:
-    """The groups of a model in order. UsageError where its heads or channels are unknown."""
-    by_parent: dict[str, dict[str, Site]] = {}
-    for site in sites_of(model):
-        if site.role.split(".")[0] in ("attn", "mlp"):
-            by_parent.setdefault(site.path.rpartition(".")[0], {})[site.role] = site
-    found = []
-    for path, parts in by_parent.items():
-        attention = any(role.startswith("attn") for role in parts)
-        if heads if attention else channels:
-            take = kv_heads if attention else mlp_channels
-            found.append(take(path, model.get_submodule(path), parts))
-    return found
-
-
-def mlp_channels(path: str, module: nn.Module, parts: Mapping[str, Site]) -> Group:
-    """gate and up lose rows, down loses columns."""
-    known = {"mlp.up", "mlp.down"} <= parts.keys() <= {"mlp.gate", "mlp.up", "mlp.down"}
-    if not known or any(site.kind != "linear" for site in parts.values()):
-        raise unknown(path, "channels", parts)
-    members = [Member(s, 1 if role == "mlp.down" else 0, 1) for role, s in parts.items()]
-    return Group(path, parts["mlp.down"].shape[1], tuple(members))
-
-
-def kv_heads(path: str, module: Any, parts: Mapping[str, Site]) -> Group:
-    """k and v lose a head's rows, q and o those of all query heads that read it."""
-    h: Any = getattr(module, "head_dim", None)
-    fits = isinstance(h, int) and hasattr(module, "num_key_value_groups")
-    known = parts.keys() == {"attn.q", "attn.k", "attn.v", "attn.o"}
-    if not (fits and known) or any(site.kind != "linear" for site in parts.values()):
-        raise unknown(path, "heads", parts)
-    count = parts["attn.k"].shape[0] // h
-    wide = parts["attn.q"].shape[0] // count  # g h
-    members = (
-        Member(parts["attn.q"], 0, wide),
-        Member(parts["attn.k"], 0, h),
-        Member(parts["attn.v"], 0, h),
-        Member(parts["attn.o"], 1, wide),
-    )
-    return Group(path, count, members)
-
-
-def unknown(path: str, what: str, parts: Mapping[str, Site]) -> UsageError:
-    """The error for a layer whose units we do not know how to take out."""
-    return UsageError(
-        f"loram does not know how to prune these {what}",
-        [(path, ", ".join(f"{role} ({site.kind})" for role, site in parts.items()))],
-        f"Type weights.{what}=0 to keep them all.",
-    )
-
-
-# --- prune and recover ---------------------------------------------------------------------
+def importance(site: Site, criterion: str, seed: int) -> Tensor:
+    """How much each weight matters, fp64 [m, n]: at random, w^2, g w, or w^2 |x_j|^2 (Wanda)."""
+    W = site.weight(torch.float64)
+    if criterion == "random":
+        g = seeded_generator(seed, site.path, "prune")
+        return torch.rand(W.shape, generator=g, dtype=torch.float64)
+    if criterion == "gradient":
+        return W * (0.0 if site.gradient is None else site.gradient.double())
+    if criterion == "activation" and site.activations is not None:
+        return W.square() * site.activations.double().square().sum(0).to(W.device)
+    return W.square()
 
 
 def scores(group: Group, criterion: str, seed: int) -> Tensor:
-    """How much each unit matters, [count]; at random, by |w|^2, or by |sum g w|."""
-    if criterion == "random":
-        return torch.rand(group.count, generator=seeded_generator(seed, group.path, "prune"))
-    total = torch.zeros(group.count, dtype=torch.float64)
-    for member in group.members:
-        W = member.site.weight(torch.float64)
-        if criterion == "gradient":
-            G = member.site.gradient
-            total += member.by_unit(W * (0.0 if G is None else G.double())).cpu()
-        else:
-            total += member.by_unit(W * W).cpu()
-    return total.abs()
+    """How much each unit matters, [count]: the sum over its weights, whatever the sign."""
+    parts = (m.by_unit(importance(m.site, criterion, seed)).cpu() for m in group.members)
+    return torch.stack(list(parts)).sum(0).abs()
 
 
 def kept_units(score: Tensor, ratio: float) -> Tensor:
@@ -174,15 +107,85 @@ def widened(group: Group, kept: Tensor, member: Member, B: Tensor, A: Tensor) ->
     return B, spread(A, index, size, 1)
 
 
-def sparse(W: Tensor, pattern: str, ratio: float) -> Tensor:
-    """Which weights of W [m, n] stay: the larger two of four inputs, or the largest share."""
-    if pattern == "2:4":
-        whole = W.shape[1] // 4 * 4
-        blocks = W[:, :whole].abs().unflatten(1, (-1, 4))
-        top = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, blocks.topk(2).indices, True)
-        return torch.cat([top.flatten(1), torch.ones_like(W[:, whole:], dtype=torch.bool)], 1)
-    keep = max(1, round((1 - ratio) * W.numel()))
-    return W.abs() >= W.abs().flatten().topk(keep).values[-1]
+def sparse(score: Tensor, pattern: str, ratio: float) -> Tensor:
+    """Which weights stay, by their scores >= 0 [m, n]: of each group of inputs the largest two of
+    four or four of eight, or the largest share."""
+    if pattern == "unstructured":
+        keep = max(1, round((1 - ratio) * score.numel()))
+        return score >= score.flatten().topk(keep).values[-1]
+    keep, of = (int(number) for number in pattern.split(":"))
+    whole = score.shape[1] // of * of
+    blocks = score[:, :whole].unflatten(1, (-1, of))
+    top = torch.zeros_like(blocks, dtype=torch.bool)
+    top.scatter_(-1, blocks.topk(keep).indices, True)
+    return torch.cat([top.flatten(1), torch.ones_like(score[:, whole:], dtype=torch.bool)], 1)
+
+
+class Masked(LowRank):
+    """M * s B A, with a gradient for kept weights alone: dA = s B^T (G * M), G = dL/dy^T x."""
+
+    mask: Tensor
+    plain_pair = False  # type: ignore[assignment]
+
+    def __init__(self, B: Tensor, A: Tensor, mask: Tensor, scale: float, dropout: float):
+        super().__init__(B, A, scale, dropout=dropout)
+        self.register_buffer("mask", mask)  # bool [m, n]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
+        return self.mm(x, self.dense().mT)
+
+    def dense(self) -> Tensor:
+        return super().dense() * self.mask
+
+    def back(self, x: Tensor) -> Tensor:
+        return self.mm(x.to(self.A.dtype), self.dense())
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return self.dense().mT[ids]
+
+    def factors(self) -> None:
+        return None
+
+    def pair(self) -> None:
+        return None
+
+    def pack(self, name: str, tensor: Tensor) -> Tensor | None:
+        return eight_in_a_byte(tensor) if name == "mask" else None
+
+    def unpack(self, name: str, held: Tensor, shape: torch.Size) -> Tensor:
+        return from_bytes(held, shape)
+
+
+def eight_in_a_byte(mask: Tensor) -> Tensor:
+    """bool [m, n] -> uint8 [ceil(m n / 8)], the first one in the lowest bit."""
+    bits = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def from_bytes(held: Tensor, shape: torch.Size) -> Tensor:
+    """The mask that `eight_in_a_byte` was given."""
+    bits = held[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.flatten()[: shape.numel()].view(shape).bool()
+
+
+def thinned(model: nn.Module) -> Iterator[Site]:
+    """The maps that single weights are taken from: of attention and MLPs, not of experts."""
+    for site in sites_of(model):
+        if site.role.split(".")[0] in ("attn", "mlp") and not site.leading:
+            yield site
+
+
+def keep_zeros(now: Now) -> None:
+    """Before a step: no gradient, so no momentum, where a weight was pruned."""
+    for site in thinned(now.model):
+        if site.raw.grad is not None:
+            site.raw.grad.mul_(site.raw != 0)
+
+
+def always(step: int) -> bool:
+    """At every step."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -198,8 +201,11 @@ class LoRAM(Weights):
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of inputs of A dropped in training. Paper: 0.05."""
 
-    pattern: Literal["structured", "2:4", "unstructured"] = "structured"
+    pattern: Literal["structured", "2:4", "4:8", "unstructured"] = "structured"
     """Whole channels and heads, or single weights (which saves no memory here)."""
+
+    mask_delta: bool = False
+    """Is the update masked as the base is, where single weights are pruned?"""
 
     channels: Annotated[float, Ge(0), Lt(1)] = 0.5
     """Share of MLP channels (or weights) pruned in a layer. Paper: 0.65 to 0.95 at 70B."""
@@ -210,8 +216,9 @@ class LoRAM(Weights):
     spared: Annotated[float, Ge(0), Lt(0.5)] = 0.05
     """Share of the layers at either end that stays whole. Paper: 4 and 2 of 80."""
 
-    criterion: Literal["magnitude", "random", "gradient"] = "magnitude"
-    """What says that a unit matters: its weights, nothing, or |sum g w| on the job's data."""
+    criterion: Literal["magnitude", "random", "gradient", "activation"] = "magnitude"
+    """What says that a unit matters: its weights, nothing, |sum g w| on the job's data, or the
+    weights times the inputs there."""
 
     align_steps: Annotated[int, Ge(0)] = 0
     """Steps for which the pruned base is trained before the adapter. Paper: 100 to 1000."""
@@ -230,7 +237,21 @@ class LoRAM(Weights):
         "https://arxiv.org/abs/2502.13533",
         "ICLR 2025",
     )
-    promises: ClassVar = ("starts_at_base", "restores_base", "merges", "exports_low_rank")
+    promises: ClassVar = {
+        "starts_at_base": {},
+        "restores_base": {},
+        "merges": {},
+        "exports_low_rank": {"mask_delta": False},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask_delta and self.pattern == "structured":
+            raise UsageError(
+                "loram: mask_delta masks single weights",
+                [("pattern = structured", "takes whole units out")],
+                "Type weights.pattern=2:4, or leave mask_delta out.",
+            )
 
     @property
     def stages(self) -> tuple[Stage, ...]:  # type: ignore[override]
@@ -250,7 +271,15 @@ class LoRAM(Weights):
 
     def build_one(self, site: Site) -> Mapping[str, nn.Module]:
         B, A = fresh_pair(site, min(self.rank, *site.shape))
-        return {"loram": LowRank(B, A, self.alpha / self.rank, dropout=self.dropout)}
+        scale = self.alpha / self.rank
+        if self.mask_delta and not site.leading:
+            return {"loram": Masked(B, A, site.weight() != 0, scale, self.dropout)}
+        return {"loram": LowRank(B, A, scale, dropout=self.dropout)}
+
+    def events(self) -> Iterable[Event]:
+        if self.pattern == "structured" or not self.align_steps:
+            return ()
+        return (Event("keep pruned weights at zero", always, keep_zeros, when="before"),)
 
     def operate(self, work: Work) -> Work:
         if work.stage.name == "prune":
@@ -266,20 +295,33 @@ class LoRAM(Weights):
     ) -> dict[str, Tensor]:
         """Take units out of a model in place; the map: kept units by module, and the base's name.
 
-        `batches()` gives calibration batches, asked for by criterion=gradient alone.
+        `batches()` gives calibration batches, where the criterion looks at data.
         """
         kept = {BASE: identity(model)}
         if self.pattern != "structured":
-            self.thin_out(model)
+            self.thin_out(model, batches, seed)
             return kept
         found = list(self.chosen(groups(model, self.heads > 0, self.channels > 0)))
-        if self.criterion == "gradient":
-            sites = [member.site for group, _ in found for member in group.members]
-            gather_gradients(model, sites, batches())
         for group, ratio in found:
-            kept[group.path] = kept_units(scores(group, self.criterion, seed), ratio)
+            with self.looking(model, [member.site for member in group.members], batches):
+                kept[group.path] = kept_units(scores(group, self.criterion, seed), ratio)
+        for group, _ in found:
             take_out(group, kept[group.path])
         return kept
+
+    @contextmanager
+    def looking(
+        self, model: nn.Module, sites: Sequence[Site], batches: Callable[[], Sequence[Batch]]
+    ) -> Iterator[None]:
+        """These sites with what the criterion wants to know of the job's data, held no longer."""
+        if self.criterion == "gradient":
+            gather_gradients(model, sites, batches())
+        elif self.criterion == "activation":
+            gather_activations(model, sites, batches())
+        with torch.no_grad():
+            yield
+        for site in sites:
+            site.gradient = site.activations = None
 
     def chosen(self, found: Sequence[Group]) -> Iterator[tuple[Group, float]]:
         """The groups that are not spared, each with the share it loses."""
@@ -288,20 +330,21 @@ class LoRAM(Weights):
             spare = round(self.spared * len(of_kind))
             yield from ((group, ratio) for group in of_kind[spare : len(of_kind) - spare])
 
-    @torch.no_grad()
-    def thin_out(self, model: nn.Module) -> None:
-        """Zero single weights of attention and MLP maps, by magnitude."""
+    def thin_out(self, model: nn.Module, batches: Callable[[], Sequence[Batch]], seed: int) -> None:
+        """Zero single weights of attention and MLP maps, which see data as those before left it."""
+        by_parent: dict[str, dict[str, list[Site]]] = {"attn": {}, "mlp": {}}
+        for site in thinned(model):
+            parents = by_parent[site.role.split(".")[0]]
+            parents.setdefault(site.path.rpartition(".")[0], []).append(site)
         for kind, ratio in (("attn", self.heads), ("mlp", self.channels)):
-            by_parent: dict[str, list[Site]] = {}
-            for site in sites_of(model):
-                if site.role.split(".")[0] == kind and not site.leading:
-                    by_parent.setdefault(site.path.rpartition(".")[0], []).append(site)
-            parents = list(by_parent.values())
-            spare = round(self.spared * len(parents))
-            for sites in parents[spare : len(parents) - spare] if ratio else []:
-                for site in sites:
-                    W = site.weight()
-                    W.mul_(sparse(W, self.pattern, ratio))
+            found = list(by_parent[kind].values()) if ratio else []
+            spare = round(self.spared * len(found))
+            for sites in found[spare : len(found) - spare]:
+                with self.looking(model, sites, batches):
+                    for site in sites:
+                        score = importance(site, self.criterion, seed).abs()
+                        W = site.weight()
+                        W.mul_(sparse(score, self.pattern, ratio).to(W.device))
 
     def recover(
         self, model: nn.Module, learnt: Mapping[str, Tensor], kept: Mapping[str, Tensor]
@@ -335,6 +378,8 @@ class LoRAM(Weights):
             with torch.no_grad():
                 term.B.copy_(B)
                 term.A.copy_(A)
+                if isinstance(term, Masked):
+                    term.mask.copy_(learnt[f"{stem}.mask"])
         return handle
 
     def filled(self, site: Site, A: Tensor, kept: Tensor) -> Tensor:
@@ -346,4 +391,6 @@ class LoRAM(Weights):
     def cost(self, m: int, n: int) -> Cost:
         """On the maps that the adapter is learnt on."""
         pair = min(self.rank, m, n) * (m + n)
+        if self.mask_delta:
+            return Cost(parameters=pair, frozen=m * n, flops_per_token=2 * m * n)
         return Cost(parameters=pair, flops_per_token=2 * pair)
