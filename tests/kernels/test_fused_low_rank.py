@@ -79,6 +79,15 @@ def test_gradcheck():
     )
 
 
+def test_second_derivatives_are_refused_not_wrong():
+    x, W, bias, A, B = inputs(tokens=3)
+    A.requires_grad_()
+    y = fused_linear_plus_low_rank(x, W, bias, A, B, 1.0)
+    (dA,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dA.sum().backward()
+
+
 def test_it_keeps_one_input_and_one_thin_tensor():
     x, W, bias, A, B = inputs(torch.bfloat16)
     for t in (x, A, B):

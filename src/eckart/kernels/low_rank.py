@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from eckart.linear import Pair, frozen_linear, linear_plus_low_rank
@@ -153,6 +154,7 @@ class FusedLowRank(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, h, *tensors = ctx.saved_tensors
         every = unpack(ctx.scales, tensors)
@@ -219,6 +221,7 @@ class WideGradient(torch.autograd.Function):
         return F.linear(x, W, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (W,) = ctx.saved_tensors
         return (dy.float() @ W.float()).to(W.dtype), None, None

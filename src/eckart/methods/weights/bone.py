@@ -138,7 +138,7 @@ class Folded(torch.autograd.Function):
         if M.shape[-1] < W.shape[0]:
             return y.add_(unfold((h @ M).to(y.dtype), W.shape[0]))
         low = within_sum(x, M)
-        add_product(y.flatten(0, -2), h.flatten(0, -2).to(low), M.to(low))
+        add_product(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(low), M.to(low))
         return y
 
     @staticmethod
@@ -150,7 +150,7 @@ class Folded(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = product(dy, W)
             dx += unfold(product(dz, M.mT).to(dx.dtype), n)
-        dM = h.flatten(0, -2).mT @ dz.flatten(0, -2).to(M.dtype)
+        dM = h.reshape(-1, h.shape[-1]).mT @ dz.reshape(-1, q).to(M.dtype)
         return dx, None, None, None, dM
 
 
