@@ -35,6 +35,18 @@ def test_roles_are_found_in_every_family(architecture):
     assert any(role.startswith("mlp") for role in roles)
 
 
+@pytest.mark.parametrize("kind", ["convnext", "deberta-v2", "gpt_neox", "modernbert"])
+def test_blocks_that_name_their_maps_otherwise_have_roles_too(kind):
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(kind, num_hidden_layers=2)
+    with torch.device("meta"):
+        sites = sites_of(AutoModel.from_config(config))
+    roles = [site.role for site in sites if site.kind == "linear"]
+    assert {"mlp.up", "mlp.down"} <= set(roles) and "other" not in roles
+    assert kind == "convnext" or ({"attn.q", "attn.qkv"} & set(roles) and "attn.o" in roles)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_default_takes_every_map_of_the_blocks_and_no_other(architecture):
     model = tiny(architecture)
@@ -148,7 +160,8 @@ def test_a_map_read_past_its_module_is_refused_by_name():
 def test_a_grouped_convolution_is_refused():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(UsageError, match="a grouped convolution has no single matrix"):
-        attach(model, Recipe(weights=LoRA(rank=2, targets=("conv",))))
+        attach(model, Recipe(weights=LoRA(rank=2, targets=("0",))))
+    assert [site.role for site in sites_of(model)] == ["grouped"]  # no conv, and so not among them
 
 
 def test_resizing_an_embedding_that_carries_terms_is_refused():

@@ -31,19 +31,21 @@ ROLES: tuple[tuple[str, str], ...] = (
     (r"\.(gate|router)$", "router"),
     (r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$", "experts.up"),
     (r"\.experts\.\d+\.(w2|down_proj)$", "experts.down"),
-    (r"(q_proj|query|\.q|q_lin|wq)$", "attn.q"),
-    (r"(k_proj|key|\.k|k_lin|wk)$", "attn.k"),
-    (r"(v_proj|value|\.v|v_lin|wv)$", "attn.v"),
-    (r"(c_attn|qkv_proj|query_key_value|in_proj)$", "attn.qkv"),
-    (r"(attn|attention|Attention)[\w.]*\.(o_proj|out_proj|c_proj|o|wo)$", "attn.o"),
+    (r"(c_attn|qkv_proj|query_key_value|in_proj|Wqkv)$", "attn.qkv"),
+    (r"(q_proj|query|query_proj|\.q|q_lin|wq)$", "attn.q"),
+    (r"(k_proj|key|key_proj|\.k|k_lin|wk)$", "attn.k"),
+    (r"(v_proj|value|value_proj|\.v|v_lin|wv)$", "attn.v"),
+    (r"(attn|attention|Attention)[\w.]*\.(o_proj|out_proj|c_proj|o|wo|Wo|dense)$", "attn.o"),
     (r"(attention\.output\.dense|attention\.dense|out_lin|o_proj)$", "attn.o"),
     (r"(gate_proj|wi_0|\.w1)$", "mlp.gate"),
-    (r"(up_proj|wi_1|\.wi|\.w3|c_fc|fc1|intermediate\.dense|lin1|gate_up_proj)$", "mlp.up"),
-    (r"(down_proj|\.wo|\.w2|mlp\.c_proj|fc2|output\.dense|lin2)$", "mlp.down"),
+    (r"(up_proj|wi_1|\.wi|\.Wi|\.w3|c_fc|fc1|intermediate[._]dense|lin1|gate_up_proj)$", "mlp.up"),
+    (r"(dense_h_to_4h|fc_in|pwconv1)$", "mlp.up"),
+    (r"(down_proj|\.wo|\.Wo|\.w2|mlp\.c_proj|fc2|output[._]dense|lin2)$", "mlp.down"),
+    (r"(dense_4h_to_h|fc_out|pwconv2)$", "mlp.down"),
 )
 ONE_INPUT = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("experts.up",))
 ACROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
-TOKENS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings)$")
+TOKENS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|shared|tok_embeddings)$")
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 RANGE = re.compile(r"^(?P<name>[\w.]+?)\.(?P<first>\d+)-(?P<last>\d+)$")
 
@@ -52,8 +54,8 @@ def role_of(site: Site) -> str:
     """The role of a site, from its kind and its path."""
     if site.kind == "experts":
         return "experts.down" if site.param == "down_proj" else "experts.up"
-    if site.kind == "conv":
-        return "conv"
+    if site.kind == "conv":  # a grouped one has no single matrix
+        return "conv" if getattr(site.module, "groups", 1) == 1 else "grouped"
     if site.kind == "embedding":
         return "embedding" if TOKENS.search(site.path) or site.ties else "embedding.other"
     for pattern, role in ROLES:
