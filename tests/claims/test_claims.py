@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from eckart import claims
+from eckart.jobs import reproduce
 from eckart.jobs.lab.bare_loop import start_of
 from eckart.recipe import registry
 
@@ -88,3 +90,16 @@ def test_a_claim_belongs_to_a_method_or_a_paper_beside_them(name):
 def test_a_claim_file_names_its_source(name):
     doc = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
     assert "Source:" in doc
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_quick_check_takes_seconds_and_gives_no_verdict(name, tmp_path, monkeypatch):
+    """From an empty cache, in the processor's time: a busy machine is nobody's fault."""
+    monkeypatch.setenv("ECKART_CACHE", str(tmp_path))
+    begun = time.process_time()
+    (document,) = reproduce.run([name], "quick", json=True)["claims"]
+    assert time.process_time() - begun < 20
+    said = [document, *document["evidence"]["statements"], document["evidence"]["control"]]
+    assert {part["verdict"] for part in said} == {"no verdict"}
+    assert document["reason"] == "a quick check of the machinery"

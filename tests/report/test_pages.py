@@ -39,13 +39,16 @@ def run_page():
     )  # fmt: skip
 
 
+RECIPE = {"weights": {"name": "lora", "rank": 4, "targets": ["attn"]}, "objective": []}
+
+
 def bench_row(name, difference=None, verdict="baseline"):
     return {
         "name": name, "lr": 1e-3, "default_lr": 1e-3, "at_edge": False, "trials": 9,
         "lr_curve": [{"lr": 10**-k, "mean": 3.0 + k, "values": [3.0 + k, None]} for k in (4, 3, 2)]
         + [{"lr": 0.03, "mean": None, "values": [None, None]}],
         "basin_decades": 1.0, "regret_at_default_lr": 0.0, "regret_at_baseline_lr": None,
-        "expected_after_trials": [3.2, 3.1], "verdict": verdict, "reason": "", "recipe": "R()",
+        "expected_after_trials": [3.2, 3.1], "verdict": verdict, "reason": "", "recipe": RECIPE,
         "test": {"mean": 3.0, "sd": 0.1, "values": [2.9, 3.1, 3.0]}, "difference": difference,
         "costs": {"steps": 10, "tokens": 100, "seconds": 1.5, "peak_bytes": 10**6,
                   "state_bytes": 10**5, "trained_parameters": 1000},
@@ -182,7 +185,17 @@ def test_a_bench_says_where_a_rate_diverged_and_what_was_held_fixed():
 
 
 def test_why_there_are_no_spectra_is_said():
-    assert '<p class="wide">too large</p>' in page({}, [], unseen="too large")
+    assert '<p class="wide">too large</p>' in page({}, [], unseen=["too large"])
+
+
+def test_a_long_table_is_folded_under_its_medians():
+    """A model of 7 B has 224 matrices; the medians of its roles stand above the fold."""
+    sites = [f"layers.{i}.{role}" for i in range(32) for role in ("q_proj", "up_proj")]
+    found = page({}, [], spectra={1: {site: [1.0, 0.5] for site in sites}})
+    assert found.count("<details") == 1 and "<summary>By matrix (64)</summary>" in found
+    assert found.index("Medians by role") < found.index("<details")
+    assert "<details" not in run_page()
+    outline(found)
 
 
 def test_many_layers_have_no_number_in_their_cells():

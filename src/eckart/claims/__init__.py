@@ -95,6 +95,8 @@ class Task:
     """Share of the learning rate that is left at the end."""
     clip: float | None = 1.0
     pretraining_steps: int = 1200
+    evaluated: int | None = None
+    """Rows of each held-out part that are evaluated; None: all of them."""
     score: Callable[[nn.Module, Batch], Quantities] | None = None
     """Further quantities of the test examples, for example an accuracy; means over batches."""
 

@@ -14,17 +14,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
 
 from eckart.errors import UsageError
-from eckart.io.folder import write_text
 from eckart.io.run import Run
 from eckart.jobs.lab import lengths, matching
 from eckart.jobs.lab.board import Board
@@ -36,9 +34,11 @@ from eckart.jobs.lab.contest import (
     starts_at_random,
 )
 from eckart.jobs.lab.lengths import Length
+from eckart.jobs.lab.materials import digest
 from eckart.jobs.lab.runner import Quantities, Runner, runner
 from eckart.jobs.lab.standing import Record, ranking, table
 from eckart.jobs.lab.sweep import Plan, lr_at, sampled, wanted
+from eckart.jobs.lab.tables import as_text, write
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.job import Job
 from eckart.jobs.settings.refuse import CONTESTED, is_among
@@ -199,13 +199,19 @@ def compare(
         "untouched": start,
         "margin": options.margin,
         "methods": [
-            row | {"recipe": str(c.recipe), "costs": costs(r, planned[r.name], shared.data)}
+            row
+            | {"recipe": outcome.recipe_of(c.job)}
+            | {"costs": costs(r, planned[r.name], shared.data)}
             for row, r, c in zip(
                 table(records, untouched, options.margin), records, entered, strict=True
             )
         ],
         "ranking": ranking(records),
-        "held_fixed": held_fixed(job, options, planned, records),
+        "held_fixed": held_fixed(job, options, planned, records)
+        | {
+            "tokens in a row": str(shared.data.seq_len),
+            "model and data, as a hash": digest(content),
+        },
         "repeat": repeat(job, options),
         "warnings": screen.warnings,
     }
@@ -300,63 +306,19 @@ def repeat(job: Job, options: Options) -> str:
     """What to type to do it again."""
     default = Options()
     flags = [
-        f"--{name} {value}"
+        word
         for name, value in options.__dict__.items()
         if name not in ("methods", "processes", "ray") and value != getattr(default, name)
+        for word in (f"--{name}", str(value))
     ]
     data = ",".join(s.path for s in job.data.train)
     given = sorted(job.given.items())  # a resumed job has them in another order
     keys = [f"{k}={v}" for k, v in given if k not in ("model", "data.train", "out")]
-    words = ["eckart bench", str(job.model), data, f"--methods {options.methods}", *flags, *keys]
-    return " ".join(words)
+    words = [str(job.model), data, "--methods", options.methods, *flags, *keys]
+    return f"eckart bench {shlex.join(words)}"
 
 
-# --- what is written and said --------------------------------------------------------------
-
-TIMED = ("seconds",)
-COLUMNS = (
-    "name", "verdict", "lr", "test", "sd", "difference", "low", "high", "p_corrected",
-    "smallest_visible", "trained_parameters", "steps", "tokens", "peak_bytes", "trials",
-)  # fmt: skip
-
-
-def write(run: Run, document: Mapping[str, Any]) -> None:
-    """Everything in the folder. What a clock decides is kept apart from what it does not."""
-    from eckart.report import comparison
-
-    timeless = without_time(document)
-    lines = [json.dumps(row, sort_keys=True) + "\n" for row in timeless["methods"]]
-    write_text(run.folder / "results.jsonl", "".join(lines))
-    write_text(run.folder / "bench.json", json.dumps(timeless, indent=2, ensure_ascii=False) + "\n")
-    write_text(run.folder / "table.csv", as_csv(timeless["methods"]))
-    timed = {row["name"]: row["costs"] for row in document["methods"]}
-    write_text(run.folder / "costs.json", json.dumps(timed, indent=2) + "\n")
-    write_text(run.report, comparison(document))
-
-
-def without_time(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document without what differs between two equal benches: times, and the folder."""
-    methods = [
-        row | {"costs": {k: v for k, v in row["costs"].items() if k not in TIMED}}
-        for row in document["methods"]
-    ]
-    return {k: v for k, v in document.items() if k != "run"} | {"methods": methods}
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        d = row["difference"] or {}
-        low, high = d.get("interval", ["", ""])
-        known = {
-            **row["costs"], **row, **d,
-            "test": row["test"]["mean"], "sd": row["test"]["sd"],
-            "difference": d.get("mean"), "low": low, "high": high,
-        }  # fmt: skip
-        writer.writerow(["" if known.get(c) is None else known[c] for c in COLUMNS])
-    return out.getvalue()
+# --- what is said --------------------------------------------------------------------------
 
 
 def tell(screen: Screen, document: Mapping[str, Any]) -> None:
@@ -366,33 +328,3 @@ def tell(screen: Screen, document: Mapping[str, Any]) -> None:
     print(as_text(document))
     folder = outcome.shown(document["run"])
     screen.line("done", f"{folder}/report.html   {folder}/table.csv", result=True)
-
-
-def as_text(document: Mapping[str, Any]) -> str:
-    """Aligned columns, the baseline first."""
-    head = ["method", "test loss", "better by [95 %]", "p", "lr", "trained", "peak MB", "s",
-            "verdict"]  # fmt: skip
-    rows = [head]
-    for row in document["methods"]:
-        d, c = row["difference"], row["costs"]
-        between = "" if not d or d["interval"][0] is None else (
-            f"{d['mean']:+.4f} [{d['interval'][0]:+.4f}, {d['interval'][1]:+.4f}]"
-        )  # fmt: skip
-        sd = row["test"]["sd"]
-        rows.append(
-            [
-                row["name"],
-                f"{row['test']['mean']:.4f}" + (f" ±{sd:.4f}" if sd is not None else ""),
-                between,
-                "" if not d or d["p_corrected"] is None else f"{d['p_corrected']:.2g}",
-                f"{row['lr']:.2g}" + (" edge" if row["at_edge"] else ""),
-                f"{c['trained_parameters']:,}",
-                f"{c['peak_bytes'] / 1e6:.1f}",
-                f"{c['seconds']:.1f}",
-                row["verdict"] + (f": {row['reason']}" if row.get("reason") else ""),
-            ]
-        )
-    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
-    )

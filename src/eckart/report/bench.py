@@ -20,7 +20,7 @@ def page(document: Mapping[str, Any]) -> str:
         Section("Seeds", seeds(document, rows)),
         Section("Costs", costs(rows)),
         Section("What was held fixed", [fixed(document)]),
-        Section("Recipes", [Table(["method", "recipe"], [[r["name"], r["recipe"]] for r in rows])]),
+        Section("Recipes", [recipes(rows)]),
     ]
     title = f"{', '.join(r['name'] for r in rows[1:])} against {document['baseline']}"
     return html(title, lead(rows), sections, document["repeat"])
@@ -37,17 +37,17 @@ def lead(rows: Sequence[Row]) -> str:
 def verdicts(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Table | Text]:
     others = [r for r in rows if r["difference"] and r["difference"]["interval"][0] is not None]
     drawn = [(r["name"], r["difference"]["mean"], *r["difference"]["interval"]) for r in others]
-    head = ["method", "test loss", "over seeds", "better by", "from", "to", "p (Holm)",
-            "visible from", "verdict"]  # fmt: skip
+    head = ["method", "verdict", "better by", "from", "to", "p (Holm)", "visible from",
+            "test loss", "over seeds"]  # fmt: skip
     cells = [
-        [r["name"], loss(r["test"]["mean"]), loss(r["test"]["sd"]), *between(r), r["verdict"]]
+        [r["name"], r["verdict"], *between(r), loss(r["test"]["mean"]), loss(r["test"]["sd"])]
         for r in rows
     ]
     reasons = [f"{r['name']}: {r['reason']}." for r in rows if r.get("reason")]
     note = (
         "Differences are paired: in each seed all methods saw the same batches. Intervals are at "
-        "95 %, p is corrected for the number of methods. Visible from: the smallest true "
-        "difference that is seen in 80 % of such benches; below it nothing was looked for."
+        "95\u00a0%, p is corrected for the number of methods. Visible from: the smallest true "
+        "difference that is seen in 80\u00a0% of such benches; below it nothing was looked for."
     )
     found: list[Figure | Table | Text] = [Table(head, cells)]
     if drawn:
@@ -142,6 +142,27 @@ def costs(rows: Sequence[Row]) -> list[Figure | Table]:
 
 def fixed(document: Mapping[str, Any]) -> Table:
     return Table(["what", "value"], [[k, v] for k, v in document["held_fixed"].items()])
+
+
+def recipes(rows: Sequence[Row]) -> Table:
+    """Every contestant's choice on each axis, with all fields."""
+    cells = [
+        [row["name"], axis, choice["name"], fields_of(choice)]
+        for row in rows
+        for axis, choices in row["recipe"].items()
+        for choice in (choices if isinstance(choices, list) else [choices])
+    ]
+    return Table(["method", "axis", "choice", "fields"], cells)
+
+
+def fields_of(choice: Mapping[str, Any]) -> str:
+    """`rank=16, targets=[attn,mlp]`, as one types them; what is empty is left out."""
+
+    def typed(value: Any) -> str:
+        return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
+
+    given = {k: v for k, v in choice.items() if k != "name" and v not in (None, "", (), [])}
+    return ", ".join(f"{key}={typed(value)}" for key, value in given.items())
 
 
 def loss(value: float | None, sign: str = "") -> str:

@@ -11,6 +11,8 @@ from markupsafe import Markup
 
 from eckart.report.figures import Figure
 
+LONG = 24  # rows of a table above which it is folded
+
 
 @dataclass(frozen=True)
 class Table:
@@ -23,6 +25,11 @@ class Table:
     @property
     def kind(self) -> str:
         return "table"
+
+    @property
+    def folded(self) -> bool:
+        """Is it too long to stand in the way? On paper it is open."""
+        return bool(self.caption) and len(self.rows) > LONG
 
     def numeric(self, column: int) -> bool:
         cells = [row[column] for row in self.rows if row[column]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import exp, log, nan
+from statistics import median
 from typing import Any
 
 from eckart.report.figures import Curve, Figure, bars, curves, heat
@@ -24,7 +25,7 @@ def page(
     command: str = "",
     spectra: Mapping[int, Spectra] | None = None,
     overlaps: Mapping[str, Sequence[tuple[int, float]]] | None = None,
-    unseen: str = "",
+    unseen: Sequence[str] = (),
     coverage: Mapping[str, Mapping[str, int]] | None = None,
     memory: Mapping[str, Mapping[str, float]] | None = None,
     samples: Sequence[tuple[str, str, str]] = (),
@@ -37,7 +38,7 @@ def page(
     grad_norm, update_norm, penalty, and others, which get a figure of their own.
     `spectra`: step -> site -> singular values of what was learned (the last step is drawn).
     `overlaps`: site -> [(step, share of the old subspace in the new one)] at refreshes.
-    `unseen`: why there are no spectra where one would look for them.
+    `unseen`: why there are no spectra or overlaps where one would look for them.
     `coverage`: role -> {trained, projected, frozen, unreachable} elements.
     `memory`: {"estimated": {category: bytes}, "measured": {category: bytes}}.
     `samples`: (prompt, before, after). `resolved`: (key, value, reason; "" where given).
@@ -123,10 +124,10 @@ def curve(metrics: Sequence[Mapping[str, Any]], key: str) -> Curve | None:
 def learned(
     spectra: Mapping[int, Spectra],
     overlaps: Mapping[str, Sequence[tuple[int, float]]],
-    unseen: str = "",
+    unseen: Sequence[str] = (),
 ) -> list[Figure | Table | Text]:
     """Singular values of the change, its effective rank over time and by place, overlaps."""
-    found: list[Figure | Table | Text] = [Text(unseen)] if unseen else []
+    found: list[Figure | Table | Text] = [Text(why) for why in unseen]
     if spectra:
         last = spectra[max(spectra)]
         by_role = grouped(last)
@@ -147,18 +148,7 @@ def learned(
             ]
             found.append(curves("Effective rank", over, "step", "effective rank"))
         found += by_place(last)
-        rows = [
-            [
-                site,
-                f"{len(v)}",
-                f"{effective_rank(v):.1f}",
-                f"{stable_rank(v):.1f}",
-                f"{at_energy(v)}",
-            ]
-            for site, v in last.items()
-        ]
-        head = ["matrix", "values", "effective rank", "stable rank", f"rank for {ENERGY:.0%}"]
-        found.append(Table(head, rows, "By matrix"))
+        found += [roles_of(last), matrices_of(last)]
     if overlaps:
         names = without_common(list(overlaps)[:8])
         drawn = [
@@ -168,6 +158,35 @@ def learned(
         title = "Overlap of a subspace with the one before"
         found.append(curves(title, drawn, "step", "share that stays"))
     return found
+
+
+SPECTRAL = ("effective rank", "stable rank", f"rank for {ENERGY:.0%}")
+
+
+def numbers_of(values: Sequence[float]) -> tuple[float, float, int]:
+    """What `SPECTRAL` names, of one matrix."""
+    return effective_rank(values), stable_rank(values), at_energy(values)
+
+
+def matrices_of(last: Spectra) -> Table:
+    """A line for each matrix."""
+    rows = []
+    for site, values in last.items():
+        effective, stable, needed = numbers_of(values)
+        rows.append([site, f"{len(values)}", f"{effective:.1f}", f"{stable:.1f}", f"{needed}"])
+    return Table(["matrix", "values", *SPECTRAL], rows, "By matrix")
+
+
+def roles_of(last: Spectra) -> Table:
+    """Medians over the matrices of a role."""
+    by_role: dict[str, list[tuple[float, float, int]]] = {}
+    for site, values in last.items():
+        by_role.setdefault(role(site), []).append(numbers_of(values))
+    rows = [
+        [name, f"{len(each)}", *(f"{median(column):.1f}" for column in zip(*each, strict=True))]
+        for name, each in by_role.items()
+    ]
+    return Table(["role", "matrices", *SPECTRAL], rows, "Medians by role")
 
 
 def without_common(paths: Sequence[str]) -> list[str]:
@@ -253,8 +272,10 @@ def reached(coverage: Mapping[str, Mapping[str, int]]) -> list[Figure | Table]:
         for name, row in coverage.items()
     }
     rows = [[name, *(f"{row.get(s, 0):,}" for s in states)] for name, row in coverage.items()]
+    present = [s for s in states if any(s in share for share in shares.values())]
+    of = f"{present[0]}, " if len(present) == 1 else ""  # one colour alone has no name beside it
     return [
-        bars("Share by role", shares, "% of the role's elements"),
+        bars("Share by role", shares, f"{of}% of the role's elements"),
         Table(["role", *states], rows),
     ]
 

@@ -162,13 +162,16 @@ class Bench:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        training = model.training
+        training, rows = model.training, self.task.evaluated
+        validation, test = (
+            {key: tensor[:rows] for key, tensor in part.items()}
+            for part in (self.splits.validation, self.splits.test)
+        )
         model.eval()
         try:
-            found = {"validation": mean_loss(model, self.splits.validation)}
-            found["loss"] = mean_loss(model, self.splits.test)
+            found = {"validation": mean_loss(model, validation), "loss": mean_loss(model, test)}
             if self.task.score is not None:
-                found.update(mean_score(model, self.splits.test, self.task.score))
+                found.update(mean_score(model, test, self.task.score))
         finally:
             model.train(training)
         return found

@@ -27,7 +27,7 @@ from eckart.io.text import cache_folder
 from eckart.jobs.lab.bare_loop import Bench
 from eckart.jobs.lab.materials import corpus, digest, shrunk, start_model
 
-QUICK_STEPS, QUICK_PRETRAINING = 6, 10
+QUICK_STEPS, QUICK_PRETRAINING, QUICK_ROWS = 6, 10, 16
 SRC = Path(eckart.__file__).parent
 TRAINING_ROOMS = (
     "linear", "optim", "decompose", "attention", "precision", "kernels", "recipe",
@@ -98,6 +98,7 @@ def task_of(claim: Claim, arm: Arm, budget: Budget) -> Task:
         task,
         steps=min(task.steps, QUICK_STEPS),
         pretraining_steps=min(task.pretraining_steps, QUICK_PRETRAINING),
+        evaluated=QUICK_ROWS,
     )
 
 

@@ -16,6 +16,11 @@ from eckart.recipe import Handle
 
 ABOUT = ("command", "steps", "seconds", "tokens_per_second", "format", "seed", "data", "versions")
 Rows = Sequence[Mapping[str, Any]]
+UNDRAWN = {  # what a basis is kept as -> why it is not compared with the one before
+    "seed": "each is drawn anew from a seed, and shares with the last what chance gives, r / n",
+    "warm": "a basis that follows the gradient lives for one step",
+    "left_codes": "a basis that is kept in 4 bits is not unpacked to be looked at",
+}
 LISTED = 300  # characters of a value
 
 
@@ -48,7 +53,7 @@ def write_page(
         command=f"eckart {job.command} -c {run.folder / 'resolved.yaml'}",
         spectra=over_time | ({rows[-1]["step"]: last} if rows and last else {}),
         overlaps=overlaps,
-        unseen=why_not(handle),
+        unseen=[why for why in (why_not(handle), why_no_overlaps(handle)) if why],
         coverage=handle.coverage.by_role,
         memory=memory,
         samples=samples,
@@ -57,6 +62,14 @@ def write_page(
         ],
     )
     write_text(run.report, text)
+
+
+def why_no_overlaps(handle: Handle) -> str:
+    """Why it is not drawn how far a basis turns, where it does; else empty."""
+    update = handle.recipe.update
+    kept = update.rule().projector.names if update else ()
+    reasons = [UNDRAWN[name] for name in kept if name in UNDRAWN]
+    return f"Overlaps of bases are left out: {reasons[0]}." if reasons else ""
 
 
 def reason(job: Job, key: str) -> str:
