@@ -9,7 +9,7 @@ from eckart.errors import UsageError
 from eckart.jobs.settings.config import resolve
 from eckart.methods.update.altlora import AltLoRA, carrier, projection
 from eckart.methods.weights.lora import LoRA
-from eckart.optim import LowRankOptimizer
+from eckart.optim import LowRankOptimizer, Stacks
 from tests import tiny
 
 F64 = torch.float64
@@ -99,8 +99,8 @@ def test_follows_the_papers_algorithms(plus, schedule, turn, parity, zero):
 def test_each_move_is_the_gradient_projected_on_the_fixed_factor():
     B, A = problem()
     G, s = gradients(1)[0], torch.tensor(S, dtype=F64)
-    hA = projection(B, s, 0.0, False)[1] @ (S * B.T @ G)
-    hB = (S * G @ A.T) @ projection(A.T, s, 0.0, False)[1]
+    hA = projection(Stacks([B[None]], tall=True), s, 0.0, False)[1][0] @ (S * B.T @ G)
+    hB = (S * G @ A.T) @ projection(Stacks([A[None]], tall=False), s, 0.0, False)[1][0]
     Q_B, Q_A = torch.linalg.qr(B)[0], torch.linalg.qr(A.T)[0]
     torch.testing.assert_close(S * B @ hA, Q_B @ Q_B.T @ G, rtol=0, atol=1e-10)
     torch.testing.assert_close(S * hB @ A, G @ Q_A @ Q_A.T, rtol=0, atol=1e-10)
@@ -108,10 +108,11 @@ def test_each_move_is_the_gradient_projected_on_the_fixed_factor():
 
 def test_momentum_is_carried_to_where_it_means_nearly_the_same():
     (B_old, A), (B, _) = problem(0), problem(1)
-    P = projection(B, torch.ones(()), 0.0, False)[0]
+    F, F_old = (Stacks([t[None]], tall=True) for t in (B, B_old))
+    P = projection(F, torch.ones(()), 0.0, False)[0]
     wanted = torch.linalg.lstsq(B, B_old @ A).solution
-    torch.testing.assert_close(carrier(P, B, B_old) @ A, wanted, rtol=0, atol=1e-10)
-    torch.testing.assert_close(carrier(P, B, B) @ A, A)
+    torch.testing.assert_close(carrier(P, F, F_old)[0] @ A, wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(carrier(P, F, F)[0] @ A, A)
 
 
 @pytest.mark.parametrize("plus, invariant", [(False, True), (True, False)])

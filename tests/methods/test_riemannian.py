@@ -6,7 +6,7 @@ from torch import nn
 
 from eckart.methods.update.altlora import AltLoRA
 from eckart.methods.update.riemannian import Riemannian, preconditioned
-from eckart.optim import LowRankOptimizer
+from eckart.optim import LowRankOptimizer, Stacks
 from tests import tiny
 
 F64 = torch.float64
@@ -31,7 +31,9 @@ def moved(B, A, G, lr, method):
 
 def test_to_first_order_the_matrix_moves_by_both_projections():
     B, A, G, _ = problem()
-    hB, hA = preconditioned(B, A, G @ A.T, B.T @ G, 0.0)
+    F, gB = (Stacks([t[None]], tall=True) for t in (B, G @ A.T))
+    E, gA = (Stacks([t[None]], tall=False) for t in (A, B.T @ G))
+    (hB,), (hA,) = (h.tensors[0] for h in preconditioned(F, E, gB, gA, 0.0))
     Q_B, Q_A = torch.linalg.qr(B)[0], torch.linalg.qr(A.T)[0]
     wanted = Q_B @ Q_B.T @ G + G @ Q_A @ Q_A.T
     torch.testing.assert_close(B @ hA + hB @ A, wanted, rtol=0, atol=1e-12)

@@ -4,15 +4,15 @@ matters is how W moves.
 With G = dL/dW, which is never needed, the factors' gradients are gA = s B^T G and
 gB = s G A^T; a change (hA, hB) of the factors moves W, to first order, by s (B hA + hB A).
 
-Pairs of one shape are stacked where they are small, so that a model's r x r work is a few
-batched calls. That work is done in fp64: (B^T B)^-1 can be 1e8 where B has just left zero.
-The thin products around it are in fp32, as the gradients are: what they round away is as
+A step is made of thin products, which sum over a long side, and of r x r work between them.
+That work is one batch for all pairs of a rank, and in fp64: (B^T B)^-1 can be 1e8 where B has
+just left zero. The thin products are in fp32, as the gradients are: what they round away is as
 small as what the backward pass has rounded away from gA and gB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.inner import Inner
-from eckart.optim.part import CACHED, CHUNK, Part, State
+from eckart.optim.part import CACHED, CHUNK, Part, State, Tensors
 from eckart.optim.sharded import local, whole
 
 if TYPE_CHECKING:
@@ -31,30 +31,108 @@ if TYPE_CHECKING:
 Moments = dict[str, Tensor]
 
 
-class Factor:
-    """B or A of k pairs of one shape and age: value and gradient [k, *, a, b], fp32 at least.
+class Stacks(NamedTuple):
+    """Factors of K matrices, of one rank: B's [m, r] (`tall`) or A's [r, n], or some of one shape
+    as a stack [k, m, r] or [k, r, n]."""
 
-    Whole where the parameters are sharded: adapters are small. A factor that rests has a
-    gradient of zero. Of one pair all is a view, so what is changed in place is changed there.
+    tensors: Tensors
+    tall: bool
+
+    def across(self, other: Stacks, mean: bool = False) -> Tensor:
+        """B^T B' of each, or A A'^T, or that over the length of the long side: [K, r, r] fp64."""
+        found = []
+        for X, Y in zip(self.tensors, other.tensors, strict=True):
+            product = X.mT @ Y if self.tall else X @ Y.mT
+            found.append(product / X.shape[-2 if self.tall else -1] if mean else product)
+        r = found[0].shape[-1]
+        return torch.cat([product.flatten(0, -2) for product in found]).view(-1, r, r).double()
+
+    def cut(self, numbers: Tensor) -> Tensors:
+        """[K, a, b] in pieces that go with the stacks."""
+        pieces = numbers.split([t.shape[:-2].numel() for t in self.tensors])
+        pairs = zip(pieces, self.tensors, strict=True)
+        return [piece.view(*t.shape[:-2], *piece.shape[-2:]) for piece, t in pairs]
+
+    def double(self) -> Stacks:
+        return Stacks([t.double() for t in self.tensors], self.tall)
+
+    def clone(self) -> Stacks:
+        return Stacks([t.clone() for t in self.tensors], self.tall)
+
+
+def mixed(*terms: tuple[Tensor, Stacks]) -> Stacks:
+    """sum Q X over terms of Q [K, r, r], in any dtype, and A's X; of B's sum X Q^T. Each product
+    is added to the sum as it is made: no other tensor is as large."""
+    tall, dtype = terms[0][1].tall, terms[0][1].tensors[0].dtype
+    totals: Tensors = []
+    for Q, stacks in terms:
+        parts = stacks.cut((Q.mT if tall else Q).to(dtype))
+        for i, (q, X) in enumerate(zip(parts, stacks.tensors, strict=True)):
+            first, second = (X, q) if tall else (q, X)
+            if i == len(totals):
+                totals.append(first @ second)
+            elif X.dim() == 2:
+                totals[i].addmm_(first, second)
+            else:
+                totals[i].baddbmm_(first, second)
+    return Stacks(totals, tall)
+
+
+class Factor:
+    """B or A of pairs of one rank and age: values and gradients, fp32 at least.
+
+    Whole where the parameters are sharded: adapters are small. Leading dimensions (experts)
+    count as pairs. A factor that rests has a gradient of zero. A stack of one pair is a view, so
+    what is changed in place is changed there.
     """
 
-    def __init__(self, entries: list[Entry]):
-        self.entries = entries
-        self.value = stacked([whole(e.param.detach()) for e in entries])
-        grads = [whole(e.param.grad) for e in entries if e.param.grad is not None]
-        self.rests = not grads  # pairs are stacked by whether there are any
-        self.grad = torch.zeros_like(self.value) if self.rests else stacked(grads)
+    def __init__(self, stacks: list[list[Entry]], tall: bool):
+        self.stacks, self.tall = stacks, tall
+        self.entries = [e for stack in stacks for e in stack]
+        self.value = self.stacked([whole(e.param.detach()) for e in self.entries])
+        self.rests = self.entries[0].rests  # pairs move together that both do or do not
+        if self.rests:
+            self.grad = Stacks([torch.zeros_like(t) for t in self.value.tensors], tall)
+        else:
+            self.grad = self.stacked([whole(e.gradient) for e in self.entries])
 
-    def state(self, name: str) -> Tensor:
-        """A state tensor of all of them, stacked; `keep` it after changing it in place."""
-        return stacked([e.tensors[name] for e in self.entries])
+    def stacked(self, tensors: Tensors) -> Stacks:
+        """Tensors of the entries [*, a, b] as stacks."""
+        waiting, found = iter(tensors), []
+        wide = torch.promote_types(tensors[0].dtype, torch.float32)
+        for stack in self.stacks:
+            some = [next(waiting) for _ in stack]
+            together = some[0] if len(some) == 1 else torch.stack(some)
+            together = together.flatten(0, -3) if together.dim() > 3 else together
+            found.append(together.to(wide))
+        return Stacks(found, self.tall)
 
-    def keep(self, **values: Tensor) -> None:
-        """Write stacked state tensors back."""
-        write(
-            [e.tensors[name] for name in values for e in self.entries],
-            [t for value in values.values() for t in value.unbind()],
-        )
+    def state(self, name: str) -> Stacks:
+        """A state tensor shaped like the factor; `keep` it after changing it in place."""
+        return self.stacked([e.tensors[name] for e in self.entries])
+
+    def small(self, name: str, dims: int = 2) -> Tensor:
+        """A state tensor of r x r numbers, or of fewer dimensions: [K, ..]."""
+        found = [e.tensors[name] for e in self.entries]
+        return torch.cat([t.reshape(-1, *t.shape[t.dim() - dims :]) for t in found])
+
+    def keep(self, **values: Stacks | Tensor) -> None:
+        """Write state tensors back."""
+        for name, value in values.items():
+            states = [e.tensors[name] for e in self.entries]
+            if isinstance(value, Tensor):
+                write(states, list(value.chunk(len(states))))
+            else:
+                write(states, self.pieces(value))
+
+    def pieces(self, stacks: Stacks) -> Tensors:
+        """One tensor for each entry, [*, a, b]: views."""
+        found: Tensors = []
+        for t, stack in zip(stacks.tensors, self.stacks, strict=True):
+            lead = stack[0].param.shape[:-2]
+            alone = t.shape[:-2] == lead
+            found += [t] if alone else t.view(len(stack), *lead, *t.shape[-2:]).unbind()
+        return found
 
     @property
     def counts(self) -> list[int]:
@@ -66,39 +144,35 @@ class Factor:
         return 1 - beta ** self.counts[0]
 
     def move(
-        self, change: Tensor, size: float = 1.0, over: Tensor | None = None, decay: str = "before"
+        self, change: Stacks, size: float = 1.0, over: Tensors | None = None, decay: str = "before"
     ) -> None:
         """value -= lr size change (or change / over), with decoupled decay before or after;
         counts a step."""
-        group = self.entries[0].group
+        group, values = self.entries[0].group, self.value.tensors
         lr = float(group["lr"])
         keep = 1 - lr * group["weight_decay"]
         if keep != 1 and decay == "before":
-            self.value.mul_(keep)
+            torch._foreach_mul_(values, keep)
         if over is None:
-            self.value.add_(change, alpha=-lr * size)
+            torch._foreach_add_(values, change.tensors, alpha=-lr * size)
         else:
-            self.value.addcdiv_(change, over, value=-lr * size)
+            torch._foreach_addcdiv_(values, change.tensors, over, -lr * size)
         if keep != 1 and decay == "after":
-            self.value.mul_(keep)
-        rounded = self.value.to(self.entries[0].param.dtype).unbind()
-        laid_out = [local(e.like_param(v)) for e, v in zip(self.entries, rounded, strict=True)]
-        write([e.local for e in self.entries], laid_out)
-        for entry in self.entries:
+            torch._foreach_mul_(values, keep)
+        params, laid_out = [], []
+        for entry, value in zip(self.entries, self.pieces(self.value), strict=True):
             entry.state["step"] += 1
+            if entry.layout is not None or value.data_ptr() != entry.param.data_ptr():
+                params.append(entry.local)
+                laid_out.append(local(entry.like_param(value)))
+        write(params, laid_out)
 
 
-def stacked(tensors: list[Tensor]) -> Tensor:
-    """[k, ...] in fp32 at least: a view of one tensor, else a copy."""
-    together = tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-    return together.to(torch.promote_types(together.dtype, torch.float32))
-
-
-def write(tensors: list[Tensor], values: Iterable[Tensor]) -> None:
+def write(tensors: Tensors, values: Tensors) -> None:
     """Copy values into tensors, where they are not there already."""
     pairs = [(t, v) for t, v in zip(tensors, values, strict=True) if t.data_ptr() != v.data_ptr()]
     if pairs:
-        torch._foreach_copy_([t for t, _ in pairs], [v for _, v in pairs])
+        torch._foreach_copy_([t for t, _ in pairs], [v.view(t.shape) for t, v in pairs])
 
 
 @dataclass(frozen=True)
@@ -110,7 +184,7 @@ class PairRule(Part):
         raise NotImplementedError
 
     def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
-        """Move k pairs. s [k, 1, .., 1] is the scale of each."""
+        """Move K pairs of one rank and age. s [K, 1, 1] is the scale of each."""
         raise NotImplementedError
 
     @property
@@ -158,65 +232,69 @@ def prepare(pairs: list[Pair], entries: Iterable[Entry]) -> None:
 
 
 def move_pairs(pairs: Iterable[Pair]) -> None:
-    """Move all pairs: those of one shape, age and of the same groups together."""
+    """Move all pairs: those of one rank, age and of the same groups together."""
     alike: dict[tuple[object, ...], list[Pair]] = {}
     for pair in pairs:
         ends = (pair.B, pair.A)
         key = tuple(
-            (id(e.group), e.param.shape, e.param.device, e.rests, e.state["step"]) for e in ends
+            (id(e.group), e.param.dtype, e.param.device, e.rests, e.state["step"]) for e in ends
         )
-        alike.setdefault(key, []).append(pair)
+        alike.setdefault((pair.B.param.shape[-1], *key), []).append(pair)
     for some in alike.values():
-        for part in parts(some):
-            rule = part[0].B.rule
+        for stacks in batches(some):
+            rule = stacks[0][0].B.rule
             assert rule.pair is not None
-            B, A = Factor([p.B for p in part]), Factor([p.A for p in part])
-            s = column(tuple(p.scale for p in part), B.value.dim(), B.value.device)
-            rule.pair.move(B, A, s, rule.inner)
+            B = Factor([[p.B for p in stack] for stack in stacks], tall=True)
+            A = Factor([[p.A for p in stack] for stack in stacks], tall=False)
+            scales = (p.scale for stack in stacks for p in stack for _ in range(matrices(p)))
+            rule.pair.move(B, A, column(tuple(scales), B.entries[0].param.device), rule.inner)
+
+
+def matrices(pair: Pair) -> int:
+    """How many there are in one pair: experts."""
+    return pair.B.param.shape[:-2].numel()
 
 
 @cache
-def column(numbers: tuple[float, ...], dims: int, device: torch.device) -> Tensor:
-    """k numbers as [k, 1, .., 1] in fp64: sent to the device once, not at every step."""
-    return torch.tensor(numbers, dtype=torch.float64, device=device).view(-1, *(1,) * (dims - 1))
+def column(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """K numbers as [K, 1, 1] in fp64: sent to the device once, not at every step."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device).view(-1, 1, 1)
 
 
-def parts(pairs: list[Pair]) -> Iterator[list[Pair]]:
-    """Pairs of one shape in pieces that are worth stacking: on a CPU, large ones are not.
-
-    There values, gradients and two state tensors should stay in the cache together.
+def batches(pairs: list[Pair]) -> Iterator[list[list[Pair]]]:
+    """Pairs of one rank as stacks of one shape, so many at once that temporaries stay small and,
+    on a CPU, cached. There only what is tiny is stacked: a copy costs as much as a product.
     """
-    B, A = pairs[0].B.param, pairs[0].A.param
-    most = CACHED // 4 if B.is_cpu else CHUNK
-    size = max(1, most // (B.numel() + A.numel()))
-    yield from (pairs[i : i + size] for i in range(0, len(pairs), size))
+    cpu = pairs[0].B.param.is_cpu
+    most, to_stack = (2 * CACHED, CACHED // 64) if cpu else (CHUNK, CHUNK)
+    shapes: dict[tuple[torch.Size, ...], list[Pair]] = {}
+    for pair in pairs:
+        shapes.setdefault((pair.B.param.shape, pair.A.param.shape), []).append(pair)
+    size, batch = 0, list[list[Pair]]()
+    for (B, A), some in shapes.items():
+        elements = B.numel() + A.numel()
+        together = max(1, to_stack // elements)
+        for start in range(0, len(some), together):
+            stack = some[start : start + together]
+            if batch and size + elements * len(stack) > most:
+                yield batch
+                size, batch = 0, []
+            batch.append(stack)
+            size += elements * len(stack)
+    yield batch
 
 
-def stepped(factor: Factor, h: Tensor, inner: Inner) -> Tensor:
-    """The inner rule's direction for one factor's gradients, element by element."""
+def stepped(factor: Factor, h: Stacks, inner: Inner) -> tuple[Stacks, float]:
+    """The inner rule's direction for one factor's gradients, element by element, and what it
+    is still to be multiplied by."""
     states = [e.tensors for e in factor.entries]
-    direction = inner.step(list(h), states, factor.counts)
-    found = direction.tensors()
-    if direction.correction[0] != 1:
-        found = list(torch._foreach_div(found, direction.correction[0]))
-    return stacked(found)
+    direction = inner.step(factor.pieces(h), states, factor.counts, fused=True)
+    return factor.stacked(direction.tensors()), 1 / direction.correction[0]
 
 
-def grams(B: Tensor, A: Tensor) -> Tensor:
-    """B^T B and A A^T [2, *, r, r] in fp64, so that both are decomposed at once."""
-    return torch.stack([B.mT @ B, A @ A.mT]).double()
-
-
-def along_rank(terms: Sequence[tuple[Tensor, Tensor]], flip: bool = False) -> Tensor:
-    """sum Q X over pairs of Q [*, r, r], in any dtype, and X [*, r, n]; flipped, sum X Q^T of
-    X [*, m, r]. Each product is added to the sum as it is made: no other tensor is as large."""
-    total: Tensor | None = None
-    for Q, X in terms:
-        Q, X = Q.to(X.dtype).reshape(-1, *Q.shape[-2:]), X.reshape(-1, *X.shape[-2:])
-        first, second = (X, Q.mT) if flip else (Q, X)
-        total = torch.bmm(first, second) if total is None else total.baddbmm_(first, second)
-    assert total is not None
-    return total.view(terms[0][1].shape)
+def grams(B: Stacks, A: Stacks) -> Tensor:
+    """B^T B and A A^T [2, K, r, r] in fp64, so that both are decomposed at once."""
+    return torch.stack([B.across(B), A.across(A)])
 
 
 def inverse(C: Tensor, damping: float, relative: bool = False) -> Tensor:

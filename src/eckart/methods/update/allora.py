@@ -33,7 +33,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from eckart.optim import SGD, Adam, Factor, Inner, Moments, PairRule, Rule, stepped
+from eckart.optim import SGD, Adam, Factor, Inner, Moments, PairRule, Rule, Stacks, stepped
 from eckart.recipe.method import Cost, Paper, Update, Weights
 
 
@@ -76,16 +76,18 @@ class RowRates(PairRule):
         return made
 
     def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
-        c_B, c_A = self.factors(B, A)
-        B_step, A_step = stepped(B, B.grad, inner), stepped(A, A.grad, inner)
-        B.move(c_B * B_step)
-        A.move(A_step if c_A is None else c_A * A_step)
+        for factor, rates in zip((B, A), self.rates(B, A), strict=True):
+            step, size = stepped(factor, factor.grad, inner)
+            if rates:
+                step = Stacks(list(torch._foreach_mul(step.tensors, rates)), step.tall)
+            factor.move(step, size)
 
-    def factors(self, B: Factor, A: Factor) -> tuple[Tensor, Tensor | None]:
-        """What multiplies the steps of B and of A: [k, *, rows, 1]; None for 1."""
+    def rates(self, B: Factor, A: Factor) -> tuple[list[Tensor], list[Tensor]]:
+        """What multiplies the steps of B and of A: for each stack [k, rows, 1]; none for 1."""
         if self.of == "parameter":
-            return B.state("row"), A.state("row")
-        return row_factor(B.value, A.value, self.eta).unsqueeze(-1), None
+            return B.state("row").tensors, A.state("row").tensors
+        both = zip(B.value.tensors, A.value.tensors, strict=True)
+        return [row_factor(b, a, self.eta).unsqueeze(-1) for b, a in both], []
 
 
 @dataclass(frozen=True)

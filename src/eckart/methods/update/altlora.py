@@ -34,24 +34,24 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from eckart.optim import Adam, Factor, Inner, Moments, PairRule, Rule, along_rank, inverse
+from eckart.optim import Adam, Factor, Inner, Moments, PairRule, Rule, Stacks, inverse, mixed
 from eckart.recipe.method import Cost, Paper, Update
 
 
-def projection(F: Tensor, s: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """P = (F^T F + d I)^-1 and P / s^2, [*, r, r] fp64, for the fixed factor F [*, m, r].
+def projection(F: Stacks, s: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
+    """P = (F^T F + d I)^-1 and P / s^2, [K, r, r] fp64, for the fixed factors F.
 
     Of an F that is zero, nothing moves: the second is zero.
     """
-    C = (F.mT @ F).double()
+    C = F.across(F)
     P = inverse(C, damping, relative)
     alive = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] > 0
     return P, P * (alive / s**2)
 
 
-def carrier(P: Tensor, F: Tensor, F_old: Tensor) -> Tensor:
-    """T = P F^T F_old [*, r, r] fp64: T M is the M' with F M' nearest to F_old M, M [*, r, n]."""
-    return P @ (F.mT @ F_old).double()
+def carrier(P: Tensor, F: Stacks, F_old: Stacks) -> Tensor:
+    """T = P F^T F_old [K, r, r] fp64: T M is the M' with F M' nearest to F_old M, M [r, n]."""
+    return P @ F.across(F_old)
 
 
 @dataclass(frozen=True)
@@ -92,29 +92,35 @@ class Alternating(PairRule):
         if not A.rests:
             self.move_one(A, B.value, s)
         if not B.rests:
-            self.move_one(B, A.value, s, flip=True)  # preconditioned with the new A
+            self.move_one(B, A.value, s)  # preconditioned with the new A
 
-    def move_one(self, factor: Factor, fixed: Tensor, s: Tensor, flip: bool = False) -> None:
-        """Move A [k, *, r, n] with B fixed; flipped, B [k, *, m, r] with A fixed."""
+    def move_one(self, factor: Factor, F: Stacks, s: Tensor) -> None:
+        """Move A with B = F fixed, or B with A = F."""
         b1, b2 = self.betas
-        g, M, old = factor.grad, factor.state("exp_avg"), factor.state("other")
-        F, F_old = (fixed.mT, old.mT) if flip else (fixed, old)
+        g, M = factor.grad, factor.state("exp_avg")
+        old = factor.state("other")._replace(tall=F.tall)
         scale = s if self.scale_grad else torch.ones_like(s)
         P, to_h = projection(F, scale, self.damping, self.relative)
-        carry = b1 * carrier(P, F, F_old)
+        carry = b1 * carrier(P, F, old)
         size = 1 / factor.correction(b1)
         if self.eps is None and not self.store_unaligned:  # h is needed for nothing else
-            step = along_rank([(carry, M), ((1 - b1) * to_h, g)], flip)
-            factor.keep(exp_avg=step, other=fixed)
+            step = mixed((carry, M), ((1 - b1) * to_h, g))
+            factor.keep(exp_avg=step, other=F)
             factor.move(step, size, decay="after")
             return
-        h, over = along_rank([(to_h, g)], flip), None
-        step = along_rank([(carry, M)], flip).add_(h, alpha=1 - b1)
+        h, over = mixed((to_h, g)), None
+        step = mixed((carry, M))
+        torch._foreach_add_(step.tensors, h.tensors, alpha=1 - b1)
         if self.eps is not None:
-            V = factor.state("exp_avg_sq").mul_(b2).addcmul_(h, h, value=1 - b2)
+            V = factor.state("exp_avg_sq")
+            torch._foreach_mul_(V.tensors, b2)
+            torch._foreach_addcmul_(V.tensors, h.tensors, h.tensors, 1 - b2)
             factor.keep(exp_avg_sq=V)
-            over = V.sqrt().add_(self.eps)
-        factor.keep(exp_avg=M.lerp_(h, 1 - b1) if self.store_unaligned else step, other=fixed)
+            over = list(torch._foreach_sqrt(V.tensors))
+            torch._foreach_add_(over, self.eps)
+        if self.store_unaligned:
+            torch._foreach_lerp_(M.tensors, h.tensors, 1 - b1)
+        factor.keep(exp_avg=M if self.store_unaligned else step, other=F)
         factor.move(step, size, over, decay="after")
 
     def select(self, state: Moments, shape: torch.Size, axis: int, index: Tensor) -> Moments:

@@ -39,8 +39,9 @@ from eckart.optim import (
     Moments,
     PairRule,
     Rule,
-    along_rank,
+    Stacks,
     grams,
+    mixed,
     spectrum,
     stepped,
     sylvester,
@@ -52,33 +53,32 @@ Choice = Literal["sylvester", "zero", "symmetric"]
 
 
 class Frame:
-    """What theorem 2.1 needs to know of a pair B [*, m, r], A [*, r, n]: [*, r, r] in fp64.
+    """What theorem 2.1 needs to know of pairs B, A: [K, r, r] in fp64.
 
     Inverses are damped. At B = 0 that gives the limit: hA = 0, as gA = 0, and X = 0.
     """
 
-    def __init__(self, B: Tensor, A: Tensor, s: Tensor, damping: float = 1e-8, rel: bool = False):
+    def __init__(self, B: Stacks, A: Stacks, s: Tensor, damping: float = 1e-8, rel: bool = False):
         self.B, self.A, self.s = B, A, s
         self.both = spectrum(grams(B, A))
         PB, self.PA = self.both.inverse(damping, rel).unbind()
         self.PB = PB / s**2
 
     def adjusted(
-        self, gB: Tensor, gA: Tensor, choice: Choice = "sylvester"
-    ) -> tuple[Tensor, Tensor]:
-        """(hB, hA) for the gradients gB [*, m, r], gA [*, r, n], with the X that is named.
+        self, gB: Stacks, gA: Stacks, choice: Choice = "sylvester"
+    ) -> tuple[Stacks, Stacks]:
+        """(hB, hA) for the gradients gB and gA, with the X that is named.
 
         hA = PB gA + X A and hB = gB PA / s^2 - B (PB B^T gB PA + X): four thin products.
         """
-        Y = self.PB @ (self.B.mT @ gB).double() @ self.PA
+        Y = self.PB @ self.B.across(gB) @ self.PA
         of_A = [(self.PB, gA)]
         if choice != "zero":
-            C = self.PB @ (gA @ self.A.mT).double()
+            C = self.PB @ gA.across(self.A)
             X = sylvester(self.both, -C) if choice == "sylvester" else -0.5 * C @ self.PA
             Y = Y + X
             of_A += [(X, self.A)]
-        of_B = [(self.PA / self.s**2, gB), (-Y.mT, self.B)]  # PA is symmetric
-        return along_rank(of_B, flip=True), along_rank(of_A)
+        return mixed((self.PA / self.s**2, gB), (-Y.mT, self.B)), mixed(*of_A)  # PA is symmetric
 
 
 def adjusted(
@@ -91,8 +91,11 @@ def adjusted(
     damping: float = 1e-8,
     relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(hB, hA) of theorem 2.1, all [*, ., .] in one dtype; see `Frame`."""
-    return Frame(B, A, s, damping, relative).adjusted(gB, gA, choice)
+    """(hB, hA) of theorem 2.1 for one pair, all [., .] in one dtype; see `Frame`."""
+    B_, gB_ = (Stacks([t[None]], tall=True) for t in (B, gB))
+    A_, gA_ = (Stacks([t[None]], tall=False) for t in (A, gA))
+    hB, hA = Frame(B_, A_, s, damping, relative).adjusted(gB_, gA_, choice)
+    return hB.tensors[0][0], hA.tensors[0][0]
 
 
 @dataclass(frozen=True)
@@ -118,31 +121,39 @@ class FullMoves(PairRule):
             gB, gA = through_moments(frame, B, A, inner)
         hB, hA = frame.adjusted(gB, gA, self.choice)
         if self.moments == "factored":
-            hB, hA = stepped(B, hB, inner), stepped(A, hA, inner)
-        B.move(hB)
-        A.move(hA)
+            B.move(*stepped(B, hB, inner))
+            A.move(*stepped(A, hA, inner))
+        else:
+            B.move(hB)
+            A.move(hA)
 
 
-def through_moments(frame: Frame, B: Factor, A: Factor, inner: Inner) -> tuple[Tensor, Tensor]:
+def through_moments(frame: Frame, B: Factor, A: Factor, inner: Inner) -> tuple[Stacks, Stacks]:
     """Factor gradients of the inner rule's direction for E, Alg. 1 lines 6 to 9.
 
     E and its direction N exist for some rows at a time: B^T N adds up over rows.
     """
     hB, hA = frame.adjusted(B.grad, A.grad, "zero")
-    s, count = frame.s.to(hB.dtype), B.counts[0]  # the same for all that are stacked
-    left, right = s * torch.cat([B.value, hB], -1), torch.cat([hA, A.value], -2)  # left right = E
-    gB, gA = torch.zeros_like(hB), torch.zeros_like(hA)
-    rows = max(1, (CACHED if hB.is_cpu else CHUNK) // hA[0, ..., :1, :].numel())
-    for i, entry in enumerate(B.entries):
-        for start in range(0, hB.shape[-2], rows):
+    gB, gA = (Stacks([torch.zeros_like(t) for t in h.tensors], h.tall) for h in (hB, hA))
+    scales = hB.cut(frame.s.to(hB.tensors[0].dtype))
+    left = [torch.cat(both, -1) for both in zip(B.value.tensors, hB.tensors, strict=True)]
+    right = [torch.cat(both, -2) for both in zip(hA.tensors, A.value.tensors, strict=True)]
+    torch._foreach_mul_(left, scales)  # left right = E
+    of_B = zip(*(B.pieces(t) for t in (B.value, Stacks(left, True), gB)), strict=True)
+    of_A = zip(*(A.pieces(t) for t in (A.value, Stacks(right, False), gA)), strict=True)
+    correction = 1.0
+    for entry, (b, lb, to_b), (a, ra, to_a) in zip(B.entries, of_B, of_A, strict=True):
+        rows = max(1, (CACHED if b.is_cpu else CHUNK) // a[..., :1, :].numel())
+        for start in range(0, b.shape[-2], rows):
             some = (..., slice(start, start + rows), slice(None))
-            E = left[i][some] @ right[i]  # [*, rows, n]
             moments = {name: t[some] for name, t in entry.tensors.items()}
-            direction = inner.step([E], [moments], [count], fused=True)
-            N, correction = direction.tensors()[0], direction.correction[0]
-            gA[i] += B.value[i][some].mT @ N
-            gB[i][some] = N @ A.value[i].mT
-    return s / correction * gB, s / correction * gA
+            direction = inner.step([lb[some] @ ra], [moments], [B.counts[0]], fused=True)
+            N, correction = direction.tensors()[0], direction.correction[0]  # one for all
+            to_a += b[some].mT @ N
+            to_b[some] = N @ a.mT
+    for g in (gB, gA):
+        torch._foreach_mul_(g.tensors, [s / correction for s in scales])
+    return gB, gA
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ from eckart.optim import (
     PairRule,
     Rule,
     Spectrum,
-    along_rank,
+    Stacks,
     grams,
+    mixed,
     spectrum,
 )
 from eckart.optim.part import State
@@ -98,32 +99,31 @@ class Equilibrated(PairRule):
         # in fp64 before squaring: the smallest eigenvalues count, and squares lose half the digits
         roots = inverse_root(grams(B.value.double(), A.value.double()))
         A_step = self.direction(A, roots[0])
-        B_step = self.direction(B, roots[1], flip=True)
+        B_step = self.direction(B, roots[1])
         B_old, A_old = B.value.clone(), A.value.clone()
         B.move(B_step)
         A.move(A_step)
-        A.keep(passage=(B.value.mT @ B_old).double() @ roots[0])
-        B.keep(passage=(A.value @ A_old.mT).double() @ roots[1])
+        A.keep(passage=B.value.across(B_old) @ roots[0])
+        B.keep(passage=A.value.across(A_old) @ roots[1])
 
-    def direction(self, factor: Factor, root: Tensor, flip: bool = False) -> Tensor:
-        """R^-1 M for A [k, *, r, n], given R^-1 of B; flipped, for B [k, *, m, r], of A."""
+    def direction(self, factor: Factor, root: Tensor) -> Stacks:
+        """R^-1 M for A, given R^-1 of B, or for B, of A."""
         b1, b2 = (corrected(b, factor.counts[0]) for b in self.betas)
-        P = root @ factor.state("passage")
-        g = along_rank([(root, factor.grad)], flip)
-        S = g.mT @ g / g.shape[-2] if flip else g @ g.mT / g.shape[-1]
-        V_old = factor.state("second")
+        P = root @ factor.small("passage")
+        g = mixed((root, factor.grad))
+        V_old = factor.small("second")
         carried = P @ V_old @ P.mT
-        V = b2 * carried + (1 - b2) * S.double()
+        V = b2 * carried + (1 - b2) * g.across(g, mean=True)
         values, mass = spectrum(V), torch.zeros_like(V[..., 0, 0])
         if self.escape:
-            mass = b2 * (factor.state("escaped") + escaped(V_old, carried))
+            mass = b2 * (factor.small("escaped", 0) + escaped(V_old, carried))
             factor.keep(escaped=mass)
         factor.keep(second=V)
         sizes = (values.values + mass.unsqueeze(-1)).sqrt() + self.eps
         whiten = (1 - b1) * Spectrum(values.vectors, sizes).inverse(0.0)
-        M = along_rank([(b1 * P, factor.state("exp_avg")), (whiten, g)], flip)
+        M = mixed((b1 * P, factor.state("exp_avg")), (whiten, g))
         factor.keep(exp_avg=M)
-        return along_rank([(root, M)], flip)
+        return mixed((root, M))
 
     def select(self, state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
         """The basis that the moments are written in goes with the components: a fresh start."""

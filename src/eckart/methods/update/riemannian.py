@@ -30,20 +30,21 @@ from eckart.optim import (
     Moments,
     PairRule,
     Rule,
-    along_rank,
+    Stacks,
     grams,
     inverse,
+    mixed,
     stepped,
 )
 from eckart.recipe.method import Cost, Paper, Update
 
 
 def preconditioned(
-    B: Tensor, A: Tensor, gB: Tensor, gA: Tensor, damping: float
-) -> tuple[Tensor, Tensor]:
-    """gB' and gA' of the formula above; all [*, ., .]. The inverses are found in fp64."""
+    B: Stacks, A: Stacks, gB: Stacks, gA: Stacks, damping: float
+) -> tuple[Stacks, Stacks]:
+    """gB' and gA' of the formula above. The inverses are found in fp64."""
     PB, PA = inverse(grams(B, A), damping).unbind()
-    return along_rank([(PA, gB)], flip=True), along_rank([(PB, gA)])
+    return mixed((PA, gB)), mixed((PB, gA))
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Preconditioned(PairRule):
 
     def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
         gB, gA = preconditioned(B.value, A.value, B.grad, A.grad, self.damping)
-        B.move(stepped(B, gB, inner))
-        A.move(stepped(A, gA, inner))
+        B.move(*stepped(B, gB, inner))
+        A.move(*stepped(A, gA, inner))
 
 
 @dataclass(frozen=True)
