@@ -18,6 +18,10 @@ FILES = {
     "strange.jsonl": '{"x": "a", "y": 2}\n',
     "pairs.jsonl": '{"chosen": "a", "rejected": "b"}\n',
     "lost.jsonl": '{"text": "a b c"}\n{"txt": "x"}\n',
+    "plain.jsonl": '{"text": "a b c"}\n{"text": "d e f"}\n',
+    "asked-1.jsonl": '{"prompt": "a", "completion": "b"}\n',
+    "asked-2.jsonl": '{"text": "a b c"}\n',
+    "classes.jsonl": '{"text": "a b c", "label": "x"}\n{"text": "b c", "label": "y"}\n',
     "number.jsonl": '{"text": "a b c"}\n{"text": 3}\n',
     "message.jsonl": '{"messages": [{"role": "user"}]}\n',
     "asked.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}\n',
@@ -166,6 +170,22 @@ CASES = {
         "finetune m lost.jsonl",
         3,
         "the row has no text\n  lost.jsonl, line 2  columns txt\n",
+    ),
+    "files of different columns": (
+        "finetune m asked-*.jsonl",
+        3,
+        "these files have different columns\n"
+        "  asked-1.jsonl, line 1  columns prompt, completion\n"
+        "  asked-2.jsonl, line 1  columns text\n"
+        "Type data=[asked-1.jsonl,asked-2.jsonl]: each is then read by its own columns.\n",
+    ),
+    "classes beside text": (
+        "finetune m data=[classes.jsonl,plain.jsonl]",
+        2,
+        "classes and text cannot be mixed\n"
+        "  classes  text + label\n"
+        "  plain    text\n"
+        "Type data.format=text to learn the texts alone.\n",
     ),
     "a number as text": (
         "finetune m number.jsonl",

@@ -100,7 +100,7 @@ def test_a_folder_for_each_class_teaches_a_vit(learnt, place):
         "photos   32 images of 2 classes; loss on the class; 25.0% held out\n"
         "         8 x 8 x 3; mean 0.5, deviation 0.5 "
         "(no preprocessor_config.json; the model's image_size)\n"
-        "         24 images, the first: 8 x 8 x 3, seen from "
+        "         24 images, the first (« » is learnt): 8 x 8 x 3, seen from "
     ) in learnt.err
     assert "«bottom»" in learnt.err
     facts = json.loads((place / "learnt" / "run.json").read_text())

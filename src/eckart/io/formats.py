@@ -14,6 +14,7 @@ file holds is told by its columns:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -47,6 +48,7 @@ LEARNT = {
     "tokens+tags": "loss on the tags",
     "text": "loss on all tokens",
 }
+PLACE = re.compile(r", (line|row) \d+$")  # what follows the file where a row is named
 UNITS = {"messages": "conversations", "text": "documents", "tokens+tags": "sentences"}
 
 # Used, and said, where a tokenizer has no chat template of its own. A turn ends with the
@@ -89,6 +91,22 @@ def format_of(row: Row, wanted: str = "auto") -> str:
     choices = "Known: " + "; ".join(" + ".join(needed) for needed in FORMATS.values()) + "."
     fix = next((f for c in row.fields if (f := did_you_mean(c, known, " ")) != " "), choices)
     raise FileError("no known columns in the data", [(row.where, spelled(row))], fix)
+
+
+def require_alike(found: Sequence[Row], kind: str) -> None:
+    """Raise FileError for the first row that lacks a column of the format of all."""
+    for row in found:
+        columns = row.fields.keys() | ({"messages"} if "conversations" in row.fields else set())
+        lost = [c for c in FORMATS[kind] if c not in columns]
+        files = [PLACE.sub("", r.where) for r in (found[0], row)]
+        if lost and files[0] != files[1]:
+            raise FileError(
+                "these files have different columns",
+                [(r.where, spelled(r)) for r in (found[0], row)],
+                f"Type data=[{','.join(files)}]: each is then read by its own columns.",
+            )
+        if lost:
+            raise FileError(f"the row has no {lost[0]}", [(row.where, spelled(row))])
 
 
 def spelled(row: Row) -> str:

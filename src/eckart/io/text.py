@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -30,6 +30,7 @@ from eckart.io.formats import (
     PLAIN,
     UNITS,
     format_of,
+    require_alike,
     shown,
     tagged,
 )
@@ -158,7 +159,7 @@ def encode(
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     read_in = [(source, *recognised(source, format, first)) for source in [*given, *others]]
     kinds = {kind for _, kind, _ in read_in}
-    task = task_for(kinds, task)
+    task = task_for({source.name: kind for source, kind, _ in read_in}, task)
     classes = list(labels)
     if task in CLASSES.values() and not classes:
         classes = class_names((row for _, _, found in read_in for row in found), next(iter(kinds)))
@@ -234,14 +235,20 @@ def encode(
     )
 
 
-def task_for(kinds: Set[str], task: str) -> str:
-    """The task that data of these formats teaches a model made for `task`.
+def task_for(formats: Mapping[str, str], task: str) -> str:
+    """The task that sources of these formats, {name: format}, teach a model made for `task`.
 
     Raises UsageError where formats have different tasks, or the model's cannot use them.
     """
+    kinds = set(formats.values())
     found = {CLASSES.get(kind, task) for kind in kinds}
     if len(found) > 1:
-        raise UsageError("classes and text cannot be mixed", [(k, "") for k in sorted(kinds)])
+        texts = all("text" in FORMATS[kind] for kind in kinds)
+        raise UsageError(
+            "classes and text cannot be mixed",
+            [(name, " + ".join(FORMATS[kind])) for name, kind in formats.items()],
+            "Type data.format=text to learn the texts alone." if texts else "",
+        )
     (task,) = found
     asked = sorted(kinds & set(PAIRS))
     if task == "masked" and asked:
@@ -267,7 +274,9 @@ def recognised(source: DataSource, format: str, first: int | None) -> tuple[str,
     found = list(islice(rows_of(source), first))
     if not found:
         raise FileError("no rows in the data", [(str(source.path), "")])
-    return format_of(found[0], format), found
+    kind = format_of(found[0], format)
+    require_alike(found, kind)
+    return kind, found
 
 
 def split(found: Sequence[Row], kind: str, share: float) -> tuple[list[Row], list[Row]]:

@@ -188,8 +188,10 @@ def document(
 def report(screen: Screen, found: dict[str, Any]) -> None:
     """The last lines: what came out, and what to type next."""
     folder = outcome.shown(found["run"])
-    auto = TASKS[own_task(found["run"])].auto
+    task = own_task(found["run"])
     before, after = found["eval"]["before"], found["eval"]["after"]
     gained = f"held out {before['loss']:.3f} -> {after['loss']:.3f}; " if before and after else ""
-    screen.line("done", f"{gained}factored: {LOADING.format(auto)}", folder, result=True)
-    screen.line("next", f"eckart generate {folder}", result=True)
+    screen.line(
+        "done", f"{gained}factored: {LOADING.format(TASKS[task].auto)}", folder, result=True
+    )
+    screen.line("next", outcome.asking(folder, task), result=True)

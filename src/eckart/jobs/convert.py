@@ -29,9 +29,9 @@ from eckart.jobs.measuring.approximate import Approximation, of_model, of_update
 from eckart.jobs.measuring.drift import Sample, of_images, of_text
 from eckart.jobs.settings.config import OUT, Job
 from eckart.jobs.training import prepare, senses
-from eckart.jobs.training.outcome import shown
+from eckart.jobs.training.outcome import asking, shown
 from eckart.jobs.training.screen import Screen, amount
-from eckart.linear import Term
+from eckart.linear import joint_factors
 from eckart.recipe import Handle
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.handle import handle_of
@@ -74,7 +74,7 @@ def run(job: Job) -> dict[str, Any]:
     kind = "exact" if approximation is None else "approximate"
     if to == "dense" and source.model.dtype != torch.float32:
         kind += f", rounded to {str(source.model.dtype).removeprefix('torch.')} as the base is"
-    report(screen, job, to, out, drift, kind)
+    report(screen, to, out, drift, kind, task_of_live(source.model))
     return {
         "command": "convert",
         "exit": 0,
@@ -254,11 +254,10 @@ def largest_rank(handle: Handle) -> int | None:
     """The largest rank of a site's exact factors; None where a part has none."""
     ranks = []
     for by_name in handle.parts().values():
-        factors = [p.factors() if isinstance(p, Term) else None for p in by_name.values()]
-        pairs = [pair for pair in factors if pair is not None]
-        if len(pairs) < len(factors):
+        pair = joint_factors(by_name.values())
+        if pair is None:
             return None
-        ranks.append(sum(A.shape[-2] for _, A in pairs))
+        ranks.append(pair[1].shape[-2])
     return max(ranks, default=0)
 
 
@@ -370,7 +369,7 @@ def say_errors(screen: Screen, found: Approximation, rank: int) -> None:
 
 
 def report(
-    screen: Screen, job: Job, to: str, out: Path, drift: dict[str, Any] | None, kind: str
+    screen: Screen, to: str, out: Path, drift: dict[str, Any] | None, kind: str, task: str
 ) -> None:
     """The last lines: how near it is, of which kind, and what to type next."""
     if drift:
@@ -379,4 +378,4 @@ def report(
         near += f"{100 * drift['same_first_choice']:.1f} % of {drift['tokens']:,} {units}"
         screen.line("drift", f"{near} ({drift['text']})", result=True)
     screen.line("done", f"{kind}; {to}: {FORMATS[to]}", shown(str(out)), result=True)
-    screen.line("next", f"eckart generate {shown(str(out))}", result=True)
+    screen.line("next", asking(str(out), task), result=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import eckart
@@ -151,8 +152,9 @@ def lines(found: dict[str, Any], core: list[Package]) -> Iterator[tuple[str, str
     """(label, text) of what is printed."""
     yield "eckart", f"{found['eckart']}   Python {found['python']}, {found['system']}"
     yield "", sys.executable
-    good = [p for p in core if p.fits]
-    yield "packages", ", ".join(f"{p.name} {p.found}" for p in good)
+    good = ", ".join(f"{p.name} {p.found}" for p in core if p.fits)
+    for i, line in enumerate(wrap(good, 90)):
+        yield "" if i else "packages", line
     for p in core:
         if not p.fits:
             what = f"{p.found} is older than {p.least}" if p.found else "is missing"

@@ -31,6 +31,7 @@ from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training import held_out, prepare, senses
 from eckart.jobs.training.classes import open_to_measure, require_task
+from eckart.jobs.training.course import size_line
 from eckart.jobs.training.outcome import shown
 from eckart.jobs.training.screen import Screen, amount
 
@@ -59,7 +60,8 @@ def run(job: Job) -> dict[str, Any]:
     job = senses.settled(job, opened.model, prepare.device())
     data = read_rows(job, reader, opened.model)
     job = settle.metrics(job, metrics_of(data))
-    screen.line("data", data.summary)
+    name, _, summary = data.summary.partition(": ")
+    screen.line("data", summary, name)
     size = job.train.batch_size
     by_source = {
         name: score(
@@ -102,10 +104,8 @@ def run(job: Job) -> dict[str, Any]:
 
 def described(opened: Opened) -> str:
     """`46.8 K parameters, fp32, lora on m`."""
-    count = sum(p.numel() for p in opened.model.parameters())
-    dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
     carried = f", {opened.handle.weights.slug} on {shown(opened.base)}" if opened.handle else ""
-    return f"{amount(count)} parameters, {dtype}{carried}"
+    return size_line(opened.model) + carried
 
 
 # --- what is measured ----------------------------------------------------------------------

@@ -51,7 +51,8 @@ def run(job: Job) -> Mapping[str, Any]:
         said += [{**which, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
     if not job.flags.json:
         for one in said:
-            text = one["text"] if task == "seq2seq" else one["prompt"] + one["text"]
+            answered = task == "seq2seq" or tokenizer.chat_template
+            text = one["text"] if answered else one["prompt"] + one["text"]
             print(f"{one['adapter']}: {text}" if beside else text)
     return {
         "command": "generate",

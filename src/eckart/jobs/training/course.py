@@ -178,19 +178,24 @@ def placed(job: Job, screen: Screen, opened: Opened, reader: Any, place: torch.d
 
 def model_line(opened: Opened) -> str:
     """`134.5 M parameters, bf16`, and what it carries already."""
-    model = opened.model
+    carried = f", going on with {opened.handle.weights.slug}" if opened.handle else ""
+    return size_line(opened.model) + carried
+
+
+def size_line(model: Any) -> str:
+    """`134.5 M parameters, bf16`."""
     count = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
-    carried = f", going on with {opened.handle.weights.slug}" if opened.handle else ""
-    return f"{amount(count)} parameters, {short}{carried}"
+    return f"{amount(count)} parameters, {short}"
 
 
 def rows_lines(data: Data) -> list[str]:
-    """How much is trained on, and how it begins: the loss is taken between « and »."""
+    """How much is trained on, and how it begins; the loss is taken between « and »."""
     begin = " ".join(data.example.split())
     begin = begin if len(begin) <= 80 else begin[:79] + "…"
-    return [f"{data.unit(len(data.train))}, the first: {begin}"]
+    marks = " (« » is learnt)" if "«" in begin else ""
+    return [f"{data.unit(len(data.train))}, the first{marks}: {begin}"]
 
 
 def method_name(job: Job) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from eckart.io.export import export, possible
+from eckart.io.models import own_task
 from eckart.io.run import Run, refuse_taken
+from eckart.io.tasks import TASKS
 from eckart.io.text import Data
 from eckart.jobs.measuring.memory import in_words
 from eckart.jobs.settings.config import Job
@@ -150,10 +152,15 @@ def report(screen: Screen, found: Mapping[str, Any], form: str, fitted: Fitted) 
 
 def following(screen: Screen, run: str, form: str) -> None:
     """What to type next."""
-    folder = shown(run)
-    words = [f"eckart generate {folder}"]
-    words += [f"eckart convert {folder} --to dense"] if form != "dense" else []
+    words = [asking(run, own_task(run))]
+    words += [f"eckart convert {shown(run)} --to dense"] if form != "dense" else []
     screen.line("next", "   |   ".join(words), result=True)
+
+
+def asking(model: str, task: str) -> str:
+    """What to type to see what a model says."""
+    prompt = "TEXT" if TASKS[task].sees == "text" else "IMAGE"
+    return f"eckart generate {shown(model)} -p {prompt}"
 
 
 def shown(folder: str) -> str:

@@ -125,9 +125,14 @@ def form_of(job: Job) -> str:
         kinds = ["images" if p else "text" for p in pictured]
         facts = [(str(s.path), kind) for s, kind in zip(sources, kinds, strict=True)]
         raise UsageError("images and text cannot be mixed", facts)
-    first = next(iter(rows_of(sources[0])), None)
+    return form_in(job, sources[0])
+
+
+def form_in(job: Job, source: DataSource) -> str:
+    """The format of one source of text, by its first row. FileError where there is none."""
+    first = next(iter(rows_of(source)), None)
     if first is None:
-        raise FileError("no rows in the data", [(str(sources[0].path), "")])
+        raise FileError("no rows in the data", [(str(source.path), "")])
     return format_of(first, job.data.format)
 
 
@@ -139,6 +144,7 @@ def labels_of(job: Job) -> tuple[str, ...]:
     sources = all_sources(job)
     if form == IMAGES:
         return tuple(in_order({c for s in sources for c in found_in(str(s.path)).classes}))
+    text.task_for({s.name: form_in(job, s) for s in sources}, own_task(job.model or ""))
     return tuple(class_names((row for source in sources for row in rows_of(source)), form))
 
 
