@@ -66,7 +66,9 @@ def run(job: Job) -> dict[str, Any]:
     screen.line("model", facts, shown(job.model or ""))
     screen.line("method", found.coverage, job.choices["weights"].name)
     if found.by_formula:
-        screen.warn("its sizes depend on the weights: by formula, activations as with plain LoRA")
+        screen.warn("its sizes depend on the weights: said for one rank at all matrices")
+            "its sizes depend on the weights: by formula, activations as with one rank for all"
+        )
 
     free, total = room(place)
     job, activations = with_batch(job, found, free, length)

@@ -230,6 +230,11 @@ class Weights(Method):
         """What one [m, n] matrix costs."""
         return Cost()
 
+    def flat(self) -> Weights | None:
+        """The same with sizes that no number of a matrix decides, which an estimate runs instead;
+        None where there is no such form."""
+        return None
+
     def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
         """Ratios for a trained tensor's group: lr, weight_decay; 1 where absent."""
         return {}

@@ -274,7 +274,7 @@ def by_formula(
     steps: int,
     task: str,
 ) -> Imagined:
-    """Sizes from the methods' `cost`; passes run on the default method's terms instead.
+    """Sizes from the methods' `cost`; passes run on its flat form, or the default method's terms.
 
     The optimizer's state is that of one vector of as many elements: exact for rules that
     treat every element alike.
@@ -283,8 +283,8 @@ def by_formula(
     assert weights is not None
     instead = registry.load(registry.DEFAULTS["weights"])
     rank = min(getattr(weights, "rank", None) or 16, 16)
-    stand_in = instead(rank=rank, targets=weights.targets)  # type: ignore[call-arg]
-    light = Recipe(weights=stand_in, precision=recipe.precision)  # type: ignore[arg-type]
+    like_lora: Any = instead(rank=rank, targets=weights.targets)  # type: ignore[call-arg]
+    light = Recipe(weights=weights.flat() or like_lora, precision=recipe.precision)
     handle = built(mode, config, light, dtype, device, steps, task)
     with mode:
         base = model_bytes(handle)["weights"]

@@ -267,6 +267,9 @@ class LaMDA(Weights):
         low, high = min(candidates), max(candidates)
         return found | at_equal_energy(shares, budget, low, high, weights)
 
+    def flat(self) -> Weights:
+        return dataclasses.replace(self, allocation="flat")
+
     def term(self, site: Site) -> Core:
         """The term of one site at this method's rank."""
         r, thaw = min(self.rank, *site.shape), self.eta > 0

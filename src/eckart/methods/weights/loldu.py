@@ -32,6 +32,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.linalg import solve_triangular
 
 from eckart.linear import Site
@@ -52,6 +53,8 @@ def pivot_rows(W: Tensor, r: int) -> Tensor:
     They depend on the first r columns alone. LAPACK's, except where a pivot is dead: then
     what follows would depend on its noise, and nothing is eliminated with it.
     """
+    if isinstance(W, FakeTensor):  # an estimate: no numbers to choose by, any rows have the size
+        return torch.arange(r, dtype=torch.int32).expand(*W.shape[:-2], r).contiguous()
     panel = W[..., :r]
     LU, swaps, _ = torch.linalg.lu_factor_ex(panel)
     if bool((LU.diagonal(dim1=-2, dim2=-1).abs() > threshold(W)[..., None]).all()):
@@ -160,6 +163,7 @@ class LDU(Spectral):
             self.derive(home.matrix(self.param))
         return super().frames()
 
+    @torch.inference_mode(False)  # frames made while generating serve a training after it
     @torch.no_grad()
     def derive(self, W: Tensor) -> Tensor:
         """Make the frames of the base matrix W [*, m, n]; gives D [*, r]."""
