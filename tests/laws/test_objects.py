@@ -28,6 +28,22 @@ def test_deepcopy_and_pickle_keep_the_terms(slug, architecture):
     assert torch.equal(logits(model, batch), expected)
 
 
+@pytest.mark.parametrize("slug", weights_methods())
+def test_inputs_of_any_dimensions_are_rows(slug):
+    model, handle, _ = attached(slug, "llama")
+    randomise(handle)
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = layer(x)
+    pairs = [(x[0, 1, 2], y[0, 1, 2]), (x[1], y[1]), (x[:0], y[:0])]
+    pairs += [(x.transpose(0, 2), y.transpose(0, 2)), (x[0, :1].expand(3, 4, 32), y[0, :1])]
+    for rows, expected in pairs:
+        found = layer(rows)
+        # fp32, sums of 32 products of order 1 in another order
+        torch.testing.assert_close(found, expected.expand_as(found), rtol=0, atol=1e-5)
+        found.sum().backward()
+
+
 BESIDE = [slug for slug in weights_methods() if small(slug).base != "trained"]
 
 

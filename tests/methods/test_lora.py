@@ -120,6 +120,15 @@ def test_gradient_start_takes_the_directions_after_as(rank):
     assert torch.equal(term.B0, term.B) and torch.equal(term.A0, term.A)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_an_orthogonal_start_is_zero_and_moves(rank):
+    term = LoRA(rank=rank, init="orthogonal").build_one(site_with())["lora"]
+    # fp32: the products of a rotation's rows, of order 1e-2
+    torch.testing.assert_close(term.dense(), torch.zeros(M, N), rtol=0, atol=1e-7)
+    term(torch.ones(1, N)).sum().backward()
+    assert term.B.grad.any() or term.A.grad.any()
+
+
 def test_gradient_start_covers_twice_the_directions_in_its_first_step():
     G = draw(M, N)
 

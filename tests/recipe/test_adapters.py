@@ -178,6 +178,9 @@ def test_freezing_is_undone_whatever_the_order(architecture):
     assert not any(p.requires_grad for n, p in model.named_parameters() if "@" not in n)
     third.remove()
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == {frozen}
+    again = attach(model, Recipe(weights=LoRA(rank=2)))
+    third.remove()  # once more: it has nothing left to undo
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(again.trainable())
 
 
 @pytest.mark.parametrize("form", ["native", "peft"])

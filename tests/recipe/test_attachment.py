@@ -1,19 +1,26 @@
 """What attach() hands around: products, events, objectives, horizons, and what it refuses."""
 
+import dataclasses
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
 
-from eckart.errors import FileError, UsageError
+from eckart.errors import EckartError, FileError, UsageError
 from eckart.methods.objective.distill import Distill
 from eckart.methods.objective.orthogonality import Orthogonality
 from eckart.methods.update.adamw import AdamW
 from eckart.methods.update.galore import GaLore
+from eckart.methods.weights.bone import Bone
 from eckart.methods.weights.dense import Dense
 from eckart.methods.weights.dora import DoRA
+from eckart.methods.weights.dylora import DyLoRA
 from eckart.methods.weights.lora import LoRA
+from eckart.methods.weights.nola import NOLA
 from eckart.recipe import Event, Precision, Recipe, attach, terms_off
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits, steps
@@ -164,6 +171,90 @@ def test_illegal_combinations_are_refused_when_the_recipe_is_built():
     ]
     with pytest.raises(UsageError, match="adamw is not a choice for weights"):
         Recipe(weights=AdamW())
+
+
+def with_a_nan():
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    return model
+
+
+REFUSED = {
+    "overrides[0].rank has the wrong type": lambda: LoRA(
+        overrides=({"match": "attn.q", "rank": "8"},)
+    ),
+    "overrides[0].match has the wrong type": lambda: LoRA(overrides=({"match": 5},)),
+    "the class LoRA is not a choice for weights": lambda: Recipe(weights=LoRA),
+    "a recipe needs weights": lambda: attach(tiny("llama"), LoRA()),
+    "no module of this name to train": lambda: attach(
+        tiny("llama"), Recipe(weights=LoRA()), also_train=("lm_haed",)
+    ),
+    "this model has no numbers yet": lambda: attach(
+        tiny("llama").to("meta"), Recipe(weights=LoRA())
+    ),
+    "lora needs gradients": lambda: attach(
+        tiny("llama"), Recipe(weights=LoRA(init="gradient")), calibration=[]
+    ),
+    "a weight is not finite": lambda: attach(
+        with_a_nan(), Recipe(weights=LoRA(rank=2, init="pissa"))
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_said(what):
+    with pytest.raises(EckartError, match=re.escape(what)):
+        REFUSED[what]()
+
+
+def test_a_failed_calibration_leaves_the_model_as_it_was():
+    model, batch = tiny("llama").train(), {"input_ids": batch_for("llama")["input_ids"]}
+    with pytest.raises(UsageError, match="the model gave no loss"):
+        attach(model, Recipe(weights=LoRA(init="gradient")), calibration=[batch])
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_learning_rate_of_zero_is_one():
+    handle = attach(tiny("llama"), Recipe(weights=LoRA(rank=2)))
+    assert handle.optimizer(lr=0.0).param_groups[0]["lr"] == 0
+
+
+def test_terms_stay_off_when_they_were_off():
+    model, batch = tiny("llama"), batch_for("llama")
+    handle = attach(model, Recipe(weights=LoRA(rank=2)))
+    randomise(handle)
+    with terms_off(model):
+        with terms_off(model):
+            base = logits(model, batch)
+        assert torch.equal(logits(model, batch), base)
+
+
+@pytest.mark.parametrize("method", [NOLA(rank=2, bases=3), DyLoRA(rank=2)])
+def test_what_sites_share_does_not_disturb_a_row_of_layers(method):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    x = torch.randn(2, 6)
+    before = model(x)
+    attach(model, Recipe(weights=dataclasses.replace(method, targets=("0", "1"))))
+    torch.testing.assert_close(model(x), before)  # fp32, B A = 0
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2), Bone(rank=2)])
+def test_torch_func_gives_gradients_of_single_rows(method):
+    model = nn.Sequential(nn.Linear(6, 5))
+    handle = attach(model, Recipe(weights=dataclasses.replace(method, targets=("0",))))
+    randomise(handle)
+    rows = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+
+    def loss(tensors, x):
+        return functional_call(model, tensors, (x,)).square().sum()
+
+    trained = handle.trainable()
+    each = vmap(grad(loss), in_dims=(None, 0))(trained, rows)
+    for i, x in enumerate(rows):
+        alone = torch.autograd.grad(model(x).square().sum(), list(trained.values()))
+        for found, expected in zip(each.values(), alone, strict=True):
+            # fp32, sums of 6 products of order 1 in another order
+            torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_saved_tensors_that_do_not_fit_are_named():

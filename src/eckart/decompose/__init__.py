@@ -3,6 +3,7 @@
 from eckart.decompose.svd import (
     balanced,
     fix_signs,
+    product_svd,
     rank_for_energy,
     recompress,
     truncated_svd,
@@ -12,6 +13,7 @@ from eckart.decompose.svd import (
 __all__ = [
     "balanced",
     "fix_signs",
+    "product_svd",
     "rank_for_energy",
     "recompress",
     "truncated_svd",

@@ -38,8 +38,8 @@ def balanced(U: Tensor, s: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
     return U * root.unsqueeze(-2), root.unsqueeze(-1) * Vt
 
 
-def recompress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-r factors of a product B A without forming it, and all its singular values.
+def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [*, m, k], s [*, k], Vt [*, k, n] of a product B A without forming it; k = min(R, m, n).
 
     B [*, m, R], A [*, R, n]: two thin QRs and one SVD of an R x R core, O((m + n) R^2).
     """
@@ -47,12 +47,21 @@ def recompress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]
     Qa, Ra = torch.linalg.qr(working(A).mT)
     U, s, Vt = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     U, Vt = fix_signs(Qb @ U, Vt @ Qa.mT)
-    B, A = balanced(U[..., :rank], s[..., :rank], Vt[..., :rank, :])
-    return B, A, s
+    return U, s, Vt
+
+
+def recompress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-r factors of a product B A without forming it, and all its singular values."""
+    U, s, Vt = product_svd(B, A)
+    return *balanced(U[..., :rank], s[..., :rank], Vt[..., :rank, :]), s
 
 
 def rank_for_energy(s: Tensor, energy: float) -> int:
-    """The smallest rank whose singular values [k] hold this share of the squared sum."""
-    squares = s.double().square()
-    held = squares.cumsum(-1) / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return int((held < energy - 1e-12).sum()) + 1
+    """The smallest rank whose singular values [k] hold this share of the squared sum.
+
+    0 where all are zero.
+    """
+    held = s.double().square().cumsum(-1)
+    if not held[-1]:
+        return 0
+    return int((held / held[-1] < energy - 1e-12).sum()) + 1

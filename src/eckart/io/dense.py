@@ -17,8 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from eckart.errors import UsageError
 from eckart.io.folder import write_folder
 from eckart.io.presets import quiet
-from eckart.linear import Site
-from eckart.linear.sites import as_stored, quantised
+from eckart.linear import fold
+from eckart.linear.sites import quantised
 from eckart.recipe import Handle
 from eckart.recipe.adapters import alone
 from eckart.recipe.lock import STRUCTURE, unlock_config
@@ -84,7 +84,7 @@ def merged_state(handle: Handle, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     update = lost = 0.0  # squared norms
     for path in handle.attached:
         site = handle.sites[path]
-        exact = stored(site)
+        exact = fold(site, torch.float64)
         rounded = exact.to(dtype)
         for name in (f"{site.module_path}.{site.param}", *(f"{t}.weight" for t in site.ties)):
             state[name] = rounded
@@ -93,15 +93,6 @@ def merged_state(handle: Handle, dtype: torch.dtype) -> tuple[dict[str, Tensor],
             update += float((exact - base.double()).square().sum())
             lost += float((exact - rounded.double()).square().sum())
     return state, (lost / update) ** 0.5 if update else 0.0
-
-
-def stored(site: Site) -> Tensor:
-    """The merged matrix of a site in fp64, in the layer's own layout."""
-    module: Any = site.module
-    matrix = module.merged(site.param)  # [*, m, n]
-    weight = module._parameters.get(site.param)
-    shape = torch.Size(matrix.shape) if weight is None else weight.shape
-    return as_stored(matrix, module, site.kind, shape).contiguous()
 
 
 def bare(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -28,7 +28,7 @@ from eckart.io.folder import write_folder
 from eckart.io.headers import header, listed
 from eckart.io.peft_layout import to_patterns
 from eckart.io.tensors import read_tensors, write_tensors
-from eckart.linear import LowRank, Site, Term
+from eckart.linear import LowRank, Site, Term, joint_factors
 from eckart.recipe import Handle
 from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.fingerprint import origin
@@ -124,10 +124,9 @@ def pair_at(handle: Handle, path: str) -> tuple[Tensor, Tensor, float]:
         held = float(torch.tensor(alpha, dtype=torch.float32))
         if term.R is None and term.B0 is None and held / term.A.shape[-2] == term.scale:
             return term.B.detach(), term.A.detach(), held
-    factors = [pair for term in terms if (pair := term.factors()) is not None]
-    B = torch.cat([pair[0].detach() for pair in factors], dim=-1)
-    A = torch.cat([pair[1].detach() for pair in factors], dim=-2)
-    return B, A, float(A.shape[-2])
+    pair = joint_factors(terms)
+    assert pair is not None  # `obstacle` was asked
+    return pair[0].detach(), pair[1].detach(), float(pair[1].shape[-2])
 
 
 # --- in ------------------------------------------------------------------------------------
@@ -249,7 +248,7 @@ def refuse_kind(site: Site, file: Path) -> None:
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """[r, c, kh, kw] as [r, c kh kw], [m, r, 1, 1] as [m, r]."""
-    return tensor.flatten(1) if tensor.ndim == 4 else tensor
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor
 
 
 # --- names ---------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +33,7 @@ from eckart.io.peft_layout import (
 )
 from eckart.io.peft_read import load, method_of, read
 from eckart.io.tensors import write_tensors
-from eckart.linear import Gain, Site, Term
+from eckart.linear import Gain, Site, Term, joint_factors
 from eckart.linear.mixing import padded
 from eckart.recipe import Handle
 from eckart.recipe.fingerprint import origin
@@ -137,11 +136,9 @@ def general_entries(handle: Handle, uniform: bool) -> dict[str, Entry]:
     """Every site as plain LoRA: its terms' exact factors side by side, alpha = r."""
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for path, terms in handle.terms().items():
-        factors = [term.factors() for term in terms.values()]
-        B = torch.cat([f[0].detach() for f in factors if f is not None], dim=-1)
-        A = torch.cat([f[1].detach() for f in factors if f is not None], dim=-2)
-        if A.shape[-2]:  # a site whose rank has become 0 is left out
-            pairs[path] = B, A
+        pair = joint_factors(terms.values())
+        if pair is not None and pair[1].shape[-2]:  # a site whose rank has become 0 is left out
+            pairs[path] = pair
     if uniform:
         largest = max(A.shape[-2] for _, A in pairs.values())
         pairs = {path: padded(B, A, largest) for path, (B, A) in pairs.items()}

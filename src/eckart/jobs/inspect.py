@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eckart.decompose import rank_for_energy, recompress
+from eckart.decompose import product_svd, rank_for_energy
 from eckart.decompose.spectra import (
     effective_rank,
     energy_at,
@@ -38,7 +38,7 @@ from eckart.jobs.settings.config import Job
 from eckart.jobs.training import prepare, senses
 from eckart.jobs.training.outcome import shown
 from eckart.jobs.training.screen import Screen, amount
-from eckart.linear import Site
+from eckart.linear import Site, joint_factors
 from eckart.recipe import Handle
 from eckart.recipe.targets import sites_of
 
@@ -187,15 +187,10 @@ def added(handle: Handle) -> list[Matrix]:
 @torch.no_grad()
 def spectrum_of_update(handle: Handle, site: Site) -> Tensor:
     """Singular values of the update, [*, k]: of the thin factors where it has them."""
-    parts = handle.parts()[site.path]
-    terms = handle.terms()[site.path]
-    factors = [term.factors() for term in terms.values()]
-    pairs = [pair for pair in factors if pair is not None]
-    if len(pairs) == len(parts) and site.path not in handle.originals:
-        B = torch.cat([B for B, _ in pairs], -1)
-        A = torch.cat([A for _, A in pairs], -2)
-        if B.shape[-1] <= min(site.shape):
-            return recompress(B, A, B.shape[-1])[2]
+    pair = joint_factors(handle.parts()[site.path].values())
+    thin = pair is not None and pair[0].shape[-1] <= min(site.shape)
+    if pair is not None and thin and site.path not in handle.originals:
+        return product_svd(*pair)[1]
     module: Any = site.module
     change = module.merged(site.param) - site.weight(torch.float64)
     return torch.linalg.svdvals(change.float())
@@ -354,7 +349,10 @@ def looked_at_heads(job: Job, opened: Opened, screen: Screen) -> list[HeadReach]
     )
     if opened.handle is not None and opened.handle.weights.base == "frozen":
         turned = sum(h.regime_by_bound != h.regime_without for h in heads)
-        screen.line("", f"the adapter moves {turned} of them across the line", result=True)
+        said = f"the adapter moves {turned} of them across the line"
+        scales = [s for h in heads if h.regime_by_bound == "easy" if (s := h.largest_easy_scale)]
+        said += f"; the easy ones stay so up to {min(scales):.2g} times its scale" if scales else ""
+        screen.line("", said, result=True)
     norms(screen, heads)
     return heads
 
@@ -365,17 +363,21 @@ def norms(screen: Screen, heads: Sequence[HeadReach]) -> None:
     The threshold has no constant: sqrt(ln L) is a mark to look at, the reach decides.
     """
     mark = f"|q| ({math.sqrt(math.log(max(2, heads[0].length))):.1f})"
-    rows = [["layer", mark, "|k|", "|k| centred", "|v|", "reach", "best error", "easy"]]
+    rows = [["layer", mark, "|k|", "|k| centred", "|v|", "reach", "error", "easy"]]
     for number in sorted({h.layer for h in heads}):
         layer = [h for h in heads if h.layer == number]
         tops = [f"{max(h.norms[name] for h in layer):.2f}" for name in NORMS]
         errors = [min(h.errors.values()) for h in layer if h.errors]
-        best = f"{min(errors):.1e}" if errors else "-"
+        best = "-" if not errors else ">1" if min(errors) > 1 else f"{min(errors):.1e}"
         easy = sum(h.regime != "hard" for h in layer)
         reach = f"{max(h.centred for h in layer):.2f}"
         rows.append([str(number), *tops, reach, best, f"{easy}/{len(layer)}"])
     for i, line in enumerate(aligned(rows)):
         screen.line("norms" if i == 0 else "", line, result=True)
+    screen.line(
+        "", "(largest entries, |q| beside sqrt(ln L); reach: the largest logit, keys centred;"
+    )
+    screen.line("", "error: of the polynomial gradient against the exact one, where it is least)")
 
 
 def counted(number: int) -> str:

@@ -4,7 +4,18 @@ from eckart.linear.layers import alone, frozen_linear, kernels
 from eckart.linear.lowrank import LowRank, linear_plus_low_rank, low_rank
 from eckart.linear.sites import Horizon, Site, find_sites, seeded_generator
 from eckart.linear.structured import Structured, fold, install, uninstall
-from eckart.linear.term import Dense, Gain, Pair, Product, Shared, Term, alike, describe, plain_mm
+from eckart.linear.term import (
+    Dense,
+    Gain,
+    Pair,
+    Product,
+    Shared,
+    Term,
+    alike,
+    describe,
+    joint_factors,
+    plain_mm,
+)
 
 __all__ = [
     "Dense",
@@ -24,6 +35,7 @@ __all__ = [
     "fold",
     "frozen_linear",
     "install",
+    "joint_factors",
     "kernels",
     "linear_plus_low_rank",
     "low_rank",

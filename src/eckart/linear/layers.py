@@ -51,7 +51,8 @@ class LinearSum(Structured):
         terms, gain, W = self.terms, self.gain_of(), self.matrix()
         if W is None or self._sum.mm is not plain_mm:
             return self.parts(x, W)
-        if self._sum.kind == "linear" and len(terms) == 1 and type(W.data) in PLAIN:
+        plain = type(W.data) in PLAIN and not torch._C._are_functorch_transforms_active()
+        if self._sum.kind == "linear" and len(terms) == 1 and plain:
             fused = self.fused(x, W, terms[0], gain)
             if fused is not None:
                 return fused
@@ -174,7 +175,7 @@ class ConvSum(Structured):
             p = p if bias is None else p - bias
             whole = mixture(self, mix, patches, p, lambda term, x: term(x))
             whole = whole if bias is None else whole + bias
-            return self.in_place(whole, x)
+            return self.as_image(whole, x)
         y = None if W is None or gain is None else patches @ W.mT  # [b, t, m]
         for term in self.terms:
             y = add(y, term(patches), x.dtype)
@@ -182,9 +183,9 @@ class ConvSum(Structured):
         if gain is not None and W is not None:
             y = y * gain.factor(W, self.terms).to(y.dtype)
         if W is not None and gain is None:
-            return super().forward(x) + self.in_place(y, x)
+            return super().forward(x) + self.as_image(y, x)
         y = y if self.bias is None else y + self.bias
-        return self.in_place(y, x)
+        return self.as_image(y, x)
 
     def patches(self, x: Tensor) -> Tensor:
         """x [b, c, h, w] -> [b, t, n], with the convolution's padding, stride and dilation."""
@@ -208,7 +209,7 @@ class ConvSum(Structured):
         found = found.reshape(b, -1, found.shape[-1])
         return found.squeeze(0) if single else found
 
-    def in_place(self, y: Tensor, x: Tensor) -> Tensor:
+    def as_image(self, y: Tensor, x: Tensor) -> Tensor:
         """Results y [b, t, m] for an input x [b, c, h, w] as an image: [b, m, h', w']."""
         pads = self._reversed_padding_repeated_twice
         axes = range(len(self.kernel_size))

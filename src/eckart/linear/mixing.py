@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eckart.errors import UsageError
 from eckart.linear.lowrank import low_rank
-from eckart.linear.term import Product, Term, plain_mm
+from eckart.linear.term import Product, Term, joint_factors, plain_mm
 
 if TYPE_CHECKING:
     from eckart.linear.structured import Structured
@@ -121,15 +121,11 @@ def row_pairs(branches: Sequence[Sequence[Term]]) -> list[tuple[Tensor, Tensor]]
     """
     found: list[tuple[Tensor, Tensor] | None] = []
     for terms in branches:
-        pairs = [term.factors() for term in terms]
-        if any(getattr(term, "dropout", 0.0) and term.training for term in terms):
+        dropped = any(getattr(term, "dropout", 0.0) and term.training for term in terms)
+        pair = joint_factors(terms)
+        if dropped or (terms and pair is None):
             return None
-        whole = [pair for pair in pairs if pair is not None]
-        if len(whole) < len(pairs):
-            return None
-        B = torch.cat([pair[0] for pair in whole], dim=-1) if whole else None
-        A = torch.cat([pair[1] for pair in whole], dim=-2) if whole else None
-        found.append(None if B is None or A is None else (B, A))
+        found.append(pair)
     like = next((pair for pair in found if pair is not None), None)
     if like is None:
         return None

@@ -17,9 +17,9 @@ class Remembered(Generic[T]):
     It is used again while the tensors hold the same numbers. Those are compared with a copy:
     torch's version counters miss writes through `.data` and what FSDP gathers. `frozen`
     tensors, too large for a copy, are compared by place and version, `scalars` as they are.
-    Nothing is remembered while compiling, of tensors without numbers of their own, or of those
-    on an accelerator, where a comparison would make the host wait in every pass. A copy or a
-    pickle forgets.
+    Nothing is remembered while compiling or under torch.func, of tensors without numbers of their
+    own, or of those on an accelerator, where a comparison would make the host wait in every pass.
+    A copy or a pickle forgets.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,12 @@ class Remembered(Generic[T]):
         scalars: tuple[float, ...] = (),
     ) -> T:
         """compute() without a gradient, or what it gave for these numbers before."""
-        with torch.no_grad():
-            if torch.compiler.is_compiling() or not all(map(comparable, (*tensors, *frozen))):
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if traced or not all(map(comparable, (*tensors, *frozen))):
+            with torch.no_grad():
                 return compute()
+        # a value made in inference mode could not be used by the training that comes after
+        with torch.inference_mode(False), torch.no_grad():
             places = (scalars, *((t.data_ptr(), t._version, t.dtype, t.shape) for t in frozen))
             if places != self.places or not same(tensors, self.copies):
                 self.value = compute()

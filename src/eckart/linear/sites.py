@@ -178,10 +178,10 @@ def as_matrix(tensor: Tensor, module: nn.Module, kind: str) -> Tensor:
     return tensor.mT if transposed(module, kind) else tensor
 
 
-def as_stored(matrix: Tensor, module: nn.Module, kind: str, shape: torch.Size) -> Tensor:
+def as_stored(matrix: Tensor, module: Any, kind: str) -> Tensor:
     """A matrix [*, m, n] in the module's own layout."""
     if kind == "conv":
-        return matrix.reshape(shape)
+        return matrix.unflatten(-1, (-1, *module.kernel_size))
     return matrix.mT if transposed(module, kind) else matrix
 
 

@@ -142,8 +142,7 @@ def dropped_mixin(mixin: type) -> type:
 def read_only_weight(module: Structured) -> Tensor:
     """The matrix of the sum in the layer's own layout, computed when asked for."""
     reference = next(module.parameters())
-    matrix = module.merged().to(reference.dtype)
-    return matrix.mT if module._sum.kind in ("conv1d", "embedding") else matrix
+    return as_stored(module.merged().to(reference.dtype), module, module._sum.kind)
 
 
 def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> None:
@@ -252,11 +251,11 @@ def restore_class(module: nn.Module) -> None:
     del module.__dict__["_sum"]
 
 
-def fold(site: Site) -> Tensor:
-    """The merged matrix of a site in its stored layout and dtype, rounded once."""
+def fold(site: Site, dtype: torch.dtype | None = None) -> Tensor:
+    """The merged matrix of a site in its stored layout, rounded once: to the layer's own dtype
+    where none is asked for."""
     module: Any = site.module
     reference = module._parameters.get(site.param)
-    dtype = reference.dtype if reference is not None else next(module.parameters()).dtype
-    matrix = module.merged(site.param)
-    shape = reference.shape if reference is not None else torch.Size(matrix.shape)
-    return as_stored(matrix, module, site.kind, shape).to(dtype).contiguous()
+    reference = next(module.parameters()) if reference is None else reference
+    merged = as_stored(module.merged(site.param), module, site.kind)
+    return merged.to(dtype or reference.dtype).contiguous()

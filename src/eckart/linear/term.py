@@ -7,7 +7,7 @@ m out, n in, t tokens, * any leading dimensions (fused experts have one per expe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
@@ -176,6 +176,10 @@ class Shared(nn.Module):
         """As `Term.empty`."""
         return blank(cls, tensors, scalars)
 
+    def forward(self, x: Any) -> Any:
+        """x as it is: a root that runs its children one after another is not disturbed."""
+        return x
+
 
 def describe(part: nn.Module) -> dict[str, Any]:
     """Plain data about a term or gain: its class, saved tensors and scalar attributes."""
@@ -193,6 +197,18 @@ def describe(part: nn.Module) -> dict[str, Any]:
         if isinstance(value, int | float | str) and name not in ("training", "linear")
     }
     return {"type": type(part).__name__, "tensors": tensors, "scalars": scalars}
+
+
+def joint_factors(parts: Iterable[nn.Module]) -> tuple[Tensor, Tensor] | None:
+    """The parts of one map as one product, side by side: exact B [*, m, R], A [*, R, n].
+
+    None where there are none, or where one is no such product: a gain, a nonlinear term.
+    """
+    pairs = [part.factors() if isinstance(part, Term) else None for part in parts]
+    known = [pair for pair in pairs if pair is not None]
+    if not known or len(known) < len(pairs):
+        return None
+    return torch.cat([B for B, _ in known], dim=-1), torch.cat([A for _, A in known], dim=-2)
 
 
 class Dense(Term):

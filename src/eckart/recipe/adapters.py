@@ -52,12 +52,13 @@ class Adapters:
         A handle remembers which parameters were trained before it came; what this one
         remembers goes to the next.
         """
+        if self.handles.get(handle.name) is not handle:  # it failed on its way in, or has left
+            self.choose(self.weights)
+            return
         names = list(self.handles)
-        here = self.handles.get(handle.name) is handle
-        after = names[names.index(handle.name) + 1 :] if here else []
-        if here:
-            del self.handles[handle.name]
-            self.weights.pop(handle.name, None)
+        after = names[names.index(handle.name) + 1 :]
+        del self.handles[handle.name]
+        self.weights.pop(handle.name, None)
         if after:
             heir = self.handles[after[0]].required
             heir.update({name: was for name, was in handle.required.items() if name in heir})

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import nn
 
 from eckart import linear
-from eckart.errors import FileError, UsageError
+from eckart.errors import Diverged, FileError, UsageError, did_you_mean
 from eckart.linear import Gain, Horizon, Shared, Site, Structured, Term
 from eckart.recipe import registry
 from eckart.recipe.adapters import DEFAULT, require_free
@@ -59,10 +60,11 @@ def attach(
     Raises UsageError for targets that match nothing, ranks too large everywhere, missing
     calibration or horizon, and combinations that cannot work.
     """
-    if recipe.weights is None:
+    if not isinstance(recipe, Recipe) or recipe.weights is None:
         raise UsageError("a recipe needs weights", fix="For example Recipe(weights=eckart.LoRA()).")
     recipe.check()
     require_free(model, name)
+    refuse_unfit(model, also_train)
     sites = choose(model, recipe.weights, seed)
     for site in sites:
         if site.overrides:
@@ -73,7 +75,7 @@ def attach(
         site.horizon = horizon
     base = fingerprint(model, held_whole(model, also_train))
     convert_base(model, recipe)
-    parts = recipe.weights.build(sites) if sites else {}
+    parts = built(recipe.weights, sites)
     by_path = {site.path: site for site in sites}
     handle = Handle(model, recipe, by_path, seed, tuple(also_train), teacher, name)
     handle.fingerprint = base
@@ -128,6 +130,32 @@ def attach_from(
         },
     )
     return handle
+
+
+def refuse_unfit(model: nn.Module, also_train: Sequence[str]) -> None:
+    """UsageError for a model without numbers, and for modules that it does not have."""
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise UsageError(
+            "this model has no numbers yet",
+            [(type(model).__name__, "is on the meta device")],
+            "Load it or draw its initial values first, then attach.",
+        )
+    modules = [path for path, _ in model.named_modules() if path]
+    for name in also_train:
+        if name not in modules:
+            fix = did_you_mean(name, modules, "Name a module by its path in the model.")
+            raise UsageError("no module of this name to train", [("also_train", name)], fix)
+
+
+def built(weights: Weights, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
+    """The method's parts for its sites. Diverged, with its name, for a matrix that holds a NaN."""
+    try:
+        return weights.build(sites) if sites else {}
+    except torch.linalg.LinAlgError as fault:
+        lost = [site.path for site in sites if not site.weight().isfinite().all()]
+        if not lost:
+            raise
+        raise Diverged("a weight is not finite", [(lost[0], "cannot be decomposed")]) from fault
 
 
 def convert_base(model: nn.Module, recipe: Recipe) -> None:
@@ -203,15 +231,13 @@ def calibrate(
     steps: int | None,
 ) -> None:
     """Gather what the methods declare they need; UsageError where it cannot be had."""
+    batches = list(calibration) if calibration is not None and recipe.needs else []
     for method in recipe.choices:
         for need in sorted(method.needed):
-            missing = steps is None if need == "horizon" else calibration is None
-            if missing:
-                argument = "steps=" if need == "horizon" else "calibration="
-                raise UsageError(
-                    f"{method.slug} needs {need}", [("attach(...)", f"{argument} is missing")]
-                )
-    batches = list(calibration) if calibration is not None and recipe.needs else []
+            of_steps = need == "horizon"
+            if steps is None if of_steps else not batches:
+                lost = "steps= is missing" if of_steps else "calibration= has no batches"
+                raise UsageError(f"{method.slug} needs {need}", [("attach(...)", lost)])
     if "gradients" in recipe.needs:
         gather_gradients(model, sites, batches)
     if "activations" in recipe.needs:

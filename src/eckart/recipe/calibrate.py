@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.errors import Diverged
+from eckart.errors import Diverged, UsageError
 from eckart.linear import Site
 from eckart.linear.sites import as_matrix
 
@@ -22,9 +22,20 @@ AT_A_TIME = 8  # matrices whose gradients are held at once: passes against memor
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The task's own loss of one batch."""
-    outputs = model(**batch)
-    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+    """The task's own loss of one batch. UsageError where the model gives none."""
+    return loss_in(model(**batch), batch)
+
+
+def loss_in(outputs: Any, batch: Batch) -> Tensor:
+    """The loss that a model gave with its outputs. UsageError where there is none."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise UsageError(
+            "the model gave no loss for a batch",
+            [("the batch has", ", ".join(batch))],
+            "Give each batch its labels.",
+        )
+    return loss
 
 
 def gather_gradients(
@@ -36,27 +47,37 @@ def gather_gradients(
 ) -> None:
     """Write the mean gradient [*, m, n] (fp32, the matrix's device) into each site."""
     batches = list(batches)
-    wanted = {id(p): p.requires_grad for p in model.parameters()}
-    with deterministic_mode(model):
-        for start in range(0, len(sites), at_a_time):
-            group = sites[start : start + at_a_time]
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            for site in group:
-                site.raw.requires_grad_(True)
-                site.gradient = torch.zeros(site.matrix_shape, device=site.raw.device)
-            for batch in batches:
-                value = loss(model, batch)
-                grads = torch.autograd.grad(value, [s.raw for s in group], allow_unused=True)
-                for site, grad in zip(group, grads, strict=True):
-                    if grad is not None and site.gradient is not None:
-                        site.gradient += as_matrix(grad, site.module, site.kind).float()
-            for site in group:
-                if site.gradient is not None:
-                    site.gradient /= max(1, len(batches))
-                    check_finite(site.gradient, site.path, "gradient")
-    for parameter in model.parameters():
-        parameter.requires_grad_(wanted[id(parameter)])
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with deterministic_mode(model):
+            for start in range(0, len(sites), at_a_time):
+                for parameter, _ in wanted:
+                    parameter.requires_grad_(False)
+                gather_group(model, sites[start : start + at_a_time], batches, loss)
+    finally:
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)
+
+
+def gather_group(
+    model: nn.Module,
+    group: Sequence[Site],
+    batches: Sequence[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+) -> None:
+    """The mean gradients of a few sites, written into them; these alone are differentiated."""
+    totals = [torch.zeros(site.matrix_shape, device=site.raw.device) for site in group]
+    for site in group:
+        site.raw.requires_grad_(True)
+    for batch in batches:
+        value = loss(model, batch)
+        grads = torch.autograd.grad(value, [s.raw for s in group], allow_unused=True)
+        for site, total, grad in zip(group, totals, grads, strict=True):
+            if grad is not None:
+                total += as_matrix(grad, site.module, site.kind).float()
+    for site, total in zip(group, totals, strict=True):
+        site.gradient = total / max(1, len(batches))
+        check_finite(site.gradient, site.path, "gradient")
 
 
 def gather_activations(

@@ -19,20 +19,30 @@ COMPARISONS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
 
 
 def check_fields(method: Any) -> None:
-    """Raise UsageError for the first field of the wrong type or outside its range."""
+    """Raise UsageError for the first field of the wrong type or outside its range.
+
+    Overrides are held to the same; names in them that are no fields are left to the targets.
+    """
     hints = typing.get_type_hints(type(method), include_extras=True)
     for f in dataclasses.fields(method):
-        value, hint = getattr(method, f.name), hints[f.name]
-        if not fits(value, hint):
-            raise UsageError(
-                f"{method.slug}: {f.name} has the wrong type",
-                [(f"{f.name} = {value!r}", f"expected {spell(hint)}")],
-            )
-        for limit in broken(value, hint):
-            raise UsageError(
-                f"{method.slug}: {f.name} is out of range",
-                [(f"{f.name} = {value!r}", f"needs {limit}")],
-            )
+        check_value(method.slug, f.name, getattr(method, f.name), hints[f.name])
+    for number, override in enumerate(getattr(method, "overrides", ())):
+        for name, hint in {**hints, "match": str}.items():
+            if name in override:
+                check_value(method.slug, f"overrides[{number}].{name}", override[name], hint)
+
+
+def check_value(slug: str, name: str, value: Any, hint: Any) -> None:
+    """Raise UsageError for a value of the wrong type or outside its range."""
+    if not fits(value, hint):
+        raise UsageError(
+            f"{slug}: {name} has the wrong type",
+            [(f"{name} = {value!r}", f"expected {spell(hint)}")],
+        )
+    for limit in broken(value, hint):
+        raise UsageError(
+            f"{slug}: {name} is out of range", [(f"{name} = {value!r}", f"needs {limit}")]
+        )
 
 
 def broken(value: Any, hint: Any) -> Iterator[str]:

@@ -100,7 +100,7 @@ def install_at(handle: Handle, site: Site, parts: dict[str, nn.Module], drop: bo
                 "Type precision=bf16, or another method.",
             )
         handle.originals[site.path] = site.raw.detach().clone()
-        changed = as_stored(dense.dense(), site.module, site.kind, site.raw.shape)
+        changed = as_stored(dense.dense(), site.module, site.kind)
         site.raw.data.copy_(changed)
     if not parts:
         return

@@ -154,6 +154,9 @@ def fitted(weights: Weights, update: Update, said: Container[str] = ()) -> Weigh
 def misplaced(axis: str, value: object) -> UsageError:
     """The error for a method on the wrong axis."""
     right = getattr(value, "axis", "")
-    name = getattr(value, "slug", type(value).__name__)
-    fix = f"Type {right}={name}." if right else ""
+    if isinstance(value, type):
+        name, fix = f"the class {value.__name__}", f"Type {axis}={value.__name__}()."
+    else:
+        name = getattr(value, "slug", type(value).__name__)
+        fix = f"Type {right}={name}." if right else ""
     return UsageError(f"{name} is not a choice for {axis}", [(f"{axis} = {name}", right)], fix)

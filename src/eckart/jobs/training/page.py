@@ -12,6 +12,7 @@ from eckart.io.folder import write_text
 from eckart.io.run import SPECTRA, Run, read_lines
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training.change import why_not
+from eckart.linear import joint_factors
 from eckart.recipe import Handle
 
 ABOUT = ("command", "steps", "seconds", "tokens_per_second", "format", "seed", "data", "versions")
@@ -82,11 +83,9 @@ def spectra(handle: Handle) -> dict[str, list[float]]:
     """Singular values of what each site learned, largest first; where it is a thin product."""
     found: dict[str, list[float]] = {}
     for path, by_name in handle.terms().items():
-        pairs = [term.factors() if term.linear else None for term in by_name.values()]
-        if pairs and all(pair is not None and pair[0].ndim == 2 for pair in pairs):
-            B = torch.cat([pair[0] for pair in pairs if pair], dim=-1)  # [m, r]
-            A = torch.cat([pair[1] for pair in pairs if pair], dim=-2)  # [r, n]
-            found[path] = product_spectrum(B, A).tolist()
+        pair = joint_factors(by_name.values())
+        if pair is not None and pair[0].ndim == 2:
+            found[path] = product_spectrum(*pair).tolist()
     return found
 
 

@@ -56,9 +56,6 @@ class Arms(Factored):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.B.sum(-3), self.A
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.dropout(x, self.dropout, self.training) if self.dropout else x)
-
     def rows(self) -> int:
         return self.B.shape[-2]
 

@@ -39,7 +39,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from eckart.decompose import fix_signs, recompress
+from eckart.decompose import product_svd, recompress
 from eckart.errors import UsageError
 from eckart.linear import Site, seeded_generator
 from eckart.linear.factored import fresh_pair
@@ -110,12 +110,9 @@ class Thresholds:
 def shrunk_product(B: Tensor, w: Tensor, A: Tensor, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
     """U, (s - kappa)_+, V^T of B diag(w) A: singular value thresholding by thin factors.
 
-    B [*, m, r], w [*, r], A [*, r, n]; two QRs and an r x r SVD, never an m x n matrix.
+    B [*, m, r], w [*, r], A [*, r, n].
     """
-    Qb, Rb = torch.linalg.qr(B * w.unsqueeze(-2))
-    Qa, Ra = torch.linalg.qr(A.mT)
-    U, s, Vt = torch.linalg.svd(Rb @ Ra.mT)
-    U, Vt = fix_signs(Qb @ U, Vt @ Qa.mT)
+    U, s, Vt = product_svd(B * w.unsqueeze(-2), A)
     return U, (s - kappa).clamp_min(0), Vt
 
 

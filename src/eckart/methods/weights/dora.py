@@ -45,13 +45,13 @@ class Magnitude(Gain):
         lora = terms[0]
         assert isinstance(lora, LowRank)
         B, A, s = lora.B, lora.A, lora.scale
-        return self.g / self.norms(
-            lambda: row_norms(weight.to(self.g.dtype), B, A, s), (B, A), (weight,), (s,)
-        )
+        return self.g / self.norms(lambda: row_norms(weight, B, A, s), (B, A), (weight,), (s,))
 
 
 def row_norms(W: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
-    """|(W + s B A)_i| for all rows without forming B A: [*, m]. W [*, m, n]."""
+    """|(W + s B A)_i| for all rows without forming B A: [*, m], in fp32 at least. W [*, m, n]."""
+    wide = torch.promote_types(B.dtype, torch.float32)
+    W, B, A = W.to(wide), B.to(wide), A.to(wide)
     WA = W @ A.mT  # [*, m, r]
     squared = W.square().sum(-1) + (B * (2 * s * WA + s * s * (B @ (A @ A.mT)))).sum(-1)
     # Rounding may leave a tiny negative number for a row of zeros.

@@ -29,7 +29,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from eckart.decompose import truncated_svd
+from eckart.decompose import balanced, truncated_svd
 from eckart.errors import UsageError
 from eckart.linear import LowRank, Site
 from eckart.linear.factored import fresh_pair
@@ -46,7 +46,12 @@ def gaussian(site: Site, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def orthogonal(site: Site, rank: int) -> tuple[Tensor, Tensor]:
-    """B A = 0 with neither factor zero: even and odd rows of a random rotation of r."""
+    """B A = 0 with neither factor zero: even and odd rows of a random rotation of r.
+
+    There are none such at rank 1, where it is LoRA's own start.
+    """
+    if rank == 1:
+        return fresh_pair(site, rank)
     (m, n), g, half = site.shape, site.generator, rank // 2
     Q = torch.linalg.qr(torch.randn(*site.leading, rank, rank, generator=g))[0]
     A = torch.randn(*site.leading, n, half, generator=g) @ Q[..., 1::2, :][..., :half, :]
@@ -56,9 +61,7 @@ def orthogonal(site: Site, rank: int) -> tuple[Tensor, Tensor]:
 
 def pissa(site: Site, rank: int) -> tuple[Tensor, Tensor]:
     """The principal part of W: B = U sqrt(S), A = sqrt(S) V^T (the base keeps the rest)."""
-    U, s, Vt = truncated_svd(site.weight(torch.float32), rank)
-    root = s.sqrt()
-    return U * root.unsqueeze(-2), root.unsqueeze(-1) * Vt
+    return balanced(*truncated_svd(site.weight(torch.float32), rank))
 
 
 def olora(site: Site, rank: int) -> tuple[Tensor, Tensor]:
