@@ -67,8 +67,6 @@ def run(job: Job) -> dict[str, Any]:
     screen.line("method", found.coverage, job.choices["weights"].name)
     if found.by_formula:
         screen.warn("its sizes depend on the weights: said for one rank at all matrices")
-            "its sizes depend on the weights: by formula, activations as with one rank for all"
-        )
 
     free, total = room(place)
     job, activations = with_batch(job, found, free, length)
