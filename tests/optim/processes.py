@@ -159,6 +159,41 @@ def fsdp2(rule, layerwise, stop=10):
     return weights, norms, optimizer.named_state_dict()
 
 
+class Experts(nn.Module):
+    """Three experts: of two processes the second has one."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.up = nn.Parameter(torch.randn(3, 8, 6, generator=g, dtype=torch.float64))
+        self.down = nn.Parameter(torch.randn(3, 6, 8, generator=g, dtype=torch.float64))
+
+    def forward(self, x):
+        return (x @ self.up.mT).tanh() @ self.down.mT
+
+
+def experts(rule, sharded):
+    """Ten steps of fused experts, which fully_shard splits by experts: weights, norms, state, and
+    the most elements that a collective of a step had."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, norms, most = Experts(), [], 0
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    group = {"params": list(model.named_parameters()), "leading": 1}
+    optimizer = LowRankOptimizer([group], 0.02, rule=RULES[rule], clip=0.5)
+    for x in data(10):
+        (10 * model(x.chunk(2)[dist.get_rank()] if sharded else x) ** 2).mean().backward()
+        with Sent() as counter:
+            optimizer.step()
+        most = max([most, *(size for _, size in counter.calls)])
+        optimizer.zero_grad()
+        norms.append(float(optimizer.grad_norm))
+    weights = [whole(p.detach()) for p in model.parameters()]
+    return weights, norms, optimizer.named_state_dict(), most
+
+
 def holding(weights):
     """A network with these weights."""
     model = network()
@@ -358,6 +393,7 @@ if __name__ == "__main__":
         "fira", "dct, 8 bits", "q-galore", "galore, adafactor", "galore, adam8bit", "lora-pro",
         "trion", "lisa", "altlora, alternate", *registered(),
     )  # fmt: skip
+    matrices = [name for name, rule in RULES.items() if not (rule.pair or rule.blocks)]
     runs = {
         "fsdp2": {rule: or_refused(fsdp2, rule, False) for rule in RULES},
         "one, fsdp2, one": {rule: or_refused(crossed, rule) for rule in crossing},
@@ -366,6 +402,7 @@ if __name__ == "__main__":
         },
         "ddp": {rule: ddp(rule, False) for rule in ("both", "altlora, alternate", *registered())},
         "ddp, layer by layer": {rule: ddp(rule, True) for rule in ("galore", "both")},
+        "experts": {rule: experts(rule, True) for rule in matrices},
         "sent": {name: sent(*wanted) for name, wanted in SENT.items()},
         "sent by rules": {
             slug: [or_refused(sent, rule, None, sizes) for sizes in (TALL, BROAD)]

@@ -16,6 +16,7 @@ from tests.optim.processes import (
     TALL,
     UNEVEN,
     data,
+    experts,
     given,
     network,
     optimizer_of,
@@ -70,18 +71,35 @@ def test_two_processes_take_the_steps_of_one(two, way, monkeypatch):
         wanted = alone(rule, 2 if "ddp" in way else 1, "layer" not in way)
         assert max(wanted[1]) > 0.5  # else nothing was clipped
         for runs in two:
-            weights, norms, state = runs[way][rule]
-            for a, b in zip(weights, wanted[0], strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=near, msg=rule)
-            assert norms == pytest.approx(wanted[1], rel=near, abs=near), rule
-            assert state.keys() == wanted[2].keys()
-            for key, value in wanted[2].items():
-                a, b = torch.as_tensor(state[key]), torch.as_tensor(value)
-                if a.dtype == torch.uint8:  # a rounding error may cross to the next code
-                    close = (a.int() - b.int()).abs() <= 1
-                else:
-                    close = torch.isclose(a, b, rtol=0, atol=near, equal_nan=True)
-                assert a.dtype == b.dtype and close.all(), f"{rule}: {key}"
+            assert_same(runs[way][rule], wanted, near, rule)
+
+
+def assert_same(found, wanted, near, rule):
+    """Weights, norms and state are those of one process."""
+    for a, b in zip(found[0], wanted[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=near, msg=rule)
+    assert found[1] == pytest.approx(wanted[1], rel=near, abs=near), rule
+    state = found[2]
+    assert state.keys() == wanted[2].keys()
+    for key, value in wanted[2].items():
+        a, b = torch.as_tensor(state[key]), torch.as_tensor(value)
+        if a.dtype == torch.uint8:  # a rounding error may cross to the next code
+            close = (a.int() - b.int()).abs() <= 1
+        else:
+            close = torch.isclose(a, b, rtol=0, atol=near, equal_nan=True)
+        assert a.dtype == b.dtype and close.all(), f"{rule}: {key}"
+
+
+def test_each_process_moves_its_own_experts_and_sends_no_matrix(two, monkeypatch):
+    """fp64, 10 steps; where bits are few, a crossing rounds otherwise: 1e-7. What is sent says how
+    long gradients are, and whether a basis was found."""
+    monkeypatch.setattr(storage, "SMALLEST", 1)
+    for rule in two[0]["experts"]:
+        wanted = experts(rule, sharded=False)
+        for runs in two:
+            *found, most = runs["experts"][rule]
+            assert_same(found, wanted, 1e-7 if "8bit" in rule else 1e-9, rule)
+            assert most <= 2, rule
 
 
 def test_every_rule_runs_sharded_or_is_refused_with_a_sentence(two):

@@ -56,7 +56,7 @@ class Entry:
             return basis
         kinds: tuple[Kind, Kind] = ("left", "right")  # derived whole; this process has a part
         parts = zip(basis, kinds, strict=True)
-        layout = self.layout
+        layout = self.layout.own
         return Basis(*(None if t is None else local(layout.place(t, k)) for t, k in parts))
 
     @property
@@ -71,11 +71,20 @@ class Entry:
 
     @property
     def whole_sought(self) -> Tensor:
-        """The same, gathered where it is sharded."""
+        """The same with all rows and columns, gathered where they are sharded."""
         if self.layout is None:
             return self.sought
-        part = self.sought.reshape(self.local.shape)
-        return as_matrix(self.layout.gather(part, self.param.shape), self.group["leading"])
+        leading, part = self.group["leading"], self.sought.reshape(self.local.shape)
+        shape = torch.Size([*part.shape[:leading], *self.param.shape[leading:]])
+        return as_matrix(self.layout.own.gather(part, shape), leading)
+
+    @property
+    def first_matrix(self) -> int:
+        """The number of this process's first matrix among all of the parameter."""
+        if self.layout is None or self.layout.own is self.layout:
+            return 0
+        numbers = torch.arange(self.param.shape[0], device=self.local.device)
+        return int(next(iter(local(self.layout.place(numbers, "small"))), 0))
 
     @property
     def size(self) -> tuple[int, int]:

@@ -59,7 +59,7 @@ class Gaussian(Subspace):
 
     def find(self, search: Search) -> Found:
         shape = search.G.shape[1:-2]  # fused experts have one seed each
-        place = torch.arange(math.prod(shape), device=search.G.device).view(shape)
+        place = torch.arange(math.prod(shape), device=search.G.device).view(shape) + search.matrix
         return {"seed": torch.stack([seed + place for seed in search.seeds])}
 
     def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
@@ -97,7 +97,8 @@ class Coordinates(Projector):
     def find(self, search: Search) -> Found:
         size, r = self.choices(*search.size), max(self.ranks(*search.size))
         *shape, _, _ = search.G.shape
-        draws = [drawn(size, r, math.prod(shape[1:]), seed) for seed in search.seeds]
+        last = search.matrix + math.prod(shape[1:])
+        draws = [drawn(size, r, last, seed)[search.matrix :] for seed in search.seeds]
         return {"index": torch.stack(draws).view(*shape, r).to(search.G.device)}
 
     def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
@@ -125,7 +126,7 @@ def drawn(size: int, r: int, times: int, seed: int) -> Tensor:
     on the CPU, so the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randperm(size, generator=generator)[:r].sort().values for _ in range(times)]
-    return torch.stack(draws)
+    return torch.stack(draws) if draws else torch.empty(0, r, dtype=torch.int64)
 
 
 def normals(seed: Tensor, rows: int, columns: int) -> Tensor:

@@ -174,6 +174,7 @@ class Search:
     seeds: list[int]  # k numbers from names and steps, for what is drawn
     first: bool  # the old basis says nothing yet
     size: tuple[int, int]  # m and n of the whole matrices
+    matrix: int = 0  # the number of G's first [m, n] among those of its parameter
     rows: Rows = field(default_factory=Rows)  # which of them G has
 
     def squared(self, Z: Tensor, on_left: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eckart.optim.part import CACHED, CHUNK, Part, State, Tensors, counted, stacked
 from eckart.optim.project import Basis, Directions, Found, Search, usable
-from eckart.optim.sharded import Layout, Rows, local, sum_, whole
+from eckart.optim.sharded import Groups, Layout, Rows, local, sum_
 
 if TYPE_CHECKING:
     from eckart.optim.bucket import Entry
@@ -48,10 +48,8 @@ class Refresh(Part):
             return {}
         return {"gap": self.every, "cosines": torch.full((5,), torch.nan, device=W.device)}
 
-    def stretch(self, state: State, cosines: Tensor, old: Directions, new: Directions) -> None:
+    def stretch(self, state: State, cosines: Tensor, cosine: Tensor) -> None:
         """Double the interval where the leading direction keeps; one host read."""
-        a, b = leading_direction(old), leading_direction(new)
-        cosine = torch.cosine_similarity(a, b, dim=-1).abs().mean()  # signs mean nothing
         cosines.copy_(torch.cat([cosines[1:], cosine[None]]))
         if self.adaptive is not None and bool(cosines.mean() >= self.adaptive):  # NaN: too few
             state["gap"] *= 2
@@ -77,10 +75,11 @@ def refresh(entries: list[Entry]) -> None:
 
 def refresh_together(entries: list[Entry], first: bool) -> None:
     """One batched decomposition."""
-    rule, layout = entries[0].rule, entries[0].layout
+    rule = entries[0].rule
+    layout = None if entries[0].layout is None else entries[0].layout.own
     projector, source = rule.projector, rule.source
     names = [name for name in projector.names if name in entries[0].state]
-    old = {name: torch.stack([whole(e.state[name]) for e in entries]) for name in names}
+    old = {name: torch.stack([all_rows(e, name) for e in entries]) for name in names}
     size = entries[0].size
     if layout is not None and layout.gram_suffices and projector.from_gram(first, size):
         ok, found = found_from_gram(entries, layout)
@@ -89,7 +88,9 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
     new = {name: chosen(ok, found[name], old[name]) for name in names}
     if projector.decomposes or rule.refresh.every > 1:
         # the one host read; a decomposition has synchronised anyway
-        fresh = ok.reshape(len(entries), -1).any(1).tolist()
+        found_one = ok.reshape(len(entries), -1).any(1).float()
+        sum_([found_one], others(entries[0]))
+        fresh = (found_one > 0).tolist()
     else:
         fresh = [True] * len(entries)  # where it is not, old and new are equal
     kept = [i for i, is_fresh in enumerate(fresh) if is_fresh]
@@ -100,8 +101,11 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
             continue
         if rule.refresh.adaptive is not None and not first:
             both = ({name: t[i] for name, t in state.items()} for state in (old, new))
-            bases = (projector.basis(b, entry.local, entry.size) for b in both)
-            rule.refresh.stretch(entry.state, entry.tensors["cosines"], *bases)
+            a, b = (leading_direction(projector.basis(s, entry.local, size)) for s in both)
+            cosine = torch.cosine_similarity(a, b, dim=-1).abs().flatten()  # signs mean nothing
+            mean = torch.stack([cosine.sum(), cosine.new_tensor(cosine.numel())])
+            sum_([mean], others(entry))
+            rule.refresh.stretch(entry.state, entry.tensors["cosines"], mean[0] / mean[1])
         gap = entry.state.get("gap", rule.refresh.every)
         entry.state["due"] = rule.refresh.next(step, entry.name, gap)
         if source is not None:
@@ -119,9 +123,24 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
         if projector.fleeting:
             P = found["left"][i].to(entry.A.dtype)
             entry.found = Basis(P if layout is None else local(layout.place(P, "left")), None)
-        if "low" in found and (layout is None or layout.rows_alone):
+        if "low" in found and (layout is None or not layout.groups("columns")):
             entry.low = found["low"][i].to(entry.A.dtype)
             entry.summed = layout is not None and layout.left  # a left R is one of all rows
+
+
+def all_rows(entry: Entry, name: str) -> Tensor:
+    """A tensor of a basis for this process's matrices, whole."""
+    t, layout, leading = entry.state[name], entry.layout, entry.group["leading"]
+    if layout is None:
+        return t
+    part = local(t)
+    shape = torch.Size([*part.shape[:leading], *t.shape[leading:]])
+    return layout.own.gather(part, shape, entry.rule.kind(name))
+
+
+def others(entry: Entry) -> Groups:
+    """The processes that have other matrices of the same parameter."""
+    return () if entry.layout is None else entry.layout.groups("lead")
 
 
 def found_from_gradients(
@@ -133,11 +152,11 @@ def found_from_gradients(
     """
     projector, size = entries[0].rule.projector, entries[0].size
     rows = Rows()
-    if layout is not None and layout.rows_alone and projector.from_shards(first, size):
+    if layout is not None and not layout.groups("columns") and projector.from_shards(first, size):
         rows = Rows(layout, size[0])
     G = stacked([e.sought if rows.layout else e.whole_sought for e in entries])  # [k, *, m, n]
     G = G.to(torch.promote_types(G.dtype, torch.float32))
-    search = Search(G, old, [e.seed for e in entries], first, size, rows)
+    search = Search(G, old, [e.seed for e in entries], first, size, entries[0].first_matrix, rows)
     if projector.measures:
         found = projector.find(search)
         return usable(found.pop("energy")), found

@@ -158,7 +158,7 @@ def factors(
     if by == "matrix":
         of_R, of_N, energy = (t.sum(-side - 3, keepdim=True) for t in (of_R, of_N, energy))
         if layout is not None:
-            sum_([of_R, of_N, energy], layout.split)
+            sum_([of_R, of_N, energy], layout.own.split)
     phi = of_N.sqrt() / (of_R.sqrt() + 1e-8)
     if most is not None:
         phi = phi.clamp(max=most)
@@ -166,7 +166,7 @@ def factors(
         return phi
     lengths = (phi * phi * energy.clamp(min=0)).sum((-2, -1))
     if layout is not None and by == "line":
-        sum_([lengths], layout.split)
+        sum_([lengths], layout.own.split)
     return phi / held_back(entries, lengths, rule.limiter)
 
 
@@ -176,7 +176,7 @@ def limited(entries: list[Entry], N: Tensors, limiter: NormGrowth) -> Tensors:
     lengths = squares(low, -1).sum((-2, -1))
     layout = entries[0].layout
     if layout is not None:
-        sum_([lengths], layout.split)
+        sum_([lengths], layout.own.split)
     return list(low / held_back(entries, lengths, limiter).to(low.dtype))
 
 

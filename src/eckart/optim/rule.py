@@ -42,7 +42,7 @@ KINDS: dict[str, Kind] = {  # of state tensors that are not laid out as R is
     "error": "param",
     "buffer": "param",
     "error_ends": "left",
-    "cosines": "small",
+    "cosines": "shared",
     "left_codes": "small",
     "left_ends": "small",
     "right_codes": "small",

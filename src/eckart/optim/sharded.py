@@ -10,12 +10,15 @@ is projected:
     means
     a new basis     of sharded rows: from the summed Gram matrix (right side), or from products
                     with a few directions, which are summed and gathered; else G is gathered
+
+Where experts are split, each process finds the bases of its own (`Layout.own`).
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -28,7 +31,7 @@ from eckart.optim.part import Tensors
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-Kind = Literal["param", "left", "right", "low", "row", "column", "small"]
+Kind = Literal["param", "left", "right", "low", "row", "column", "small", "shared"]
 Groups = tuple[dist.ProcessGroup, ...]
 
 
@@ -101,15 +104,22 @@ class Layout:
         """Over which groups R, or G where nothing is projected, is split."""
         return self.groups(*self.kept("low"))
 
-    @property
-    def rows_alone(self) -> bool:
-        """Has each process some rows of every matrix?"""
-        return not self.groups("lead", "columns")
+    @cached_property
+    def own(self) -> Layout:
+        """The layout of this process's matrices, as if there were no others."""
+        from torch.distributed.tensor import Replicate
+
+        if "lead" not in self.axes:
+            return self
+        splits = zip(self.axes, self.placements, strict=True)
+        placements = tuple(Replicate() if axis == "lead" else p for axis, p in splits)
+        axes = tuple("nothing" if axis == "lead" else axis for axis in self.axes)
+        return replace(self, axes=axes, placements=placements)
 
     @property
     def gram_suffices(self) -> bool:
         """Can a new basis be found from G^T G, summed over the shards of the rows?"""
-        return self.right and not self.left and self.rows_alone
+        return self.right and not self.left and not self.groups("columns")
 
     @property
     def dims_of_low(self) -> set[int]:
@@ -135,7 +145,7 @@ class Layout:
         like_low = kind in ("low", "row", "column")
         rows = kind in ("param", "left") or (like_low and not self.left)
         columns = kind in ("param", "right") or (like_low and not self.right)
-        return ["lead", *["rows"] * rows, *["columns"] * columns]
+        return [*["lead"] * (kind != "shared"), *["rows"] * rows, *["columns"] * columns]
 
     def followed(self, placement: Any, kind: Kind) -> Any:
         """A placement of the parameter for a tensor that shares it: statistics of rows have
@@ -161,8 +171,8 @@ class Layout:
         """A full tensor, the same on all processes, laid out beside the parameter.
 
         `kind`: shaped like the parameter, left [*, m, r], right [*, r, n], like R [*, a, b], a
-        row's or a column's statistics of R [*, a], [*, b], or small (leading dimensions, then
-        what all processes share).
+        row's or a column's statistics of R [*, a], [*, b], small (leading dimensions, then
+        what all processes share), or shared altogether.
         No communication.
         """
         from torch.distributed.tensor import distribute_tensor
