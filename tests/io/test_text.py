@@ -144,6 +144,20 @@ def test_instructions_become_a_turn_each(tmp_path, letters):
     assert "Add.\n\n1 and 1" in letters.decode(data.train[0]["input_ids"])
 
 
+def test_system_and_history_beside_an_instruction_or_a_chat_are_turns_of_it(tmp_path):
+    tokenizer = with_template(CHATML)
+    row = {"instruction": CHAT[2]["content"], "output": CHAT[3]["content"], "system": "Be brief."}
+    row["history"] = [[CHAT[0]["content"], CHAT[1]["content"]]]
+    system = {"role": "system", "content": "Be brief."}
+    whole = plainly(jsonl(tmp_path / "w.jsonl", {"messages": [system, *CHAT]}), tokenizer)
+    for given in (row, {"conversations": CHAT, "system": "Be brief."}):
+        data = plainly(jsonl(tmp_path / "g.jsonl", given), tokenizer)
+        assert data.train["labels"] == whole.train["labels"]
+        assert data.train["input_ids"] == whole.train["input_ids"]
+    with pytest.raises(FileError, match="history is not"):
+        plainly(jsonl(tmp_path / "b.jsonl", {**row, "history": [["a"]]}), tokenizer)
+
+
 def test_a_tokenizer_that_adds_a_space_keeps_the_mask(tmp_path):
     """SentencePiece-like: encoding a text's parts one by one would change the text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

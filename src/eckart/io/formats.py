@@ -5,7 +5,7 @@ file holds is told by its columns:
 
     text                          all of it                (text)
     messages, conversations       what the assistant says  (messages)
-    instruction (+input), output  the output               (instruction)
+    instruction (+input), output  the outputs              (instruction)
     prompt, completion            the completion           (prompt+completion)
     text, label                   the label                (text+label)
     tokens, tags                  a tag for each token     (tokens+tags)
@@ -181,20 +181,38 @@ def tagged(row: Row) -> list[tuple[str, str]]:
 
 
 def messages_of(row: Row, kind: str) -> list[dict[str, str]]:
-    """A row as role/content messages, whichever of the three spellings it has."""
+    """A row as role/content messages, whichever of the three spellings it has.
+
+    A column `system` is the first of them; `history`, of earlier [question, answer] pairs,
+    stands before an instruction.
+    """
     if kind == "instruction":
         asked = field(row, "instruction")
         if row.fields.get("input"):
             asked += "\n\n" + field(row, "input")
-        return [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": field(row, "output")},
-        ]
-    if kind == "prompt+completion":
-        given = [*listed(row, "prompt"), *listed(row, "completion")]
+        pairs = [*earlier(row), (asked, field(row, "output"))]
+        roles = ("user", "assistant") * len(pairs)
+        said = [text for pair in pairs for text in pair]
+        found = [{"role": r, "content": text} for r, text in zip(roles, said, strict=True)]
     else:
-        given = listed(row, "messages" if "messages" in row.fields else "conversations")
-    return [message_of(m, i, row) for i, m in enumerate(given, 1)]
+        given = (
+            [*listed(row, "prompt"), *listed(row, "completion")]
+            if kind == "prompt+completion"
+            else listed(row, "messages" if "messages" in row.fields else "conversations")
+        )
+        found = [message_of(m, i, row) for i, m in enumerate(given, 1)]
+    if row.fields.get("system") and found[0]["role"] != "system":
+        found = [{"role": "system", "content": field(row, "system")}, *found]
+    return found
+
+
+def earlier(row: Row) -> list[tuple[str, str]]:
+    """The [question, answer] pairs of a column `history`. FileError where they are none."""
+    found = row.fields.get("history") or []
+    pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in found]
+    if any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in pairs):
+        raise FileError("history is not [question, answer] pairs", [(row.where, "")])
+    return [(question, answer) for question, answer in pairs]
 
 
 def listed(row: Row, name: str) -> list[Any]:
