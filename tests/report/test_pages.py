@@ -12,6 +12,7 @@ import pytest
 from eckart.report import comparison, page
 from eckart.report.claims import page as claims_page
 from eckart.report.figures import Curve, bars, curves, heat, intervals
+from eckart.report.run import roles
 
 SITES = [f"model.layers.{i}.self_attn.{r}" for i in range(2) for r in ("q_proj", "v_proj")]
 
@@ -196,6 +197,33 @@ def test_a_long_table_is_folded_under_its_medians():
     assert found.index("Medians by role") < found.index("<details")
     assert "<details" not in run_page()
     outline(found)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"], ["q_proj", "up_proj"]),
+        (
+            [
+                "bert.encoder.layer.0.attention.self.query",
+                "bert.encoder.layer.0.attention.output.dense",
+                "bert.encoder.layer.0.output.dense",
+            ],
+            ["query", "attention.output.dense", "output.dense"],
+        ),
+        (
+            [
+                "encoder.block.0.layer.0.SelfAttention.q",
+                "decoder.block.0.layer.0.SelfAttention.q",
+                "decoder.block.0.layer.1.EncDecAttention.q",
+            ],
+            ["encoder.SelfAttention.q", "decoder.SelfAttention.q", "EncDecAttention.q"],
+        ),
+    ],
+)
+def test_matrices_of_different_kinds_have_different_names(paths, names):
+    assert list(roles(paths).values()) == names
+    assert roles(paths[:1]) == {paths[0]: paths[0].rsplit(".", 1)[-1]}
 
 
 def test_many_layers_have_no_number_in_their_cells():

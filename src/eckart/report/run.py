@@ -5,7 +5,7 @@ Every part is left out where its facts are: a run of ten steps has a page too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import exp, log, nan
 from statistics import median
 from typing import Any
@@ -76,7 +76,7 @@ def words(choice: Any) -> str:
 # --- sections ------------------------------------------------------------------------------
 
 DRAWN = {  # title -> the metrics in it, the label of the axis, is it logarithmic?
-    "Loss": (("loss", "eval_loss"), "nats per token", False),
+    "Loss": (("loss", "eval_loss"), "nats", False),
     "Learning rate": (("learning_rate",), "learning rate", False),
     "Gradient and update norms": (("grad_norm", "update_norm"), "norm", True),
     "Penalty": (("penalty",), "penalty", False),
@@ -129,8 +129,8 @@ def learned(
     """Singular values of the change, its effective rank over time and by place, overlaps."""
     found: list[Figure | Table | Text] = [Text(why) for why in unseen]
     if spectra:
-        last = spectra[max(spectra)]
-        by_role = grouped(last)
+        last, named = spectra[max(spectra)], roles({site for at in spectra.values() for site in at})
+        by_role = grouped(last, named)
         drawn = [
             Curve(role, range(1, len(values) + 1), relative(values))
             for role, values in by_role.items()
@@ -141,14 +141,13 @@ def learned(
             found.append(curves(title, drawn, "index", "share of the largest", log_y=True))
         if len(spectra) > 1:
             steps = sorted(spectra)
-            roles = list(by_role)
+            by_step = [grouped(spectra[step], named) for step in steps]
             over = [
-                Curve(r, steps, [effective_rank(grouped(spectra[s]).get(r, ())) for s in steps])
-                for r in roles
+                Curve(r, steps, [effective_rank(at.get(r, ())) for at in by_step]) for r in by_role
             ]
             found.append(curves("Effective rank", over, "step", "effective rank"))
-        found += by_place(last)
-        found += [roles_of(last), matrices_of(last)]
+        found += by_place(last, named)
+        found += [roles_of(last, named), matrices_of(last)]
     if overlaps:
         names = without_common(list(overlaps)[:8])
         drawn = [
@@ -177,11 +176,11 @@ def matrices_of(last: Spectra) -> Table:
     return Table(["matrix", "values", *SPECTRAL], rows, "By matrix")
 
 
-def roles_of(last: Spectra) -> Table:
+def roles_of(last: Spectra, named: Mapping[str, str]) -> Table:
     """Medians over the matrices of a role."""
     by_role: dict[str, list[tuple[float, float, int]]] = {}
     for site, values in last.items():
-        by_role.setdefault(role(site), []).append(numbers_of(values))
+        by_role.setdefault(named[site], []).append(numbers_of(values))
     rows = [
         [name, f"{len(each)}", *(f"{median(column):.1f}" for column in zip(*each, strict=True))]
         for name, each in by_role.items()
@@ -200,13 +199,13 @@ def without_common(paths: Sequence[str]) -> list[str]:
     return [".".join(w[shared:]) for w in words]
 
 
-def by_place(last: Spectra) -> list[Figure]:
+def by_place(last: Spectra, named: Mapping[str, str]) -> list[Figure]:
     """Effective rank by layer and role, where the names tell both."""
     cells: dict[str, dict[int, float]] = {}
     for site, values in last.items():
         layer = next((int(part) for part in site.split(".") if part.isdigit()), None)
         if layer is not None:
-            cells.setdefault(role(site), {})[layer] = effective_rank(values)
+            cells.setdefault(named[site], {})[layer] = effective_rank(values)
     layers = sorted({layer for row in cells.values() for layer in row})
     if len(cells) < 2 or not layers:
         return []
@@ -215,16 +214,30 @@ def by_place(last: Spectra) -> list[Figure]:
     return [heat("Effective rank by layer and role", list(cells), names, ranks)]
 
 
-def role(site: str) -> str:
-    """The last word of a path, which says what a matrix is for."""
-    return site.rsplit(".", 1)[-1]
+def roles(sites: Collection[str]) -> dict[str, str]:
+    """What each matrix is for: the fewest last words of its path that tell it from other kinds.
+
+    Numbers, and words that all paths have, are none of a kind.
+    """
+    words = {site: [word for word in site.split(".") if not word.isdigit()] for site in sites}
+    common = set.intersection(*map(set, words.values())) if words else set()
+    kinds = {s: (*(w for w in own[:-1] if w not in common), own[-1]) for s, own in words.items()}
+    distinct = set(kinds.values())
+
+    def shortest(kind: tuple[str, ...]) -> str:
+        for n in range(1, len(kind)):
+            if sum(other[-n:] == kind[-n:] for other in distinct) == 1:
+                return ".".join(kind[-n:])
+        return ".".join(kind)
+
+    return {site: shortest(kind) for site, kind in kinds.items()}
 
 
-def grouped(spectra: Spectra) -> dict[str, list[float]]:
+def grouped(spectra: Spectra, named: Mapping[str, str]) -> dict[str, list[float]]:
     """Mean singular values over the matrices of one role, up to the shortest of them."""
     rows: dict[str, list[Sequence[float]]] = {}
     for site, values in spectra.items():
-        rows.setdefault(role(site), []).append(values)
+        rows.setdefault(named[site], []).append(values)
     return {
         name: [sum(column) / len(column) for column in zip(*group, strict=False)]
         for name, group in rows.items()
