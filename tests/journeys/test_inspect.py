@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eckart.decompose.spectra import effective_rank
-from eckart.io.models import load_model
+from eckart.io.models import load_model, load_tokenizer
 from eckart.io.opening import open_model
 from eckart.jobs.measuring.drift import of_text
 from eckart.jobs.measuring.heads import reaches
@@ -84,8 +84,6 @@ def test_a_factored_model_is_judged_by_what_its_factors_stand_for(place, tmp_pat
 
 def test_heads_reach_as_far_as_the_logits_of_eager_attention(place):
     """Scores from the attention weights: log softmax differs from S by a row constant."""
-    from eckart.io.models import load_tokenizer
-
     model = load_model(place / "m")
     text = of_text(load_tokenizer(place / "m"), 48, [str(place / "d.jsonl")])
     found = {(h.layer, h.head): h for h in reaches(model, text)}
@@ -117,9 +115,19 @@ def test_an_adapter_is_compared_with_itself_switched_off(place):
         assert alone["regime"] in ("easy", "measured", "hard") and alone["width"] == 8
 
 
+def test_heads_are_looked_at_on_rows_as_long_as_the_model_reads(place, tmp_path):
+    """Few features pay on long rows alone: cut at 128 tokens, heads of a new model were hard."""
+    (tmp_path / "long.txt").write_text("one two three four " * 400)
+    sources, tokenizer = [str(tmp_path / "long.txt")], load_tokenizer(place / "m")
+    long, short = (of_text(tokenizer, None, sources, length=n) for n in (512, 128))
+    assert max(long.lengths) == 512 and max(short.lengths) == 128
+    assert sum(long.lengths) <= 4096 and len(long.rows) <= 8
+
+
 def test_the_line_says_how_many_heads_are_easy(place):
     ran = eckart("inspect", place / "lora", place / "d.jsonl")
     assert "of 8 easy at" in ran.out and "of them across the line" in ran.out
+    assert "its scale" in ran.out or "0 of 8 easy" in ran.out
 
 
 def test_what_has_no_weights_is_not_inspected(place):

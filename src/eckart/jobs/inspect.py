@@ -31,7 +31,7 @@ from eckart.io.models import load_tokenizer, recognise
 from eckart.io.opening import Opened, open_model
 from eckart.jobs.finetune import require_weights
 from eckart.jobs.measuring.drift import of_text
-from eckart.jobs.measuring.heads import NORMS, HeadReach, reaches
+from eckart.jobs.measuring.heads import NORMS, TRIED, HeadReach, reaches
 from eckart.jobs.pairs import all_sites, common_base, overlaps_by_role, pairs
 from eckart.jobs.pictures import draw, require_picture
 from eckart.jobs.settings.config import Job
@@ -326,7 +326,8 @@ def looked_at_heads(job: Job, opened: Opened, screen: Screen) -> list[HeadReach]
     """The heads on DATA, the adapter on and off."""
     tokenizer = load_tokenizer(str(job.model))
     senses.require_tokens(tokenizer, opened.model)
-    text = of_text(tokenizer, senses.context_of(opened.model), senses.entries(job))
+    context = senses.context_of(opened.model)
+    text = of_text(tokenizer, context, senses.entries(job), length=TRIED)
     heads = reaches(opened.model, text, opened.handle)
     if not heads:
         screen.warn("this model's attention is not one that can be looked into")
@@ -374,10 +375,8 @@ def norms(screen: Screen, heads: Sequence[HeadReach]) -> None:
         rows.append([str(number), *tops, reach, best, f"{easy}/{len(layer)}"])
     for i, line in enumerate(aligned(rows)):
         screen.line("norms" if i == 0 else "", line, result=True)
-    screen.line(
-        "", "(largest entries, |q| beside sqrt(ln L); reach: the largest logit, keys centred;"
-    )
-    screen.line("", "error: of the polynomial gradient against the exact one, where it is least)")
+    screen.line("", "(largest entries, |q| beside sqrt(ln L); reach: of logits, with centred keys;")
+    screen.line("", "error: of a gradient by polynomials, relative, of the head where it is least)")
 
 
 def counted(number: int) -> str:

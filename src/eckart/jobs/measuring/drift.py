@@ -49,13 +49,17 @@ class Sample:
 
 
 def of_text(
-    tokenizer: Any, context: int | None, sources: Sequence[Any] = (), task: str = "causal"
+    tokenizer: Any,
+    context: int | None,
+    sources: Sequence[Any] = (),
+    task: str = "causal",
+    length: int = LENGTH,
 ) -> Sample:
-    """Rows of `sources`, or of a text that is always there."""
-    length = min(LENGTH, context or LENGTH)
+    """Rows of `sources`, or of a text that is always there; as many tokens whatever the length."""
+    length, most = min(length, context or length), max(1, ROWS * LENGTH // length)
     data = read([], tokenizer, length, packing=False, eval=list(sources) or TEXT)
     found = [row for rows in data.evaluation.values() for row in rows]
-    rows = [CHOICES.get(task, as_it_is)(found[i]) for i in spread(len(found))]
+    rows = [CHOICES.get(task, as_it_is)(found[i]) for i in spread(len(found), most)]
     lengths = [len(row["input_ids"]) for row in rows]
     return Sample(rows, data.collate, ", ".join(data.evaluation), lengths, task not in CHOICES)
 
@@ -68,9 +72,9 @@ def of_images(preprocessing: Preprocessing, sources: Sequence[Any]) -> Sample:
     return Sample(rows, data.collate, ", ".join(data.evaluation), data.lengths(rows), False)
 
 
-def spread(count: int) -> list[int]:
-    """At most ROWS places, evenly over so many."""
-    places = np.linspace(0, count - 1, min(ROWS, count)).round().astype(int)
+def spread(count: int, most: int = ROWS) -> list[int]:
+    """At most so many places, evenly over `count`."""
+    places = np.linspace(0, count - 1, min(most, count)).round().astype(int)
     return [int(i) for i in places]
 
 

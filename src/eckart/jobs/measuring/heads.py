@@ -35,7 +35,7 @@ from eckart.recipe import Handle, terms_off
 
 PROBE = "eckart_reach"
 EPS = 1e-2  # relative error that a fast gradient may have
-TRIED = 1024  # tokens of a row at most for which errors are measured
+TRIED = 1024  # tokens of a row at most: an exact gradient takes L^2
 NORMS = ("q", "k", "k_centred", "v")
 
 
@@ -101,9 +101,14 @@ class HeadReach:
     def regime_without(self) -> str:
         return regime(self.without, self.width, self.length)
 
+    @property
+    def largest_easy_scale(self) -> float | None:
+        """How much louder the adapter may become before the bound calls it hard; None: any."""
+        scale = largest_easy_scale(self.without, self.centred, self.width, self.length)
+        return scale if math.isfinite(scale) else None
+
     def document(self) -> dict[str, Any]:
         """Plain data."""
-        scale = largest_easy_scale(self.without, self.centred, self.width, self.length)
         return {
             **dataclasses.asdict(self),
             "threshold": math.sqrt(math.log(max(2, self.length))),
@@ -112,7 +117,7 @@ class HeadReach:
             "measured_degree": self.measured_degree,
             "regime": self.regime,
             "regime_without": self.regime_without,
-            "largest_easy_scale": scale if scale < float("inf") else None,
+            "largest_easy_scale": self.largest_easy_scale,
         }
 
 
