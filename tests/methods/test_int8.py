@@ -171,6 +171,25 @@ def test_a_run_gains_resumes_to_the_same_bits_and_merges_on_the_base_as_it_was(p
     torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("words", [("loram", "method.align_steps=2"), ("codyra",)], ids=str)
+def test_stages_learn_on_a_quantised_base_and_go_on_from_each_other(words, place, tmp_path):
+    texts(place / "e.jsonl", rows=40)
+    data = f"data=[{place}/d.jsonl,{place}/e.jsonl]" if words == ("codyra",) else place / "d.jsonl"
+    options = ("precision=int8", "train.steps=3", "-o", tmp_path / "r")
+    ran = eckart("finetune", place / "m", data, f"method={words[0]}", *words[1:], *options)
+    assert ran.code == 0, ran.err
+    final = tmp_path / "r" / "final"
+    whole = load_file(final / "adapter_model.safetensors")
+    final.rename(tmp_path / "final")
+    for stage in sorted((tmp_path / "r" / "stages").iterdir())[-2:]:
+        stage.rename(tmp_path / stage.name)
+    ran = eckart("finetune", "--resume", tmp_path / "r")
+    assert ran.code == 0, ran.err
+    again = load_file(final / "adapter_model.safetensors")
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
 def plain_parameters(place):
     return load_model(place / "m").parameters()
 

@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.errors import UsageError
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
@@ -39,6 +39,7 @@ from eckart.jobs.training.checkpoints import OPTIMIZER, read_state
 from eckart.jobs.training.fit import fit
 from eckart.jobs.training.screen import Screen
 from eckart.linear.narrow import take_shapes
+from eckart.linear.sites import dequantised, quantised
 from eckart.recipe import Handle, Recipe, Stage, Work, attach, attach_from, registry
 
 ORIGINAL = "original"  # the base of a stage that starts from the model as it was loaded
@@ -210,18 +211,27 @@ def stage_job(job: Job, stage: Stage, data: Data) -> Job:
 def carried(course: Course, job: Job, work: Work, data: Data, checkpoint: Path | None) -> Handle:
     """The recipe's terms on a model that has none: new, or as a checkpoint has them."""
     hold_statistics(work.model)
+    recipe = recipe_of(course, work.stage)
     if checkpoint is not None:
-        return attach_from(work.model, read_state(checkpoint)["structure"], recipe=course.recipe)
+        return attach_from(work.model, read_state(checkpoint)["structure"], recipe=recipe)
     return attach(
         work.model,
-        course.recipe,
-        calibration=work.batches() if course.recipe.needs else None,
+        recipe,
+        calibration=work.batches() if recipe.needs else None,
         steps=int(job.train.steps),
         lr=float(job.train.lr),
         warmup=settle.warmup_steps(job.train),
         seed=job.train.seed,
         also_train=outside(work.model) if data.labels else (),
     )
+
+
+def recipe_of(course: Course, stage: Stage) -> Recipe:
+    """The job's recipe; a stage that trains the base itself has it as it is, not quantised."""
+    recipe = course.recipe
+    if stage.train == "terms" or recipe.precision is None or not recipe.precision.converts:
+        return recipe
+    return dataclasses.replace(recipe, precision=None)
 
 
 def train_only(handle: Handle, what: str) -> None:
@@ -287,12 +297,27 @@ def scores(course: Course, model: nn.Module) -> dict[str, Any]:
 
 def save(folder: Path, work: Work, measured: Mapping[str, Any]) -> None:
     """The whole model after a stage, what it is made of, and the stage's output."""
+    tensors = dict(work.model.state_dict())
+    for name, tensor in quantised_in(work.model).items():
+        tensors |= {f"{name}:{part}": held for part, held in parts_of(tensor).items()}
+        tensors[name] = dequantised(tensor, work.model.get_submodule(name.rpartition(".")[0]))
     with write_folder(folder / "state", overwrite=True) as beside:
-        write_tensors(beside / MODEL, dict(work.model.state_dict()))
+        write_tensors(beside / MODEL, tensors)
         write_tensors(beside / OUTPUT, work.output)
         write_json(beside / STRUCTURE, work.handle.structure() if work.handle else {})
         write_json(beside / "scores.json", measured)
         close_with_manifest(beside, stage=work.stage.name, task=work.task)
+
+
+def quantised_in(model: nn.Module) -> dict[str, Any]:
+    """The quantised weights of a model by name."""
+    return {name: t for name, t in model.state_dict().items() if quantised(t)}
+
+
+def parts_of(tensor: Any) -> dict[str, Tensor]:
+    """The plain tensors that a quantised one is made of."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+    return {name: held for name in names if (held := getattr(tensor, name)) is not None}
 
 
 def load(course: Course, place: Place) -> Work:
@@ -300,9 +325,16 @@ def load(course: Course, place: Place) -> Work:
     folder = course.folder / place.name / "state"
     model, tensors = course.original(), read_tensors(folder / MODEL)
     take_shapes(model, tensors)  # a stage may have pruned rows and columns
-    structure = read_json(folder / STRUCTURE)
-    handle = attach_from(model, structure, recipe=course.recipe) if structure else None
-    model.load_state_dict(tensors)
+    structure, handle = read_json(folder / STRUCTURE), None
+    if structure:
+        model.load_state_dict(tensors, strict=False)  # what will be quantised
+        handle = attach_from(model, structure, recipe=recipe_of(course, place.stage))
+    held = quantised_in(model)
+    for name, tensor in held.items():
+        for part, values in parts_of(tensor).items():
+            values.copy_(tensors[f"{name}:{part}"])  # made from its matrix it would be rounded anew
+    plain = {name: t for name, t in tensors.items() if name.partition(":")[0] not in held}
+    model.load_state_dict(plain, strict=not held)
     return Work(place.stage, model, handle, place.task)
 
 
