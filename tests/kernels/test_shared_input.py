@@ -81,6 +81,13 @@ def test_peers_are_computed_at_once_and_the_same(computed, monkeypatch):
     assert computed == [3]
 
 
+def test_results_go_with_the_graph_that_they_came_from(computed):
+    block, x = Block(), draw(6, 7)
+    for layer in (block.q, block.k, block.v):
+        layer(x).sum().backward()
+    assert computed == [3, 3, 3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_at_most_twice_the_plain_forms(dtype):
     x = draw(BLOCK + 9, 24, dtype=dtype)

@@ -1,5 +1,6 @@
 """What attach() hands around: products, events, objectives, horizons, and what it refuses."""
 
+import copy
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -21,6 +23,7 @@ from eckart.methods.weights.dora import DoRA
 from eckart.methods.weights.dylora import DyLoRA
 from eckart.methods.weights.lora import LoRA
 from eckart.methods.weights.nola import NOLA
+from eckart.methods.weights.randlora import RandLoRA
 from eckart.recipe import Event, Precision, Recipe, attach, terms_off
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits, steps
@@ -195,6 +198,9 @@ REFUSED = {
     "lora needs gradients": lambda: attach(
         tiny("llama"), Recipe(weights=LoRA(init="gradient")), calibration=[]
     ),
+    "there is something of this name already": lambda: attach(
+        copy.deepcopy(attach(tiny("llama"), Recipe(weights=LoRA())).model), Recipe(weights=LoRA())
+    ),
     "a weight is not finite": lambda: attach(
         with_a_nan(), Recipe(weights=LoRA(rank=2, init="pissa"))
     ),
@@ -205,6 +211,37 @@ REFUSED = {
 def test_what_cannot_be_is_said(what):
     with pytest.raises(EckartError, match=re.escape(what)):
         REFUSED[what]()
+
+
+def test_hooks_of_accelerate_run_the_terms_and_come_off_again():
+    model, batch = tiny("llama"), batch_for("llama")
+    base = logits(model, batch)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    handle = attach(model, Recipe(weights=LoRA(rank=2)))
+    randomise(handle)
+    assert not torch.allclose(logits(model, batch), base)
+    handle.remove()
+    assert torch.equal(logits(model, batch), base)
+    model.model.layers[0].mlp.up_proj.forward = lambda x: x
+    with pytest.raises(UsageError, match="its own forward was replaced"):
+        attach(remove_hook_from_submodules(model) or model, Recipe(weights=LoRA(rank=2)))
+
+
+@pytest.mark.parametrize("method", [Bone(rank=2), Bone(rank=2, mode="bat"), RandLoRA(rank=2)])
+def test_a_base_that_is_trained_too_has_its_gradients(method):
+    model = nn.Sequential(nn.Linear(6, 5))
+    attach(model, Recipe(weights=dataclasses.replace(method, targets=("0",))))
+    model.requires_grad_(True)
+    model(torch.randn(40, 6)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_default_device_is_not_where_draws_are_made():
+    with torch.device("meta"):
+        handle = attach(tiny("llama"), Recipe(weights=LoRA(rank=2)))
+    assert not any(p.is_meta for p in handle.model.parameters())
 
 
 def test_a_failed_calibration_leaves_the_model_as_it_was():

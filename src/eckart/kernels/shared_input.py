@@ -32,7 +32,10 @@ def together(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | Non
     maps = [one for one in (free_map(other, x) for other in peers.members) if one is not None]
     if len(maps) < len(peers.members) or not matching(maps):
         return alone(layer, x, W, term)
-    peers.keep(x, fused(x, maps))
+    results = fused(x, maps)
+    peers.keep(x, results)
+    if (node := results[0].grad_fn) is not None:  # once it has run, its tensors are gone
+        node.register_prehook(lambda grads: peers.forget())
     return peers.take(layer, x)
 
 

@@ -23,8 +23,6 @@ class Factored(Term):
     r numbers per token for them, and x only where A is trained.
     """
 
-    dropout: float = 0.0  # of the input of A, in training
-
     def factors(self) -> tuple[Tensor, Tensor]:
         """B [*, m, r], A [*, r, n], differentiable in the trained tensors."""
         raise NotImplementedError
@@ -37,8 +35,7 @@ class Factored(Term):
 
     def forward(self, x: Tensor) -> Tensor:  # [*, t, n] -> [*, t, m]
         B, A = self.factors()
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return low_rank(x.to(A.dtype), A, B, mm=self.mm)
+        return low_rank(self.dropped(x).to(A.dtype), A, B, mm=self.mm)
 
     def back(self, x: Tensor) -> Tensor:  # [*, t, m] -> [*, t, n]
         B, A = self.factors()

@@ -119,7 +119,8 @@ def alone(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
     else None: the reference for a kernel that computes several layers of one input at once."""
     pair = term.pair()
     if pair is None:
-        return term.with_base(x, W, layer.bias)
+        trained = W.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+        return None if trained else term.with_base(x, W, layer.bias)
     return kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, layer.bias, *pair)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from eckart.linear.term import Pair, Product, Term, plain_mm
+from eckart.linear.term import Pair, Product, Term, by_expert, plain_mm
 
 RowFactor = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -95,8 +95,7 @@ class LowRank(Term):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.A.dtype)
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = self.dropped(x.to(self.A.dtype))
         if (c := self.row_factor) is not None:
             return RowScaled.apply(*autocast_to(x, self.A, self.B), c, self.scale, False)
         y = low_rank(x, self.A, self.B, self.scale, self.R, self.function, self.mm)
@@ -149,17 +148,12 @@ class LowRank(Term):
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
         if self.R is not None or self.B0 is not None or self.branch_gradient is not None:
             return super().grouped(x, offsets)
-        x = x.to(self.A.dtype)
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        parts = [
-            low_rank(x[a:b], self.A[e], self.B[e], self.scale, None, self.function, self.mm)
-            for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
-            if b > a
-        ]
-        return torch.cat(parts) if parts else x.new_zeros(0, self.rows())
-
-    def rows(self) -> int:
-        return self.B.shape[-2]
+        x, phi = self.dropped(x.to(self.A.dtype)), self.function
+        return by_expert(
+            x,
+            offsets,
+            lambda x, e: low_rank(x, self.A[e], self.B[e], self.scale, None, phi, self.mm),
+        )
 
     def select(self, kept: Tensor) -> None:
         super().select(kept)

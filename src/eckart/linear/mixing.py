@@ -121,7 +121,7 @@ def row_pairs(branches: Sequence[Sequence[Term]]) -> list[tuple[Tensor, Tensor]]
     """
     found: list[tuple[Tensor, Tensor] | None] = []
     for terms in branches:
-        dropped = any(getattr(term, "dropout", 0.0) and term.training for term in terms)
+        dropped = any(term.dropout and term.training for term in terms)
         pair = joint_factors(terms)
         if dropped or (terms and pair is None):
             return None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 QUANTISERS = ("torchao", "bitsandbytes")  # packages whose tensors stand for a matrix
+HOOKED = "_old_forward"  # where accelerate keeps the forward that its hooks call
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -188,6 +189,11 @@ def as_stored(matrix: Tensor, module: Any, kind: str) -> Tensor:
 def reads_past_module(parent: nn.Module, name: str) -> bool:
     """Is this child's weight read without calling the child? Terms on it would be skipped."""
     return isinstance(parent, nn.MultiheadAttention) and name == "out_proj"
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """Was this layer's forward replaced on the object, past its class? Terms would be skipped."""
+    return "forward" in vars(module) and HOOKED not in vars(module)
 
 
 def find_sites(model: nn.Module, seed: int = 0) -> list[Site]:

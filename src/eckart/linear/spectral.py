@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.linear.factored import Factored
-from eckart.linear.term import Pair, Product, plain_mm
+from eckart.linear.term import Pair, Product, by_expert, plain_mm
 
 
 class Spectral(Factored):
@@ -72,16 +71,9 @@ class Spectral(Factored):
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
         (B, A), gates = self.frames(), self.gates()
-        x = x.to(A.dtype)
-        parts = [
-            spectral(x[a:b], A[e], gates[e], B[e], self.mm)
-            for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
-            if b > a
-        ]
-        return torch.cat(parts) if parts else x.new_zeros(0, self.rows())
-
-    def rows(self) -> int:
-        return self.frames()[0].shape[-2]
+        return by_expert(
+            x.to(A.dtype), offsets, lambda x, e: spectral(x, A[e], gates[e], B[e], self.mm)
+        )
 
 
 def spectral(x: Tensor, A: Tensor, s: Tensor, B: Tensor, mm: Product = plain_mm) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from eckart.errors import UsageError
 from eckart.linear.mixing import Branch, Mix
-from eckart.linear.sites import Site, as_matrix, as_stored, dequantised, quantised
+from eckart.linear.sites import HOOKED, Site, as_matrix, as_stored, dequantised, quantised
 from eckart.linear.term import Gain, Product, Term, plain_mm
 
 mixins: dict[str, type[Structured]] = {}
@@ -160,13 +161,17 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
         )
     mixin = mixins[site.kind]
     if not isinstance(module, Structured):
-        module.__class__ = structured_class(mixin, type(module))
+        take_class(module, structured_class(mixin, type(module)))
         module.__dict__["_sum"] = Sum(site.kind, {}, {})
     record: Sum = module.__dict__["_sum"]
     for name, part in parts.items():
         child = site.prefix + name
         if hasattr(module, child):
-            raise ValueError(f"{site.path} already has something called {child!r}")
+            raise UsageError(
+                "there is something of this name already",
+                [(site.path, child)],
+                "Call remove() first, or pass another name=.",
+            )
         module.add_module(child, part)
         record.children.setdefault(site.param, []).append(child)
         if isinstance(part, Gain):
@@ -192,7 +197,7 @@ def tie(other: nn.Module, owner: nn.Module, flipped: bool) -> None:
     if isinstance(other, Structured):
         return
     kind = type_kind(other)
-    other.__class__ = structured_class(mixins[kind], type(other))
+    take_class(other, structured_class(mixins[kind], type(other)))
     # Not registered: a module registered twice would make saving raise.
     other.__dict__["_sum"] = Sum(kind, {}, {}, owner=owner, flipped=flipped)
 
@@ -204,7 +209,7 @@ def drop_dense(site: Site) -> None:
     if site.kind == "experts":
         return
     mixin, base = type(module).__bases__
-    module.__class__ = dropped_class(mixin, base)
+    take_class(module, dropped_class(mixin, base))
 
 
 def uninstall(
@@ -245,9 +250,19 @@ def put_in_use(
             record.gain[param] = branch.gain
 
 
+def take_class(module: nn.Module, cls: type) -> None:
+    """Make a module one of another class, of the same layout.
+
+    Hooks of accelerate (several devices, offloading) hold the forward of the class that was.
+    """
+    module.__class__ = cls
+    if HOOKED in vars(module):
+        vars(module)[HOOKED] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+
+
 def restore_class(module: nn.Module) -> None:
     """Give a module its own class back."""
-    module.__class__ = type(module).__bases__[1]
+    take_class(module, type(module).__bases__[1])
     del module.__dict__["_sum"]
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,6 +27,13 @@ def alike(*tensors: Tensor) -> bool:
     """Are they of one dtype, with autocast off? Then their sums can be taken before products."""
     off = not torch.is_autocast_enabled(tensors[0].device.type)
     return off and len({t.dtype for t in tensors}) == 1
+
+
+def by_expert(x: Tensor, offsets: list[int], run: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """run(rows, e) on the rows of each expert that has some: x [t, n] sorted -> [t, m]."""
+    spans = enumerate(zip(offsets, offsets[1:], strict=False))
+    parts = [run(x[a:b], e) for e, (a, b) in spans if b > a]
+    return torch.cat(parts) if parts else run(x[:0], 0)
 
 
 class Pair(NamedTuple):
@@ -46,6 +54,8 @@ class Term(nn.Module):
     """The axis along which rank components lie, for each tensor that has them."""
     mm: Product = staticmethod(plain_mm)
     """How products are computed; an instance attribute where a precision sets it."""
+    dropout: float = 0.0
+    """Share of its inputs that is dropped in training, where a term does that."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*, t, n] -> [*, t, m]."""
@@ -72,8 +82,8 @@ class Term(nn.Module):
         return None
 
     def with_base(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x (W + dense())^T + bias for the site's frozen W [m, n], where one product for both
-        is cheaper and equals the base while dense() is zero; else None."""
+        """x (W + dense())^T + bias for the site's frozen W [m, n] and bias, where one product for
+        both is cheaper and equals the base while dense() is zero; else None."""
         return None
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
@@ -82,16 +92,15 @@ class Term(nn.Module):
         Runs the term once per expert on that expert's slice of its tensors.
         """
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        parts = [
-            functional_call(self, {name: tensor[e] for name, tensor in tensors.items()}, x[a:b])
-            for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
-            if b > a
-        ]
-        return torch.cat(parts) if parts else x.new_zeros(0, self.rows())
 
-    def rows(self) -> int:
-        """m, the number of outputs."""
-        return self.dense().shape[-2]
+        def own(rows: Tensor, e: int) -> Tensor:
+            return functional_call(self, {name: t[e] for name, t in tensors.items()}, rows)
+
+        return by_expert(x, offsets, own)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x with dropout in training."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     @classmethod
     def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:

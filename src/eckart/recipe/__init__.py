@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Update,
         Weights,
         Work,
+        every_step,
     )
     from eckart.recipe.recipe import Recipe
 
@@ -47,6 +48,7 @@ _HOMES = {
         "Update",
         "Weights",
         "Work",
+        "every_step",
     ),
     "handle": ("Handle", "terms_off"),
     "recipe": ("Recipe",),
@@ -74,6 +76,7 @@ __all__ = [
     "Work",
     "attach",
     "attach_from",
+    "every_step",
     "terms_off",
 ]
 

@@ -150,7 +150,8 @@ def refuse_unfit(model: nn.Module, also_train: Sequence[str]) -> None:
 def built(weights: Weights, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
     """The method's parts for its sites. Diverged, with its name, for a matrix that holds a NaN."""
     try:
-        return weights.build(sites) if sites else {}
+        with torch.device("cpu"):  # draws are made there, whatever the default device is
+            return weights.build(sites) if sites else {}
     except torch.linalg.LinAlgError as fault:
         lost = [site.path for site in sites if not site.weight().isfinite().all()]
         if not lost:

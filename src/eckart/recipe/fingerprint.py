@@ -56,7 +56,7 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
             tensor = dequantised(tensor, model.get_submodule(name.removesuffix(".weight")))
         flat = tensor.reshape(-1)
         count = min(SAMPLES, flat.numel())
-        at = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64)
+        at = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64, device="cpu")
         sample = flat[at.long().to(flat.device)]
         sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
         digest.update(f"{name} {list(tensor.shape)}\n".encode())

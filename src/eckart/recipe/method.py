@@ -76,6 +76,11 @@ class Event:
     moments: Literal["keep", "reset"] | Callable[[dict[str, Any], Tensor], None] = "keep"
 
 
+def every_step(step: int) -> bool:
+    """For `Event.at`: always."""
+    return True
+
+
 @dataclass(frozen=True)
 class Cut:
     """A change of shape inside one training: which rank components live on.

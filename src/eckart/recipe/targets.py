@@ -20,7 +20,7 @@ from torch import nn
 
 from eckart.errors import UsageError, nearest
 from eckart.linear import Site, find_sites
-from eckart.linear.sites import reads_past_module
+from eckart.linear.sites import forward_replaced, reads_past_module
 
 EVERYTHING = "everything"
 
@@ -172,13 +172,16 @@ def apply_overrides(
 
 
 def refuse_unreachable(model: nn.Module, sites: Sequence[Site]) -> None:
-    """UsageError for a site whose weight is read past its module, or a grouped convolution."""
+    """UsageError for a site whose terms would be skipped, or a grouped convolution."""
     for site in sites:
         parent_path, _, name = site.module_path.rpartition(".")
+        reason = "its own forward was replaced" if forward_replaced(site.module) else ""
         if reads_past_module(model.get_submodule(parent_path), name):
+            reason = f"{parent_path} reads its weight without calling it"
+        if reason:
             raise UsageError(
                 "terms on this map would never run",
-                [(site.path, f"{parent_path} reads its weight without calling it")],
+                [(site.path, reason)],
                 f"Leave it out, for example weights.targets=['re:^(?!.*{name})'].",
             )
         if getattr(site.module, "groups", 1) != 1:

@@ -37,7 +37,6 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eckart.errors import UsageError
 from eckart.linear import LowRank, Site
@@ -56,9 +55,6 @@ class Arms(Factored):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.B.sum(-3), self.A
 
-    def rows(self) -> int:
-        return self.B.shape[-2]
-
 
 class Rows(Arms):
     """A LoRA of rank k for each of p row blocks: B [*, p, m/p, k], A [*, p, k, n]."""
@@ -68,13 +64,9 @@ class Rows(Arms):
         return self.scale * block_diagonal(self.B), self.A.flatten(-3, -2)
 
     def forward(self, x: Tensor) -> Tensor:  # [*, t, n] -> [*, t, m]
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        h = self.mm(x.to(self.A.dtype), self.A.flatten(-3, -2).mT)  # [*, t, p k]
+        h = self.mm(self.dropped(x).to(self.A.dtype), self.A.flatten(-3, -2).mT)  # [*, t, p k]
         h = by_block(h * self.scale, self.B.shape[-3])  # [*, p, t, k]
         return side_by_side(self.mm(h, self.B.mT))
-
-    def rows(self) -> int:
-        return self.B.shape[-3] * self.B.shape[-2]
 
 
 class Grid(Factored):
@@ -91,13 +83,10 @@ class Grid(Factored):
         return self.scale * side_by_side(B).flatten(-3, -2), block_diagonal(self.A)
 
     def forward(self, x: Tensor) -> Tensor:  # [*, t, n] -> [*, t, m]
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        h = self.mm(by_block(x.to(self.A.dtype), self.A.shape[-3]), self.A.mT)  # [*, j, t, r]
+        x = by_block(self.dropped(x).to(self.A.dtype), self.A.shape[-3])  # [*, j, t, n/p]
+        h = self.mm(x, self.A.mT)  # [*, j, t, r]
         h = torch.einsum("...ijr,...jtr->...itr", self.D * self.scale, h)
         return side_by_side(self.mm(h, self.B.mT))
-
-    def rows(self) -> int:
-        return self.B.shape[-3] * self.B.shape[-2]
 
 
 def by_block(x: Tensor, p: int) -> Tensor:

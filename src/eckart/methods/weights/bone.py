@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from eckart.errors import FileError, UsageError
-from eckart.linear import Site, Term, plain_mm
+from eckart.linear import Site, Term, by_expert, plain_mm
 from eckart.linear.peers import once
 from eckart.linear.products import add_product, emulated, fitting, product, within_sum
 from eckart.recipe import Cost, Paper, Weights
@@ -81,8 +81,7 @@ class Tile(Term):
         self.m, self.n, self.dropout = m, n, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        h = fold(x, self.M.shape[-2], self.M.dtype)  # [*, t, r]
+        h = fold(self.dropped(x), self.M.shape[-2], self.M.dtype)  # [*, t, r]
         return unfold(self.mm(h, self.M), self.m)
 
     def bind(self, shared: Mapping[str, nn.Module], home: nn.Module, param: str) -> None:
@@ -115,9 +114,6 @@ class Tile(Term):
             return B, unfold(self.M.mT, self.n)
         A = fold_matrix(r, self.n, self.M).expand(*leading, r, self.n)
         return unfold(self.M, self.m).mT, A
-
-    def rows(self) -> int:
-        return self.m
 
     def extra_repr(self) -> str:
         return f"{self.m} x {self.n}, rank {self.M.shape[-2]}, numbers per row {self.M.shape[-1]}"
@@ -187,18 +183,10 @@ class BlockAffine(Term):
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
         W = self.base()
-        parts = [
-            self.apply_blocks(x[a:b], W[e], self.B[e])
-            for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
-            if b > a
-        ]
-        return torch.cat(parts) if parts else x.new_zeros(0, self.m)
+        return by_expert(x, offsets, lambda x, e: self.apply_blocks(x, W[e], self.B[e]))
 
     def dense(self) -> Tensor:  # [*, m, n]
         return affine(self.base(), self.B)
-
-    def rows(self) -> int:
-        return self.m
 
     def extra_repr(self) -> str:
         return f"{self.B.shape[-3]} blocks of {self.B.shape[-1]}"

@@ -44,7 +44,7 @@ from eckart.errors import UsageError
 from eckart.linear import Site, seeded_generator
 from eckart.linear.factored import fresh_pair
 from eckart.linear.spectral import Spectral
-from eckart.recipe import Cost, Event, Handle, Now, Paper, Stage, Weights, Work
+from eckart.recipe import Cost, Event, Handle, Now, Paper, Stage, Weights, Work, every_step
 from eckart.recipe.coverage import cover
 from eckart.recipe.lock import lock
 
@@ -235,7 +235,7 @@ class CoDyRA(Weights):
     def events(self) -> Iterable[Event]:
         # Spectral rewrites B and A: what the optimizer remembers belongs to others.
         moments: Literal["keep", "reset"] = "reset" if self.importance == "spectral" else "keep"
-        return (Event("shrink the gates", always, self.sparsify, moments=moments),)
+        return (Event("shrink the gates", every_step, self.sparsify, moments=moments),)
 
     def sparsify(self, now: Now) -> bool:
         """The threshold of the step just done; False where there was none."""
@@ -275,11 +275,6 @@ class CoDyRA(Weights):
         """In the first task; each past component adds m + n frozen numbers."""
         r = min(self.rank, m, n)
         return Cost(parameters=r * (m + n + 1), flops_per_token=2 * r * (m + n) + r)
-
-
-def always(step: int) -> bool:
-    """At every step."""
-    return True
 
 
 def gated(handle: Handle) -> dict[str, Gated]:

@@ -39,7 +39,7 @@ from eckart.linear import Shared, Site, Term
 from eckart.linear.factored import Factored, fresh_pair
 from eckart.linear.scaling import scale_of
 from eckart.linear.spectral import Spectral
-from eckart.recipe import Cost, Event, Now, Paper, Weights
+from eckart.recipe import Cost, Event, Now, Paper, Weights, every_step
 from eckart.recipe.handle import ROOT
 
 Terms = Mapping[str, Mapping[str, Term]]
@@ -132,9 +132,6 @@ class Nested(Spectral):
             b.copy_(B[..., start:stop])
             a.copy_(A[..., start:stop, :])
         self.ordered = True
-
-    def rows(self) -> int:
-        return self.B0.shape[-2]
 
     def extra_repr(self) -> str:
         return f"rank up to {self.width()} in units of {self.unit}"
@@ -238,8 +235,8 @@ class DyLoRA(Weights):
 
     def events(self) -> Iterable[Event]:
         return (
-            Event("components at rest", always, self.rest_of_step, when="before"),
-            Event("rank of the next step", always, self.draw_rank, when="after"),
+            Event("components at rest", every_step, self.rest_of_step, when="before"),
+            Event("rank of the next step", every_step, self.draw_rank, when="after"),
         )
 
     def rest_of_step(self, now: Now) -> None:
@@ -260,8 +257,3 @@ class DyLoRA(Weights):
     def cost(self, m: int, n: int) -> Cost:
         r = min(self.rank, m, n)
         return Cost(parameters=r * (m + n), shared=2, flops_per_token=2 * r * (m + n))
-
-
-def always(step: int) -> bool:
-    """At every step."""
-    return True

@@ -39,13 +39,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eckart.decompose import truncated_svd
 from eckart.errors import UsageError
 from eckart.linear import Site
 from eckart.linear.factored import Factored
-from eckart.recipe import Cost, Event, Now, Paper, Weights
+from eckart.recipe import Cost, Event, Now, Paper, Weights, every_step
 
 
 class Core(Factored):
@@ -98,11 +97,8 @@ class Core(Factored):
         if not self.dropout:
             return super().forward(x)
         B, A = self.factors()
-        h = F.dropout(self.mm(x.to(A.dtype), A.mT), self.dropout, self.training)  # [*, t, r]
+        h = self.dropped(self.mm(x.to(A.dtype), A.mT))  # [*, t, r]
         return self.mm(h, B.mT)
-
-    def rows(self) -> int:
-        return self.B.shape[-2]
 
     # The optimizer moves whole tensors. Frozen columns are kept out of its norm, and put back.
 
@@ -286,8 +282,8 @@ class LaMDA(Weights):
         if self.eta == 0:
             return ()
         return (
-            Event("hold frozen columns", always, self.hold, when="before"),
-            Event("put frozen columns back", always, put_back, when="after"),
+            Event("hold frozen columns", every_step, self.hold, when="before"),
+            Event("put frozen columns back", every_step, put_back, when="after"),
         )
 
     def hold(self, now: Now) -> None:
@@ -314,11 +310,6 @@ class LaMDA(Weights):
             frozen=r * n + B * (not thaw) + start,
             flops_per_token=2 * r * (m + n),
         )
-
-
-def always(step: int) -> bool:
-    """At every step."""
-    return True
 
 
 def cores(now: Now) -> list[Core]:

@@ -46,7 +46,19 @@ from eckart.errors import FileError, UsageError
 from eckart.linear import LowRank, Site, seeded_generator
 from eckart.linear.factored import fresh_pair
 from eckart.linear.narrow import narrow, spread, units
-from eckart.recipe import Cost, Event, Handle, Now, Paper, Recipe, Stage, Weights, Work, attach
+from eckart.recipe import (
+    Cost,
+    Event,
+    Handle,
+    Now,
+    Paper,
+    Recipe,
+    Stage,
+    Weights,
+    Work,
+    attach,
+    every_step,
+)
 from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
 from eckart.recipe.coupled import Group, Member, groups
 from eckart.recipe.fingerprint import fingerprint
@@ -132,7 +144,7 @@ class Masked(LowRank):
         self.register_buffer("mask", mask)  # bool [m, n]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
+        x = self.dropped(x.to(self.A.dtype))
         return self.mm(x, self.dense().mT)
 
     def dense(self) -> Tensor:
@@ -181,11 +193,6 @@ def keep_zeros(now: Now) -> None:
     for site in thinned(now.model):
         if site.raw.grad is not None:
             site.raw.grad.mul_(site.raw != 0)
-
-
-def always(step: int) -> bool:
-    """At every step."""
-    return True
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,7 @@ class LoRAM(Weights):
     def events(self) -> Iterable[Event]:
         if self.pattern == "structured" or not self.align_steps:
             return ()
-        return (Event("keep pruned weights at zero", always, keep_zeros, when="before"),)
+        return (Event("keep pruned weights at zero", every_step, keep_zeros, when="before"),)
 
     def operate(self, work: Work) -> Work:
         if work.stage.name == "prune":

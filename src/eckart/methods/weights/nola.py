@@ -33,7 +33,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eckart.linear import Site, low_rank
+from eckart.linear import Site, by_expert, low_rank
 from eckart.linear.basis import Drawn, RandomBasis, combined, uniform
 from eckart.linear.factored import Factored
 from eckart.linear.remembered import Remembered
@@ -152,17 +152,8 @@ class Combination(Factored):
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
         B, A = self.factors()  # of all experts at once: the bases are read a single time
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        x = x.to(A.dtype)
-        parts = [
-            low_rank(x[a:b], A[e], B[e], mm=self.mm)
-            for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
-            if b > a
-        ]
-        return torch.cat(parts) if parts else x.new_zeros(0, self.m)
-
-    def rows(self) -> int:
-        return self.m
+        x = self.dropped(x).to(A.dtype)
+        return by_expert(x, offsets, lambda x, e: low_rank(x, A[e], B[e], mm=self.mm))
 
     def extra_repr(self) -> str:
         return f"{self.m} x {self.n}, rank {self.rank}, {self.a.shape[-1]} bases a side"

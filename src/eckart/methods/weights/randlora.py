@@ -167,7 +167,7 @@ class ScaledBases(Term):
         return self.m < self.n
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = self.dropped(x)
         if self.mm is not plain_mm or self.lam.ndim > 2:
             return self.mm(x.to(self.lam.dtype), self.dense().mT)
         A, B = self.slices()
@@ -190,9 +190,6 @@ class ScaledBases(Term):
         A, B = self.slices()
         P = B.to(self.lam.dtype) @ scaled_rows(A, self.lam, self.gam, self.order)
         return self.scale * (P.mT if self.across else P)
-
-    def rows(self) -> int:
-        return self.m
 
     def extra_repr(self) -> str:
         r, N = self.lam.shape[-2:]
