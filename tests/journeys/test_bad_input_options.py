@@ -104,7 +104,7 @@ CASES = {
         "compress m d.jsonl heal.steps=3 heal.weights=lora",
         "a compression is healed as it is\n"
         "  heal.weights = lora  would be a term on top\n"
-        "Leave it out, or teach the result: eckart finetune COMPRESSED DATA method=lora\n",
+        "Leave it out: what is left of each matrix is trained.\n",
     ),
     "a key of this command, mistyped": (
         "convert m --to dense rnak=3",
@@ -114,7 +114,7 @@ CASES = {
         "compress m method=lora",
         "lora trains and does not compress     command line\n"
         "  compressions  svd\n"
-        "For the training afterwards type eckart finetune COMPRESSED DATA method=lora\n",
+        "For a training afterwards type heal.steps=100.\n",
     ),
     "a shape to compress": (
         "compress llama-tiny keep=0.5",

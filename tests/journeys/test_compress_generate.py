@@ -47,6 +47,12 @@ def test_factored_folder_is_the_compressed_model(compressed, place):
     assert not torch.allclose(logits(small), logits(load_model(place / "m")), atol=1e-4)
 
 
+def test_what_is_left_is_not_gone_on_with_but_told_what_is(compressed, place):
+    run = eckart("finetune", place / "small", place / "d.jsonl")
+    assert run.code == 2 and "a model of thin matrices is not gone on with\n" in run.err
+    assert "heal.steps=300" in run.err and "--to dense" in run.err
+
+
 def test_without_eckart_transformers_refuses_the_folder(compressed, place):
     code = (
         "from transformers import AutoModelForCausalLM, LlamaForCausalLM\n"

@@ -81,7 +81,7 @@ def refuse_adapter(job: Job) -> None:
         raise UsageError(
             "a compression is healed as it is",
             [(f"heal.weights = {name}", "would be a term on top")],
-            f"Leave it out, or teach the result: eckart finetune COMPRESSED DATA method={name}",
+            "Leave it out: what is left of each matrix is trained.",
         )
 
 

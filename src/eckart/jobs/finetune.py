@@ -16,6 +16,7 @@ from eckart.jobs.training import launch, prepare, senses
 from eckart.jobs.training.classes import open_to_teach, require_task
 from eckart.jobs.training.course import begin, course, staged_course
 from eckart.jobs.training.outcome import write_final
+from eckart.recipe.handle import handle_of
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -48,8 +49,21 @@ def require_weights(job: Job) -> None:
 
 
 def open_base(job: Job, reader: senses.Reader) -> Opened:
-    """The model to teach, with a head for the classes where the data has any."""
+    """The model to teach, with a head for the classes where the data has any.
+
+    Raises UsageError for one whose matrices were replaced: they are trained by what made them.
+    """
     dtype, labels = prepare.dtype_of(job), senses.labels_of(job)
-    if labels:
-        return open_to_teach(job, senses.task_of(job), labels, reader, dtype)
-    return open_model(recognise(job.model or "").path, dtype, seed=job.train.seed)
+    opened = (
+        open_to_teach(job, senses.task_of(job), labels, reader, dtype)
+        if labels
+        else open_model(recognise(job.model or "").path, dtype, seed=job.train.seed)
+    )
+    if made := handle_of(opened.model):
+        raise UsageError(
+            "a model of thin matrices is not gone on with",
+            [(str(job.model), f"made by {made.weights.slug}")],
+            "Train it while it is compressed: eckart compress MODEL DATA heal.steps=300. "
+            f"Or fold it: eckart convert {job.model} --to dense -o FOLDED",
+        )
+    return opened

@@ -159,16 +159,14 @@ def refuse_elsewhere(words: Sequence[str], command: str) -> None:
 
 def refuse_trained(typed: Given) -> None:
     """Raise UsageError where a method that trains is to compress."""
-    later = {"weights": "eckart finetune COMPRESSED DATA method={}",
-             "update": "heal.update={} heal.steps=100."}  # fmt: skip
-    for axis, words in later.items():
+    for axis, words in (("weights", ""), ("update", "heal.update={} ")):
         said = typed.get((axis, "name"))
         if said is not None and said.value not in ("auto", "none"):
             others = [e.name for e in registry.methods().values() if e.axis == "compress"]
             raise UsageError(
                 f"{said.value} trains and does not compress     {said.place}",
                 [("compressions", ", ".join(others))],
-                f"For the training afterwards type {words.format(said.value)}",
+                f"For a training afterwards type {words.format(said.value)}heal.steps=100.",
             )
 
 
