@@ -23,8 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import FileError
-from eckart.io.headers import header, listed
-from eckart.io.native import readable
+from eckart.io.headers import header, listed, readable
 from eckart.recipe import Handle, attach_from, registry
 from eckart.recipe.attachment import revive
 from eckart.recipe.handle import CARRIED, handle_of

@@ -163,6 +163,17 @@ def test_faults_are_named(tmp_path, colours):
         read_images(tmp_path / "e.txt", 6, 3)
 
 
+def test_sixteen_bits_keep_their_upper_eight():
+    pixels = np.arange(0, 2**16, 4096, dtype=np.uint16).reshape(4, 4)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    assert (decoded(file.getvalue(), "x.png") == pixels[None] // 256).all()
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.float32)).save(file, "TIFF")
+    with pytest.raises(FileError, match="does not say how bright"):
+        decoded(file.getvalue(), "x.tiff")
+
+
 def test_a_damaged_image_is_named_when_it_is_reached(tmp_path, colours):
     folder = sources(tmp_path, colours)[0]
     (folder / "cat" / "01.png").write_bytes(png(colours[1])[:60])

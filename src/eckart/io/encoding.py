@@ -216,9 +216,8 @@ def given_ids(row: Row, vocab: int) -> Encoded:
             "input_ids are not ids of this tokenizer", [(row.where, f"0 to {vocab - 1}")]
         )
     labels = row.fields.get("labels") or ids
-    if len(labels) != len(ids) or any(
-        b not in (a, -100) for a, b in zip(ids, labels, strict=False)
-    ):
+    fitting = isinstance(labels, list) and len(labels) == len(ids)
+    if not fitting or any(b not in (a, -100) for a, b in zip(ids, labels, strict=True)):
         raise FileError("labels do not fit input_ids", [(row.where, "each its id, or -100")])
     trained = np.array([b != -100 for b in labels], bool)
     return Encoded(np.array(ids, np.int32), trained)

@@ -6,11 +6,14 @@ Safetensors alone: whatever is a pickle is refused by its name.
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eckart.errors import FileError
+from eckart.errors import FileError, UsageError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
@@ -22,6 +25,21 @@ def refused(path: Path) -> FileError:
         [(str(path), "pickle" if path.suffix not in (".msgpack", ".h5") else path.suffix[1:])],
         "Save the model as safetensors: model.save_pretrained(folder).",
     )
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what a malformed or too new description does to the code that reads it into words."""
+    try:
+        yield
+    except UsageError as fault:  # a value out of range is the file's fault here, not the user's
+        raise FileError(fault.what, [(str(path), ""), *fault.facts]) from fault
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, re.error) as fault:
+        raise FileError(
+            "this description of an adapter cannot be used",
+            [(str(path), f"{type(fault).__name__}: {fault}")],
+            "It may be from a later version: pip install -U eckart.",
+        ) from fault
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,8 +58,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder, the shards of an index included."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-        return [folder / shard for shard in shards]
+        with readable(index):
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            return [folder / shard for shard in shards]
     single = folder / "model.safetensors"
     return [single] if single.is_file() else []
 
@@ -69,9 +88,9 @@ def header(path: Path) -> dict[str, Any]:
             raise FileError("this is not a safetensors file", [(str(path), reason)])
         try:
             tensors = json.loads(file.read(length))
-            tensors.pop("__metadata__", None)
+            dict(tensors.pop("__metadata__", {}))
             ends = {name: 8 + length + t["data_offsets"][1] for name, t in tensors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        except (ValueError, LookupError, TypeError, AttributeError) as fault:
             raise FileError(
                 "this is not a safetensors file", [(str(path), "header damaged")]
             ) from fault

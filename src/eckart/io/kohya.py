@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from eckart.errors import FileError, UsageError
 from eckart.io import peft_read
 from eckart.io.folder import write_folder
-from eckart.io.headers import header, listed
+from eckart.io.headers import header, listed, readable
 from eckart.io.peft_layout import to_patterns
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.linear import LowRank, Site, Term, joint_factors
@@ -154,15 +154,18 @@ def load(model: nn.Module, file: str | Path, name: str = DEFAULT, part: str = ""
     assigned: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, dict[str, Any]] = {}
     gained = with_magnitudes(by_stem, file)
-    for stem, found in by_stem.items():
-        path = paths[PREFIX.sub("", stem)]
-        rank = found[DOWN].shape[0]
-        assigned[path] = {"lora_A": as_matrix(found[DOWN]), "lora_B": as_matrix(found[UP])}
-        if gained:
-            assigned[path]["lora_magnitude_vector"] = lengths(found[MAGNITUDE], sites[path], file)
-        alpha = float(found[ALPHA]) if ALPHA in found else float(rank)
-        entries[path] = {"r": rank, "lora_alpha": alpha}
-        refuse_kind(sites[path], file)
+    with readable(file):
+        for stem, found in by_stem.items():
+            path = paths[PREFIX.sub("", stem)]
+            rank = found[DOWN].shape[0]
+            assigned[path] = {"lora_A": as_matrix(found[DOWN]), "lora_B": as_matrix(found[UP])}
+            if gained:
+                assigned[path]["lora_magnitude_vector"] = lengths(
+                    found[MAGNITUDE], sites[path], file
+                )
+            alpha = float(found[ALPHA]) if ALPHA in found else float(rank)
+            entries[path] = {"r": rank, "lora_alpha": alpha}
+            refuse_kind(sites[path], file)
     config = {"peft_type": "LORA", "use_dora": gained, **to_patterns(entries)}
     method = peft_read.method_of(config, file.parent)
     return peft_read.attach(model, method, config, assigned, {}, {}, file, name)

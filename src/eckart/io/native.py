@@ -7,8 +7,7 @@ model.safetensors   the tensors, under their raw names in the model
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import eckart
-from eckart.errors import FileError, UsageError
+from eckart.errors import FileError
 from eckart.io.folder import write_folder, write_json
-from eckart.io.headers import read_json
+from eckart.io.headers import read_json, readable
 from eckart.io.heads import save_naming
 from eckart.io.packed import packed, unpacked
 from eckart.io.tensors import read_tensors, write_tensors
@@ -84,8 +83,8 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     content = read_description(folder)
     with readable(folder / DESCRIPTION):
         rows = content["structure"].get("vocabulary")
-        whole = brought(model, content["structure"])
-    check_base(model, content, folder, whole)
+        rows = None if rows is None else int(rows)
+        check_base(model, content, folder, brought(model, content["structure"]))
     tensors = read_tensors(folder / TENSORS)
     with resized(model, rows):
         before = dict(model.named_parameters())
@@ -97,21 +96,6 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
             take_back(handle, before)
             raise
     return handle
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what a malformed or too new description does to the code that reads it into words."""
-    try:
-        yield
-    except UsageError as fault:  # a value out of range is the file's fault here, not the user's
-        raise FileError(fault.what, [(str(path), ""), *fault.facts]) from fault
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
-        raise FileError(
-            "this description of an adapter cannot be used",
-            [(str(path), f"{type(fault).__name__}: {fault}")],
-            "It may be from a later version: pip install -U eckart.",
-        ) from fault
 
 
 def read_description(folder: Path) -> dict[str, Any]:

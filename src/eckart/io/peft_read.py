@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import FileError
-from eckart.io.headers import read_json
+from eckart.io.headers import read_json, readable
 from eckart.io.peft_layout import (
     DESCRIPTION,
     PREFIX,
@@ -62,12 +62,14 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     """
     folder = Path(folder)
     require_free(model, name)
-    config, tensors = read(folder)
-    method = method_of(config, folder)
-    shared, tensors = take_shared(method, tensors, folder)
-    config, tensors, rows = take_vocabulary(model, config, tensors, folder)
+    with readable(folder / DESCRIPTION):
+        config, tensors = read(folder)
+        method = method_of(config, folder)
+        shared, tensors = take_shared(method, tensors, folder)
+        config, tensors, rows = take_vocabulary(model, config, tensors, folder)
     with resized(model, rows):
-        assigned, whole = assign(model, config, tensors, folder)
+        with readable(folder / DESCRIPTION):
+            assigned, whole = assign(model, config, tensors, folder)
         return attach(model, method, config, assigned, shared, whole, folder, name)
 
 
@@ -157,12 +159,41 @@ def attach(
 ) -> Handle:
     """Build the parts of every site and put them in; nothing is drawn at random."""
     sites = {site.path: site for site in sites_of(model) if site.path in assigned}
-    each = {path: of_type(method, with_patterns(config, path)) for path in sites}
+    with readable(folder / DESCRIPTION):
+        each = {path: of_type(method, with_patterns(config, path)) for path in sites}
+        parts, faults = built(sites, each, assigned)
+        saved = [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
+    state = model.state_dict()
+    faults += [
+        (name, f"shape {list(t.shape)}, expected {list(state[name].shape)}")
+        for name, t in whole.items()
+        if name in state and t.shape != state[name].shape
+    ]
+    if faults:
+        raise FileError("the adapter does not fit the model", [(str(folder), ""), *faults[:8]])
+    parts[ROOT] = method.shared_from_peft({name: standing(t) for name, t in shared.items()})
     method = dataclasses.replace(
         method,
         targets=tuple(short_names(list(sites), [s.path for s in sites_of(model)])),
         overrides=overrides(method, each),
     )
+    base = fingerprint(model, held_whole(model, saved))
+    handle = Handle(model, Recipe(weights=method), sites, also_train=tuple(saved), name=name)
+    handle.fingerprint = base
+    install_parts(handle, parts)
+    state = model.state_dict()
+    with torch.no_grad():
+        for key, tensor in whole.items():
+            state[key].copy_(tensor)
+    return handle
+
+
+def built(
+    sites: Mapping[str, Site],
+    each: Mapping[str, Weights],
+    assigned: Mapping[str, Mapping[str, Tensor]],
+) -> tuple[dict[str, dict[str, nn.Module]], list[tuple[str, str]]]:
+    """The parts of every site by its own method, and what is wrong with their tensors."""
     parts, faults = dict[str, dict[str, nn.Module]](), list[tuple[str, str]]()
     for path, site in sites.items():
         tensors = {name: standing(t) for name, t in assigned[path].items()}
@@ -175,25 +206,7 @@ def attach(
         assert entry is not None
         faults += [(f"{path}.{name}", "has no place") for name in tensors.keys() - entry[0].keys()]
         faults += misshapen(site, tensors, each[path])
-    saved = [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
-    state = model.state_dict()
-    faults += [
-        (name, f"shape {list(t.shape)}, expected {list(state[name].shape)}")
-        for name, t in whole.items()
-        if name in state and t.shape != state[name].shape
-    ]
-    if faults:
-        raise FileError("the adapter does not fit the model", [(str(folder), ""), *faults[:8]])
-    parts[ROOT] = method.shared_from_peft({name: standing(t) for name, t in shared.items()})
-    base = fingerprint(model, held_whole(model, saved))
-    handle = Handle(model, Recipe(weights=method), sites, also_train=tuple(saved), name=name)
-    handle.fingerprint = base
-    install_parts(handle, parts)
-    state = model.state_dict()
-    with torch.no_grad():
-        for key, tensor in whole.items():
-            state[key].copy_(tensor)
-    return handle
+    return parts, faults
 
 
 def of_type(method: Weights, config: Mapping[str, Any]) -> Weights:

@@ -347,7 +347,15 @@ def decoded(picture: Path | bytes, where: str) -> np.ndarray:
         ) from fault
     try:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-            pixels = np.array(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
+            if image.mode in ("I", "F"):
+                raise FileError(
+                    "the image does not say how bright its values are",
+                    [(where, "numbers of 32 bits")],
+                    "Keep such images as arrays: np.savez(FILE, images=pixels, labels=classes)",
+                )
+            if image.mode.startswith("I;16"):  # PIL would make all above 255 white
+                return (np.asarray(image) >> 8).astype(np.uint8)[None]
+            pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as fault:
         known = isinstance(fault, UnidentifiedImageError)  # whose text names an object in memory
         reason = "no kind of image that is known" if known else str(fault).partition("\n")[0]

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -77,8 +78,12 @@ def sources_of(given: Any) -> list[DataSource]:
                 raise UsageError(f"unknown key {key} in a data entry", [(repr(entry), "")], fix)
         path = entry["path"]
         weight = entry.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight < math.inf:
             raise UsageError("a data weight is not a positive number", [(str(path), repr(weight))])
+        for key in ("name", "encoding"):
+            if not isinstance(entry.get(key) or "", str):
+                raise UsageError(f"a data entry's {key} is not text", [(key, repr(entry[key]))])
         if not isinstance(path, Corpus):
             path = str(path)
             path = CORPORA[path]() if path in CORPORA and not Path(path).exists() else path
@@ -258,6 +263,11 @@ def keyed(fields: Any, where: str) -> Row:
         kind = type(fields).__name__
         raise FileError("a row is not an object", [(where, kind)], 'Each is {"text": ...}.')
     content = json.dumps(fields, sort_keys=True, default=str, ensure_ascii=False)
+    try:
+        content.encode()
+    except UnicodeEncodeError as fault:
+        half = f"half a surrogate pair, {content[fault.start]!r}"
+        raise FileError("a row is not valid Unicode", [(where, half)]) from fault
     return Row(fields, where, content)
 
 
