@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import UsageError
+from eckart.optim.part import CACHED, CHUNK, Tensors
 from eckart.optim.project import Basis, Found, Search, Subspace, Turn, gaussian
 
 FAST = 256  # a CPU's transform of so many takes a third of the product's time, of 1024 a seventh
@@ -34,7 +35,7 @@ class Moves(NamedTuple):
     def mean(self, M: Tensor) -> Tensor:
         place = torch.searchsorted(self.old, self.new).clamp(max=self.old.shape[-1] - 1)
         stays = self.old.gather(-1, place) == self.new
-        return torch.where(stays.unsqueeze(-3 - self.axis), picked(M, place, self.axis), 0)
+        return picked(M, place, self.axis).masked_fill_(~stays.unsqueeze(-3 - self.axis), 0)
 
     def variance(self, V: Tensor, M: Tensor, c1: float, c2: float) -> Tensor:
         return self.mean(V)
@@ -82,31 +83,71 @@ class Selected(Subspace):
         left, right = self.ranks(*search.size)
         axis = -2 if left else -1  # of the coordinates
         S = self.coordinates(search.G, axis)
-        sizes = S.abs() if self.norm == 1 else S * S
-        score = search.rows.total(sizes.sum(-3 - axis))  # [k, *, n]
+        score = search.rows.total(S.sizes(self.norm))  # [k, *, n]
         order = score.sort(dim=-1, descending=True, stable=True).indices
         index = order[..., : left or right].sort(-1).values
-        return {"index": index, "low": picked(S, index, axis), "energy": score.sum(-1)}
+        return {"index": index, "low": S.picked(index), "energy": score.sum(-1)}
 
     def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
         return self.ranks(*size)[0] == 0  # else each coordinate is a sum over all rows
 
-    def coordinates(self, G: Tensor, axis: int) -> Tensor:
+    def coordinates(self, G: Tensor, axis: int) -> Products | Transforms:
         """Q^T G (axis -2) or G Q (axis -1) of G [k, *, m, n]."""
         auto = self.route == "auto" and self.kind == "dct2" and G.is_cpu
         if self.route == "fft" or (auto and G.shape[axis] >= FAST):
-            return dct2(G.mT).mT if axis == -2 else dct2(G)
+            lines = G.mT if axis == -2 else G
+            most = CACHED // 4 if G.is_cpu else CHUNK  # of which there are four copies at once
+            part = max(1, most // lines[..., :1, :].numel())
+            return Transforms([dct2(some) for some in lines.split(part, -2)], axis, G.shape[axis])
         Q = directions(self.kind, G.shape[axis], G.dtype, G.device)
         if axis == -1:
-            return G @ Q
+            return Products(G @ Q, axis)
         if G.shape[:-2].numel() == 1:  # not as a batched product of one
-            return (Q.mT @ G.reshape(G.shape[-2:])).view(G.shape)
-        return Q.mT @ G
+            return Products((Q.mT @ G.reshape(G.shape[-2:])).view(G.shape), axis)
+        return Products(Q.mT @ G, axis)
 
     def turn(
         self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]
     ) -> Turn:
         return Moves(old["index"], new["index"], -2 if self.ranks(*size)[0] else -1)
+
+
+class Products(NamedTuple):
+    """Coordinates as they come from a product."""
+
+    S: Tensor  # [*, m, n], directions along `axis`
+    axis: int
+
+    def sizes(self, norm: int) -> Tensor:
+        """Sums of magnitudes or of squares for each direction, [*, n]."""
+        return magnitudes(self.S, norm).sum(-3 - self.axis)
+
+    def picked(self, index: Tensor) -> Tensor:
+        """R: those of the directions index [*, r]."""
+        return picked(self.S, index, self.axis)
+
+
+class Transforms(NamedTuple):
+    """Coordinates as `dct2` leaves them, in cached parts of some lines [*, t, 2 (n // 2 + 1)] each:
+    all of them are never put in order, only the few that are picked."""
+
+    parts: Tensors
+    axis: int  # of the gradient along which lines lie
+    n: int
+
+    def sizes(self, norm: int) -> Tensor:
+        sums = [magnitudes(part, norm).sum(-2) for part in self.parts]
+        return torch.stack(sums).sum(0)[..., order(self.n, sums[0].device)[0]]
+
+    def picked(self, index: Tensor) -> Tensor:
+        places, signs = (t[index] for t in order(self.n, index.device))
+        R = torch.cat([picked(part, places, -1) for part in self.parts], -2)
+        R *= signs.unsqueeze(-2)
+        return R.mT if self.axis == -2 else R
+
+
+def magnitudes(S: Tensor, norm: int) -> Tensor:
+    return S.abs() if norm == 1 else S * S
 
 
 def picked(t: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -155,12 +196,21 @@ def cosines(n: int) -> Tensor:
 
 
 def dct2(A: Tensor) -> Tensor:
-    """A C^T for rows of A [*, n], by one real FFT of the same length (Makhoul 1980)."""
+    """A C^T for rows of A [*, n], by one real FFT of the same length (Makhoul 1980); coordinates
+    are where `order` says in [*, 2 (n // 2 + 1)], as real and imaginary parts."""
     n = A.shape[-1]
     spread = torch.cat([A[..., ::2], A[..., 1::2].flip(-1)], -1)
     F = torch.fft.rfft(spread)  # [*, n // 2 + 1]
-    F = F.mul_(turns(n, F.dtype, F.device))
-    return torch.cat([F.real, -F.imag[..., 1 : (n + 1) // 2].flip(-1)], -1)
+    return torch.view_as_real(F.mul_(turns(n, F.dtype, F.device))).flatten(-2)
+
+
+@cache
+def order(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which column of `dct2` has direction i, and with which sign: up to n / 2 a real part, then
+    backwards minus the imaginary ones."""
+    i = torch.arange(n, device=device)
+    real = i <= n // 2
+    return torch.where(real, 2 * i, 2 * (n - i) + 1), torch.where(real, 1, -1)
 
 
 @cache
