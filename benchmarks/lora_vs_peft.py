@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pairs import judge, ratios, take_turns, versions, write
+from pairs import interval, judge, ratios, take_turns, versions, write
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -98,7 +98,7 @@ def compare(dtype: torch.dtype) -> dict[str, Any]:
     fill(ours), fill(theirs)
     ids = torch.randint(0, 512, (ROWS, TOKENS), generator=torch.Generator().manual_seed(2))
     gap = (ours(input_ids=ids).logits - theirs(input_ids=ids).logits).abs().max().item()
-    seconds = take_turns({"eckart": step(ours, ids), "peft": step(theirs, ids)}, pairs=9)
+    seconds = take_turns({"eckart": step(ours, ids), "peft": step(theirs, ids)}, pairs=31)
     return {
         "peft_over_eckart_seconds": ratios(seconds["peft"], seconds["eckart"]),
         "eckart_over_peft_bytes": round(kept_bytes(ours, ids) / kept_bytes(theirs, ids), 4),
@@ -110,7 +110,8 @@ def main() -> None:
     results = {name: compare(getattr(torch, name)) for name in ("bfloat16", "float32")}
     for name, speed, size in (("bfloat16", 1.1, 0.7), ("float32", 1.0, 1.0)):
         found = results[name]
-        judge(f"{name} speed against PEFT", found["peft_over_eckart_seconds"]["median"], speed)
+        ratio = found["peft_over_eckart_seconds"]
+        judge(f"{name} speed against PEFT", ratio["median"], speed, remark=interval(ratio))
         judge(f"{name} bytes against PEFT", found["eckart_over_peft_bytes"], size, at_least=False)
     facts = {"what": "LoRA step, 2 Llama layers of width 256, 4 x 128 tokens, rank 16, 1 thread"}
     write("lora_vs_peft", {**facts, **results, "versions": versions("transformers", "peft")})
