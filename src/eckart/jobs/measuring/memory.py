@@ -180,22 +180,23 @@ def room(device: torch.device) -> tuple[int, int]:
 
 
 def described(parts: Mapping[str, int], total: int) -> str:
-    """`1.15 GB of 16 GB: weights 0.27, factors 0.08, ...`; parts in the unit of the sum."""
-    whole = sum(parts.values())
-    scale = unit(whole)[0]
-    listed = ", ".join(f"{name} {part / scale:.3g}" for name, part in parts.items() if part)
-    return f"{in_words(whole)} of {in_words(total)}: {listed}"
+    """`1.25 GB of 16 GB: weights 270 MB, factors 8.1 MB, ...`."""
+    listed = ", ".join(f"{name} {in_words(part)}" for name, part in parts.items() if part)
+    return f"{in_words(sum(parts.values()))} of {in_words(total)}: {listed}"
 
 
 def by_category(memory: Mapping[str, Mapping[str, int]]) -> str:
-    """`weights 78.5 of 78.5, ... MB estimated`; a GPU's allocator tells no categories apart."""
+    """`weights 78.5 of 78.5 MB, ... estimated`; a GPU's allocator tells no categories apart."""
     estimated, measured = memory["estimated"], memory["measured"]
-    scale, name = unit(max(sum(estimated.values()), sum(measured.values())))
-    known = [key for key in estimated if key in measured] or ["all"]
-    if known == ["all"]:
+    known = [key for key in estimated if key in measured and (estimated[key] or measured[key])]
+    if not known:
+        known = ["all"]
         estimated, measured = ({"all": sum(m.values())} for m in (estimated, measured))
-    parts = [f"{k} {measured[k] / scale:.3g} of {estimated[k] / scale:.3g}" for k in known]
-    return f"{', '.join(parts)} {name} estimated"
+    parts = []
+    for key in known:
+        scale, name = unit(max(estimated[key], measured[key]))
+        parts.append(f"{key} {measured[key] / scale:.3g} of {estimated[key] / scale:.3g} {name}")
+    return f"{', '.join(parts)} estimated"
 
 
 def in_bytes(text: str) -> int:
