@@ -1,11 +1,14 @@
 """The time that is said beforehand against trainings that are then made."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from eckart.jobs.measuring import speed
 from eckart.jobs.measuring.speed import Speed, shape_within
+from eckart.methods import Muon
 from tests.journeys.runs import eckart, model_folder
 
 SHAPES = {
@@ -19,6 +22,8 @@ TRAININGS = [
     ("wide", "method=dora"),
     ("deep", "method=lora"),
     ("deep", "update=galore"),
+    ("wide", "update=muon"),
+    ("deep", "update=dion"),
 ]
 
 
@@ -32,7 +37,7 @@ def seconds_a_step(folder):
 
 @pytest.mark.exhaustive  # by the clock: nothing to hold a change up by on a machine that is shared
 def test_most_trainings_take_a_time_inside_the_interval(tmp_path):
-    """Nine in ten are claimed, so of five one may be outside: two of five happen once in twelve."""
+    """Nine in ten are claimed, so of seven one may be outside: two happen once in seven times."""
     rows = json.dumps({"text": "low rank is enough for most of what a model learns " * 2}) + "\n"
     (tmp_path / "d.jsonl").write_text(rows * 400)
     inside = {}
@@ -64,3 +69,10 @@ def test_a_slow_pass_is_made_short_and_a_fast_one_is_left_alone():
 def test_the_step_of_the_optimizer_is_in_both_ends():
     found = Speed(typical=2.0, slow=1.0, fast=4.0, of="", moving=0.5)
     assert found.seconds(8.0, 4) == (4.0 + 2.0, 2.0 + 2.0, speed.UNSEEN * (8.0 + 2.0))
+
+
+def test_an_update_rule_takes_its_own_time():
+    """Newton and Schulz multiply matrices; Adam looks at each number alone."""
+    config = SimpleNamespace(hidden_size=256)
+    plain, muon = (speed.moving(config, torch.device("cpu"), r) for r in (None, Muon().rule()))
+    assert muon > 2 * plain > 0

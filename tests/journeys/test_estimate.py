@@ -7,6 +7,7 @@ import pytest
 
 from eckart.io.models import load_model
 from eckart.jobs import proposals
+from eckart.jobs.measuring.speed import HELD
 from tests.journeys.adapters import adapter
 from tests.journeys.runs import eckart, model_folder, texts
 
@@ -36,6 +37,7 @@ def test_a_configuration_is_all_that_is_read(place):
         r"time     \S+ s a step \(\S+ to \S+\); by one layer on \d+ x \d+ tokens on this machine",
         lines[8],
     )
+    assert lines[9].strip() == HELD
 
 
 def test_the_time_is_work_over_a_measured_speed(place):
@@ -59,10 +61,12 @@ def test_the_time_is_work_over_a_measured_speed(place):
 
 def test_recipes_that_fit_are_proposed_with_the_reason(place, monkeypatch):
     words = ("finetune", place / "m", "data.seq_len=32", "train.batch_size=4", "train.accumulate=1")
-    asked = list(proposals.candidates())
+    asked, fresh = (list(proposals.candidates(from_scratch=new)) for new in (False, True))
+    adapters = {name for name, *_ in asked} - {name for name, *_ in fresh}
+    assert "weights=lora" in adapters and ("weights=lowrank" in dict(c[:2] for c in fresh))
     assert len(asked) > 15 and len({name for name, *_ in asked}) == len(asked)
     few = [c for c in asked if c[0] in ("weights=lora", "weights=dense")]
-    monkeypatch.setattr(proposals, "candidates", lambda: few)
+    monkeypatch.setattr(proposals, "candidates", lambda **_: few)
 
     def found(size):
         return eckart("estimate", *words, "--fit", size, "--json").document

@@ -11,6 +11,7 @@ does in one layer of the model (speed.py). With --fit SIZE: which recipes would 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from eckart.io.peft_read import method_of
 from eckart.io.tasks import TASKS
 from eckart.jobs.measuring.imagined import Imagined, imagine
 from eckart.jobs.measuring.memory import in_bytes, in_words, room
-from eckart.jobs.measuring.speed import Speed, measured
+from eckart.jobs.measuring.speed import HELD, Speed, digits, measured, moving
 from eckart.jobs.proposals import proposals
 from eckart.jobs.proposals import say as say_proposals
 from eckart.jobs.settings import settle
@@ -79,7 +80,8 @@ def run(job: Job) -> dict[str, Any]:
         rows, length, bool(job.train.checkpointing), min(2, int(job.train.accumulate))
     )
     fits = max(peak, sum(parts.values())) <= free
-    speed = measured(config, dtype, place, rows, length)
+    update = job.recipe().update
+    speed = measured(config, dtype, place, rows, length, update.rule() if update else None)
     pictures = TASKS[task].sees == "images"
     shape = f"{rows} images" if pictures else f"{rows} rows of {length} tokens"
     say(screen, job, shape, parts, peak, (free, total), per_step, found.trainable, speed)
@@ -152,7 +154,12 @@ def fitting(
 ) -> dict[str, Any]:
     """The recipes that fit into a size, best first."""
     rows = settle.rows_per_step(job, ROWS)
-    speed = cache(lambda: measured(config, prepare.dtype_of(job), place, rows, length))
+    passes = cache(lambda: measured(config, prepare.dtype_of(job), place, rows, length))
+
+    def speed(update: Any) -> Speed:
+        rule = update.rule() if update else None
+        return replace(passes(), moving=moving(config, place, rule)) if rule else passes()
+
     found, left = proposals(job, config, place, limit, (rows, length), speed)
     say_proposals(screen, found, left, limit)
     return {
@@ -315,8 +322,9 @@ def say(
     screen.line("", f"{'at once':<12}{text}", result=True)
     typical, fastest, slowest = speed.seconds(per_step, trained)
     screen.line("work", f"{per_step / 1e12:.3g} TFLOP a step", result=True)
-    interval = f"{typical:.2g} s a step ({fastest:.2g} to {slowest:.2g})"
+    interval = f"{digits(typical)} s a step ({digits(fastest)} to {digits(slowest)})"
     screen.line("time", f"{interval}; by {speed.of} on this machine", result=True)
+    screen.line("", HELD, result=True)
 
 
 def remedies(screen: Screen, job: Job, found: Imagined, parts: dict[str, int], length: int) -> None:

@@ -1,15 +1,17 @@
 """`eckart estimate ... --fit 24GB`: which recipes fit, the best first, each with the reason.
 
-Asked are full training with every update rule, and every method whose base stays frozen with
-the plain one, all with their defaults. First comes what can move more of the model; among
-equals what needs no recomputation, then the plain update rule, then what is fastest, then
-what is smallest. That order is about room, not about quality: `eckart bench` compares.
+Asked are full training with every update rule, and with the plain one every adapter, or where
+weights are random every method that trains them from there, all with their defaults. First
+comes what can move more of the model; among equals what needs no recomputation, then the plain
+update rule, then what is fastest, then what is smallest. That order is about room, not about
+quality: `eckart bench` compares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from eckart.errors import EckartError, OutOfRoom
 from eckart.jobs.measuring.memory import in_words
 from eckart.jobs.measuring.shallow import Sizes, alike, sized
-from eckart.jobs.measuring.speed import Speed
+from eckart.jobs.measuring.speed import Speed, digits
 from eckart.jobs.settings.config import Job
 from eckart.jobs.settings.settle import SHARE, largest_divisor
 from eckart.jobs.training import prepare
@@ -53,7 +55,7 @@ class Proposal:
         share = 100 * self.trainable / self.parameters
         parts = [f"trains {share:.2g} %" if share < 99.5 else "trains everything"]
         parts += ["computes activations again"] if self.checkpointing else []
-        parts += [f"{self.rows} rows at once"]
+        parts += [f"{self.rows} rows at once" if self.rows > 1 else "one row at once"]
         return ", ".join(parts)
 
     def document(self) -> dict[str, Any]:
@@ -75,25 +77,25 @@ def proposals(
     place: torch.device,
     limit: int,
     batch: tuple[int, int],
-    speed: Callable[[], Speed],
+    speed: Callable[[Any], Speed],
 ) -> tuple[list[Proposal], list[str]]:
     """The recipes that fit into `limit` bytes with at least one row, best first; the rest's words.
 
-    `batch` is the rows that a step takes and the tokens in each; `speed` is asked once something
-    fits. Raises OutOfRoom where nothing does.
+    `batch` is the rows that a step takes and the tokens in each; `speed` is asked with the update
+    rule of what fits. Raises OutOfRoom where nothing does.
     """
     found, left = [], []
     rows, length = batch
     passes = Passes(length)
     stacked = alike(config)
-    for words, weights, update, plain in candidates():
+    for words, weights, update, plain in candidates(from_scratch=job.command == "pretrain"):
         try:
             recipe = Recipe(weights=weights, update=update)
             recipe.check()
             sizes = sized(config, recipe, prepare.dtype_of(job), place, stacked)
         except EckartError:
             continue  # they do not combine, or need what an estimate has not
-        proposal = placed(words, plain, sizes, limit, rows, speed, passes)
+        proposal = placed(words, plain, sizes, limit, rows, partial(speed, update), passes)
         if proposal is None:
             left.append(words)
         else:
@@ -107,7 +109,7 @@ def proposals(
     return sorted(found, key=lambda p: p.order), left
 
 
-def candidates() -> Iterator[tuple[str, Any, Any, bool]]:
+def candidates(from_scratch: bool = False) -> Iterator[tuple[str, Any, Any, bool]]:
     """What to type, the weights, the update rule, and whether that is the plain one."""
     full: Any = registry.load(registry.FULL)
     for slug, entry in registry.methods().items():
@@ -116,7 +118,9 @@ def candidates() -> Iterator[tuple[str, Any, Any, bool]]:
             plain = slug == registry.DEFAULTS["update"]
             words = f"weights={registry.FULL}" + ("" if plain else f" update={slug}")
             yield words, full(), method(), plain
-        elif entry.axis == "weights" and entry.base == "frozen" and not method.stages:
+        elif entry.axis == "weights" and slug != registry.FULL and not method.stages:
+            if (entry.base == "frozen") == from_scratch:
+                continue  # an adapter would stand on random numbers
             yield f"weights={slug}", method(), None, True
 
 
@@ -175,7 +179,7 @@ def say(screen: Screen, found: list[Proposal], left: list[str], limit: int) -> N
     """A line for each that fits, and how many do not."""
     width = max(len(p.words) for p in found)
     for i, p in enumerate(found):
-        numbers = f"{in_words(p.bytes):>10}   {p.seconds:8.3g} s a step"
+        numbers = f"{in_words(p.bytes):>10}   {digits(p.seconds):>7} s a step"
         screen.line(
             "fits" if i == 0 else "", f"{p.words:<{width}}{numbers}   {p.reason}", result=True
         )
@@ -183,3 +187,4 @@ def say(screen: Screen, found: list[Proposal], left: list[str], limit: int) -> N
     screen.line(
         "", f"{len(found)} of {len(found) + len(left)} fit into {in_words(limit)}{too_large}"
     )
+    screen.line("", "(in the order of what is trained, not of quality: eckart bench compares)")
