@@ -12,7 +12,7 @@ from eckart.io.opening import open_model
 from eckart.io.presets import build_model
 from eckart.io.run import read_metrics
 from eckart.jobs.training import fit
-from tests.journeys.runs import TALK, WORDS, eckart, texts
+from tests.journeys.runs import TALK, WORDS, eckart, labels, texts
 
 SIZE = {
     "bert": {
@@ -358,6 +358,12 @@ def test_a_tokenizer_without_a_mask_is_named(place, tmp_path):
         f"  {folder}  257 tokens\n"
         "Name one and save it: tokenizer.add_special_tokens({'mask_token': '[MASK]'}).\n"
     )
+
+
+def test_a_tokenizer_that_ends_no_text_is_named_where_a_class_is_read_there(place, tmp_path):
+    ran = eckart("finetune", place / "t5", labels(place / "l.jsonl"), "-o", tmp_path / "r")
+    assert (ran.code, ran.out) == (2, "")
+    assert "reads a text's class at its end token, which the tokenizer does not write" in ran.err
 
 
 def test_a_shape_with_a_tokenizer_is_pretrained_as_what_it_is(place, tmp_path):

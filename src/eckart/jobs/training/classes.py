@@ -83,7 +83,23 @@ def open_to_teach(
         )
     head = {} if keeps else naming(labels)
     model = load_model(source, dtype, task, seed, **head, **padding(reader))
+    if task == "classification" and getattr(model.config, "is_encoder_decoder", False):
+        require_end(source, model.config.eos_token_id, reader)
     return Opened(model, None, found.path)
+
+
+def require_end(source: str, end: int | None, tokenizer: Any) -> None:
+    """Raise UsageError where texts do not end in the token at which T5 and BART read a class."""
+    last = tokenizer("a")["input_ids"][-1]
+    if last != end:
+        raise UsageError(
+            "this model reads a text's class at its end token, which the tokenizer does not write",
+            [
+                (f"{source}, config.json", f"eos_token_id: {end}"),
+                ("a text's last token", str(last)),
+            ],
+            "Give it the tokenizer that it was made with, or take an encoder such as BERT.",
+        )
 
 
 def open_to_measure(
