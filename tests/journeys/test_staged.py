@@ -47,4 +47,4 @@ def test_it_says_its_memory_and_leaves_a_page_as_any_other_run(place):
     assert "measured" in done and "estimated" in done and "loads it" in done
     page = (out / "report.html").read_text()
     assert "Tensor bytes" in page and f"{trained[0]} measured" in page
-    assert "nats per token" in page and 'src="http' not in page
+    assert "nats" in page and 'src="http' not in page
