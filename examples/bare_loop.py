@@ -2,21 +2,24 @@
 
     python examples/bare_loop.py [MODEL] [STEPS]
 
-MODEL is a folder or hub id; without one, a small random model is built. Offline.
+MODEL is a folder or hub id; without one, the small model of `eckart demo`. Offline.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 import eckart
-from eckart.io import Shuffled, build_model, bytes_tokenizer, load_model, load_tokenizer, read
+from eckart.io import Shuffled, load_model, load_tokenizer, read
+
+DEMO = Path(eckart.__file__).parent / "assets" / "llama-tiny"  # a model that comes along
 
 
 def main(source: str = "", steps: int = 60, out: str = "out/bare_loop") -> list[float]:
-    model = load_model(source) if source else build_model("llama-tiny", vocab=257)
-    tokenizer = load_tokenizer(source) if source else bytes_tokenizer()
+    source = source or str(DEMO)
+    model, tokenizer = load_model(source, torch.float32), load_tokenizer(source)
     data = read("pydoc-prose", tokenizer, seq_len=128)
     loader = DataLoader(
         data.train, 8, sampler=Shuffled(len(data.train), 0), collate_fn=data.collate

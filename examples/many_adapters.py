@@ -2,34 +2,38 @@
 
     python examples/many_adapters.py [MODEL]
 
-MODEL is a folder or hub id; without one, a small random model is built. Offline. The adapters
+MODEL is a folder or hub id; without one, the small model of `eckart demo`. Offline. The adapters
 are trained here for a few steps each; `eckart.load(FOLDER, model, name=NAME)` puts saved ones
 (eckart's own or PEFT's) beside each other in the same way.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
 import eckart
-from eckart.io import build_model, bytes_tokenizer, load_model, load_tokenizer
+from eckart.io import load_model, load_tokenizer
+
+DEMO = Path(eckart.__file__).parent / "assets" / "llama-tiny"  # a model that comes along
+PROMPT = "Eckart:"
 
 TEXTS = {
-    "english": "The best low-rank approximation is the truncated SVD. ",
-    "german": "Die beste Näherung von kleinem Rang ist die gekürzte SVD. ",
-    "french": "La meilleure approximation de rang faible est la SVD tronquée. ",
+    "english": " The best low-rank approximation is the truncated SVD. ",
+    "german": " Die beste Näherung von kleinem Rang ist die gekürzte SVD. ",
+    "french": " La meilleure approximation de rang faible est la SVD tronquée. ",
 }
 
 
 def main(source: str = "", steps: int = 40, out: str = "out/adapters") -> dict[str, str]:
-    model = load_model(source) if source else build_model("llama-tiny", vocab=257)
-    tokenizer = load_tokenizer(source) if source else bytes_tokenizer()
+    source = source or str(DEMO)
+    model, tokenizer = load_model(source, torch.float32), load_tokenizer(source)
 
     handles = {}
     for name, text in TEXTS.items():  # the last one attached is in use, and trained
         handle = eckart.attach(model, eckart.Recipe(weights=eckart.LoRA(rank=8)), name=name)
         optimizer = handle.optimizer(lr=1e-2)
-        batch = tokenizer(text, return_tensors="pt")
+        batch = tokenizer(PROMPT + text, return_tensors="pt")
         for _ in range(steps):
             model(**batch, labels=batch["input_ids"]).loss.backward()
             optimizer.step()
@@ -38,14 +42,13 @@ def main(source: str = "", steps: int = 40, out: str = "out/adapters") -> dict[s
         handles[name] = handle
 
     model.eval()
-    prompt = tokenizer("", return_tensors="pt") if source else {"input_ids": torch.tensor([[68]])}
-    ids = prompt["input_ids"].repeat(4, 1)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"].repeat(4, 1)
     rows = [*TEXTS, None]  # None is the base
     with handle.rows(rows):  # one batch, two batched products a map
         said = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=24,
+            max_new_tokens=40,
             do_sample=False,
             pad_token_id=0,
         )

@@ -8,18 +8,21 @@ PEFT's, untouched.
 """
 
 import sys
+from pathlib import Path
 
 import peft
 import torch
 from torch.utils.data import DataLoader
 
 import eckart
-from eckart.io import Shuffled, build_model, bytes_tokenizer, load_model, load_tokenizer, read
+from eckart.io import Shuffled, load_model, load_tokenizer, read
+
+DEMO = Path(eckart.__file__).parent / "assets" / "llama-tiny"  # a model that comes along
 
 
 def main(source: str = "", steps: int = 60, out: str = "out/peft_optimizer") -> list[float]:
-    base = load_model(source) if source else build_model("llama-tiny", vocab=257)
-    tokenizer = load_tokenizer(source) if source else bytes_tokenizer()
+    source = source or str(DEMO)
+    base, tokenizer = load_model(source, torch.float32), load_tokenizer(source)
     data = read("pydoc-prose", tokenizer, seq_len=128)
     loader = DataLoader(
         data.train, 8, sampler=Shuffled(len(data.train), 0), collate_fn=data.collate
@@ -27,7 +30,7 @@ def main(source: str = "", steps: int = 60, out: str = "out/peft_optimizer") -> 
 
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     model = peft.get_peft_model(base, config)
-    optimizer = eckart.optimizer_for(model, eckart.LoRAPro(), lr=1e-2, clip=1.0)
+    optimizer = eckart.optimizer_for(model, eckart.LoRAPro(), lr=1e-3, clip=1.0)
 
     losses: list[float] = []
     model.train()
