@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 SHOWN = re.compile(r"^    (?:\$ )?(?:echo .* \| )?(eckart [a-z](?:.*\\\n)*.*)", re.MULTILINE)
 LINES = [(p.name, line) for p in PAGES for line in SHOWN.findall(p.read_text())]
-LINES += [("README.md", line) for line in SHOWN.findall((ROOT / "README.md").read_text())]
+README = (ROOT / "README.md").read_text()
+LINES += [("README.md", line) for line in SHOWN.findall(README)]
 COMMANDS = typer.main.get_command(app).commands
 HELP = "\n".join(command.epilog or "" for command in COMMANDS.values())
 LINES += [("--help", line) for line in SHOWN.findall(HELP)]
@@ -78,3 +79,9 @@ def test_what_others_call_a_key_is_answered_with_the_key_beside_it():
             ]
             assert word in ours or any(k in said for k in wanted), line
     assert checked > 30
+
+
+def test_the_readme_links_every_method_to_its_file():
+    linked = re.findall(r"\[([\w-]+)\]\((src/eckart/methods/\S+?)\)", README)
+    files = {e.name: e.path.relative_to(ROOT).as_posix() for e in registry.methods().values()}
+    assert dict(linked) == files and len(linked) == len(files)

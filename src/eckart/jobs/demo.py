@@ -39,17 +39,15 @@ TOKENS = 40
 def run(job: Job) -> dict[str, Any]:
     """Fine-tune the shipped model and show what changed; the object of --json."""
     screen = Screen(quiet=job.flags.json)
-    made = read_json(BASE / "MADE.json")
-    screen.line("demo", f"{made['what']}\nmade by {made['command']}")
+    screen.line("demo", read_json(BASE / "MADE.json")["what"])
     flags = Flags(out=job.flags.out, json=job.flags.json, overwrite=job.flags.overwrite)
     before = sample(BASE)
     found = finetune.run(resolve("finetune", str(BASE), DATA, list(WORDS), flags=flags))
     after = sample(found["run"])
     screen.line("before", before, result=True)
     screen.line("after", after, result=True)
-    screen.line(
-        "yours", "eckart finetune MODEL DATA   (a folder or hub id; .jsonl, .txt)", result=True
-    )
+    yours = "eckart finetune MODEL DATA   (a folder or hub id; your text or chats)"
+    screen.line("yours", yours, result=True)
     return {**found, "command": "demo", "samples": {"before": before, "after": after}}
 
 
