@@ -13,9 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from eckart.kernels import shared_input
 from eckart.kernels.low_rank import BLOCK, fused, map_of
-from eckart.kernels.shared_input import together
-from eckart.linear import LowRank, Pair, alone, find_sites, install, kernels, linear_plus_low_rank
-from eckart.linear.peers import introduce
+from eckart.kernels.shared_input import peers_at_once
+from eckart.linear import (
+    LowRank,
+    Pair,
+    find_sites,
+    install,
+    kernels,
+    linear_plus_low_rank,
+    linear_plus_term,
+)
+from eckart.linear.peers import make_peers
 from eckart.methods.weights.lora import LoRA
 from eckart.recipe import Recipe, attach
 from eckart.recipe.targets import same_input, sites_of
@@ -39,7 +47,7 @@ class Block(nn.Module):
             pair = draw(m, 2 + i, seed=i), draw(2 + i, 7, seed=9 + i)
             install(site, {"lora": LowRank(*pair, 0.5)})
             self.add_module(name, layer)
-        introduce([self.q, self.k, self.v])
+        make_peers([self.q, self.k, self.v])
 
     def forward(self, x):
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
@@ -68,7 +76,7 @@ def gradients(block, x, run=None):
 
 def one_by_one(block, x, monkeypatch, run=None):
     with monkeypatch.context() as patch:
-        patch.setitem(kernels, alone, alone)
+        patch.setitem(kernels, linear_plus_term, linear_plus_term)
         return gradients(block, x, run)
 
 
@@ -160,7 +168,7 @@ def test_an_input_that_changed_in_between_is_not_taken(monkeypatch):
     block.q(x)
     x.mul_(2)
     found = block.k(x)
-    monkeypatch.setitem(kernels, alone, alone)
+    monkeypatch.setitem(kernels, linear_plus_term, linear_plus_term)
     torch.testing.assert_close(found, block.k(x), rtol=0, atol=1e-13)
 
 
@@ -181,7 +189,7 @@ def test_maps_with_hooks_dropout_or_trained_bases_stand_alone(computed, monkeypa
             torch.manual_seed(0)
             found = block(x)
         with monkeypatch.context() as patch:
-            patch.setitem(kernels, alone, alone)
+            patch.setitem(kernels, linear_plus_term, linear_plus_term)
             torch.manual_seed(0)
             torch.testing.assert_close(found, block(x), rtol=0, atol=1e-13)
     assert not computed
@@ -219,7 +227,7 @@ def test_no_input_outlives_its_pass():
 def test_a_model_trains_the_same_and_is_removed(computed, monkeypatch):
     def losses(kernel):
         with monkeypatch.context() as patch:
-            patch.setitem(kernels, alone, kernel)
+            patch.setitem(kernels, linear_plus_term, kernel)
             model = llama().double()
             handle = attach(model, Recipe(weights=LoRA(rank=3)))
             model.double()
@@ -237,7 +245,7 @@ def test_a_model_trains_the_same_and_is_removed(computed, monkeypatch):
             return found
 
     # fp64 over ten steps of Adam, whose first steps divide by small gradients
-    assert losses(together) == pytest.approx(losses(alone), abs=1e-9)
+    assert losses(peers_at_once) == pytest.approx(losses(linear_plus_term), abs=1e-9)
     assert sorted(set(computed)) == [2, 3]  # gate and up; q, k and v
 
 

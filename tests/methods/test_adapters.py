@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from eckart.linear import alone, find_sites, fold, kernels
+from eckart.linear import find_sites, fold, kernels, linear_plus_term
 from eckart.linear.layers import LinearSum
 from eckart.methods.weights.block_lora import BlockLoRA
 from eckart.methods.weights.bone import Bone
@@ -124,7 +124,7 @@ def test_gradients_through_one_product_for_both(name):
 def test_without_kernels_all_runs(monkeypatch):
     model, _, x = carried("lora", F64)
     fast = model(x)
-    assert kernels[alone] is not alone
+    assert kernels[linear_plus_term] is not linear_plus_term
     monkeypatch.setattr("eckart.linear.layers.kernels", {})
     torch.testing.assert_close(model(x), fast, rtol=0, atol=1e-12)
 

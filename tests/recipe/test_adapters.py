@@ -151,7 +151,8 @@ def test_one_goes_and_the_others_stay_and_the_last_leaves_the_base():
         handles[name] = attach(model, Recipe(weights=method), name=name)
         randomise(handles[name])
     handles["a"].use({"a": 1.0, "b": 0.5})
-    handles["a"].remove()
+    with handles["b"].rows(["b", None]):
+        handles["a"].remove()  # what was in use before comes back without it
     assert list(handles["b"].adapters) == ["b"]
     weighted = logits(model, batch)
     handles["b"].use("b")

@@ -238,10 +238,29 @@ def test_a_base_that_is_trained_too_has_its_gradients(method):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("method", [LoRA(rank=2), NOLA(rank=2, bases=3), Bone(rank=2)])
+def test_experts_without_tokens_give_none(method):
+    model = tiny("mixtral")
+    attach(model, Recipe(weights=dataclasses.replace(method, targets=("experts",))))
+    experts = model.model.layers[0].mlp.experts
+    chosen = torch.zeros(0, 2, dtype=torch.long)
+    y = experts(torch.zeros(0, 32, requires_grad=True), chosen, torch.zeros(0, 2))
+    assert y.shape == (0, 32)
+    y.sum().backward()
+
+
 def test_the_default_device_is_not_where_draws_are_made():
     with torch.device("meta"):
         handle = attach(tiny("llama"), Recipe(weights=LoRA(rank=2)))
     assert not any(p.is_meta for p in handle.model.parameters())
+
+
+def test_a_handle_that_has_left_means_nothing_any_more():
+    handle = attach(tiny("llama"), Recipe(weights=LoRA(rank=2)))
+    handle.remove()
+    for use in (handle.optimizer, handle.named_state, handle.merge):
+        with pytest.raises(UsageError, match="this handle was removed, or merged"):
+            use()
 
 
 def test_a_failed_calibration_leaves_the_model_as_it_was():

@@ -28,7 +28,7 @@ from eckart.recipe import Handle, attach_from
 from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.fingerprint import fingerprint, origin
 from eckart.recipe.installing import take_back
-from eckart.recipe.vocabulary import brought, resized
+from eckart.recipe.vocabulary import held_whole, resized
 
 FORMAT = 1
 DESCRIPTION, TENSORS = "eckart.json", "model.safetensors"
@@ -84,7 +84,7 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     with readable(folder / DESCRIPTION):
         rows = content["structure"].get("vocabulary")
         rows = None if rows is None else int(rows)
-        check_base(model, content, folder, brought(model, content["structure"]))
+        check_base(model, content, folder, held_whole(model, content["structure"]["also_train"]))
     tensors = read_tensors(folder / TENSORS)
     with resized(model, rows):
         before = dict(model.named_parameters())

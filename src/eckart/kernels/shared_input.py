@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from eckart.kernels.low_rank import Map, fused, map_of, ordinary
-from eckart.linear import Structured, Term, alone, plain_mm
+from eckart.linear import Structured, Term, linear_plus_term, plain_mm
 from eckart.linear.layers import LinearSum
 
 
-def together(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
-    """As `alone`; a call that finds no result of its own computes those of all peers."""
+def peers_at_once(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
+    """As `linear_plus_term`; a call that finds no result of its own computes those of all peers."""
     peers = layer._sum.peers
     if peers is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return alone(layer, x, W, term)
+        return linear_plus_term(layer, x, W, term)
     member = any(layer is other for other in peers.members)  # a replica is none
     if not member or x.is_inference():
-        return alone(layer, x, W, term)
+        return linear_plus_term(layer, x, W, term)
     if (taken := peers.take(layer, x)) is not None:
         return taken
     peers.forget()
     maps = [one for one in (free_map(other, x) for other in peers.members) if one is not None]
     if len(maps) < len(peers.members) or not matching(maps):
-        return alone(layer, x, W, term)
+        return linear_plus_term(layer, x, W, term)
     results = fused(x, maps)
     peers.keep(x, results)
     if (node := results[0].grad_fn) is not None:  # once it has run, its tensors are gone

@@ -1,6 +1,6 @@
 """What is a map made of? Terms, sums of terms, and the sites where they live."""
 
-from eckart.linear.layers import alone, frozen_linear, kernels
+from eckart.linear.layers import frozen_linear, kernels, linear_plus_term
 from eckart.linear.lowrank import LowRank, linear_plus_low_rank, low_rank
 from eckart.linear.sites import Horizon, Site, find_sites, seeded_generator
 from eckart.linear.structured import Structured, fold, install, uninstall
@@ -30,7 +30,6 @@ __all__ = [
     "Structured",
     "Term",
     "alike",
-    "alone",
     "by_expert",
     "describe",
     "find_sites",
@@ -40,6 +39,7 @@ __all__ = [
     "joint_factors",
     "kernels",
     "linear_plus_low_rank",
+    "linear_plus_term",
     "low_rank",
     "plain_mm",
     "seeded_generator",

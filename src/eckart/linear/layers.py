@@ -66,7 +66,7 @@ class LinearSum(Structured):
     def fused(self, x: Tensor, W: Tensor, term: Term, gain: Gain | None) -> Tensor | None:
         """The base with its only term in fewer products, where the term offers that; or None."""
         if gain is None:
-            return kernels.get(alone, alone)(self, x, W, term)
+            return kernels.get(linear_plus_term, linear_plus_term)(self, x, W, term)
         pair = term.pair()
         if pair is None:
             return None
@@ -114,7 +114,7 @@ def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, W, bias)
 
 
-def alone(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
+def linear_plus_term(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
     """A layer's frozen matrix with its only term, in fewer products where the term offers that,
     else None: the reference for a kernel that computes several layers of one input at once."""
     pair = term.pair()
@@ -246,7 +246,7 @@ class ExpertSum(Structured):
         h = self.product("down_proj", h, offsets)
         h = h * top_k_weights.reshape(-1)[order, None].to(h.dtype)
         out = h.new_zeros(x.shape[0] * k, x.shape[-1]).index_copy(0, order, h)
-        return out.view(x.shape[0], k, -1).sum(1).to(x.dtype)
+        return out.view(x.shape[0], k, x.shape[-1]).sum(1).to(x.dtype)
 
     def product(self, param: str, x: Tensor, offsets: list[int]) -> Tensor:
         """One of the experts' maps on sorted tokens x [t, n] -> [t, m]."""

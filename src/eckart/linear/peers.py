@@ -72,7 +72,7 @@ def once(peers: Peers | None, x: Tensor, key: Hashable, make: Callable[[], Tenso
     return known.value
 
 
-def introduce(modules: Sequence[nn.Module]) -> None:
+def make_peers(modules: Sequence[nn.Module]) -> None:
     """Let structured maps know that they are given the same input."""
     peers = Peers(modules)
     for module in modules:

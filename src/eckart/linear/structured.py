@@ -253,7 +253,7 @@ def put_in_use(
 def take_class(module: nn.Module, cls: type) -> None:
     """Make a module one of another class, of the same layout.
 
-    Hooks of accelerate (several devices, offloading) hold the forward of the class that was.
+    Hooks of accelerate (models on several devices) hold the forward of the class that was.
     """
     module.__class__ = cls
     if HOOKED in vars(module):

@@ -69,7 +69,8 @@ class Adapters:
 
     def choose(self, weights: Mapping[str, float], rows: Sequence[str | None] = ()) -> None:
         """Put adapters in use: a weighted sum for all rows, or one for each row."""
-        self.weights, self.rows = dict(weights), tuple(rows)
+        self.weights = {name: w for name, w in weights.items() if name in self.handles}
+        self.rows = tuple(rows)
         kinds = list(dict.fromkeys(rows))
         for path in dict.fromkeys(path for h in self.handles.values() for path in h.attached):
             module, param = next(
@@ -83,7 +84,7 @@ class Adapters:
                 index = index.to(next(module.parameters()).device)
                 put_in_use(module, param, branches, index)  # type: ignore[arg-type]
             else:
-                chosen = [self.branch(name, path, w) for name, w in weights.items()]
+                chosen = [self.branch(name, path, w) for name, w in self.weights.items()]
                 put_in_use(module, param, [b for b in chosen if b.terms])  # type: ignore[arg-type]
 
     def branch(self, name: str | None, path: str, weight: float = 1.0) -> Branch:

@@ -138,7 +138,7 @@ def refuse_unfit(model: nn.Module, also_train: Sequence[str]) -> None:
         raise UsageError(
             "this model has no numbers yet",
             [(type(model).__name__, "is on the meta device")],
-            "Load it or draw its initial values first, then attach.",
+            "Load it whole, or draw its initial values, then attach.",
         )
     modules = [path for path, _ in model.named_modules() if path]
     for name in also_train:

@@ -116,12 +116,22 @@ class Handle:
             if (p.requires_grad or name in resting) and not name.startswith(others)
         }
 
+    def require_here(self) -> None:
+        """Raise UsageError where the model is free of this handle: all of it would be meant."""
+        if adapters_of(self.model).handles.get(self.name) is not self:
+            raise UsageError(
+                "this handle was removed, or merged",
+                [(self.name, type(self.model).__name__)],
+                "Attach again: eckart.attach(model, recipe).",
+            )
+
     def others(self) -> list[Handle]:
         """The other adapters on the model."""
         return [h for h in adapters_of(self.model).handles.values() if h is not self]
 
     def named_state(self) -> dict[str, Tensor]:
         """What differs from the base, by name in files: trained tensors and terms' buffers."""
+        self.require_here()
         names = set(self.trainable())
         for stem, part in self.carried().items():
             names.update(f"{stem}.{key}" for key in part.state_dict())
@@ -177,6 +187,7 @@ class Handle:
 
         `clip` is the largest norm of the gradients as applied; None leaves them as they are.
         """
+        self.require_here()
         rate = next(r for r in (lr, self.lr, default_lr(self.recipe)) if r is not None)
         optimizer = LowRankOptimizer(groups(self, rate), lr=rate, clip=clip, seed=self.seed)
         self.resting = lambda: optimizer.resting
@@ -252,6 +263,7 @@ class Handle:
 
         Other adapters go without a trace, or with their weight where they are summed.
         """
+        self.require_here()
         here = adapters_of(self.model)
         if here.rows:
             raise UsageError("adapters row by row have no one matrix", fix="Call handle.use first.")

@@ -10,7 +10,7 @@ from torch import nn
 
 from eckart.errors import UsageError
 from eckart.linear import LowRank, Site, Term, install
-from eckart.linear.peers import introduce
+from eckart.linear.peers import make_peers
 from eckart.linear.sites import as_stored, quantised
 from eckart.recipe.adapters import adapters_of, require_beside
 from eckart.recipe.coverage import cover
@@ -79,7 +79,8 @@ def put_in(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None
         for term in by_term.values():
             term.bind(handle.shared, handle.sites[path].module, handle.sites[path].param)
     set_products(handle)
-    introduce_peers(handle)
+    for group in same_input(handle.sites[path] for path in handle.attached):
+        make_peers([site.module for site in group])
     adapters_of(handle.model).enter(handle)
     handle.coverage = cover(handle)
     if handle.attached:
@@ -127,12 +128,6 @@ def declare_gradient_rule(handle: Handle, part: nn.Module, path: str) -> None:
             f"Type weights=lora weights.init=kaiming update={update.slug}.",
         )
     part.branch_gradient = rule
-
-
-def introduce_peers(handle: Handle) -> None:
-    """Tell maps of the same input of each other."""
-    for group in same_input(handle.sites[path] for path in handle.attached):
-        introduce([site.module for site in group])
 
 
 def set_products(handle: Handle) -> None:

@@ -7,7 +7,7 @@ tensors. A model with the old rows is resized when such an adapter is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,11 +52,6 @@ def held_whole(model: nn.Module, also_train: Sequence[str]) -> tuple[str, ...]:
     """Modules that an adapter holds whole: those it trains, and the head of new tokens."""
     new = vocabulary_of(model, also_train) is not None
     return tuple(dict.fromkeys((*also_train, *(ends(model) if new else ()))))
-
-
-def brought(model: nn.Module, structure: Mapping[str, Any]) -> tuple[str, ...]:
-    """The modules that count not as the base's, since the adapter of a structure holds them."""
-    return held_whole(model, structure["also_train"])
 
 
 class End:

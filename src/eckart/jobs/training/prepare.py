@@ -29,7 +29,7 @@ from eckart.jobs.training import senses
 from eckart.jobs.training.checkpoints import load_model_state, read_state
 from eckart.recipe import Handle, Recipe, attach, attach_from
 from eckart.recipe.fingerprint import fingerprint
-from eckart.recipe.vocabulary import brought
+from eckart.recipe.vocabulary import held_whole
 
 CALIBRATION = (8, 4)  # batches and rows in each, for methods that look at gradients first
 
@@ -122,7 +122,7 @@ def require_unfinished(job: Job) -> None:
 def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:
     """The terms of a checkpoint with its values; no calibration is repeated."""
     structure = read_state(checkpoint)["structure"]
-    found = fingerprint(model, brought(model, structure))
+    found = fingerprint(model, held_whole(model, structure["also_train"]))
     if structure["fingerprint"] != found:
         raise FileError(
             "this run was started on another base",
