@@ -366,6 +366,35 @@ def test_a_tokenizer_that_ends_no_text_is_named_where_a_class_is_read_there(plac
     assert "reads a text's class at its end token, which the tokenizer does not write" in ran.err
 
 
+def test_an_encoder_decoder_gives_classes_and_its_adapter_keeps_the_head(place, tmp_path):
+    from peft import PeftModel
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    tokenizer = train_tokenizer([TALK] * 3, 300, special=(MASK, "[PAD]"))
+    tokenizer.pad_token = "[PAD]"
+    end, ends = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(f"$A {end}", None, [(end, ends)])
+    tokenizer.save_pretrained(tmp_path / "m")
+    sizes = {**SIZE["t5"], "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    config = AutoConfig.for_model("t5", vocab_size=len(tokenizer), **sizes)
+    build_model(config).save_pretrained(tmp_path / "m")
+    data = labels(tmp_path / "l.jsonl")
+    ran = eckart("finetune", tmp_path / "m", data, "train.steps=4", "-o", tmp_path / "r", "--json")
+    assert ran.code == 0, ran.err
+    again = eckart("eval", tmp_path / "r", data, "--json")
+    assert again.code == 0, again.err
+    config = AutoConfig.from_pretrained(tmp_path / "r" / "final")
+    assert config.id2label == {0: "no", 1: "yes"}
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", config=config)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "r" / "final").eval()
+    ids = tokenizer("low low", return_tensors="pt")["input_ids"]
+    ours = open_model(tmp_path / "r").model.eval()
+    with torch.no_grad():
+        # fp32, the same products in another order
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=1e-4)
+
+
 def test_a_shape_with_a_tokenizer_is_pretrained_as_what_it_is(place, tmp_path):
     tokenizer = train_tokenizer([TALK] * 3, 300, special=(MASK,))
     folder = shape(tmp_path / "b", "bert", tokenizer, weights=False)

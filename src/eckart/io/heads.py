@@ -63,7 +63,8 @@ def save_naming(handle: Handle, folder: Path) -> None:
 def outside(model: nn.Module) -> tuple[str, ...]:
     """Children of a model beside its pretrained body that hold parameters: its head."""
     body = getattr(model, "base_model_prefix", "")
-    if not body or not hasattr(model, body) or not hasattr(model, "num_labels"):
+    with_head = hasattr(model, "num_labels") or TASKS[task_of_live(model)].classes  # T5's has none
+    if not body or not hasattr(model, body) or not with_head:
         return ()
     return tuple(
         name for name, child in model.named_children() if name != body and list(child.parameters())
