@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,15 +27,14 @@ from eckart.errors import EckartError, UsageError
 from eckart.io.folder import write_json, write_text
 from eckart.io.run import versions
 from eckart.jobs.lab.bare_loop import start_of
-from eckart.jobs.lab.judge import NO_VERDICT, Judged, Judgement, judge, number
+from eckart.jobs.lab.judge import NO_VERDICT, Judgement, judge, number
 from eckart.jobs.lab.runner import Quantities, Runner, Trial, runner
 from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, wanted
 from eckart.jobs.lab.trials import ClaimTrial, task_of
 from eckart.jobs.training.screen import clock
 from eckart.report.claims import page
 
-PLANS: Mapping[Budget, Plan] = {
-    "quick": Plan(window=1, purse=1, share=1.0),
+PLANS: Mapping[Budget, Plan] = {  # a quick check begins where a search would, and searches nothing
     "default": Plan(),
     "full": Plan(window=7, purse=11, share=1.0),
 }
@@ -52,11 +52,14 @@ class Search:
 
     @property
     def lr(self) -> float | None:
-        return lr_at(self.start, best(self.full)) if self.arm.search else self.arm.lr
+        """The best one; where nothing was searched, where a search would begin."""
+        if not self.arm.search:
+            return self.arm.lr
+        return lr_at(self.start, best(self.full) if self.full else 0)
 
     @property
     def edge(self) -> bool:
-        return self.arm.search and at_edge(self.full)
+        return bool(self.full) and at_edge(self.full)
 
 
 def run(
@@ -119,12 +122,8 @@ def tested(
 def search(slug: str, claim: Claim, budget: Budget, trials: Runner) -> list[Search]:
     """The best learning rate of every arm, all arms' next points at once."""
     searches = [Search(arm, start_of(arm)) for arm in claim.chosen(budget)]
-    plan = PLANS[budget]
-    if budget == "quick":  # where the search would begin
-        for s in searches:
-            s.full[0] = math.inf
-        return searches
-    while True:
+    plan = PLANS.get(budget)
+    while plan:
         asked: dict[ClaimTrial, tuple[dict[int, float], int]] = {}
         for s in (s for s in searches if s.arm.search):
             steps = task_of(claim, s.arm, budget).steps
@@ -138,10 +137,11 @@ def search(slug: str, claim: Claim, budget: Budget, trials: Runner) -> list[Sear
                     trial = ClaimTrial(slug, s.arm.name, budget, SEARCH_SEED, lr, length)
                     asked[trial] = (scores, j)
         if not asked:
-            return searches
+            break
         for trial, quantities in trials({t: t for t in asked}).items():
             scores, j = asked[trial]
             scores[j] = validation(quantities)
+    return searches
 
 
 def validation(quantities: Mapping[str, float]) -> float:
@@ -228,9 +228,7 @@ def arm_facts(found: Search, seeds: Sequence[Mapping[str, float]]) -> dict[str, 
         "lr": found.lr,
         "at_edge": found.edge,
         "lr_curve": {
-            f"{lr_at(found.start, j):g}": number(loss)
-            for j, loss in sorted(found.full.items())
-            if found.arm.search and math.isfinite(loss)
+            f"{lr_at(found.start, j):g}": number(loss) for j, loss in sorted(found.full.items())
         },
         "quantities": {
             name: {"mean": number(sum(c) / len(c)), "sd": number(spread(c))}
@@ -240,9 +238,9 @@ def arm_facts(found: Search, seeds: Sequence[Mapping[str, float]]) -> dict[str, 
 
 
 def spread(values: Sequence[float]) -> float:
-    """Standard deviation over seeds; NaN for one."""
-    n, mean = len(values), sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else math.nan
+    """Standard deviation over seeds; NaN where it is not known."""
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.stdev(values) if known else math.nan
 
 
 def left_out(claim: Claim, budget: Budget, judgement: Judgement) -> list[str]:
@@ -301,9 +299,9 @@ class Progress:
     """One line on stderr that says what has ended and about how long the claim still takes."""
 
     def __init__(self, slug: str, claim: Claim, budget: Budget, quiet: bool):
-        plan, arms = PLANS[budget], claim.chosen(budget)
+        plan, arms = PLANS.get(budget), claim.chosen(budget)
         searched = 0.0
-        if budget != "quick":  # two neighbours on average
+        if plan:  # two neighbours on average
             looks = plan.window * plan.share if plan.share < 1 else plan.window
             searched = looks + (plan.keep if plan.share < 1 else 0) + 2
         self.planned = sum(seeds_of(claim, budget) + a.search * searched for a in arms)
@@ -331,6 +329,3 @@ class Progress:
     def end(self) -> None:
         if self.live and not self.quiet:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-__all__ = ["Judged", "run"]

@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from eckart.io.text import Data
 from eckart.jobs import finetune, pretrain
 from eckart.jobs.lab.bare_loop import Bench
 from eckart.jobs.lab.materials import digest, warm_cosine
-from eckart.jobs.lab.trials import described, source_of_rooms
+from eckart.jobs.lab.trials import described, own_source, source_of_rooms
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import build, refuse_unknown, suited
 from eckart.jobs.settings.job import Choice, Job
@@ -198,8 +199,7 @@ class UserLab(Bench):
     def batch(self, step: int) -> dict[str, Any]:
         n = len(self.ground.data.train)
         places = range(step * self.rows, (step + 1) * self.rows)
-        orders = {epoch: order(n, self.seed, epoch) for epoch in {p // n for p in places}}
-        return self.collated([int(orders[p // n][p % n]) for p in places])
+        return self.collated([int(shuffled(n, self.seed, p // n)[p % n]) for p in places])
 
     def batches(self, count: int) -> list[Any]:
         n = len(self.ground.data.train)
@@ -237,6 +237,12 @@ class UserLab(Bench):
         if data.labels:
             found["accuracy"] = mean(test, "right")
         return found
+
+
+@lru_cache(maxsize=2)  # an epoch's end and the next one's beginning are in one batch
+def shuffled(n: int, seed: int, epoch: int) -> Any:
+    """`order`, not sorted anew at every step."""
+    return order(n, seed, epoch)
 
 
 def split(rows: Any) -> tuple[Any, Any]:
@@ -303,6 +309,6 @@ class BenchTrial:
             "rows": self.rows,
             "training": [train.schedule, train.warmup, train.clip],
             "turns": TURNS,
-            "source": source_of_rooms(),
+            "source": [source_of_rooms(), own_source(UserLab)],
             "torch": torch.__version__,
         }

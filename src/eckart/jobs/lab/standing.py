@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from eckart.jobs.lab.bare_loop import WORST
 from eckart.jobs.lab.judge import number
 from eckart.jobs.lab.statistics import ALPHA, Difference, difference, holm, seeds_needed
 from eckart.jobs.lab.sweep import at_edge, best, lr_at
@@ -189,9 +190,13 @@ def regret(r: Record, lr: float) -> float:
 def budget_curve(losses: Sequence[float]) -> list[float]:
     """The expected best of k learning rates drawn from those tried, for k = 1 to all of them.
 
-    Draws with replacement: E_k = sum_i v_i ((1 - (i-1)/N)^k - (1 - i/N)^k), v ascending.
+    Draws with replacement: E_k = sum_i v_i ((1 - (i-1)/N)^k - (1 - i/N)^k), v ascending. A rate
+    that diverged is a nat worse than all others; nothing is expected where every one did.
     """
-    v = sorted(x for x in losses if math.isfinite(x))
+    finite = [x for x in losses if math.isfinite(x)]
+    if not finite:
+        return []
+    v = sorted(finite) + [max(finite) + WORST] * (len(losses) - len(finite))
     n = len(v)
     return [
         sum(x * ((1 - i / n) ** k - (1 - (i + 1) / n) ** k) for i, x in enumerate(v))
