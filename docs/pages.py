@@ -11,7 +11,8 @@ from mkdocs.structure.files import File, Files
 from eckart.cli import app
 from eckart.jobs.methods import BEYOND, combines, told
 from eckart.recipe import registry
-from eckart.recipe.registry import REQUIRED, Entry
+from eckart.recipe.literals import REQUIRED
+from eckart.recipe.registry import Entry
 
 RECORDED = Path(__file__).parent.parent / "benchmarks" / "results" / "claims"
 DOCUMENTS = [json.loads(file.read_text()) for file in sorted(RECORDED.glob("*.json"))]

@@ -11,6 +11,7 @@ import pytest
 
 from eckart.errors import FileError, UsageError
 from eckart.recipe import registry
+from eckart.recipe.literals import REQUIRED
 
 FILE = '''"""Thing: a method of one number.
 
@@ -87,7 +88,7 @@ def test_a_file_says_what_its_import_says(entry):
         elif f.default_factory is not MISSING:
             assert read.default == f.default_factory()
         else:
-            assert read.default is registry.REQUIRED
+            assert read.default is REQUIRED
 
 
 def test_class_variables_are_read_as_they_are(entry):
@@ -107,7 +108,7 @@ def test_every_field_is_explained(entry):
 
 
 def test_a_method_has_an_instance_slug_like_its_file(entry):
-    needed = [f for f in entry.fields.values() if f.default is registry.REQUIRED]
+    needed = [f for f in entry.fields.values() if f.default is REQUIRED]
     if not needed:
         assert registry.load(entry.name)().slug == entry.name
 

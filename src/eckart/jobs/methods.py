@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from eckart.recipe import registry
-from eckart.recipe.registry import REQUIRED, Entry
+from eckart.recipe.literals import REQUIRED
+from eckart.recipe.registry import Entry
 
 
 def run(names: Sequence[str] = (), cite: bool = False, json: bool = False) -> dict[str, Any]:

@@ -33,7 +33,8 @@ from eckart.jobs.settings.refuse import refuse_alternatives, unknown_key
 from eckart.jobs.settings.tree import SECTIONS, Budget, Convert, Data, Eval, Heal, Source, Train
 from eckart.jobs.settings.words import COMMAND_LINE, Key, Setting, read_file, read_words
 from eckart.recipe import registry
-from eckart.recipe.registry import DEFAULTS, FULL, REQUIRED, Entry
+from eckart.recipe.literals import REQUIRED
+from eckart.recipe.registry import DEFAULTS, FULL, Entry
 
 if TYPE_CHECKING:
     from eckart.recipe.method import Method
