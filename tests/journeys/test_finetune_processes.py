@@ -113,9 +113,19 @@ def interrupted_after(step, typed, monkeypatch):
         assert eckart(*typed).code == 130
 
 
-def test_a_run_goes_on_with_another_number_of_processes_and_back(place, tmp_path):
+@pytest.mark.parametrize(
+    "update",
+    [
+        ["method=lora"],
+        pytest.param(["update=galore", "update.rank=4", "update.every=3"], marks=pytest.mark.slow),
+        pytest.param(["update=lisa", "update.blocks=1", "update.every=3"], marks=pytest.mark.slow),
+        pytest.param(["update=lora-pro"], marks=pytest.mark.slow),
+    ],
+    ids=lambda words: words[0].partition("=")[2],
+)
+def test_a_run_goes_on_with_another_number_of_processes_and_back(place, tmp_path, update):
     """Checkpoints are whole whoever wrote them; a step keeps its rows."""
-    constant = ["train.schedule=constant", "train.warmup=0", "train.best=false"]
+    constant = [*update, "train.schedule=constant", "train.warmup=0", "train.best=false"]
     one = eckart(*words(place, tmp_path / "one", *constant, "train.batch_size=4"))
     out = tmp_path / "run"
     begun = [*constant, "train.processes=2", "train.batch_size=2", "train.steps=4"]
@@ -129,6 +139,9 @@ def test_a_run_goes_on_with_another_number_of_processes_and_back(place, tmp_path
     assert "Type train.batch_size=2 train.accumulate=1." in wrong.err
     back = eckart("finetune", *two)
     assert one.code == back.code == 0, back.err
-    a, b = (load_file(f / "final" / "adapter_model.safetensors") for f in (tmp_path / "one", out))
+    (name,) = (file.name for file in (out / "final").glob("*model.safetensors"))
+    a, b = (load_file(folder / "final" / name) for folder in (tmp_path / "one", out))
     for name, tensor in a.items():
         assert (b[name] - tensor).norm() < 1e-3 * tensor.norm(), name  # fp32, as above
+    losses = [[m["loss"] for m in read_metrics(f) if "loss" in m] for f in (tmp_path / "one", out)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)

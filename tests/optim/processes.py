@@ -380,6 +380,7 @@ def ddp(rule, layerwise):
     if layerwise:
         optimizer.attach_layerwise(average_over=dist.group.WORLD)
         DDP._set_params_and_buffers_to_ignore_for_model(model, optimizer.layerwise_names)
+    optimizer.load_named_state_dict({})  # as a training does before it is wrapped
     wrapped = DDP(model, find_unused_parameters=RULES[rule].idles)
     batches = [x.chunk(2)[dist.get_rank()] for x in data(10)]
     norms = train(wrapped, optimizer, batches, accumulate=2)

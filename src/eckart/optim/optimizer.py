@@ -85,8 +85,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
         if layerwise:
             self.attach_layerwise()
-        # a wrapper (DDP, FSDP2) must see all that ever trains: there, after the first step
-        self.rest(tell_autograd=not (dist.is_available() and dist.is_initialized()))
+        self.rest(between_steps=False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters get names where they have none."""
@@ -312,9 +311,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         found = (group["rule"].blocks for group in self.param_groups)
         return next((blocks for blocks in found if blocks is not None), None)
 
-    def rest(self, tell_autograd: bool = True) -> None:
+    def rest(self, between_steps: bool = True) -> None:
         """Before the forward pass of a step: which parameters train, and at a new period what
-        becomes of the moments of blocks."""
+        becomes of the moments of blocks.
+
+        What rests computes no gradient, but a wrapper that is yet to come (DDP, FSDP2) must
+        see all that ever trains: with several processes that begins after a step.
+        """
         blocks, taken = self.blocks, self.param_groups[0]["taken"]
         names = [name for name, _, _ in self.named()]
         rules = {name: group["rule"] for name, _, group in self.named()}
@@ -329,13 +332,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         passes = max(group["rule"].passes for group in self.param_groups)
         if taken % passes < passes - 1:  # what is in no pair moves once a step, in the last pass
             resting |= {*names} - {n for g in self.param_groups for p in g["pairs"] for n in p[:2]}
-        if tell_autograd and (resting or self.resting):
-            for name, p, _ in self.named():
-                p.requires_grad_(name not in resting)
-        self.resting = resting
+        silent = between_steps or not (dist.is_available() and dist.is_initialized())
         for name, p, _ in self.named():
             if name in resting:
                 p.grad = None
+            if resting or self.resting:
+                p.requires_grad_(not (silent and name in resting))
+        self.resting = resting
         if blocks is not None and blocks.begins(taken):
             forgotten = blocks.forgotten(names, idle) & in_turn
             self.reset_state(p for name, p, _ in self.named() if name in forgotten)
@@ -389,7 +392,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for p, entry in named.unpack(flat, self.named()).items():
             self.state[p] = entry
         self.rebind()
-        self.rest()
+        self.rest(between_steps=False)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the rules described as plain data."""
@@ -429,7 +432,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.rebind()
         if self.projected is not None:
             self.bind_hooks()
-        self.rest()
+        self.rest(between_steps=False)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
