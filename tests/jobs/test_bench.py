@@ -10,7 +10,7 @@ import time
 import pytest
 from datasets import Dataset
 
-from eckart.errors import MissingExtra, OutOfRoom, UsageError
+from eckart.errors import Interrupted, MissingExtra, OutOfRoom, UsageError
 from eckart.jobs import bench
 from eckart.jobs.lab import contest, lengths, matching, runner
 from eckart.jobs.settings.config import resolve
@@ -133,8 +133,9 @@ def test_an_interrupted_bench_ends_with_the_same_bytes(place, whole, tmp_path, m
         return true(trial)
 
     monkeypatch.setattr(runner, "execute", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="what has ended is kept") as stopped:
         bench.run(job(place, "dense+galore:rank=2", out))
+    assert stopped.value.fix == f"Go on: eckart bench --resume {out}"
     assert json.loads((out / "run.json").read_text())["exit"] == 130
     before = {p: p.stat().st_mtime_ns for p in (out / "trials").iterdir()}
     assert len(before) == 4

@@ -13,7 +13,7 @@ import pytest
 
 from eckart import claims
 from eckart.claims import Arm, Claim, lower, recovers
-from eckart.errors import UsageError
+from eckart.errors import Interrupted, UsageError
 from eckart.jobs import reproduce
 from eckart.jobs.lab import trials
 from eckart.jobs.lab.judge import judge
@@ -229,7 +229,7 @@ def test_what_has_ended_is_not_run_again(planted):
 
 def test_an_interrupted_claim_goes_on_where_it_stopped(planted):
     (planted / "stop").touch()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="what has ended is kept"):
         reproduce.run(["planted"], json=True, processes=1)
     assert len(log(planted)) == 7
     (planted / "stop").unlink()

@@ -35,7 +35,7 @@ from eckart.jobs.lab.contest import (
 )
 from eckart.jobs.lab.lengths import Length
 from eckart.jobs.lab.materials import digest
-from eckart.jobs.lab.runner import Quantities, Runner, runner
+from eckart.jobs.lab.runner import Quantities, Runner, going_on, runner
 from eckart.jobs.lab.standing import Record, ranking, table
 from eckart.jobs.lab.sweep import Plan, lr_at, sampled, wanted
 from eckart.jobs.lab.tables import as_text, write
@@ -112,7 +112,7 @@ def run(job: Job) -> dict[str, Any]:
     entered = matching.matched(entered, options.match, rows)
     if options.match != "none":
         screen.line("matched", matching.said(entered, options.match, rows))
-    with open_run(job, options) as run:
+    with open_run(job, options) as run, going_on(f"eckart bench --resume {run.folder}"):
         planned = lengths.plan(job, entered, options.budget, run.folder / "pace.json")
         document = compare(job, options, entered, planned, run, screen)
         write(run, document)

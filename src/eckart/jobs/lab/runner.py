@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from eckart.errors import Interrupted
 from eckart.io.folder import write_json
 from eckart.jobs.lab import cluster
 from eckart.jobs.training.launch import follow
@@ -145,3 +146,13 @@ def runner(
         yield it
     finally:
         it.close()
+
+
+@contextmanager
+def going_on(command: str) -> Iterator[None]:
+    """Ctrl-C inside the block is Interrupted, with the command that goes on from what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        what = "interrupted; what has ended is kept"
+        raise Interrupted(what, fix=f"Go on: {command}") from None
