@@ -54,7 +54,8 @@ def index(entries: dict[str, Entry]) -> Iterator[str]:
     """All methods by axis."""
     yield "# Methods\n"
     yield "On the command line `eckart methods` lists them, `eckart methods NAME` says all about"
-    yield "one (formula, when to take it, fields, what it combines with), `--cite` prints BibTeX.\n"
+    yield "one (formula, when to take it, fields, what it combines with), `--cite` prints BibTeX."
+    yield f"*Beyond the mission* stands for: {BEYOND}.\n"
     for axis, question in registry.questions().items():
         here = [e for e in entries.values() if e.axis == axis]
         if here:
