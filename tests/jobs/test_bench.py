@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from eckart.errors import Interrupted, MissingExtra, OutOfRoom, UsageError
-from eckart.jobs import bench
+from eckart.jobs import bench, runs
 from eckart.jobs.lab import contest, lengths, matching, runner
 from eckart.jobs.settings.config import resolve
 from eckart.jobs.settings.job import Flags
@@ -77,6 +77,7 @@ def test_a_bench_ends_with_a_table_a_page_and_what_they_say(whole):
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert (out / "table.csv").read_text().splitlines()[1].startswith("dense,baseline,")
     assert json.loads((out / "run.json").read_text())["exit"] == 0
+    assert runs.described(out)["recipe"] == "dense+galore:rank=2"
     assert document["methods"][0]["verdict"] == "baseline"
     assert document["held_fixed"]["matched"] == "nothing: each method at its own size"
     assert document["repeat"].endswith(

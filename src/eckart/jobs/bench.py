@@ -116,7 +116,7 @@ def run(job: Job) -> dict[str, Any]:
         planned = lengths.plan(job, entered, options.budget, run.folder / "pace.json")
         document = compare(job, options, entered, planned, run, screen)
         write(run, document)
-        run.record(recipe={c.name: str(c.recipe) for c in entered})
+        run.record(recipe={c.name: outcome.recipe_of(c.job) for c in entered})
     tell(screen, document)
     return document
 
@@ -176,7 +176,8 @@ def compare(
     """Search, report, judge."""
     shared = ground(entered[0].job)
     content = fingerprint(shared.model) + shared.data.sha256
-    records = [Record(c.name, default_lr(c.recipe)) for c in entered]
+    scratch = starts_at_random(job)
+    records = [Record(c.name, default_lr(c.recipe, scratch)) for c in entered]
     jobs = {c.name: c.job for c in entered}
 
     def trial(name: str, seed: int, lr: float) -> BenchTrial:

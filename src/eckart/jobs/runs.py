@@ -59,7 +59,7 @@ def described(folder: Path) -> dict[str, Any]:
         **known,
         "state": state_of(folder, facts),
         "command": facts.get("command") if isinstance(facts.get("command"), str) else None,
-        "recipe": recipe_line(facts.get("recipe") or {}),
+        "recipe": recipe_line(facts.get("recipe") or {}) or contest_of(facts),
         "steps": max((line["step"] for line in metrics if "step" in line), default=None),
         "before": (scores.get("before") or {}).get("loss"),
         "after": after,
@@ -87,6 +87,11 @@ def recipe_line(recipe: Mapping[str, Any]) -> str:
             words.append(f"{name} {rank}" if isinstance(rank, int) else name)
     words += [each["name"] for each in recipe.get("objective") or []]
     return " + ".join(words)
+
+
+def contest_of(facts: Mapping[str, Any]) -> str:
+    """What a bench compares, as it was typed; empty for other runs."""
+    return str((facts.get("options") or {}).get("methods", ""))
 
 
 def table(found: list[dict[str, Any]]) -> Iterator[str]:
