@@ -41,6 +41,7 @@ from eckart.optim import (
     Rule,
     Stacks,
     grams,
+    inverse,
     mixed,
     spectrum,
     stepped,
@@ -58,24 +59,28 @@ class Frame:
     Inverses are damped. At B = 0 that gives the limit: hA = 0, as gA = 0, and X = 0.
     """
 
-    def __init__(self, B: Stacks, A: Stacks, s: Tensor, damping: float = 1e-8, rel: bool = False):
-        self.B, self.A, self.s = B, A, s
-        self.both = spectrum(grams(B, A))
-        PB, self.PA = self.both.inverse(damping, rel).unbind()
+    def __init__(
+        self, B: Stacks, A: Stacks, s: Tensor, damping: float, relative: bool, choice: Choice
+    ):
+        self.B, self.A, self.s, self.choice = B, A, s, choice
+        both = grams(B, A)
+        if choice == "sylvester":
+            self.both = spectrum(both)
+            PB, self.PA = self.both.inverse(damping, relative).unbind()
+        else:
+            PB, self.PA = inverse(both, damping, relative).unbind()
         self.PB = PB / s**2
 
-    def adjusted(
-        self, gB: Stacks, gA: Stacks, choice: Choice = "sylvester"
-    ) -> tuple[Stacks, Stacks]:
-        """(hB, hA) for the gradients gB and gA, with the X that is named.
+    def adjusted(self, gB: Stacks, gA: Stacks, zero: bool = False) -> tuple[Stacks, Stacks]:
+        """(hB, hA) for the gradients gB and gA, with the X that was chosen, or with none.
 
         hA = PB gA + X A and hB = gB PA / s^2 - B (PB B^T gB PA + X): four thin products.
         """
         Y = self.PB @ self.B.across(gB) @ self.PA
         of_A = [(self.PB, gA)]
-        if choice != "zero":
+        if self.choice != "zero" and not zero:
             C = self.PB @ gA.across(self.A)
-            X = sylvester(self.both, -C) if choice == "sylvester" else -0.5 * C @ self.PA
+            X = sylvester(self.both, -C) if self.choice == "sylvester" else -0.5 * C @ self.PA
             Y = Y + X
             of_A += [(X, self.A)]
         return mixed((self.PA / self.s**2, gB), (-Y.mT, self.B)), mixed(*of_A)  # PA is symmetric
@@ -94,7 +99,7 @@ def adjusted(
     """(hB, hA) of theorem 2.1 for one pair, all [., .] in one dtype; see `Frame`."""
     B_, gB_ = (Stacks([t[None]], tall=True) for t in (B, gB))
     A_, gA_ = (Stacks([t[None]], tall=False) for t in (A, gA))
-    hB, hA = Frame(B_, A_, s, damping, relative).adjusted(gB_, gA_, choice)
+    hB, hA = Frame(B_, A_, s, damping, relative, choice).adjusted(gB_, gA_)
     return hB.tensors[0][0], hA.tensors[0][0]
 
 
@@ -115,11 +120,11 @@ class FullMoves(PairRule):
         return inner.init(B.new_empty(*B.shape[:-1], A.shape[-1])), {}
 
     def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
-        frame = Frame(B.value, A.value, s, self.damping, self.relative)
+        frame = Frame(B.value, A.value, s, self.damping, self.relative, self.choice)
         gB, gA = B.grad, A.grad
         if self.moments == "full":
             gB, gA = through_moments(frame, B, A, inner)
-        hB, hA = frame.adjusted(gB, gA, self.choice)
+        hB, hA = frame.adjusted(gB, gA)
         if self.moments == "factored":
             B.move(*stepped(B, hB, inner))
             A.move(*stepped(A, hA, inner))
@@ -133,7 +138,7 @@ def through_moments(frame: Frame, B: Factor, A: Factor, inner: Inner) -> tuple[S
 
     E and its direction N exist for some rows at a time: B^T N adds up over rows.
     """
-    hB, hA = frame.adjusted(B.grad, A.grad, "zero")
+    hB, hA = frame.adjusted(B.grad, A.grad, zero=True)
     gB, gA = (Stacks([torch.zeros_like(t) for t in h.tensors], h.tall) for h in (hB, hA))
     scales = hB.cut(frame.s.to(hB.tensors[0].dtype))
     left = [torch.cat(both, -1) for both in zip(B.value.tensors, hB.tensors, strict=True)]
