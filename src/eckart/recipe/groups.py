@@ -17,11 +17,17 @@ if TYPE_CHECKING:
     from eckart.recipe.handle import Handle
 
 
-def default_lr(recipe: Recipe) -> float:
-    """The update's own default learning rate, else the weights method's."""
+def default_lr(recipe: Recipe, scratch: bool = False) -> float:
+    """The update's own default learning rate, else the weights method's.
+
+    `scratch`: the one for random weights, which move further than trained ones may.
+    """
     assert recipe.weights is not None
-    own = recipe.update.default_lr if recipe.update is not None else None
-    return own if own is not None else recipe.weights.default_lr
+    update = recipe.update if recipe.update and recipe.update.default_lr is not None else None
+    whose = recipe.weights if update is None else update
+    rate = whose.scratch_lr if scratch and whose.scratch_lr is not None else whose.default_lr
+    assert rate is not None
+    return rate
 
 
 def groups(handle: Handle, lr: float) -> list[dict[str, Any]]:

@@ -209,6 +209,7 @@ class Weights(Method):
     peft_type: ClassVar[str | None] = None
     peft_shared: ClassVar[tuple[str, ...]] = ()  # tensors that PEFT keeps once, at the root
     default_lr: ClassVar[float] = 1e-3
+    scratch_lr: ClassVar[float | None] = None  # from random weights; None: the same
 
     @property
     def trains_the_model(self) -> bool:
@@ -282,6 +283,7 @@ class Update(Method):
     axis: ClassVar[str] = "update"
     wants: ClassVar[Literal["any", "matrices", "pairs"]] = "any"
     default_lr: ClassVar[float | None] = None  # None: the weights method's
+    scratch_lr: ClassVar[float | None] = None  # from random weights; None: the same
 
     def rule(self) -> Rule:
         """The parts for the parameters that the method is about."""

@@ -160,7 +160,8 @@ def horizon(job: Job, rows: int, recipe: Recipe) -> Job:
         update, weights = recipe.update, recipe.weights
         own = update is not None and update.default_lr is not None
         whose: Any = update if own else weights
-        job = job.settle("train.lr", default_lr(recipe), f"the default of {whose.slug}")
+        rate = default_lr(recipe, scratch=job.command == "pretrain")
+        job = job.settle("train.lr", rate, f"the default of {whose.slug}")
     often = max(min(5, steps), round(steps / 10))
     reason = "ten times in the run" if often > 5 else "a short run"
     for key in ("eval.every", "train.save_every"):

@@ -50,7 +50,8 @@ class APOLLOMini(Update):
     """Share of a weight lost per step, times the learning rate. Paper: 0."""
 
     wants: ClassVar = "matrices"
-    default_lr: ClassVar = 0.01
+    default_lr: ClassVar = 1e-3
+    scratch_lr: ClassVar = 0.01
     mission: ClassVar = False
     paper: ClassVar = Paper(
         "APOLLO: SGD-like Memory, AdamW-level Performance",

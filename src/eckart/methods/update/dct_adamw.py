@@ -101,7 +101,8 @@ class DCTAdamW(Update):
     average."""
 
     wants: ClassVar = "matrices"
-    default_lr: ClassVar = 0.001
+    default_lr: ClassVar = 1e-4
+    scratch_lr: ClassVar = 1e-3
     mission: ClassVar = True
     paper: ClassVar = Paper(
         "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large "

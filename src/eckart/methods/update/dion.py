@@ -59,7 +59,8 @@ class Dion(Update):
     """Share of a weight lost per step, times the learning rate. Code: 0.01."""
 
     wants: ClassVar = "matrices"
-    default_lr: ClassVar = 0.01
+    default_lr: ClassVar = 1e-3
+    scratch_lr: ClassVar = 0.01
     mission: ClassVar = False
     paper: ClassVar = Paper(
         "Dion: Distributed Orthonormalized Updates", "https://arxiv.org/abs/2504.05295"

@@ -93,7 +93,8 @@ class Fira(Update):
     average."""
 
     wants: ClassVar = "matrices"
-    default_lr: ClassVar = 0.01
+    default_lr: ClassVar = 5e-4
+    scratch_lr: ClassVar = 0.01
     mission: ClassVar = True
     paper: ClassVar = Paper(
         "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",

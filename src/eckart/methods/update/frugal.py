@@ -72,7 +72,8 @@ class FRUGAL(Update):
     """Share of a weight lost per step, times the learning rate, inside and outside."""
 
     wants: ClassVar = "matrices"
-    default_lr: ClassVar = 0.001
+    default_lr: ClassVar = 1e-4
+    scratch_lr: ClassVar = 1e-3
     size: ClassVar = "density"
     mission: ClassVar = False
     paper: ClassVar = Paper(

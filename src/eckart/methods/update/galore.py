@@ -105,7 +105,8 @@ class GaLore(Update):
     average (Q-GaLore). Paper: nearest."""
 
     wants: ClassVar = "matrices"
-    default_lr: ClassVar = 0.01
+    default_lr: ClassVar = 5e-4
+    scratch_lr: ClassVar = 0.01
     mission: ClassVar = True
     paper: ClassVar = Paper(
         "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",

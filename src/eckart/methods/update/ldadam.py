@@ -60,7 +60,8 @@ class LDAdam(Update):
     """Share of a weight lost per step, times the learning rate."""
 
     wants: ClassVar = "matrices"
-    default_lr: ClassVar = 0.001
+    default_lr: ClassVar = 1e-4
+    scratch_lr: ClassVar = 1e-3
     mission: ClassVar = False
     paper: ClassVar = Paper(
         "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics",

@@ -27,6 +27,7 @@ class Dense(Weights):
     base: ClassVar = "trained"
     offers: ClassVar = ("matrices",)
     default_lr: ClassVar = 1e-4
+    scratch_lr: ClassVar = 1e-3
     promises: ClassVar = ("starts_at_base", "merges")
 
     def build_one(self, site: Site) -> Mapping[str, nn.Module]:
