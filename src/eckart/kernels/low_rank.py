@@ -25,7 +25,8 @@ from eckart.linear import Pair, frozen_linear, linear_plus_low_rank
 from eckart.linear.products import add_product, emulated, within_sum
 
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # an estimate runs on tensors without numbers
-BLOCK = 512  # tokens whose fp32 copies (n and m wide) are alive at once
+BLOCK = 512  # tokens of which an fp32 copy is made at once, at most; 128 at least
+COPY = 2**18  # numbers of such a copy, a core's own cache: new memory costs more than a product
 
 
 class Map(NamedTuple):
@@ -137,7 +138,7 @@ class FusedLowRank(torch.autograd.Function):
         low = within_sum(flat, down)
         raised = [up.to(low).mT for up in ups]  # [k, m]
         h = flat.new_empty(flat.shape[0], down.shape[0], dtype=down.dtype)  # [t, sum k]
-        for rows in blocks(flat):
+        for rows in blocks(flat, flat.shape[1]):
             torch.mm(flat[rows].to(down.dtype), down.mT, out=h[rows])
             for y, part, up in zip(ys, parts, raised, strict=True):
                 add_product(y[rows], h[rows, part].to(low), up)
@@ -172,24 +173,24 @@ class FusedLowRank(torch.autograd.Function):
         dx = base_gradient(maps, dys, wide) if ctx.needs_input_grad[0] else None
         d_down = None if flat is None else torch.zeros_like(down)
         dBs = [None if h is None else torch.zeros_like(one.B) for one in maps]
-        for rows in blocks(dys[0]):
-            tall = [dy[rows].to(down.dtype) for dy in dys]  # [block, m]
-            for i, dB, dy in zip(used, dBs, tall, strict=True):
+        for rows in blocks(dys[0], max(down.shape[1], *(one.W.shape[0] for one in maps))):
+            part_x = None
+            if wide and dx is not None:
+                part_x = down.new_zeros(len(dx[rows]), down.shape[1])  # [block, n]
+            lows = []
+            for i, one, up, dB, whole in zip(used, maps, ups, dBs, dys, strict=True):
+                dy = whole[rows].to(down.dtype)  # [block, m], one copy at a time
                 if dB is not None:
-                    dB.addmm_(dy.mT, h[rows, columns[i]], alpha=every[i].scale)
-            if d_down is None and dx is None:
-                continue
-            dh = torch.cat([dy @ up for dy, up in zip(tall, ups, strict=True)], -1)
+                    dB.addmm_(dy.mT, h[rows, columns[i]], alpha=one.scale)
+                if part_x is not None:
+                    part_x.addmm_(dy, one.W.float())
+                lows.append(dy @ up)
+            dh = torch.cat(lows, -1)  # [block, sum k]
             if d_down is not None and flat is not None:
                 d_down.addmm_(dh.mT, flat[rows].to(down.dtype))
-            if dx is None:
-                continue
-            if wide:
-                part_x = dh @ down
-                for one, dy in zip(maps, tall, strict=True):
-                    part_x.addmm_(dy, one.W.float())
-                dx[rows] = part_x.to(dx.dtype)
-            else:
+            if part_x is not None and dx is not None:
+                dx[rows] = part_x.addmm_(dh, down).to(dx.dtype)
+            elif dx is not None:
                 add_product(dx[rows], dh.to(low), down.to(low))
         found: list[Tensor | None] = [None] * (2 + len(tensors))
         found[0] = None if dx is None else dx.view(ctx.shape)
@@ -227,8 +228,9 @@ class WideGradient(torch.autograd.Function):
         return (dy.float() @ W.float()).to(W.dtype), None, None
 
 
-def blocks(flat: Tensor) -> list[slice]:
-    """Row slices: BLOCK tokens on the CPU where a cast is needed, else one."""
-    rows = flat.shape[0]
-    size = BLOCK if flat.device.type == "cpu" and flat.dtype != torch.float32 else rows
+def blocks(flat: Tensor, width: int) -> list[slice]:
+    """Row slices: on the CPU, where copies of rows this wide are needed, few enough; else one."""
+    rows = size = flat.shape[0]
+    if flat.device.type == "cpu" and flat.dtype != torch.float32:
+        size = min(BLOCK, max(128, COPY // width // 128 * 128))
     return [slice(start, start + size) for start in range(0, rows, max(1, size))]

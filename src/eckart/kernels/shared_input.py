@@ -43,8 +43,8 @@ def free_map(layer: nn.Module, x: Tensor) -> Map | None:
     """A layer's map, where nothing else wants to see or prepare its own call; else None."""
     if not isinstance(layer, Structured) or layer._forward_pre_hooks:
         return None
-    record, terms, W = layer._sum, layer.terms, layer.matrix()
-    usual = record.enabled and not record.mix and not record.gain and record.mm is plain_mm
+    record, (terms, gain), W = layer._sum, layer.parts_of(layer.in_use()), layer.matrix()
+    usual = record.enabled and not record.mix and gain is None and record.mm is plain_mm
     if not usual or W is None or len(terms) != 1:
         return None
     pair = terms[0].pair()

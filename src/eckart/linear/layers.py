@@ -19,13 +19,17 @@ from eckart.linear.term import Gain, Term, plain_mm
 kernels: dict[Callable[..., Any], Callable[..., Any]] = {}
 """Faster forms of plain functions, filled by `eckart.kernels`; empty, all still runs."""
 
+PLAIN = (Tensor, FakeTensor)  # no subclass of another package; an estimate has no numbers
+
 
 def add(y: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
     """y + part in y's dtype; the first part starts the sum in `dtype`."""
     return part.to(dtype) if y is None else y + part.to(y.dtype)
 
 
-PLAIN = (Tensor, FakeTensor)  # no subclass of another package; an estimate has no numbers
+def with_gain(y: Tensor, gain: Gain | None, W: Tensor | None, terms: list[Term]) -> Tensor:
+    """y [.., m] times the gain's factor of each row, where there is a gain."""
+    return y if gain is None or W is None else y * gain.factor(W, terms).to(y.dtype)
 
 
 class LinearSum(Structured):
@@ -48,9 +52,10 @@ class LinearSum(Structured):
             p = self.base(x) if bias is None else self.base(x) - bias
             y = mixture(self, mix, x, p, lambda term, x: term(x))
             return y if bias is None else y + bias
-        terms, gain, W = self.terms, self.gain_of(), self.matrix()
+        (terms, gain), W = self.parts_of(self.in_use()), self.matrix()
         if W is None or self._sum.mm is not plain_mm:
             return self.parts(x, W)
+        # torch.func takes no autograd function whose forward is given a context
         plain = type(W.data) in PLAIN and not torch._C._are_functorch_transforms_active()
         if self._sum.kind == "linear" and len(terms) == 1 and plain:
             fused = self.fused(x, W, terms[0], gain)
@@ -71,7 +76,7 @@ class LinearSum(Structured):
         if pair is None:
             return None
         y = kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, None, *pair)
-        y = y * gain.factor(W, [term]).to(y.dtype)
+        y = with_gain(y, gain, W, [term])
         return y if self.bias is None else y + self.bias
 
     def base(self, x: Tensor) -> Tensor:
@@ -84,12 +89,11 @@ class LinearSum(Structured):
     def parts(self, x: Tensor, W: Tensor | None) -> Tensor:
         """The sum product by product, for a gain, another precision or a dropped matrix."""
         y = None if W is None else self._sum.mm(x, W.mT)
-        for term in self.terms:
+        terms, gain = self.parts_of(self.in_use())
+        for term in terms:
             y = add(y, term(x), x.dtype)
         assert y is not None  # a map without a dense matrix has terms
-        gain = self.gain_of()
-        if gain is not None and W is not None:
-            y = y * gain.factor(W, self.terms).to(y.dtype)
+        y = with_gain(y, gain, W, terms)
         return y if self.bias is None else y + self.bias
 
     def tied(self, x: Tensor, owner: Structured) -> Tensor:
@@ -101,8 +105,7 @@ class LinearSum(Structured):
     def tied_sum(self, owner: Structured, branch: Branch, x: Tensor) -> Tensor:
         """The base and one branch of the owner, at this end: [*, t, m] -> [*, t, n]."""
         W, (terms, gain) = owner.matrix(), owner.parts_of(branch)
-        if gain is not None and W is not None:
-            x = x * gain.factor(W, terms).to(x.dtype)
+        x = with_gain(x, gain, W, terms)
         y = self.base(x)
         for term in terms:
             y = add(y, term.back(x) if self._sum.flipped else term(x), y.dtype)
@@ -134,13 +137,13 @@ class EmbeddingSum(Structured):
         owner: Any = self._sum.owner or self
         if mix := owner._sum.mix.get("weight"):
             return mixed(mix, ids, super().forward(ids), change_of(owner, self.look_up))
-        W, gain = owner.matrix(), owner.gain_of()
+        W, (terms, gain) = owner.matrix(), owner.parts_of(owner.in_use())
         y: Tensor | None = None if W is None else super().forward(ids)
-        for term in owner.terms:
+        for term in terms:
             part = self.look_up(term, ids)
             y = add(y, part, part.dtype)
         assert y is not None  # a map without a dense matrix has terms
-        return y if gain is None else y * gain.factor(W, owner.terms).to(y.dtype)
+        return with_gain(y, gain, W, terms)
 
     def look_up(self, term: Term, ids: Tensor) -> Tensor:
         """A term's columns as this layer scales them: [..] -> [.., m]."""
@@ -165,9 +168,9 @@ class ConvSum(Structured):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, c, h, w] -> [b, m, h', w'], or without b."""
-        gain, W = self.gain_of(), self.matrix()
+        (terms, gain), W = self.parts_of(self.in_use()), self.matrix()
         mix = self._sum.mix.get("weight")
-        if not self._sum.enabled or (W is not None and not mix and not self.terms):
+        if not self._sum.enabled or (W is not None and not mix and not terms):
             return super().forward(x)
         patches = self.patches(x)  # [b, t, n]
         if mix:
@@ -178,11 +181,10 @@ class ConvSum(Structured):
             whole = whole if bias is None else whole + bias
             return self.as_image(whole, x)
         y = None if W is None or gain is None else patches @ W.mT  # [b, t, m]
-        for term in self.terms:
+        for term in terms:
             y = add(y, term(patches), x.dtype)
         assert y is not None
-        if gain is not None and W is not None:
-            y = y * gain.factor(W, self.terms).to(y.dtype)
+        y = with_gain(y, gain, W, terms)
         if W is not None and gain is None:
             return super().forward(x) + self.as_image(y, x)
         y = y if self.bias is None else y + self.bias
@@ -250,8 +252,7 @@ class ExpertSum(Structured):
 
     def product(self, param: str, x: Tensor, offsets: list[int]) -> Tensor:
         """One of the experts' maps on sorted tokens x [t, n] -> [t, m]."""
-        W, gain = self.matrix(param), self.gain_of(param)
-        terms = list(self.children_of(param).values())
+        W, (terms, gain) = self.matrix(param), self.parts_of(self.in_use(param))
         bias = getattr(self, f"{param}_bias", None)
         spans = list(zip(offsets, offsets[1:], strict=False))
         y = None

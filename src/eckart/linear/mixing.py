@@ -34,6 +34,9 @@ class Branch:
     weight: float = 1.0
 
 
+NOTHING = Branch()
+
+
 @dataclass(frozen=True)
 class Mix:
     """The branches of one sum, for all rows or row by row."""

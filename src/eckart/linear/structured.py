@@ -11,7 +11,7 @@ parameter goes and a read-only `weight` stands for it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import UsageError
-from eckart.linear.mixing import Branch, Mix
+from eckart.linear.mixing import NOTHING, Branch, Mix
 from eckart.linear.sites import HOOKED, Site, as_matrix, as_stored, dequantised, quantised
 from eckart.linear.term import Gain, Product, Term, plain_mm
 
@@ -29,11 +29,10 @@ mixins: dict[str, type[Structured]] = {}
 
 @dataclass
 class Sum:
-    """What a structured module remembers: the names of its terms, per parameter."""
+    """What a structured module remembers: the names of its parts, per parameter."""
 
     kind: str
-    terms: dict[str, list[str]]  # parameter -> names of its terms in use, in order
-    gain: dict[str, str]  # parameter -> name of its gain in use
+    use: dict[str, Branch] = field(default_factory=dict)  # its terms and gain in use
     children: dict[str, list[str]] = field(default_factory=dict)  # all of them, in use or not
     mix: dict[str, Mix] = field(default_factory=dict)  # where several adapters are in use
     owner: Any = None  # where the terms live, when they live elsewhere (tied)
@@ -48,21 +47,14 @@ class Structured(nn.Module):
 
     _sum: Sum
 
-    def children_of(self, param: str = "weight") -> dict[str, Term]:
-        """The terms in use of one parameter by name, without the parameter's prefix."""
-        prefix = f"{param}_" if self._sum.kind == "experts" else ""
-        names = self._sum.terms.get(param, ())
-        return {name: getattr(self, prefix + name) for name in names}
+    def in_use(self, param: str = "weight") -> Branch:
+        """The terms and gain in use of one parameter, under their names in the module."""
+        return self._sum.use.get(param, NOTHING)
 
-    @property
-    def terms(self) -> list[Term]:
-        """The terms in use of the module's one matrix, in order."""
-        return list(self.children_of().values())
-
-    def gain_of(self, param: str = "weight") -> Gain | None:
-        """The gain in use of one parameter, or None."""
-        name = self._sum.gain.get(param)
-        return None if name is None else getattr(self, name)
+    def parts_of(self, branch: Branch) -> tuple[list[Term], Gain | None]:
+        """The terms and the gain that a branch names."""
+        terms: list[Term] = [getattr(self, name) for name in branch.terms]
+        return terms, None if branch.gain is None else getattr(self, branch.gain)
 
     def matrix(self, param: str = "weight") -> Tensor | None:
         """The dense matrix [*, m, n] without terms; None where it was dropped."""
@@ -79,17 +71,6 @@ class Structured(nn.Module):
             changes = [b.weight * (self.sum_of(param, b) - whole) for b in mix.branches if b.terms]
             return torch.stack([whole, *changes]).sum(0)
         return self.sum_of(param, self.in_use(param))
-
-    def in_use(self, param: str = "weight") -> Branch:
-        """The terms and gain in use of one parameter, under their names in the module."""
-        prefix = f"{param}_" if self._sum.kind == "experts" else ""
-        terms = tuple(prefix + name for name in self._sum.terms.get(param, ()))
-        return Branch(terms, self._sum.gain.get(param))
-
-    def parts_of(self, branch: Branch) -> tuple[list[Term], Gain | None]:
-        """The terms and the gain that a branch names."""
-        terms: list[Term] = [getattr(self, name) for name in branch.terms]
-        return terms, None if branch.gain is None else getattr(self, branch.gain)
 
     def sum_of(self, param: str, branch: Branch) -> Tensor:
         """The base's matrix with one branch, its weight left out: [*, m, n], in fp64."""
@@ -162,7 +143,7 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
     mixin = mixins[site.kind]
     if not isinstance(module, Structured):
         take_class(module, structured_class(mixin, type(module)))
-        module.__dict__["_sum"] = Sum(site.kind, {}, {})
+        module.__dict__["_sum"] = Sum(site.kind)
     record: Sum = module.__dict__["_sum"]
     for name, part in parts.items():
         child = site.prefix + name
@@ -174,10 +155,10 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
             )
         module.add_module(child, part)
         record.children.setdefault(site.param, []).append(child)
-        if isinstance(part, Gain):
-            record.gain[site.param] = child
-        else:
-            record.terms.setdefault(site.param, []).append(name)
+        now = record.use.get(site.param, NOTHING)
+        gained = isinstance(part, Gain)
+        change = {"gain": child} if gained else {"terms": (*now.terms, child)}
+        record.use[site.param] = replace(now, **change)
     if drop:
         drop_dense(site)
     for other in site.tied_modules:
@@ -199,7 +180,7 @@ def tie(other: nn.Module, owner: nn.Module, flipped: bool) -> None:
     kind = type_kind(other)
     take_class(other, structured_class(mixins[kind], type(other)))
     # Not registered: a module registered twice would make saving raise.
-    other.__dict__["_sum"] = Sum(kind, {}, {}, owner=owner, flipped=flipped)
+    other.__dict__["_sum"] = Sum(kind, owner=owner, flipped=flipped)
 
 
 def drop_dense(site: Site) -> None:
@@ -237,17 +218,13 @@ def put_in_use(
 ) -> None:
     """Let these branches, and no others, be the sum that a parameter runs."""
     record = module._sum
-    prefix = f"{param}_" if record.kind == "experts" else ""
     record.mix.pop(param, None)
-    record.gain.pop(param, None)
-    record.terms[param] = []
-    if rows is not None or len(branches) > 1 or any(b.weight != 1.0 for b in branches):
-        record.mix[param] = Mix(tuple(branches), rows)
+    plain = rows is None and all(b.weight == 1.0 for b in branches)
+    if plain and len(branches) < 2:
+        record.use[param] = branches[0] if branches else NOTHING
         return
-    for branch in branches:
-        record.terms[param] = [name.removeprefix(prefix) for name in branch.terms]
-        if branch.gain is not None:
-            record.gain[param] = branch.gain
+    record.use[param] = NOTHING
+    record.mix[param] = Mix(tuple(branches), rows)
 
 
 def take_class(module: nn.Module, cls: type) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from eckart.errors import UsageError, did_you_mean
-from eckart.linear.mixing import Branch
+from eckart.linear.mixing import NOTHING, Branch
 from eckart.linear.structured import put_in_use
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Adapters:
     def branch(self, name: str | None, path: str, weight: float = 1.0) -> Branch:
         """An adapter's part at one site; without terms where it has none there."""
         if name is None or path not in self.handles[name].attached:
-            return Branch()
+            return NOTHING
         terms, gain = self.handles[name].children_at(path)
         return Branch(terms, gain, weight)
 

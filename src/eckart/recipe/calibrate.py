@@ -1,7 +1,7 @@
 """Gradients and activations of sites, gathered from calibration batches before attaching.
 
-Gradients are means over the examples of all batches, in fp32, for a few matrices at a time,
-so that no gradient of the whole model is ever held. Activations are input tokens.
+Gradients are means over the batches, in fp32, for a few matrices at a time, so that no gradient
+of the whole model is ever held. Activations are input tokens.
 """
 
 from __future__ import annotations
