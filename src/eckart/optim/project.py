@@ -181,7 +181,7 @@ class Search:
         """G G^T Z of Z [k, *, m, b], or G^T G Z of Z [k, *, n, b]; whole on every process."""
         if on_left:
             return self.rows.whole(self.G @ self.rows.total(self.G.mT @ self.rows.part(Z)))
-        return self.rows.total(self.G.mT @ (self.G @ Z))
+        return self.rows.total((self.G @ Z).mT @ self.G).mT  # columns together, as a QR wants them
 
 
 @dataclass(frozen=True)
