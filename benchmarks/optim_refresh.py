@@ -1,28 +1,36 @@
 """A new basis by an eigendecomposition or from random products, against galore-torch's SVD.
 
     pip install --no-deps galore-torch
-    python benchmarks/optim_refresh.py [--write]
+    python benchmarks/optim_refresh.py [TEXT FILE] [--write]
 
 The aim is ten times the speed at width 1024 and more, with at least 0.995 of the energy that
 the best basis of that rank captures; "default" is what GaLore and Fira do when nobody says
-otherwise, an SVD below that width. The gradient is that of a small language model's layer in
-shape and spectrum: singular values fall as 1 / i, with noise below. Contenders are interleaved.
+otherwise, an SVD below that width. Made gradients have the shapes of small language models and
+singular values that fall as 1 / i, with noise below. Real ones are those of a Llama of width 1024,
+before its first step and after some on bytes of a text (of Python's reference, if none is named);
+"iteration" starts from the basis of an earlier one. Contenders are interleaved.
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from optim_galore import galore_torch
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from eckart.io.corpora import pydoc_prose
 from eckart.optim import Gram, Iteration, Leading, Randomised
 from eckart.optim.project import Search
 
 SHAPES = {"60M, mlp": (1376, 512, 128), "350M, attention": (1024, 1024, 256),
           "350M, mlp": (2736, 1024, 256)}  # fmt: skip
+LAYERS = {"attention": "self_attn.q_proj", "mlp": "mlp.up_proj"}  # [1024, 1024], [2736, 1024]
 ENERGY, SPEED, WIDE = 0.995, 10.0, 1024
+STEPS = (0, 20, 40)  # before which real gradients are taken
+Case = tuple[Tensor, Tensor, int]  # a gradient, what the last basis was found from, and the rank
 
 
 def gradient(m: int, n: int) -> Tensor:
@@ -32,6 +40,44 @@ def gradient(m: int, n: int) -> Tensor:
     V = torch.linalg.qr(torch.randn(n, n, generator=g))[0]
     noise = torch.randn(m, n, generator=g) / (100 * (m**0.5 + n**0.5))
     return U / torch.arange(1, n + 1) @ V.T + noise
+
+
+def made() -> dict[str, Case]:
+    """Gradients of which the last was a noisy one."""
+    cases = {}
+    for name, (m, n, rank) in SHAPES.items():
+        G = gradient(m, n)
+        noise = 0.1 * G.norm() / (m * n) ** 0.5 * torch.randn(m, n)
+        cases[f"made, {name}"] = (G, G + noise, rank)
+    return cases
+
+
+def real(text: bytes) -> dict[str, Case]:
+    """Gradients of 2048 bytes, of the second of two layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=256, hidden_size=1024, intermediate_size=2736,
+                         num_hidden_layers=2, num_attention_heads=16)  # fmt: skip
+    model, ids = LlamaForCausalLM(config), torch.tensor(list(text))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+
+    def backward(rows: int) -> None:
+        model.zero_grad()
+        starts = torch.randint(len(ids) - 128, (rows,)).tolist()
+        batch = torch.stack([ids[i : i + 128] for i in starts])
+        model(input_ids=batch, labels=batch).loss.backward()
+
+    cases: dict[str, Case] = {}
+    last: dict[str, Tensor] = {}
+    for step in range(STEPS[-1] + 1):
+        if step in STEPS:
+            backward(16)
+            for name, layer in LAYERS.items():
+                G = model.get_parameter(f"model.layers.1.{layer}.weight").grad.clone()
+                cases[f"real, {name}, step {step}"] = (G, last.get(name, G), 256)
+                last[name] = G
+        backward(4)
+        optimizer.step()
+    return cases
 
 
 def search(projector: Any, G: Tensor, old: dict[str, Tensor]) -> Tensor:
@@ -47,9 +93,9 @@ def captured(G: Tensor, P: Tensor) -> float:
     return float((G @ P.T).square().sum() / G.square().sum())
 
 
-def compared(name: str, projector_of_theirs: Any) -> dict[str, Any]:
-    m, n, rank = SHAPES[name]
-    G = gradient(m, n)
+def compared(name: str, case: Case, projector_of_theirs: Any) -> dict[str, Any]:
+    G, last, rank = case
+    m, n = G.shape
     theirs = projector_of_theirs(rank, update_proj_gap=1)
     ways = {
         "default": Leading(rank, "right"),
@@ -57,8 +103,7 @@ def compared(name: str, projector_of_theirs: Any) -> dict[str, Any]:
         "randomised": Randomised(rank, "right"),
         "iteration": Iteration(rank, "right"),
     }
-    noise = 0.1 * G.norm() / (m * n) ** 0.5 * torch.randn(m, n)  # what the last one was found from
-    old = {"right": search(ways["gram"], G + noise, {})[None]}
+    old = {"right": search(ways["gram"], last, {})[None]}
     contenders: dict[str, Any] = {
         way: lambda p=p, way=way: search(p, G, old if way == "iteration" else {})
         for way, p in ways.items()
@@ -78,7 +123,10 @@ def main() -> None:
     galore_torch()
     projector = sys.modules["galore_torch.galore_projector"].GaLoreProjector
     torch.set_num_threads(1)
-    runs = [compared(name, projector) for name in SHAPES]
+    named = [word for word in sys.argv[1:] if not word.startswith("--")]
+    prose = "".join(text for _, text in pydoc_prose().documents).encode()
+    cases = made() | real(Path(named[0]).read_bytes() if named else prose)
+    runs = [compared(name, case, projector) for name, case in cases.items()]
     for run in runs:
         print(f"{run['matrix']} {run['shape']}, rank {run['rank']}: the best basis captures "
               f"{run['captured_by_the_best']:.4f} of the energy")  # fmt: skip
