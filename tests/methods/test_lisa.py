@@ -300,3 +300,9 @@ def test_more_blocks_than_there_are_is_an_error():
         "  blocks  9 of 6\n"
         "Type update.blocks=6, or name them in update.block_paths."
     )
+
+
+def test_parameters_without_names_have_no_blocks():
+    with pytest.raises(UsageError, match="known by the names of its parameters") as error:
+        LowRankOptimizer(Model().parameters(), rule=LISA(blocks=1).rule())
+    assert str(error.value).endswith("Pass model.named_parameters().")

@@ -101,6 +101,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 raise UsageError("two parameters have the same name", [(name, "twice")])
             taken.add(name)
         rule = param_group.get("rule", self.defaults["rule"])
+        if rule.blocks is not None and not all(isinstance(p, tuple) for p in params):
+            raise UsageError(
+                "blocks of a model are known by the names of its parameters",
+                [(pairs[0][0], "a parameter without a name")],
+                "Pass model.named_parameters().",
+            )
         halves = [name for name, p in pairs if p.dtype == torch.float16]
         if rule.rounding == "stochastic" and halves:
             raise UsageError(
