@@ -1,6 +1,5 @@
 """The command line as a whole: how a command joins it, and what it answers by itself."""
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 from eckart.cli.options import COMPLETING
 from eckart.cli.running import say
 from eckart.errors import EckartError, UsageError
+from eckart.jobs.training.workers import hush
 
 
 class Commands(TyperGroup):
@@ -154,7 +154,5 @@ def main() -> None:
         from typer.completion import completion_init
 
         completion_init()
-    # Where torchao is installed transformers loads it, and it warns of other machines' kernels.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush()
     app(prog_name="eckart")

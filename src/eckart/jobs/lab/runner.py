@@ -20,7 +20,7 @@ import torch
 from eckart.errors import Interrupted
 from eckart.io.folder import write_json
 from eckart.jobs.lab import cluster
-from eckart.jobs.training.launch import follow
+from eckart.jobs.training.workers import begin
 
 Quantities = dict[str, float]
 
@@ -124,7 +124,7 @@ class Runner:
             trial.prepare()
         if self.pool is None:
             spawn = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.processes, spawn, follow, (os.getpid(),))
+            self.pool = ProcessPoolExecutor(self.processes, spawn, begin, (os.getpid(),))
         futures = {self.pool.submit(execute, trial): path for path, trial in trials.items()}
         for future in as_completed(futures):
             ended(futures[future], future.result())

@@ -14,8 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +28,7 @@ from eckart.errors import EckartError, UsageError
 from eckart.io.run import METRICS, Run
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
+from eckart.jobs.training.workers import follow
 
 STARTED_BY = "ECKART_STARTED_BY"  # the process id of the first process, in the others' environment
 GRACE = 60.0  # seconds the others have to end after one has
@@ -185,14 +184,3 @@ def end(process: Any) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def follow(parent: int) -> None:
-    """In a worker: end when the program that started it is gone, killed perhaps."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
