@@ -9,7 +9,7 @@ import typer
 from mkdocs.structure.files import File, Files
 
 from eckart.cli import app
-from eckart.jobs.methods import BEYOND, combines, told
+from eckart.jobs.methods import BEYOND, combines, rates, told
 from eckart.recipe import registry
 from eckart.recipe.literals import REQUIRED
 from eckart.recipe.registry import Entry
@@ -83,6 +83,8 @@ def page(entry: Entry, entries: dict[str, Entry]) -> Iterator[str]:
         yield f"Its claim, on a small scale: [{found}](../claims.md#{entry.name}).\n"
     if not entry.mission:
         yield f"Beyond the mission: {BEYOND}.\n"
+    if said := rates(entry):
+        yield f"Default `train.lr`: {said}\n"
     if entry.promises:
         yield f"Promises: {', '.join(told(entry.promises))}\n"
     for axis, names in combines(entry, entries).items():

@@ -76,10 +76,20 @@ def facts(entry: Entry, entries: Mapping[str, Entry]) -> Iterator[tuple[str, str
         yield "promises", ", ".join(promise for promise in told(entry.promises))
     if entry.needs:
         yield "needs", ", ".join(told(entry.needs))
+    if said := rates(entry):
+        yield "train.lr", f"{said}, unless it is given"
     together = combines(entry, entries)
     for axis in ("weights", "update"):
         if axis in together:
             yield f"+ {axis}", ", ".join(together[axis]) or "none"
+
+
+def rates(entry: Entry) -> str:
+    """The learning rates that a training takes by default; empty for a method without its own."""
+    rate, scratch = (entry.declares.get(name) for name in ("default_lr", "scratch_lr"))
+    if rate is None:
+        return ""
+    return f"{rate:g}" + ("" if scratch is None else f", {scratch:g} from random weights")
 
 
 def told(promises: Any) -> Iterator[str]:
