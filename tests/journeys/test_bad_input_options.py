@@ -100,6 +100,14 @@ CASES = {
         "  eckart generate reads  model, train.seed\n"
         "Leave it out.\n",
     ),
+    "a key of a training's course for a comparison": (
+        "bench m d.jsonl --methods dora train.patience=2",
+        "train.patience says nothing to bench     command line\n"
+        "  train.patience = 2  a key of finetune, pretrain, compress\n"
+        "  eckart bench reads  model, data, out, train.steps, train.epochs, train.batch_size, "
+        "train.accumulate, train.schedule, train.warmup, train.clip, train.seed\n"
+        "Leave it out.\n",
+    ),
     "a way of training for what is left of a model": (
         "compress m d.jsonl heal.steps=3 heal.weights=lora",
         "a compression is healed as it is\n"
