@@ -88,7 +88,7 @@ def header(path: Path) -> dict[str, Any]:
             raise FileError("this is not a safetensors file", [(str(path), reason)])
         try:
             tensors = json.loads(file.read(length))
-            dict(tensors.pop("__metadata__", {}))
+            dict(tensors.pop("__metadata__", {}))  # any other kind of value is damage
             ends = {name: 8 + length + t["data_offsets"][1] for name, t in tensors.items()}
         except (ValueError, LookupError, TypeError, AttributeError) as fault:
             raise FileError(

@@ -187,7 +187,7 @@ def folder_of(source: str | Path) -> Path:
             [(found.path, f"for {found.base or 'a base it does not name'}")],
         )
     if found.kind == "run":
-        return folder_of(Path(found.path) / "final")
+        return folder_of(result_of(found.path))
     if found.kind == "preset":
         raise UsageError(
             "this is a shape without weights",
@@ -344,7 +344,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if not holds_tokenizer(folder):
         found = recognise(source)
         if found.kind == "run":
-            return load_tokenizer(Path(found.path) / "final")
+            return load_tokenizer(result_of(found.path))
         folder, base = download(found.path) if found.kind == "hub" else Path(found.path), found.base
     if base and not holds_tokenizer(folder):
         return load_tokenizer(base)
