@@ -123,6 +123,14 @@ def of_A(h: Tensor, maps: Sequence[Map], parts: Sequence[slice]) -> Tensor:
     return torch.cat(own, 1)
 
 
+def into_A(dh: Tensor, maps: Sequence[Map], parts: Sequence[slice]) -> Tensor:
+    """What reaches A of dL/dh [t, sum k], as A and as A - A0: [t, sum r]."""
+    if all(one.A0 is None for one in maps):
+        return dh
+    halves = [dh[:, part].tensor_split(2, 1) for part in parts]
+    return torch.cat([own + change for own, change in halves], 1)
+
+
 class FusedLowRank(torch.autograd.Function):
     """See the file's head. Six tensors a map, as in `Map`, after x and the scales."""
 
@@ -171,8 +179,9 @@ class FusedLowRank(torch.autograd.Function):
         wide = emulated(dys[0]) and down.dtype == torch.float32
         low = within_sum(dys[0], down)
         dx = base_gradient(maps, dys, wide) if ctx.needs_input_grad[0] else None
-        d_down = None if flat is None else torch.zeros_like(down)
-        dBs = [None if h is None else torch.zeros_like(one.B) for one in maps]
+        A, own = side_by_side([one.A for one in maps])
+        dA = None if flat is None else torch.zeros_like(A)
+        dBs = [None if h is None else torch.zeros_like(one.B.mT) for one in maps]  # [r, m]
         for rows in blocks(dys[0], max(down.shape[1], *(one.W.shape[0] for one in maps))):
             part_x = None
             if wide and dx is not None:
@@ -181,25 +190,22 @@ class FusedLowRank(torch.autograd.Function):
             for i, one, up, dB, whole in zip(used, maps, ups, dBs, dys, strict=True):
                 dy = whole[rows].to(down.dtype)  # [block, m], one copy at a time
                 if dB is not None:
-                    dB.addmm_(dy.mT, h[rows, columns[i]], alpha=one.scale)
+                    dB.addmm_(h[rows, columns[i]].mT, dy, alpha=one.scale)
                 if part_x is not None:
                     part_x.addmm_(dy, one.W.float())
                 lows.append(dy @ up)
             dh = torch.cat(lows, -1)  # [block, sum k]
-            if d_down is not None and flat is not None:
-                d_down.addmm_(dh.mT, flat[rows].to(down.dtype))
+            if dA is not None and flat is not None:
+                dA.addmm_(into_A(dh, maps, parts).mT, flat[rows].to(down.dtype))
             if part_x is not None and dx is not None:
                 dx[rows] = part_x.addmm_(dh, down).to(dx.dtype)
             elif dx is not None:
                 add_product(dx[rows], dh.to(low), down.to(low))
         found: list[Tensor | None] = [None] * (2 + len(tensors))
         found[0] = None if dx is None else dx.view(ctx.shape)
-        for i, one, part, dB in zip(used, maps, parts, dBs, strict=True):
-            dA = None if d_down is None else d_down[part]
-            if dA is not None and one.A0 is not None:  # both halves of down move with A
-                own, change = dA.tensor_split(2)
-                dA = own + change
-            found[2 + 6 * i + 2], found[2 + 6 * i + 3] = dA, dB
+        for i, part, dB in zip(used, own, dBs, strict=True):
+            found[2 + 6 * i + 2] = None if dA is None else dA[part]
+            found[2 + 6 * i + 3] = None if dB is None else dB.mT.contiguous()
         return tuple(found)
 
 
