@@ -241,6 +241,9 @@ def test_an_encoder_decoder_learns_answers_and_loads_in_plain_peft(place, tmp_pa
         plain = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=0)
         assert said["text"] == tokenizer.decode(plain[0], skip_special_tokens=True)
     assert len({said["text"] for said in ran.document["texts"]}) == 2, "the question is heard"
+    texts = [said["text"] for said in ran.document["texts"]]
+    ran = eckart("generate", out, "-p", "say rank", "-p", "say low", "-n", 8)
+    assert ran.out == f"say rank\n  {texts[0]}\nsay low\n  {texts[1]}\n"
 
 
 def test_a_small_t5_is_pretrained_on_spans(place, tmp_path, monkeypatch):

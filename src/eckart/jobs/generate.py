@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -50,9 +51,11 @@ def run(job: Job) -> Mapping[str, Any]:
         which = {"adapter": name} if name else {}
         said += [{**which, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
     if not job.flags.json:
+        answers = task == "seq2seq" or tokenizer.chat_template  # else it goes on from the prompt
         for one in said:
-            answered = task == "seq2seq" or tokenizer.chat_template
-            text = one["text"] if answered else one["prompt"] + one["text"]
+            text = one["text"] if answers else one["prompt"] + one["text"]
+            if answers and len(prompts) > 1:
+                text = f"{one['prompt']}\n{indent(text, '  ')}"
             print(f"{one['adapter']}: {text}" if beside else text)
     return {
         "command": "generate",
