@@ -214,6 +214,13 @@ def test_copies_pickles_and_removal_forget(computed):
         torch.testing.assert_close(other(x), block(x), rtol=0, atol=1e-13)
 
 
+def test_peers_save_their_input_once():
+    block, x, saved = Block(), draw(6, 7), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        block(x)
+    assert sum(t.shape == x.shape for t in saved) == 1
+
+
 def test_no_input_outlives_its_pass():
     block = Block()
     x = draw(6, 7)
