@@ -15,7 +15,9 @@ trying first: it tells whether the thaw of B buys anything.
 The two factors start at the leading part of W, and that start is subtracted. A never moves,
 so the difference has rank r and is an ordinary LoRA, and W itself is not touched.
 
-A frozen column does not move at all: neither by momentum nor by weight decay.
+A frozen column does not move at all: neither by momentum nor by weight decay. B stays in
+the optimizer to the end, so that shapes and what is wrapped around the model stay: what eta saves
+is movement; bytes of gradients and state are saved by eta = 0 alone.
 
 LaMDA++ gives each matrix its own rank at the same average. A spectrum concentrated in few
 directions gets a small one, a flat spectrum a large one (see `in_bins`, `at_equal_energy`).
