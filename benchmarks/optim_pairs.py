@@ -9,7 +9,9 @@ without, measured alone in the same run, are two to five times AdamW's step: eac
 against that floor, too. Printed with each: its state in bytes, all of which is read and
 written, the floating-point operations of its products, and the operations dispatched. LoRA-Pro's
 moments are those of the whole matrices: its floor is torch's AdamW step on these and its products,
-one after the other, and a step done in pieces that stay in the cache can be below that.
+one after the other, and a step done in pieces that stay in the cache can be below that. Inverses
+and eigendecompositions of r x r are not in the floor; LoRA-Pro's two, in fp64, are a third of its
+factored step at width 512 and rank 64.
 """
 
 from collections.abc import Callable
