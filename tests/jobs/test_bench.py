@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset
 
 from eckart.errors import Interrupted, MissingExtra, OutOfRoom, UsageError
+from eckart.io.data import Data
 from eckart.jobs import bench, runs
 from eckart.jobs.lab import contest, lengths, matching, runner
 from eckart.jobs.settings.config import resolve
@@ -272,6 +273,13 @@ def test_too_few_held_out_rows_are_refused(place, tmp_path):
     assert e.value.what == "too few rows are held out"
 
 
+def test_pictures_have_no_tokens_to_spend(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(Data, "tokens_in_a_row", 0.0)
+    base = job(place, "lowrank")
+    with pytest.raises(UsageError, match="this data has no tokens"):
+        lengths.plan(base, contest.contestants("lowrank", base), "tokens=640", tmp_path / "t.json")
+
+
 def test_a_length_can_be_said_in_four_ways(place, tmp_path):
     base = job(place, "lowrank")
     entered = contest.contestants("lowrank", base)
@@ -281,7 +289,8 @@ def test_a_length_can_be_said_in_four_ways(place, tmp_path):
     }
     assert by[""]["dense"] == lengths.Length(3, 4)
     assert by["steps=7"]["lowrank"] == lengths.Length(7, 4)
-    assert by["tokens=640"]["dense"] == lengths.Length(10, 4)  # 4 rows of 16
+    seen = 4 * contest.ground(base).data.tokens_in_a_row  # 4 rows of 16, less what is padded
+    assert by["tokens=640"]["dense"] == lengths.Length(round(640 / seen), 4) and seen <= 64
     assert all(length.steps >= 1 for length in by["seconds=0.5"].values())
     for name, length in by["bytes=3MB"].items():
         assert length.rows & (length.rows - 1) == 0 and length.steps * length.rows >= 8, name

@@ -64,6 +64,11 @@ class Data(Facts):
     evaluation: dict[str, Rows] = field(kw_only=True)
 
     @property
+    def tokens_in_a_row(self) -> float:
+        """On average, padding left out; 0 where rows are no text."""
+        return self.tokens / max(1, len(self.train))
+
+    @property
     def collate(self) -> Collate:
         """Rows of these data sets to a batch."""
         return Collate(self.pad)

@@ -268,7 +268,7 @@ def costs(r: Record, length: Length, data: Any) -> dict[str, Any]:
     """The four budgets of one run, whichever of them was the limit."""
     return {
         "steps": length.steps,
-        "tokens": length.steps * length.rows * data.seq_len,
+        "tokens": round(length.steps * length.rows * data.tokens_in_a_row),
         "seconds": r.costs["seconds"],
         "peak_bytes": int(r.costs["peak_bytes"]),
         "state_bytes": int(r.costs["state_bytes"]),

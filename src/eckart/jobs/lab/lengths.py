@@ -48,12 +48,16 @@ def plan(job: Job, entered: Sequence[Contestant], budget: str, file: Path) -> di
     kind, amount = parse(budget)
     lab = UserLab(entered[0].job, 0, 1e-3, 1, 1)
     rows = rows_per_step(job, len(lab.ground.data.train))
-    steps, seq_len = int(job.train.steps), lab.ground.data.seq_len
+    steps, in_a_row = int(job.train.steps), lab.ground.data.tokens_in_a_row
     if kind == "steps":
         steps = int(amount) if amount else steps
         return {c.name: Length(steps, rows) for c in entered}
     if kind == "tokens":
-        steps = max(1, round(amount / (rows * seq_len)))
+        if not in_a_row:
+            raise UsageError(
+                "this data has no tokens", [("--budget", budget)], "Type --budget steps=300."
+            )
+        steps = max(1, round(amount / (rows * in_a_row)))
         return {c.name: Length(steps, rows) for c in entered}
     if file.is_file():
         kept = json.loads(file.read_text())

@@ -230,7 +230,7 @@ class RunTraining(Training):
 
     def tokens(self, steps: int) -> float:
         """Tokens seen in so many steps, padding left out; 0 where rows are no text."""
-        return self.rows(steps) * self.data.tokens / max(1, len(self.data.train))
+        return self.rows(steps) * self.data.tokens_in_a_row
 
     def pace(self) -> tuple[float, str]:
         """What a step sees: tokens, or rows where these are no text."""
