@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from eckart.io.run import read_metrics
@@ -90,3 +91,16 @@ def test_a_rule_that_needs_whole_gradients_accumulates_nothing(place, tmp_path):
     assert all("grad_norm" in m for m in read_metrics(out) if "learning_rate" in m)
     assert json.loads((out / "run.json").read_text())["exit"] == 0
     assert RunTraining.refresh_from  # the property that chose the first micro-batch
+
+
+def test_weights_that_are_rounded_by_chance_train_in_bf16_and_resume_to_the_bit(
+    place, tmp_path, monkeypatch
+):
+    wide = ["update.rounding=stochastic", "update.state_dtype=float32", "--json"]
+    one = eckart(*words(place, tmp_path / "one", *wide))
+    assert one.code == 0, one.err
+    interrupted_after(6, words(place, tmp_path / "two", *wide), monkeypatch)
+    assert eckart("finetune", "--resume", tmp_path / "two").code == 0
+    assert_same_result(tmp_path / "one", tmp_path / "two", 0)
+    found = load_file(tmp_path / "one" / "final" / "model.safetensors").values()
+    assert {t.dtype for t in found} == {torch.bfloat16}

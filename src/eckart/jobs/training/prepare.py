@@ -41,10 +41,13 @@ def device() -> torch.device:
 
 
 def dtype_of(job: Job) -> torch.dtype:
-    """How the model is loaded: what is trained of it stays in fp32 (bf16 is autocast then)."""
+    """How the model is loaded: what is trained of it stays in fp32 (bf16 is autocast then),
+    unless its updates are rounded by chance, which is for bf16."""
     weights: Any = job.choices["weights"].method
     precision: Any = job.choices["precision"].method
     trained = weights is not None and weights.trains_the_model
+    if trained and getattr(job.choices["update"].method, "rounding", "") == "stochastic":
+        return torch.bfloat16
     return torch.float32 if trained else getattr(torch, precision.dtype)
 
 
