@@ -292,6 +292,20 @@ def refused(folder, model=None):
 Q = "model.layers.0.self_attn.q_proj"
 
 
+def test_another_base_of_the_same_shape_is_refused(saved):
+    other = tiny.llama()
+    with torch.no_grad():
+        other.model.norm.weight += 1.0
+    with pytest.raises(FileError, match="made for another base"):
+        ours.load(other, saved)
+    edit(saved, tensors=lambda held: None)  # as any other program writes it: no word of a base
+    assert ours.load(other, saved).attached
+
+
+def test_a_copy_in_fp16_is_the_same_base(saved):
+    assert ours.load(tiny.llama().half(), saved).attached
+
+
 def test_a_missing_tensor_is_named(saved):
     edit(saved, lambda t: t.pop(f"base_model.model.{Q}.lora_B.weight"))
     assert f"{Q}.lora_B is missing" in refused(saved)

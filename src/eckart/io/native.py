@@ -7,7 +7,6 @@ model.safetensors   the tensors, under their raw names in the model
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from eckart.io.packed import packed, unpacked
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.recipe import Handle, attach_from
 from eckart.recipe.adapters import DEFAULT, require_free
-from eckart.recipe.fingerprint import fingerprint, origin
+from eckart.recipe.fingerprint import origin, require_base
 from eckart.recipe.installing import take_back
 from eckart.recipe.vocabulary import held_whole, resized
 
@@ -84,7 +83,8 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     with readable(folder / DESCRIPTION):
         rows = content["structure"].get("vocabulary")
         rows = None if rows is None else int(rows)
-        check_base(model, content, folder, held_whole(model, content["structure"]["also_train"]))
+        whole = held_whole(model, content["structure"]["also_train"])
+        require_base(model, content["fingerprint"], content.get("base"), folder, whole)
     tensors = read_tensors(folder / TENSORS)
     with resized(model, rows):
         before = dict(model.named_parameters())
@@ -120,23 +120,3 @@ def structure_of(content: dict[str, Any]) -> dict[str, Any]:
     """What `attach_from` takes, from the content of eckart.json."""
     keys = ("fingerprint", "method", "fields")
     return {**content["structure"], **{key: content[key] for key in keys}}
-
-
-def check_base(
-    model: nn.Module, content: dict[str, Any], folder: Path, whole: Sequence[str] = ()
-) -> None:
-    """Raise FileError unless the model is the base that the adapter was made for.
-
-    `whole` are modules that the adapter brings.
-    """
-    found = fingerprint(model, whole)
-    if found != content["fingerprint"]:
-        name = content.get("base") or "a base without a name"
-        raise FileError(
-            "this adapter was made for another base",
-            [
-                (str(folder), f"for {name}, fingerprint {content['fingerprint'][:12]}"),
-                (type(model).__name__, f"fingerprint {found[:12]}"),
-            ],
-            "Load the base that it names, unchanged.",
-        )

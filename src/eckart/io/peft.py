@@ -19,6 +19,7 @@ from eckart.errors import UsageError
 from eckart.io.folder import write_folder, write_text
 from eckart.io.heads import save_naming
 from eckart.io.peft_layout import (
+    BASE,
     DESCRIPTION,
     PATTERNS,
     PREFIX,
@@ -36,7 +37,7 @@ from eckart.io.tensors import write_tensors
 from eckart.linear import Gain, Site, Term, joint_factors
 from eckart.linear.mixing import padded
 from eckart.recipe import Handle
-from eckart.recipe.fingerprint import origin
+from eckart.recipe.fingerprint import origin, stands_for_another
 from eckart.recipe.vocabulary import held_whole, tied_ends
 
 __all__ = ["load", "method_of", "obstacle", "read", "save", "translate"]
@@ -69,7 +70,8 @@ def save(
     config, tensors = translate(handle, uniform)
     with write_folder(folder, overwrite) as beside:
         write_text(beside / DESCRIPTION, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        write_tensors(beside / TENSORS, tensors)
+        named = {} if stands_for_another(handle.model) else {BASE: handle.fingerprint}
+        write_tensors(beside / TENSORS, tensors, named)
         save_naming(handle, beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)

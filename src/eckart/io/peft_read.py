@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from eckart.errors import FileError
 from eckart.io.headers import read_json, readable
 from eckart.io.peft_layout import (
+    BASE,
     DESCRIPTION,
     PREFIX,
     TENSORS,
@@ -33,7 +35,7 @@ from eckart.io.tensors import read_tensors
 from eckart.linear import Site
 from eckart.recipe import Handle, Recipe, Weights, registry
 from eckart.recipe.adapters import DEFAULT, require_free
-from eckart.recipe.fingerprint import fingerprint
+from eckart.recipe.fingerprint import fingerprint, require_base, stands_for_another
 from eckart.recipe.handle import ROOT
 from eckart.recipe.installing import install_parts
 from eckart.recipe.targets import sites_of
@@ -58,7 +60,8 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     """Attach an adapter that PEFT (or `save`) wrote, in place, under a name among others.
 
     Raises FileError for a type or option that has no counterpart here, and where tensors are
-    missing, left over or misshapen. PEFT's files do not say which base they belong to.
+    missing, left over or misshapen. PEFT's own files do not say which base they belong to; those
+    of `save` do, and another one is a FileError.
     """
     folder = Path(folder)
     require_free(model, name)
@@ -69,8 +72,23 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
         config, tensors, rows = take_vocabulary(model, config, tensors, folder)
     with resized(model, rows):
         with readable(folder / DESCRIPTION):
+            require_its_base(model, config, folder)
             assigned, whole = assign(model, config, tensors, folder)
         return attach(model, method, config, assigned, shared, whole, folder, name)
+
+
+def require_its_base(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
+    """Raise FileError for another base than the file's header names, where it names one."""
+    with safe_open(folder / TENSORS, "pt") as file:
+        expected = (file.metadata() or {}).get(BASE)
+    if expected is not None and not stands_for_another(model):
+        brought = held_whole(model, saved_whole(model, config))
+        require_base(model, expected, config.get("base_model_name_or_path"), folder, brought)
+
+
+def saved_whole(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """Paths of the modules that the adapter holds whole."""
+    return [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -162,7 +180,7 @@ def attach(
     with readable(folder / DESCRIPTION):
         each = {path: of_type(method, with_patterns(config, path)) for path in sites}
         parts, faults = built(sites, each, assigned)
-        saved = [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
+        saved = saved_whole(model, config)
     state = model.state_dict()
     faults += [
         (name, f"shape {list(t.shape)}, expected {list(state[name].shape)}")

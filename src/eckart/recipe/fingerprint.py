@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from eckart.errors import FileError
 from eckart.linear import Gain, Shared, Term
-from eckart.linear.sites import dequantised
+from eckart.linear.sites import dequantised, quantised
 
 SAMPLES = 64  # values read of each tensor: enough to tell two trainings apart, cheap at any size
 ESSENTIALS = (
@@ -62,3 +64,31 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def stands_for_another(model: nn.Module) -> bool:
+    """Is this a copy of a model in few bits, which adapters of that one fit too?
+
+    Numbers rounded to fp16 do not round on to the bf16 that the others are named by.
+    """
+    return any(quantised(p) or p.dtype == torch.float16 for p in model.parameters())
+
+
+def require_base(
+    model: nn.Module, expected: str, named: str | None, folder: Path, whole: Sequence[str] = ()
+) -> None:
+    """Raise FileError unless the model is the base that the adapter in a folder was made for.
+
+    `whole` are modules that the adapter brings.
+    """
+    found = fingerprint(model, whole)
+    if found != expected:
+        raise FileError(
+            "this adapter was made for another base",
+            [
+                (str(folder), f"for {named or 'a base without a name'}, "
+                              f"fingerprint {expected[:12]}"),
+                (type(model).__name__, f"fingerprint {found[:12]}"),
+            ],
+            "Load the base that it names, unchanged.",
+        )  # fmt: skip
