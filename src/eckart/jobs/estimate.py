@@ -33,7 +33,7 @@ from eckart.jobs.settings.config import Choice, Job
 from eckart.jobs.training import prepare, senses
 from eckart.jobs.training.classes import keeps_head, require_task
 from eckart.jobs.training.outcome import recipe_of, shown
-from eckart.jobs.training.screen import Screen, amount
+from eckart.jobs.training.screen import Screen, amount, in_bits
 from eckart.recipe import Recipe, registry
 
 TRAININGS = ("finetune", "pretrain")
@@ -62,8 +62,7 @@ def run(job: Job) -> dict[str, Any]:
     dtype = prepare.dtype_of(job)
     found = imagine(config, job.recipe(), dtype, place, task=task)
     base = found.parameters - (found.trainable if found.factors else 0)
-    kind = str(dtype).removeprefix("torch.")
-    facts = f"{amount(base)} parameters, {kind}; from its configuration alone"
+    facts = f"{amount(base)} parameters, {in_bits(dtype)}; from its configuration alone"
     screen.line("model", facts, shown(job.model or ""))
     screen.line("method", found.coverage, job.choices["weights"].name)
     if found.by_formula:

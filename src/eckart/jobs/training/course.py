@@ -23,7 +23,7 @@ from eckart.jobs.settings.config import Job
 from eckart.jobs.training import continual, held_out, launch, observe, outcome, prepare, senses
 from eckart.jobs.training.fit import fit
 from eckart.jobs.training.page import write_page
-from eckart.jobs.training.screen import Screen, amount, rate
+from eckart.jobs.training.screen import Screen, amount, in_bits, rate
 from eckart.jobs.training.stages import Course, as_handle, carry_out, memory_of, metrics_of, scores
 from eckart.jobs.training.trackers import require_trackers
 from eckart.recipe import Handle
@@ -185,9 +185,7 @@ def model_line(opened: Opened) -> str:
 def size_line(model: Any) -> str:
     """`134.5 M parameters, bf16`."""
     count = sum(p.numel() for p in model.parameters())
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
-    return f"{amount(count)} parameters, {short}"
+    return f"{amount(count)} parameters, {in_bits(next(model.parameters()).dtype)}"
 
 
 def rows_lines(data: Data) -> list[str]:
