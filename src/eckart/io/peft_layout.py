@@ -17,7 +17,7 @@ from eckart.linear.sites import expert_parameters
 
 DESCRIPTION, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-BASE = "eckart_base"  # word of the file's header: the fingerprint of the base
+BASE = "eckart_base"  # in the file's header: the class and the fingerprint of the base
 ROOT_PREFIX = "base_model."  # of tensors that all modules share
 WITH_WEIGHT = ("lora_A", "lora_B")  # layers in PEFT, so their tensors are called `.weight`
 TIED_BY_PEFT = ("embed_tokens",)  # embeddings whose head PEFT adapts too when asked

@@ -35,7 +35,7 @@ from eckart.io.tensors import read_tensors
 from eckart.linear import Site
 from eckart.recipe import Handle, Recipe, Weights, registry
 from eckart.recipe.adapters import DEFAULT, require_free
-from eckart.recipe.fingerprint import fingerprint, require_base, stands_for_another
+from eckart.recipe.fingerprint import class_of, fingerprint, require_base, stands_for_another
 from eckart.recipe.handle import ROOT
 from eckart.recipe.installing import install_parts
 from eckart.recipe.targets import sites_of
@@ -78,10 +78,13 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
 
 
 def require_its_base(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
-    """Raise FileError for another base than the file's header names, where it names one."""
+    """Raise FileError for another base than the file's header names, where it names one.
+
+    A model of another class has another head, and an adapter may serve both: not compared.
+    """
     with safe_open(folder / TENSORS, "pt") as file:
-        expected = (file.metadata() or {}).get(BASE)
-    if expected is not None and not stands_for_another(model):
+        made_on, _, expected = (file.metadata() or {}).get(BASE, "").partition(" ")
+    if made_on == class_of(model) and not stands_for_another(model):
         brought = held_whole(model, saved_whole(model, config))
         require_base(model, expected, config.get("base_model_name_or_path"), folder, brought)
 

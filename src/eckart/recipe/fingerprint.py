@@ -66,6 +66,11 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
     return digest.hexdigest()
 
 
+def class_of(model: nn.Module) -> str:
+    """The name of a model's class, whatever FSDP has made of it."""
+    return next(c.__name__ for c in type(model).__mro__ if "forward" in vars(c))
+
+
 def stands_for_another(model: nn.Module) -> bool:
     """Is this a copy of a model in few bits, which adapters of that one fit too?
 
