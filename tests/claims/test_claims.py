@@ -69,7 +69,7 @@ def test_statements_read_arms_that_are_there(claim):
 
 def test_every_search_has_a_start(claim):
     for arm in claim.arms:
-        start_of(arm)
+        start_of(arm, claim.task)
         assert arm.recipe is not None or arm.run is not None or not arm.search
 
 

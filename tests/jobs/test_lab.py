@@ -170,9 +170,11 @@ def test_a_cut_goes_on_with_the_moments_that_are_left():
 
 
 def test_a_search_starts_at_the_recipes_default_or_where_it_is_told():
-    assert start_of(Arm("a", Recipe(Dense(), GaLore(rank=2)))) == 0.01
-    assert start_of(Arm("a", LORA, lr=0.5)) == 0.5
-    assert math.isnan(start_of(Arm("a", search=False)))
+    galore, trained = Arm("a", Recipe(Dense(), GaLore(rank=2))), Task()
+    assert start_of(galore, trained) == GaLore.default_lr
+    assert start_of(galore, Task(pretrained=None)) == GaLore.scratch_lr
+    assert start_of(Arm("a", LORA, lr=0.5), trained) == 0.5
+    assert math.isnan(start_of(Arm("a", search=False), trained))
 
 
 def test_the_schedule_rises_and_falls():

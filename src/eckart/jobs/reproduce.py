@@ -122,7 +122,9 @@ def tested(
 
 def search(slug: str, claim: Claim, budget: Budget, trials: Runner) -> list[Search]:
     """The best learning rate of every arm, all arms' next points at once."""
-    searches = [Search(arm, start_of(arm)) for arm in claim.chosen(budget)]
+    searches = [
+        Search(arm, start_of(arm, task_of(claim, arm, budget))) for arm in claim.chosen(budget)
+    ]
     plan = PLANS.get(budget)
     while plan:
         asked: dict[ClaimTrial, tuple[dict[int, float], int]] = {}

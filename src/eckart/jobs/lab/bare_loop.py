@@ -188,12 +188,12 @@ class Bench:
         return self.train(model, arm.recipe, watch=watch, **options).quantities
 
 
-def start_of(arm: Arm) -> float:
+def start_of(arm: Arm, task: Task) -> float:
     """Where the search for an arm's learning rate begins."""
     if arm.lr is not None:
         return arm.lr
     if arm.recipe is not None:
-        return default_lr(arm.recipe)
+        return default_lr(arm.recipe, scratch=task.pretrained is None)
     if arm.search and arm is not UNTOUCHED:
         raise UsageError(
             "an arm needs a learning rate to begin with",
