@@ -8,6 +8,7 @@ Every arm trains embedding and head; "blocks frozen" trains nothing else. The ra
 as a share of the width d = 96; LoRA has the rank at which its state is as large as GaLore's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,3 +107,29 @@ CLAIM = Claim(
     ),
     unseen="perplexity on a level with Adam's at a billion parameters, a 7B model on one card",
 )
+
+
+def beside(
+    name: str,
+    recipe: Recipe,
+    *,
+    says: str,
+    statements: Sequence[Statement],
+    unseen: str,
+    others: Sequence[Arm] = (),
+) -> Claim:
+    """A claim on another rule for the same model and data: its arm beside Adam's and GaLore's."""
+    return Claim(
+        says=says,
+        task=CLAIM.task,
+        arms=(
+            Arm("Adam", Recipe(Dense(), AdamW()), lr=3e-3),
+            Arm("blocks frozen", Recipe(Dense(targets=("embedding", "head"))), lr=1e-2),
+            Arm("GaLore, rank d/4", galore(D // 4)),
+            *others,
+            Arm(name, recipe),
+        ),
+        control=CLAIM.control,
+        statements=tuple(statements),
+        unseen=unseen,
+    )
