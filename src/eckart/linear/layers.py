@@ -235,14 +235,10 @@ class ExpertSum(Structured):
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """x [t, d], top_k_index and top_k_weights [t, k] -> [t, d]."""
-        if not self._sum.enabled:
+        if not self._sum.enabled and not isinstance(top_k_index, FakeTensor):
             return super().forward(x, top_k_index, top_k_weights)
         k = top_k_index.shape[-1]
-        expert = top_k_index.reshape(-1)  # [t k]
-        order = torch.argsort(expert, stable=True)
-        counts = torch.bincount(expert, minlength=self.num_experts)[: self.num_experts]
-        offsets = [0, *counts.cumsum(0).tolist()]
-        order = order[: offsets[-1]]  # ids beyond the last expert mark tokens of other ranks
+        order, offsets = self.by_expert(top_k_index.reshape(-1))
         h = self.product("gate_up_proj" if self.has_gate else "up_proj", x[order // k], offsets)
         h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
         h = self.product("down_proj", h, offsets)
@@ -250,9 +246,24 @@ class ExpertSum(Structured):
         out = h.new_zeros(x.shape[0] * k, x.shape[-1]).index_copy(0, order, h)
         return out.view(x.shape[0], k, x.shape[-1]).sum(1).to(x.dtype)
 
+    def by_expert(self, expert: Tensor) -> tuple[Tensor, list[int]]:
+        """Tokens [t] in the order of their experts, and where those of each begin and end.
+
+        Where there are no numbers (an estimate) each expert has as many.
+        """
+        if isinstance(expert, FakeTensor):
+            shares = [len(expert) * e // self.num_experts for e in range(self.num_experts + 1)]
+            return torch.arange(len(expert), device=expert.device), shares
+        order = torch.argsort(expert, stable=True)
+        counts = torch.bincount(expert, minlength=self.num_experts)[: self.num_experts]
+        offsets = [0, *counts.cumsum(0).tolist()]
+        return order[: offsets[-1]], offsets  # ids beyond the last mark tokens of other ranks
+
     def product(self, param: str, x: Tensor, offsets: list[int]) -> Tensor:
         """One of the experts' maps on sorted tokens x [t, n] -> [t, m]."""
         W, (terms, gain) = self.matrix(param), self.parts_of(self.in_use(param))
+        if not self._sum.enabled:
+            terms, gain = [], None
         bias = getattr(self, f"{param}_bias", None)
         spans = list(zip(offsets, offsets[1:], strict=False))
         y = None
@@ -265,7 +276,8 @@ class ExpertSum(Structured):
         if gain is None and bias is None and mix is None:
             return y
         counts = torch.tensor([b - a for a, b in spans], device=x.device)
-        expert = torch.arange(len(spans), device=x.device).repeat_interleave(counts)  # [t]
+        numbers = torch.arange(len(spans), device=x.device)
+        expert = numbers.repeat_interleave(counts, output_size=len(x))  # [t]
         if mix is not None:
             change = change_of(self, lambda term, x: term.grouped(x, offsets), param, expert)
             y = mixed(mix, x, y, change)

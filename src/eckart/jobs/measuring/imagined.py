@@ -31,11 +31,12 @@ from eckart.io.presets import quiet
 from eckart.io.tasks import TASKS, task_class
 from eckart.jobs.measuring.memory import Live, activation_bytes, model_bytes, size, state_bytes
 from eckart.jobs.measuring.norms import hold_statistics
-from eckart.linear import Horizon, Site
+from eckart.linear import Horizon, Site, Structured, install
 from eckart.recipe import Handle, Recipe, Weights, registry
 from eckart.recipe.attachment import choose, convert_base
 from eckart.recipe.groups import default_lr, default_update
 from eckart.recipe.installing import install_parts
+from eckart.recipe.targets import sites_of
 
 UNKNOWN = (  # what is raised where a number of a fake tensor is asked for
     torch._subclasses.fake_tensor.DataDependentOutputException,
@@ -116,10 +117,13 @@ class Imagined:
     def loss(self, model: Any, rows: int, length: int) -> Tensor:
         """What a step trains on, a data objective's own passes among it.
 
-        An objective sees no labels: which tokens count is a matter of numbers, so all do.
+        An objective sees no labels: which tokens count is a matter of numbers, so all do. A
+        decoder of its own is shown them as its input.
         """
         inputs = self.batch(model, rows, length)
         unlabelled = {key: tensor for key, tensor in inputs.items() if key != "labels"}
+        if getattr(model.config, "is_encoder_decoder", False):
+            unlabelled["decoder_input_ids"] = inputs["labels"]
         found: Tensor = self.live[1].loss(unlabelled, model(**inputs))
         return found
 
@@ -244,7 +248,16 @@ def built(
             install_parts(handle, parts)
         for site in sites:
             site.gradient = site.activations = None
+        route_evenly(model)
     return handle
+
+
+def route_evenly(model: nn.Module) -> None:
+    """Give fused experts without terms the forward of those with: others ask which token goes
+    where."""
+    for site in sites_of(model):
+        if site.kind == "experts" and not isinstance(site.module, Structured):
+            install(site, {})
 
 
 class where_they_are:
