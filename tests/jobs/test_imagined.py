@@ -6,6 +6,8 @@ counted. All categories are exact; activations too, since the same code ran. The
 of a second pass, as storages live and die, within a tenth; a step's own temporaries come after.
 """
 
+import gc
+
 import pytest
 import torch
 
@@ -175,6 +177,19 @@ def test_only_a_stack_of_like_layers_is_taken_for_one():
     assert alike(of_layers(7)) and not alike(of_layers(3))
     assert not alike(of_layers(8, layer_types=["sliding_attention", "full_attention"] * 4))
     assert not alike(tiny("t5").config)
+
+
+def test_what_is_measured_goes_again():
+    model, batch = tiny("llama"), batch_for("llama")
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    activation_bytes(model, batch)
+    before = tensors()
+    activation_bytes(model, batch)
+    assert tensors() == before
 
 
 def test_nothing_of_the_size_is_allocated():

@@ -119,7 +119,7 @@ class Kept:
             storage = tensor.untyped_storage()
             if storage._cdata not in self.ours:  # a weak reference keeps the address from reuse
                 self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-            return tensor
+            return tensor.detach()  # a node that holds its own result would never go
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
