@@ -123,21 +123,23 @@ OF_CONFIG: dict[str, Any] = {
 @command(WORDS, CONFIG, name="show", **OF_CONFIG)
 def config_show(words: Any, config: Any) -> None:
     """Print every key of a job with its value. What is auto is decided when the job runs."""
-    name, rest = running.job_words(words)
-    running.call(
-        "schema",
-        lambda schema: schema.show(running.to_job(name, rest, config, {}, partial=True)),
-        False,
-    )
+    of_keys(words, config, "show")
 
 
 @command(WORDS, CONFIG, name="validate", **OF_CONFIG)
 def config_validate(words: Any, config: Any) -> None:
     """Check files and keys without running anything."""
+    of_keys(words, config, "validate")
+
+
+def of_keys(words: Any, config: Any, action: str) -> None:
+    """Do this with the keys of a job that may be incomplete."""
     name, rest = running.job_words(words)
     running.call(
         "schema",
-        lambda schema: schema.validate(running.to_job(name, rest, config, {}, partial=True)),
+        lambda schema: getattr(schema, action)(
+            running.to_job(name, rest, config, {}, partial=True)
+        ),
         False,
     )
 
