@@ -201,7 +201,7 @@ def test_a_local_ray_tune_gives_the_same_bytes_and_goes_on(place, whole, tmp_pat
 
     monkeypatch.setattr(runner, "keep", stopping)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             bench.run(job(place, "dense+galore:rank=2", out, ray=True))
         assert len(list((out / "trials").iterdir())) == 4
         monkeypatch.setattr(runner, "keep", true)
