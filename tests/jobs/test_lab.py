@@ -146,7 +146,7 @@ class Halving(LoRA):
             index = torch.arange(0, 4, 2)
             return {path: dict.fromkeys(by_name, index) for path, by_name in now.terms.items()}
 
-        yield Cut("halve", lambda step: step == 3, kept)
+        yield Cut("halve", lambda step, steps: step == 3, kept)
 
 
 def test_a_cut_goes_on_with_the_moments_that_are_left():

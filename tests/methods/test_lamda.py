@@ -7,9 +7,13 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.autograd import gradcheck
+from transformers import Trainer, TrainerCallback
 
 from eckart.errors import UsageError
 from eckart.io import peft
+from eckart.jobs.measuring.memory import held_state_bytes
+from eckart.jobs.training.checkpoints import read_state
+from eckart.jobs.training.cut import cut_moments, cut_terms
 from eckart.linear import LowRank
 from eckart.linear.lowrank import low_rank
 from eckart.methods.update.adamw import AdamW
@@ -23,6 +27,7 @@ from eckart.methods.weights.lamda import (
 )
 from eckart.recipe import Recipe, attach, attach_from
 from tests.conftest import batch_for, randomise, tiny
+from tests.jobs.loops import SEED, mixed
 from tests.laws.matrix import logits, steps
 from tests.methods.lawful import assert_lawful, carried
 
@@ -154,6 +159,69 @@ def test_resume_in_the_middle_of_the_thaw():
     assert steps(second, again, batches[4:]) == steps(handle, optimizer, batches[4:])
     theirs = handle.named_state()
     assert all(torch.equal(t, theirs[n]) for n, t in second.named_state().items())
+
+
+class Memory(TrainerCallback):
+    """The optimizer's names and bytes of state after each step."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_step_end(self, args, state, control, optimizer, **_):
+        inner = getattr(optimizer, "optimizer", optimizer)
+        names = {name.rpartition(".")[2] for name, _, _ in inner.named()}
+        self.seen[state.global_step] = names, held_state_bytes(inner)
+
+
+@pytest.mark.parametrize("init", ["svd", "svd_zero"])
+def test_b_leaves_the_optimizer_after_the_thaw_and_a_run_resumes_on_either_side(init, tmp_path):
+    method = LaMDA(rank=4, eta=0.5, init=init)
+
+    def run(folder, resume=None):
+        model, recipe, saved = tiny("llama"), Recipe(weights=method), None
+        if resume:
+            saved = read_state(resume)["structure"]
+            handle = attach_from(model, json.loads(json.dumps(saved)), recipe=recipe)
+            handle.steps = 8
+        else:
+            handle = attach(model, recipe, steps=8, seed=SEED)
+        saves = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
+        trained, memory = mixed(handle, Trainer, folder, 8, 1, **saves), Memory()
+        trained.add_callback(memory)
+        trained.train(resume_from_checkpoint=str(resume) if resume else None)
+        return {n: t.detach().clone() for n, t in handle.named_state().items()}, memory.seen
+
+    final, seen = run(tmp_path)
+    cores = len(attached(method)[0].terms())
+    assert seen[4][0] == {"B", "R"} and seen[5][0] == {"R"}
+    per_core = 2 * 4 * 4 * 4 + 8  # two moments of a 4 x 4 core in fp32, and a count
+    assert seen[5][1] <= cores * per_core < seen[4][1] / 4
+    for step in (3, 6):
+        again, _ = run(tmp_path, tmp_path / "checkpoints" / f"step-{step}")
+        assert all(torch.equal(t, final[name]) for name, t in again.items())
+
+
+def test_what_moves_after_the_thaw_is_the_same_with_b_gone():
+    """A loop without changes of structure holds B to the end: the same weights."""
+    batches = [batch_for("llama", seed=t) for t in range(6)]
+    ends = []
+    for cut in (True, False):
+        handle, optimizer = attached(LaMDA(rank=4, eta=0.3))
+        handle.model.double()
+        steps(handle, optimizer, batches[:3])
+        if cut:
+            kept = handle.events.due_cut()
+            moments = cut_moments(handle, kept, optimizer.named_state_dict())
+            cut_terms(handle, kept)
+            optimizer = handle.optimizer(lr=1e-2, clip=0.5)
+            optimizer.load_named_state_dict(moments)
+        else:
+            assert handle.events.due_cut()
+        steps(handle, optimizer, batches[3:])
+        ends.append(handle.named_state())
+    for name, tensor in ends[0].items():
+        # fp64: the clipped norm is a sum with and without zeros
+        torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=1e-12)
 
 
 def test_a_horizon_is_asked_for_by_name():

@@ -90,7 +90,7 @@ class EventHook:
         """The rank components that live on, where a change of shape is due at this step."""
         kept: dict[str, dict[str, Tensor]] = {}
         for cut in self.cuts:
-            if cut.at(self.step):
+            if cut.at(self.step, self.steps):
                 for path, by_term in cut.kept(self.now(cut.name)).items():
                     kept.setdefault(path, {}).update(by_term)
         return kept or None

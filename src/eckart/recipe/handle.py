@@ -52,7 +52,6 @@ class Handle:
         self.weights: Weights = recipe.weights
         self.also_train, self.teacher = also_train, teacher
         self.vocabulary = vocabulary_of(model, also_train)  # rows of an embedding trained whole
-        self.steps: int | None = None
         self.lr: float | None = None
         self.warmup: int | None = None
         self.fingerprint = ""  # of the base, before anything was attached
@@ -180,6 +179,15 @@ class Handle:
 
     # --- training --------------------------------------------------------------------------
 
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the whole training, where they are known."""
+        return self.events.steps
+
+    @steps.setter
+    def steps(self, steps: int | None) -> None:
+        self.events.steps = steps
+
     def optimizer(
         self, lr: float | None = None, clip: float | None = None, layerwise: bool = False
     ) -> torch.optim.Optimizer:
@@ -195,7 +203,6 @@ class Handle:
             optimizer.attach_layerwise()
         if self.penalties:
             optimizer.add_penalty(self.penalty_gradients)
-        self.events.steps = self.steps
         self.events.bind(optimizer)
         return optimizer
 

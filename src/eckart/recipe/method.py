@@ -83,15 +83,17 @@ def every_step(step: int) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """A change of shape inside one training: which rank components live on.
+    """A change of structure inside one training: which rank components go on.
 
-    `kept` answers {site path: {term name: int64 indices along the rank axis}}. The house
-    checkpoints, rebuilds from the saved structure, migrates the optimizer's state along the
-    same axis and resumes: step count, schedule and data position go on.
+    `at` is asked with the number of completed steps and that of all steps. `kept` answers {site
+    path: {term name: int64 indices along the rank axis}}; what becomes of the others is said by
+    `Term.select`. The house checkpoints, rebuilds from the saved structure, migrates the
+    optimizer's state along the same axis and resumes: step count, schedule and data position go
+    on.
     """
 
     name: str
-    at: Callable[[int], bool]
+    at: Callable[[int, int | None], bool]
     kept: Callable[[Now], dict[str, dict[str, Tensor]]]
 
 

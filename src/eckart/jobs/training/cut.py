@@ -1,5 +1,7 @@
 """A change of shape inside one training: some rank components go, everything else goes on.
 
+A tensor that a term trains no longer leaves the optimizer, with its state.
+
 Wrappers (DDP, FSDP2) hold on to the shapes they were given, so nothing is cut under them.
 The training saves a checkpoint and stops; the checkpoint is rewritten with its terms and the
 optimizer's state cut along the same axes; model, optimizer and wrapper are made again and
@@ -70,13 +72,14 @@ def cut_term_moments(term: Term, index: Tensor, stem: str, moments: Moments) -> 
     """One term's entries after the cut; None for those that are dropped."""
     found: Moments = {}
     shapes = {name: p.shape for name, p in term.named_parameters(recurse=False)}
+    trained = dict(after_cut(term, index, {}).named_parameters(recurse=False))
     same: dict[str, dict[str, Tensor]] = {}  # state key -> tensor name -> state
     for name, shape in shapes.items():
-        entry = {
-            key: value
-            for key, value in moments.items()
-            if key.rpartition("/")[0] == f"{stem}.{name}" and not key.endswith("/lr")
-        }
+        own = {k: v for k, v in moments.items() if k.rpartition("/")[0] == f"{stem}.{name}"}
+        if name not in trained:
+            found |= dict.fromkeys(own)
+            continue
+        entry = {key: value for key, value in own.items() if not key.endswith("/lr")}
         tensors = {k: v for k, v in entry.items() if isinstance(v, Tensor)}
         if any(v.shape != shape for v in tensors.values()):
             found |= dict.fromkeys(entry)
@@ -84,14 +87,19 @@ def cut_term_moments(term: Term, index: Tensor, stem: str, moments: Moments) -> 
         for key, value in tensors.items():
             same.setdefault(key.rpartition("/")[2], {})[name] = value
     for key, by_name in same.items():
-        # A term cuts its own tensors: one that holds the moments in their places cuts them alike.
-        spec = describe(term)
-        twin = type(term).empty(spec["tensors"], spec["scalars"])
-        for name, value in by_name.items():
-            setattr(twin, name, nn.Parameter(value, requires_grad=False))
-        twin.select(index.cpu())
+        twin = after_cut(term, index, by_name)
         found |= {f"{stem}.{name}/{key}": getattr(twin, name).detach() for name in by_name}
     return found
+
+
+def after_cut(term: Term, index: Tensor, held: Mapping[str, Tensor]) -> Term:
+    """A term of this kind that holds other tensors in some places, cut as it will be cut."""
+    spec = describe(term)
+    twin = type(term).empty(spec["tensors"], spec["scalars"])
+    for name, value in held.items():
+        setattr(twin, name, nn.Parameter(value, requires_grad=False))
+    twin.select(index.cpu())
+    return twin
 
 
 def cut_checkpoint(handle: Handle, folder: Path, kept: Kept, write: bool = True) -> None:
@@ -103,6 +111,7 @@ def cut_checkpoint(handle: Handle, folder: Path, kept: Kept, write: bool = True)
         state = read_state(folder)
         moments = {**read_tensors(folder / OPTIMIZER), **state["optimizer"]}
         moments = cut_moments(handle, kept, moments)  # while the terms are whole
+    shapes = {name: tensor.shape for name, tensor in handle.named_state().items()}
     cut_terms(handle, kept)
     tensors = whole(handle.named_state())
     if not write:
@@ -111,8 +120,9 @@ def cut_checkpoint(handle: Handle, folder: Path, kept: Kept, write: bool = True)
     state |= {"structure": handle.structure(), "cut_at": step}
     state["optimizer"] = {k: v for k, v in moments.items() if not isinstance(v, Tensor)}
     progress = read_json(folder / TRAINER)
-    # A better model before the cut has another shape and cannot be the result.
-    progress |= dict.fromkeys(("best_metric", "best_global_step", "best_model_checkpoint"))
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        # A better model before the cut has another shape and cannot be the result.
+        progress |= dict.fromkeys(("best_metric", "best_global_step", "best_model_checkpoint"))
     with write_folder(folder, overwrite=True) as beside:
         write_tensors(beside / MODEL, tensors)
         write_tensors(
@@ -139,7 +149,7 @@ class DueCut(TrainerCallback):
 
 def is_due(handle: Handle, step: int) -> bool:
     """Does any cut want to happen after this step?"""
-    return any(cut.at(step) for cut in handle.events.cuts)
+    return any(cut.at(step, handle.steps) for cut in handle.events.cuts)
 
 
 class Cutting(Checkpointing):

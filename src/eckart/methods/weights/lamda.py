@@ -15,9 +15,9 @@ trying first: it tells whether the thaw of B buys anything.
 The two factors start at the leading part of W, and that start is subtracted. A never moves,
 so the difference has rank r and is an ordinary LoRA, and W itself is not touched.
 
-A frozen column does not move at all: neither by momentum nor by weight decay. B stays in
-the optimizer to the end, so that shapes and what is wrapped around the model stay: what eta saves
-is movement; bytes of gradients and state are saved by eta = 0 alone.
+A frozen column does not move at all: neither by momentum nor by weight decay. Once all are
+frozen, B leaves the optimizer: its gradient and moments are freed, 3 m r numbers per matrix (a
+loop of your own that knows no changes of structure keeps them, and moves the same).
 
 LaMDA++ gives each matrix its own rank at the same average. A spectrum concentrated in few
 directions gets a small one, a flat spectrum a large one (see `in_bins`, `at_equal_energy`).
@@ -46,7 +46,7 @@ from eckart.decompose import truncated_svd
 from eckart.errors import UsageError
 from eckart.linear import Site
 from eckart.linear.factored import Factored
-from eckart.recipe import Cost, Event, Now, Paper, Weights, every_step
+from eckart.recipe import Cost, Cut, Event, Now, Paper, Weights, every_step
 
 
 class Core(Factored):
@@ -101,6 +101,13 @@ class Core(Factored):
         B, A = self.factors()
         h = self.dropped(self.mm(x.to(A.dtype), A.mT))  # [*, t, r]
         return self.mm(h, B.mT)
+
+    def select(self, kept: Tensor) -> None:
+        """B stays whole; where none of its columns goes on being trained it is a constant."""
+        if not len(kept) and isinstance(self.B, nn.Parameter):
+            B = self.B.detach()
+            del self.B
+            self.register_buffer("B", B)
 
     # The optimizer moves whole tensors. Frozen columns are kept out of its norm, and put back.
 
@@ -280,13 +287,21 @@ class LaMDA(Weights):
         s0 = s.clone() if self.init == "svd" else None
         return Core(U, R, Vt, s0=s0, thaw=thaw, dropout=self.dropout)
 
-    def events(self) -> Iterable[Event]:
+    def events(self) -> Iterable[Event | Cut]:
         if self.eta == 0:
             return ()
         return (
             Event("hold frozen columns", every_step, self.hold, when="before"),
             Event("put frozen columns back", every_step, put_back, when="after"),
+            Cut("B leaves the optimizer", self.thaw_ends, nothing_of_B),
         )
+
+    def thaw_ends(self, step: int, steps: int | None) -> bool:
+        """Is the step after `step` completed ones the first in which all of B is frozen?"""
+        if steps is None:
+            return False
+        before, now = (frozen_columns(t, steps, self.eta, 1) for t in (step - 1, step))
+        return before < 1 <= now
 
     def hold(self, now: Now) -> None:
         """Keep the columns that are frozen in the step about to start."""
@@ -318,6 +333,12 @@ def cores(now: Now) -> list[Core]:
     """The live terms of this method."""
     found = [term for by_name in now.terms.values() for term in by_name.values()]
     return [term for term in found if isinstance(term, Core)]
+
+
+def nothing_of_B(now: Now) -> dict[str, dict[str, Tensor]]:
+    """For `Cut.kept`: no column of B goes on being trained."""
+    none = torch.empty(0, dtype=torch.int64)
+    return {path: dict.fromkeys(by_name, none) for path, by_name in now.terms.items()}
 
 
 def put_back(now: Now) -> None:

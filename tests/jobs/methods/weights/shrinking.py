@@ -41,7 +41,7 @@ class Shrinking(Weights):
         return {"shrinking": LowRank(B, A, 2.0, dropout=self.dropout)}
 
     def events(self) -> list[Cut]:
-        return [Cut("shrink", lambda step: step == self.cut_after, self.kept)]
+        return [Cut("shrink", lambda step, steps: step == self.cut_after, self.kept)]
 
     def kept(self, now: Now) -> dict[str, dict[str, Tensor]]:
         return {
