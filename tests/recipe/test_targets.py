@@ -145,16 +145,47 @@ def test_what_is_projected_at_full_rank_is_said():
     assert "projected" in line(Fira(rank=8)) and "projected" not in line(LISA(blocks=1))
 
 
-def test_a_map_read_past_its_module_is_refused_by_name():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2)
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
+
+class ByHand(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Shifted(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids + 2)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "said"),
+    [
+        (lambda: nn.MultiheadAttention(8, 2), "out_proj", "MultiheadAttention reads its weight"),
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16), "linear2", "set_fastpath_enabled(False)"),
+        (lambda: nn.Sequential(Doubled(4, 4)), "0", "Doubled computes more than a product"),
+        (lambda: nn.Sequential(Shifted(5, 4)), "0", "Shifted computes more than a product"),
+        (lambda: nn.Sequential(Standardised(3, 4, 2)), "0", "Standardised computes more than"),
+    ],
+)
+def test_a_layer_whose_terms_would_not_run_as_they_should_is_refused(model, target, said):
     with pytest.raises(UsageError) as error:
-        attach(Block(), Recipe(weights=LoRA(rank=2, targets=("out_proj",))))
-    assert "attention.out_proj" in str(error.value)
-    assert "terms on this map would never run" in str(error.value)
+        attach(model(), Recipe(weights=LoRA(rank=2, targets=(target,))))
+    assert said in str(error.value)
+
+
+def test_a_product_written_by_hand_is_as_good_as_torchs_own():
+    model, x = nn.Sequential(ByHand(4, 4)), torch.ones(2, 4)
+    before = model(x)
+    attach(model, Recipe(weights=LoRA(rank=2, targets=("0",))))
+    torch.testing.assert_close(model(x), before)  # fp32, a sum of four in another order
 
 
 def test_a_grouped_convolution_is_refused():

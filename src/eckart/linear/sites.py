@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 QUANTISERS = ("torchao", "bitsandbytes")  # packages whose tensors stand for a matrix
 HOOKED = "_old_forward"  # where accelerate keeps the forward that its hooks call
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of torch: others inherit
 
 
 @dataclass(frozen=True)
@@ -186,14 +188,56 @@ def as_stored(matrix: Tensor, module: Any, kind: str) -> Tensor:
     return matrix.mT if transposed(module, kind) else matrix
 
 
-def reads_past_module(parent: nn.Module, name: str) -> bool:
-    """Is this child's weight read without calling the child? Terms on it would be skipped."""
-    return isinstance(parent, nn.MultiheadAttention) and name == "out_proj"
+def reads_past_module(parent: nn.Module, name: str) -> str:
+    """How this child's weight is read without calling the child, so that terms on it would be
+    skipped; empty where it is not."""
+    if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
+        return "reads its weight without calling it"
+    fused = isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2")
+    if fused and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "reads its weight without calling it in evaluation, "
+            "until torch.backends.mha.set_fastpath_enabled(False)"
+        )
+    return ""
 
 
 def forward_replaced(module: nn.Module) -> bool:
     """Was this layer's forward replaced on the object, past its class? Terms would be skipped."""
     return "forward" in vars(module) and HOOKED not in vars(module)
+
+
+def more_than_its_matrix(module: nn.Module) -> bool:
+    """Does the class of this layer compute anything else than torch's own layer would?
+
+    A forward of its own (offsets, a number format) is tried on one small input. A quantised layer
+    counts as a product, and so does one without numbers (an estimate).
+    """
+    layer = next((cls for cls in type(module).__mro__ if cls in LAYERS), None)
+    weight = module._parameters.get("weight")
+    if layer is None or weight is None or type(module).forward is layer.forward:
+        return False
+    if quantised(weight) or weight.is_meta or isinstance(weight.data, FakeTensor):
+        return False
+    forward: Any = type(module).forward  # past hooks
+    x = small_input(module, weight)
+    with torch.no_grad():
+        try:
+            y = forward(module, x)
+            expected = layer.forward(module, x) * getattr(module, "embed_scale", 1.0)
+            # the same sum in another order is within bf16's 2^-8 of its largest value
+            return not torch.allclose(y, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+        except Exception:  # foreign code, given what it does not expect
+            return True
+
+
+def small_input(layer: Any, weight: Tensor) -> Tensor:
+    """The smallest input that one of torch's layers takes: [1, n], ids [3] or one patch."""
+    if isinstance(layer, nn.Embedding):
+        return torch.arange(min(3, len(weight)), device=weight.device)
+    kernel = zip(getattr(layer, "dilation", ()), getattr(layer, "kernel_size", ()), strict=True)
+    shape = (1, weight.shape[1], *(1 + d * (k - 1) for d, k in kernel))
+    return torch.randn(shape, generator=seeded_generator(0)).to(weight)
 
 
 def find_sites(model: nn.Module, seed: int = 0) -> list[Site]:

@@ -14,6 +14,7 @@ from torch import nn
 from eckart import linear
 from eckart.errors import Diverged, FileError, UsageError, did_you_mean
 from eckart.linear import Gain, Horizon, Shared, Site, Structured, Term
+from eckart.linear.sites import HOOKED
 from eckart.recipe import registry
 from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
@@ -111,6 +112,7 @@ def attach_from(
     missing = [path for path in structure["sites"] if path not in here]
     if missing:
         raise FileError("the model has no such map", [(path, "") for path in missing[:8]])
+    refuse_unreachable(model, [here[path] for path in structure["sites"]])
     wanted = {**structure["sites"], **dict.fromkeys(structure["changed"], None)}
     sites = (
         {p: here[p] for p in wanted} if wanted else {s.path: s for s in choose_all(recipe, here)}
@@ -135,6 +137,13 @@ def attach_from(
 def refuse_unfit(model: nn.Module, also_train: Sequence[str]) -> None:
     """UsageError for a model without numbers, and for modules that it does not have."""
     if any(p.device.type == "meta" for p in model.parameters()):
+        if any(HOOKED in vars(module) for module in model.modules()):
+            raise UsageError(
+                "parts of this model lie on the CPU or on a disk between passes",
+                [(type(model).__name__, "was loaded into less room than it needs")],
+                "Load it where it has room: with a smaller dtype, a quantised base, or "
+                "device_map=None.",
+            )
         raise UsageError(
             "this model has no numbers yet",
             [(type(model).__name__, "is on the meta device")],

@@ -19,8 +19,8 @@ from typing import Any
 from torch import nn
 
 from eckart.errors import UsageError, nearest
-from eckart.linear import Site, find_sites
-from eckart.linear.sites import forward_replaced, reads_past_module
+from eckart.linear import Site, Structured, find_sites
+from eckart.linear.sites import forward_replaced, more_than_its_matrix, reads_past_module
 
 EVERYTHING = "everything"
 
@@ -43,6 +43,7 @@ ROLES: tuple[tuple[str, str], ...] = (
     (r"(down_proj|\.wo|\.Wo|\.w2|mlp\.c_proj|fc2|output[._]dense|lin2)$", "mlp.down"),
     (r"(dense_4h_to_h|fc_out|pwconv2)$", "mlp.down"),
 )
+GROUPED = "grouped"  # a convolution in groups: no single matrix, so it carries no terms
 ONE_INPUT = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("experts.up",))
 ACROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
 TOKENS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|shared|tok_embeddings)$")
@@ -55,7 +56,7 @@ def role_of(site: Site) -> str:
     if site.kind == "experts":
         return "experts.down" if site.param == "down_proj" else "experts.up"
     if site.kind == "conv":  # a grouped one has no single matrix
-        return "conv" if getattr(site.module, "groups", 1) == 1 else "grouped"
+        return "conv" if getattr(site.module, "groups", 1) == 1 else GROUPED
     if site.kind == "embedding":
         return "embedding" if TOKENS.search(site.path) or site.ties else "embedding.other"
     for pattern, role in ROLES:
@@ -84,6 +85,11 @@ def same_input(sites: Iterable[Site]) -> list[list[Site]]:
         if roles is not None and site.kind == "linear" and not ACROSS.search(site.path):
             groups.setdefault((site.path.rpartition(".")[0], roles), []).append(site)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def reads_encoder(site: Site) -> bool:
+    """Is this a map of a decoder that is given what its encoder made?"""
+    return site.role in ("attn.k", "attn.v") and ACROSS.search(site.path) is not None
 
 
 def matches(target: str, site: Site) -> bool:
@@ -137,15 +143,26 @@ def require_pattern(target: str, key: str) -> None:
 
 def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
     """The error for a target that means nothing, with what would match."""
-    roles = Counter(site.role for site in sites)
-    names = Counter(site.path.rsplit(".", 1)[-1] for site in sites)
-    close = nearest(target, [*roles, *names])
+    counts = Counter(site.role for site in sites)
+    usable = [site for site in sites if site.role != GROUPED]
+    roles = Counter(site.role for site in usable)
+    names = Counter(site.path.rsplit(".", 1)[-1] for site in usable)
     facts = [(f"{key} = {target}", "matches no map of this model")]
-    facts += [(role, f"{count} maps") for role, count in sorted(roles.items())]
+    facts += [
+        (role, f"{count} maps" + (", which carry no terms" if role == GROUPED else ""))
+        for role, count in sorted(counts.items())
+    ]
+    if not usable:
+        return UsageError("no map of this model can carry terms", facts)
     facts += [("names", ", ".join(sorted(names)))]
+    if "," in target and not target.startswith("re:"):
+        return UsageError("no map matches a target", facts, f"Type {key}=[{target}].")
+    groups = {role.partition(".")[0] for role in roles}
+    plain = nearest(target, groups) if "." not in target else []
+    close = nearest(target, [*roles, *names]) if not plain else plain
     example = close[0] if close else "linear"
-    if target == example:  # a model without such maps: what it has most of
-        example = roles.most_common(1)[0][0] if roles else example
+    if not any(matches(example, site) for site in usable):  # what it has most of
+        example = roles.most_common(1)[0][0]
     return UsageError("no map matches a target", facts, f"Type {key}=[{example}].")
 
 
@@ -172,16 +189,21 @@ def apply_overrides(
 
 
 def refuse_unreachable(model: nn.Module, sites: Sequence[Site]) -> None:
-    """UsageError for a site whose terms would be skipped, or a grouped convolution."""
+    """UsageError for a site whose terms would be skipped, or whose layer is no plain product."""
     for site in sites:
         parent_path, _, name = site.module_path.rpartition(".")
-        reason = "its own forward was replaced" if forward_replaced(site.module) else ""
-        if reads_past_module(model.get_submodule(parent_path), name):
-            reason = f"{parent_path} reads its weight without calling it"
-        if reason:
+        parent, strange = model.get_submodule(parent_path), ""
+        if past := reads_past_module(parent, name):
+            strange = f"{parent_path or type(parent).__name__} {past}"
+        if forward_replaced(site.module):
+            strange = "its own forward was replaced"
+        for layer in (site.module, *site.tied_modules):
+            if not isinstance(layer, Structured) and more_than_its_matrix(layer):
+                strange = f"{type(layer).__name__} computes more than a product with its weight"
+        if strange:
             raise UsageError(
-                "terms on this map would never run",
-                [(site.path, reason)],
+                "terms on this map would not run as they should",
+                [(site.path, strange)],
                 f"Leave it out, for example weights.targets=['re:^(?!.*{name})'].",
             )
         if getattr(site.module, "groups", 1) != 1:
