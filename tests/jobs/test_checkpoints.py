@@ -17,6 +17,7 @@ from eckart.io.run import checkpoint_folders, latest_checkpoint
 from eckart.io.tensors import write_tensors
 from eckart.jobs.training.checkpoints import apart, load_model_state, whole
 from tests.jobs.loops import LR, collate, handle_of, logged, mixed, rows
+from tests.laws.matrix import slugs
 from tests.processes import in_processes
 
 ROOT = Path(__file__).parents[2]
@@ -63,8 +64,18 @@ def check(by_recipe: dict[str, list[dict]]) -> None:
         assert not any(r["left_over"] for r in results)
 
 
+@pytest.mark.slow
+def test_every_update_rule_killed_between_two_of_its_events_ends_in_the_same_bits(tmp_path):
+    """Weights and state; from a checkpoint that lies between two of them, too."""
+    found = killed(",".join(slugs("update")), tmp_path, kills=0, in_saves=0, seed=0)
+    assert found == {
+        slug: [{"signal": 9, "resumed_at": 8, "torn": 0, "left_over": 0, "equal": True}]
+        for slug in slugs("update")
+    }
+
+
 def test_killed_and_resumed_ends_in_the_same_bits(tmp_path):
-    check(killed("lora,galore", tmp_path, kills=2, in_saves=2, seed=1))
+    check(killed("lora,galore", tmp_path, kills=1, in_saves=2, seed=1))
 
 
 @pytest.mark.slow
@@ -91,6 +102,19 @@ def test_a_checkpoint_holds_what_differs_and_resumes_exactly(cls, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     for name, tensor in whole.named_state().items():
         assert torch.equal(again.named_state()[name], tensor), name
+
+
+@pytest.mark.parametrize("length", [{}, {"max_steps": -1, "num_train_epochs": 0.5}])
+def test_a_checkpoint_of_the_last_step_is_taken_up_without_another_step(length, tmp_path):
+    """Trainer takes one more; at a constant rate the weights would move."""
+    more = {**SAVES, "lr_scheduler_type": "constant", **length}
+    first, again = handle_of(), handle_of()
+    mixed(first, Trainer, tmp_path, 6, 1, **more).train()
+    resumed = mixed(again, Trainer, tmp_path, 6, 1, **more)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 6
+    for name, tensor in first.named_state().items():
+        assert torch.equal(again.named_state()[name], tensor), name
+    assert {s["step"] for s in resumed.inner_optimizer.state.values()} == {6}
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(tmp_path):

@@ -17,6 +17,7 @@ from eckart.recipe.recipe import fitted
 from tests.conftest import batch_for, cast, tiny
 
 SMALL = {"rank": 4, "every": 3}  # fits the narrowest map of the tiny models; laws train longer
+TURNS = {"blocks": 1}  # of an update rule: half of the tiny models rests at any time
 
 
 def slugs(axis: str) -> list[str]:
@@ -28,7 +29,8 @@ def small(slug: str, **fields: Any) -> Any:
     """A method with sizes that suit the tiny models."""
     cls: Any = registry.load(slug)
     names = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in SMALL.items() if k in names}, **fields)
+    sizes = {**SMALL, **(TURNS if issubclass(cls, Update) else {})}
+    return cls(**{k: v for k, v in sizes.items() if k in names}, **fields)
 
 
 def weights_methods(promise: str | None = None) -> list[str]:

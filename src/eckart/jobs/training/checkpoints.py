@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from eckart.errors import FileError
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
@@ -140,6 +141,21 @@ class Checkpointing(Trainer):
         if found is None:
             raise FileError("no whole checkpoint to resume from", [(str(self.run_folder), "")])
         return str(found)
+
+    def is_of_the_end(self, folder: Path) -> bool:
+        """Has the training this checkpoint's steps and no more? Trainer would take another."""
+        done, args = TrainerState.load_from_json(str(folder / TRAINER)), self.args
+        if args.max_steps > 0:
+            return bool(done.global_step >= args.max_steps)
+        return bool((done.epoch or 0) >= args.num_train_epochs)
+
+    def take_up(self, folder: Path) -> TrainOutput:
+        """Model, optimizer and step as the training that saved this checkpoint ended."""
+        self.state = TrainerState.load_from_json(str(folder / TRAINER))
+        load_model_state(self.handle, folder)
+        self.create_optimizer_and_scheduler(self.state.max_steps)
+        self._load_optimizer_and_scheduler(str(folder))
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     @property
     def run_folder(self) -> Path:
