@@ -13,10 +13,12 @@ from datasets import Dataset
 from eckart.errors import Interrupted, MissingExtra, OutOfRoom, UsageError
 from eckart.io.data import Data
 from eckart.jobs import bench, runs
-from eckart.jobs.lab import contest, lengths, matching, runner
+from eckart.jobs.lab import contest, lengths, matching, runner, tables
+from eckart.jobs.lab.cluster import require_answer
 from eckart.jobs.settings.config import resolve
 from eckart.jobs.settings.job import Flags
 from eckart.recipe import attach
+from tests.journeys.runs import model_folder
 from tests.tiny import SHAPE
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then"]
@@ -73,7 +75,8 @@ def test_a_bench_ends_with_a_table_a_page_and_what_they_say(whole):
     names = [row["name"] for row in document["methods"]]
     assert names == ["dense", "dense+galore:rank=2"]
     for row in document["methods"]:
-        assert len(row["test"]["values"]) == 3 and row["trials"] == 6
+        assert len(row["test"]["loss"]["values"]) == 3 and row["trials"] == 6
+        assert list(row["test"]) == ["loss"]  # a perplexity would say nothing more
         assert set(row["costs"]) >= {"steps", "tokens", "seconds", "peak_bytes"}
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert (out / "table.csv").read_text().splitlines()[1].startswith("dense,baseline,")
@@ -116,8 +119,8 @@ def test_the_rate_is_chosen_without_the_test_rows(place, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("count", [4, 5, 17, 60, 244])
 def test_both_halves_of_what_is_held_out_are_of_the_whole_file(count):
-    chosen_by, reported_on = contest.split(Dataset.from_dict({"place": range(count)}))
-    one, other = (rows["place"] for rows in (chosen_by, reported_on))
+    parts = contest.split({"a": Dataset.from_dict({"place": range(count)})})
+    one, other = (part["a"]["place"] for part in parts)
     assert sorted([*one, *other]) == list(range(count))
     assert abs(len(one) - len(other)) <= -(-count // contest.TURNS)
     # drift along the file is the same in both: their middles are a turn apart, not half a file
@@ -145,6 +148,15 @@ def test_an_interrupted_bench_ends_with_the_same_bytes(place, whole, tmp_path, m
     bench.run(job(place, None, resume=str(out)))
     assert files(out) == files(whole[0])
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+
+def test_what_was_run_on_other_rows_is_run_again(place, tmp_path):
+    out, few = tmp_path / "out", {"window": 1, "purse": 1, "seeds": 2}
+    bench.run(job(place, "dense+galore:rank=2", out, **few))
+    kept = set((out / "trials").iterdir())
+    flags = Flags(json=True, resume=str(out))
+    bench.run(resolve("bench", None, None, ["data.eval=0.4"], flags=flags, options={}))
+    assert kept < (both := set((out / "trials").iterdir())) and len(both) == 2 * len(kept)
 
 
 @pytest.mark.slow
@@ -187,10 +199,13 @@ def test_a_sampler_spends_the_whole_purse_and_repeats(place, tmp_path):
 
 
 @pytest.mark.cluster
-def test_a_local_ray_tune_gives_the_same_bytes_and_goes_on(place, whole, tmp_path, monkeypatch):
+def test_a_local_ray_tune_gives_the_same_bytes_and_goes_on(
+    place, whole, tmp_path, monkeypatch, capfd
+):
     import ray
 
     out, true = tmp_path / "out", runner.keep
+    capfd.readouterr()
     left = [4]
 
     def stopping(trial, quantities):
@@ -200,15 +215,13 @@ def test_a_local_ray_tune_gives_the_same_bytes_and_goes_on(place, whole, tmp_pat
         true(trial, quantities)
 
     monkeypatch.setattr(runner, "keep", stopping)
-    try:
-        with pytest.raises(Interrupted):
-            bench.run(job(place, "dense+galore:rank=2", out, ray=True))
-        assert len(list((out / "trials").iterdir())) == 4
-        monkeypatch.setattr(runner, "keep", true)
-        bench.run(job(place, None, resume=str(out)))
-        assert ray.is_initialized()
-    finally:
-        ray.shutdown()
+    with pytest.raises(Interrupted):
+        bench.run(job(place, "dense+galore:rank=2", out, ray=True))
+    assert not ray.is_initialized()  # no worker holds a core that the next round needs
+    assert len(list((out / "trials").iterdir())) == 4
+    monkeypatch.setattr(runner, "keep", true)
+    bench.run(job(place, None, resume=str(out)))
+    assert not ray.is_initialized() and not capfd.readouterr().out  # stdout is the document's
     assert files(out) == files(whole[0])
     reported = [
         json.loads(line)
@@ -227,6 +240,24 @@ def test_without_ray_the_extra_is_named_and_the_code_is_six(place, tmp_path, mon
         bench.run(job(place, "dense+galore:rank=2", tmp_path / "out", ray=True))
     assert e.value.exit_code == 6
     assert e.value.text().startswith("--ray needs ray\n") and "eckart[sweeps]" in e.value.text()
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once():
+    with pytest.raises(UsageError, match="no Ray cluster answers") as e:
+        require_answer("ray://127.0.0.1:1")
+    assert e.value.facts[0][0] == "RAY_ADDRESS = ray://127.0.0.1:1"
+    require_answer("")  # a local one
+
+
+def test_paths_that_were_typed_hold_in_any_folder(place, monkeypatch):
+    monkeypatch.chdir(place)
+    given = resolve("bench", "shape.json", "*.txt", ["data.eval=[text.txt]"])
+    found = contest.anywhere(given)
+    (source,) = found.data.train
+    assert found.model == str(place / "shape.json") and source.path == str(place / "*.txt")
+    assert found.data.eval == (str(place / "text.txt"),)
+    hub = resolve("bench", "some/model", "some/data", [])
+    assert contest.anywhere(hub) == hub
 
 
 # --- who takes part ------------------------------------------------------------------------
@@ -302,6 +333,20 @@ def test_a_length_can_be_said_in_four_ways(place, tmp_path):
         lengths.plan(base, entered, "hours=3", tmp_path / "no.json")
 
 
+def test_as_many_runs_at_once_as_the_peak_of_the_largest_allows(place, monkeypatch):
+    base = job(place, "lowrank")
+    entered = contest.contestants("lowrank", base)
+    planned = {c.name: lengths.Length(3, 4) for c in entered}
+    dense = lengths.peak_of(entered[0], 4)
+    assert lengths.peak_of(entered[0], 64) > 4 * dense > 0  # activations are in it
+    each = lengths.PROCESS_BYTES + dense
+    monkeypatch.setattr(lengths.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(lengths, "room", lambda place: (int(2.9 * each), 0))
+    found = lengths.at_once(4, entered, planned)
+    assert found.count == 2 and " each, 2.0" in found.reason and found.reason.endswith("8 cores")
+    assert lengths.at_once(2, entered, planned) == lengths.AtOnce(2)
+
+
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [("dora", range(1, 8)), ("nola", range(1, 200)), ("lora+lora-pro", range(1, 8))],
@@ -363,3 +408,49 @@ def test_what_was_made_equal_is_said_with_those_that_were_not():
 def test_memory_is_not_made_equal_twice(place):
     with pytest.raises(UsageError, match="memory is made equal twice"):
         bench.run(job(place, "lowrank", match="memory", budget="bytes=3MB"))
+
+
+# --- metrics -------------------------------------------------------------------------------
+
+
+def of_classes(folder, metric):
+    """A bench on sentences of two classes."""
+    draw, model, data = random.Random(0), model_folder(folder / "m"), folder / "c.jsonl"
+    texts = [" ".join(draw.choices(WORDS, k=6)) for _ in range(60)]
+    rows = [{"text": text, "label": ["no", "yes"]["cat" in text]} for text in texts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"methods": "dora", "window": 1, "purse": 1, "choose": 1, "seeds": 3}
+    return resolve(
+        "bench", str(model), str(data), [*SMALL[:3], "data.eval=0.4"],
+        flags=Flags(out=str(folder / "out"), json=True), options={**options, "metric": metric},
+    )  # fmt: skip
+
+
+def test_of_classes_it_is_told_how_often_they_are_right(tmp_path):
+    document = bench.run(of_classes(tmp_path, "accuracy"))
+    assert set(document["untouched"]) == {"accuracy", "loss"}
+    for row in document["methods"]:
+        assert list(row["test"]) == ["accuracy", "loss"] == list(row["differences"])
+        shares = [*row["test"]["accuracy"]["values"], *row["lr_curve"][0]["values"]]
+        count = int(document["held_fixed"]["test rows"])
+        for share in shares:  # chosen by it, and judged by it
+            assert 0 <= share <= 1 and share * count == pytest.approx(
+                round(share * count), abs=0.01
+            )
+    head, *_ = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert head.endswith("metric,loss,loss_low,loss_high,loss_difference,loss_difference_low,"
+                         "loss_difference_high")  # fmt: skip
+    text = tables.as_text(document)
+    assert "test accuracy" in text and "loss [95 %]" in text
+    assert "Test accuracy by seed" in (tmp_path / "out" / "report.html").read_text()
+    assert "--metric accuracy" in document["repeat"]
+
+
+def test_a_metric_that_the_data_does_not_have_is_refused(tmp_path):
+    with pytest.raises(UsageError) as e:
+        bench.run(of_classes(tmp_path, "acuracy"))
+    assert e.value.text() == (
+        "no metric of this data is called acuracy\n"
+        "  --metric acuracy  known here: loss, accuracy\n"
+        "Did you mean accuracy?"
+    )

@@ -18,7 +18,7 @@ def record(name, losses, optimum=0, start=1e-3, level=3.0):
     """A contestant with a parabola over rates and these test losses."""
     points = range(optimum - 2, optimum + 3)
     scores = {j: {0: level + 0.1 * (j - optimum) ** 2} for j in points}
-    return Record(name, start, scores, dict(enumerate(losses)), {})
+    return Record(name, start, scores, {"loss": dict(enumerate(losses))}, {})
 
 
 def by_chance(rng, effects, seeds=5, luck=1.0, noise=0.1):
@@ -94,7 +94,7 @@ def test_the_order_of_methods_and_seeds_changes_no_number():
     a, b, c = by_chance(rng, [0, 0.3, -0.3])
     rows = {row["name"]: row for row in table([a, b, c], 10.0)}
     for r in (a, b, c):
-        r.test = dict(reversed(r.test.items()))
+        r.test["loss"] = dict(reversed(r.test["loss"].items()))
         r.scores = dict(reversed(r.scores.items()))
     again = {row["name"]: row for row in table([a, c, b], 10.0)}
     assert rows == again
@@ -137,4 +137,25 @@ def test_a_ranking_is_stable_where_the_order_is():
 
 def test_the_default_margin_is_half_the_baselines_deviation():
     r = record("a", [1.0, 2.0, 3.0])
-    assert standing.margin_of(r) == 0.5
+    assert standing.margin_of(r.test["loss"]) == 0.5
+
+
+def test_a_metric_of_which_more_is_better_is_chosen_by_the_same_rules():
+    """Accuracies, turned: the same verdicts as of losses, and handed out as accuracies."""
+    rng = np.random.default_rng(9)
+    a, b = by_chance(rng, [0, 1.5])
+    losses = table([a, b], 10.0, margin=0.3)
+    for r in (a, b):
+        r.test["accuracy"] = r.test["loss"]
+    shares = table([a, b], -10.0, margin=0.3, metric="accuracy")
+    for one, other in zip(losses, shares, strict=True):
+        assert one["verdict"] == other["verdict"] and one["lr"] == other["lr"]
+        assert one["differences"]["loss"] == other["differences"]["accuracy"]
+        assert one["test"]["loss"] == other["test"]["loss"]  # told beside it
+        assert one["test"]["loss"]["mean"] == -other["test"]["accuracy"]["mean"]
+        assert [p["mean"] for p in one["lr_curve"]] == [-p["mean"] for p in other["lr_curve"]]
+        assert one["basin_decades"] == other["basin_decades"]
+
+
+def test_where_a_rate_diverged_nothing_is_right_and_no_share_is_below_none():
+    assert budget_curve([math.inf, -0.8], most=0.0) == pytest.approx([-0.4, -0.6])

@@ -43,14 +43,25 @@ def run_page():
 RECIPE = {"weights": {"name": "lora", "rank": 4, "targets": ["attn"]}, "objective": []}
 
 
-def bench_row(name, difference=None, verdict="baseline"):
+UNCOMPARED = dict.fromkeys(("mean", "p", "p_corrected", "smallest_visible")) | {
+    "interval": [None, None]
+}
+
+
+def of_seeds(mean):
+    interval = [mean - 0.2, mean + 0.2]
+    return {"mean": mean, "sd": 0.1, "interval": interval, "values": [mean - 0.1, mean, mean + 0.1]}
+
+
+def bench_row(name, difference=UNCOMPARED, verdict="baseline"):
     return {
         "name": name, "lr": 1e-3, "default_lr": 1e-3, "at_edge": False, "trials": 9,
         "lr_curve": [{"lr": 10**-k, "mean": 3.0 + k, "values": [3.0 + k, None]} for k in (4, 3, 2)]
         + [{"lr": 0.03, "mean": None, "values": [None, None]}],
         "basin_decades": 1.0, "regret_at_default_lr": 0.0, "regret_at_baseline_lr": None,
         "expected_after_trials": [3.2, 3.1], "verdict": verdict, "reason": "", "recipe": RECIPE,
-        "test": {"mean": 3.0, "sd": 0.1, "values": [2.9, 3.1, 3.0]}, "difference": difference,
+        "test": {"loss": of_seeds(3.0), "accuracy": of_seeds(0.8)},
+        "differences": {"loss": difference, "accuracy": difference},
         "costs": {"steps": 10, "tokens": 100, "seconds": 1.5, "peak_bytes": 10**6,
                   "state_bytes": 10**5, "trained_parameters": 1000},
     }  # fmt: skip
@@ -65,7 +76,7 @@ def bench_page():
     ranking = {"mean_rank": {"lora": 2.0, "dora": 1.0}, "times_first": {"lora": 0, "dora": 3},
                "kendall_tau": 1.0, "seeds": 3}  # fmt: skip
     return comparison(
-        {"methods": rows, "baseline": "lora", "ranking": ranking, "repeat": "eckart bench m d",
+        {"methods": rows, "metric": "loss", "baseline": "lora", "ranking": ranking, "repeat": "eckart bench m d",
          "held_fixed": {"steps": "10"}}
     )  # fmt: skip
 
@@ -156,7 +167,7 @@ RUN_SHOWS = [  # figures by their titles
     "Overlap of a subspace with the one before", "Share by role", "Tensor bytes",
 ]  # fmt: skip
 BENCH_SHOWS = [
-    "Better than the baseline by", "Held-out loss by learning rate",
+    "Better than the baseline by: loss", "Better than the baseline by: accuracy", "Held-out loss by learning rate",
     "Expected best after some rates tried", "Test loss by seed", "Peak tensor bytes",
     "Seconds of a run",
 ]  # fmt: skip

@@ -104,7 +104,11 @@ BENCH = (
     option("choose", int, "--choose", text="Seeds that choose a rate; 2."),
     option("window", int, "--window", text="Rates tried first; 5."),
     option("purse", int, "--purse", text="Rates tried at most; 9."),
-    option("margin", float, "--margin", text="Nats that make no difference; half an sd."),
+    option(
+        "metric", str, "--metric", metavar="NAME",
+        text="accuracy: rates and verdicts by it, not by the loss.",
+    ),
+    option("margin", float, "--margin", text="What makes no difference; half an sd."),
     option(
         "sampler", str, "--sampler", metavar="NAME",
         text="tpe: Optuna chooses the rates, not the grid.",

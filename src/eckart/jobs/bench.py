@@ -2,7 +2,7 @@
 
 1 equal purses   every contestant, the plain baseline among them, is given the same grid of
                  learning rates in half-decades, longer where its best lies at an edge
-2 selection      by held-out loss on the selection's seeds; no test row is read
+2 selection      by held-out loss, or a metric, on the selection's seeds; no test row is read
 3 report         at the best rate on other seeds, on test rows, all paired by the data's order
 4 verdicts       intervals of paired differences, Holm's correction, a margin; "no difference
                  seen" is a normal answer
@@ -22,29 +22,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
 
-from eckart.errors import UsageError
+from eckart.errors import UsageError, did_you_mean
 from eckart.io.run import Run
 from eckart.jobs.lab import lengths, matching
 from eckart.jobs.lab.board import Board
 from eckart.jobs.lab.contest import (
     BenchTrial,
     Contestant,
+    anywhere,
     contestants,
     ground,
+    on_validation,
+    split,
     starts_at_random,
 )
 from eckart.jobs.lab.lengths import Length
-from eckart.jobs.lab.materials import digest
 from eckart.jobs.lab.runner import Quantities, Runner, going_on, runner
-from eckart.jobs.lab.standing import Record, ranking, table
+from eckart.jobs.lab.standing import Record, as_loss, ranking, table
 from eckart.jobs.lab.sweep import Plan, lr_at, sampled, wanted
 from eckart.jobs.lab.tables import as_text, write
 from eckart.jobs.settings import settle
+from eckart.jobs.settings.emit import flow, plain
 from eckart.jobs.settings.job import Job
 from eckart.jobs.settings.refuse import CONTESTED, is_among
-from eckart.jobs.training import outcome, prepare
+from eckart.jobs.training import held_out, outcome, prepare
 from eckart.jobs.training.screen import Screen
-from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.groups import default_lr
 
 HELD_OUT = 0.1  # unless data.eval says otherwise: half to choose by, half to report on
@@ -61,6 +63,7 @@ class Options:
     purse: int = 9
     choose: int = 2
     seeds: int = 5
+    metric: str = "loss"
     margin: float | None = None
     budget: str = ""
     match: matching.Match = "none"
@@ -105,8 +108,9 @@ def run(job: Job) -> dict[str, Any]:
     others = ", ".join(c.name for c in entered[1:])
     screen.line("compare", f"{others} against {entered[0].name}")
     shared = ground(entered[0].job)
-    count, held_out = len(shared.data.train), held_out_rows(shared.data)
-    screen.line("data", f"{count:,} rows; {held_out:,} held out, half to choose by")
+    count, kept = len(shared.data.train), held_out_rows(shared.data)
+    screen.line("data", f"{count:,} rows; {kept:,} held out, half to choose by")
+    job = with_metrics(job, options.metric, held_out.names(shared.data))
     job = settle.horizon(job, count, entered[0].recipe)
     rows = settle.rows_per_step(job, count)
     entered = matching.matched(entered, options.match, rows)
@@ -151,6 +155,24 @@ def held_out_rows(data: Any) -> int:
     return rows
 
 
+def with_metrics(job: Job, metric: str, known: tuple[str, ...]) -> Job:
+    """What is told of test rows: the metric of the verdicts, and what no loss says already.
+
+    UsageError for a metric that this data does not have.
+    """
+    if metric not in known:
+        raise UsageError(
+            f"no metric of this data is called {metric}",
+            [(f"--metric {metric}", f"known here: {', '.join(known)}")],
+            did_you_mean(metric, known, "Leave it out for the loss."),
+        )
+    own = tuple(name for name in known if name not in held_out.FOLLOWING)
+    chosen = own if job.eval.metrics == "auto" else settle.metrics(job, known).eval.metrics
+    return job.settle(
+        "eval.metrics", tuple(dict.fromkeys((metric, "loss", *chosen))), "beside the metric"
+    )
+
+
 def open_run(job: Job, options: Options) -> Run:
     """The bench's folder, new or gone on with."""
     if job.flags.resume:
@@ -175,10 +197,10 @@ def compare(
 ) -> dict[str, Any]:
     """Search, report, judge."""
     shared = ground(entered[0].job)
-    content = fingerprint(shared.model) + shared.data.sha256
+    content = shared.content
     scratch = starts_at_random(job)
     records = [Record(c.name, default_lr(c.recipe, scratch)) for c in entered]
-    jobs = {c.name: c.job for c in entered}
+    jobs = {c.name: anywhere(c.job) if options.ray else c.job for c in entered}
 
     def trial(name: str, seed: int, lr: float) -> BenchTrial:
         length = planned[name]
@@ -186,32 +208,36 @@ def compare(
         return BenchTrial(name, jobs[name], seed, lr, length.steps, length.rows, content, place)
 
     board = Board(records, options, job.train.seed + options.choose, screen.quiet)
-    at_once = lengths.processes(options.processes, shared.model)
-    with board, runner(at_once, board.ended, options.ray) as trials:
-        start = trials({"untouched": trial(entered[0].name, 0, 0.0)})["untouched"]["loss"]
+    at_once = lengths.at_once(1 if options.ray else options.processes, entered, planned)
+    if at_once.reason:
+        screen.line("at once", f"{at_once.count}, not {options.processes}: {at_once.reason}")
+    with board, runner(at_once.count, board.ended, options.ray) as trials:
+        start = trials({"untouched": trial(entered[0].name, 0, 0.0)})["untouched"]
         search(records, options, job.train.seed, trial, trials)
-        report(records, options, job.train.seed, trial, trials)
-    untouched = None if starts_at_random(job) else start
+        report(records, options, job, trial, trials)
+    rows = table(
+        records, None if scratch else start[options.metric], options.margin, options.metric
+    )
     return {
         "run": str(run.folder),
         "command": "bench",
         "exit": 0,
         "baseline": entered[0].name,
-        "untouched": start,
+        "metric": options.metric,
+        "untouched": {name: start[name] for name in job.eval.metrics},
         "margin": options.margin,
         "methods": [
             row
             | {"recipe": outcome.recipe_of(c.job)}
             | {"costs": costs(r, planned[r.name], shared.data)}
-            for row, r, c in zip(
-                table(records, untouched, options.margin), records, entered, strict=True
-            )
+            for row, r, c in zip(rows, records, entered, strict=True)
         ],
-        "ranking": ranking(records),
+        "ranking": ranking(records, options.metric),
         "held_fixed": held_fixed(job, options, planned, records)
         | {
             "tokens in a row": str(shared.data.seq_len),
-            "model and data, as a hash": digest(content),
+            "test rows": str(sum(len(rows) for rows in split(shared.data.evaluation)[1].values())),
+            "model and data, as a hash": content,
         },
         "repeat": repeat(job, options),
         "warnings": screen.warnings,
@@ -240,28 +266,32 @@ def search(
         if not asked:
             return
         for (i, j, s), quantities in trials(asked).items():
-            records[i].scores.setdefault(j, {})[s] = validation(quantities)
+            records[i].scores.setdefault(j, {})[s] = validation(quantities, options.metric)
 
 
 def report(
-    records: Sequence[Record], options: Options, seed: int, trial: Any, trials: Runner
+    records: Sequence[Record], options: Options, job: Job, trial: Any, trials: Runner
 ) -> None:
     """Every contestant at its best rate, on seeds that chose nothing."""
-    first = seed + options.choose
+    first = job.train.seed + options.choose
     asked = {
         (i, s): trial(r.name, s, r.lr)
         for s in range(first, first + options.seeds)
         for i, r in enumerate(records)
     }
     for (i, s), quantities in trials(asked).items():
-        records[i].test[s] = quantities["loss"]
+        for name in job.eval.metrics:
+            records[i].test.setdefault(name, {})[s] = as_loss(name, quantities[name])
         for name in ("seconds", "peak_bytes", "parameters", "state_bytes"):
             mine = records[i].costs
             mine[name] = mine.get(name, 0.0) + quantities[name] / options.seeds
 
 
-def validation(quantities: Quantities) -> float:
-    return math.inf if quantities["diverged"] else quantities["validation"]
+def validation(quantities: Quantities, metric: str) -> float:
+    """What a rate is chosen by, less being better."""
+    if quantities["diverged"]:
+        return math.inf
+    return as_loss(metric, quantities[on_validation(metric)])
 
 
 def costs(r: Record, length: Length, data: Any) -> dict[str, Any]:
@@ -292,6 +322,7 @@ def held_fixed(
     return {
         "model": str(job.model),
         "data": ", ".join(s.path for s in job.data.train),
+        "rates and verdicts by": options.metric,
         "budget": options.budget or "steps",
         "matched": made_equal(options, records),
         "steps": " to ".join(str(s) for s in sorted(steps)[:: max(1, len(steps) - 1)]),
@@ -312,9 +343,11 @@ def repeat(job: Job, options: Options) -> str:
         if name not in ("methods", "processes", "ray") and value != getattr(default, name)
         for word in (f"--{name}", str(value))
     ]
-    data = ",".join(s.path for s in job.data.train)
+    sources = plain(job.data.train)
+    alone = len(sources) == 1 and isinstance(sources[0], str)
+    data = sources[0] if alone else f"data={flow(sources)}"
     given = sorted(job.given.items())  # a resumed job has them in another order
-    keys = [f"{k}={v}" for k, v in given if k not in ("model", "data.train", "out")]
+    keys = [f"{k}={flow(plain(v))}" for k, v in given if k not in ("model", "data.train", "out")]
     words = [str(job.model), data, "--methods", options.methods, *flags, *keys]
     return f"eckart bench {shlex.join(words)}"
 

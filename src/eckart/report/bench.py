@@ -15,7 +15,8 @@ def page(document: Mapping[str, Any]) -> str:
     """One self-contained HTML page from the document of `eckart bench`."""
     rows: Sequence[Row] = document["methods"]
     sections = [
-        Section("Verdicts", verdicts(document, rows)),
+        Section("Verdicts", verdicts(document["metric"], rows)),
+        Section("Other metrics", beside(document["metric"], rows)),
         Section("Learning rates", rates(document, rows)),
         Section("Seeds", seeds(document, rows)),
         Section("Costs", costs(rows)),
@@ -34,41 +35,61 @@ def lead(rows: Sequence[Row]) -> str:
     return "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in said.items()) + "."
 
 
-def verdicts(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Table | Text]:
-    others = [r for r in rows if r["difference"] and r["difference"]["interval"][0] is not None]
-    drawn = [(r["name"], r["difference"]["mean"], *r["difference"]["interval"]) for r in others]
+def verdicts(metric: str, rows: Sequence[Row]) -> list[Figure | Table | Text]:
     head = ["method", "verdict", "better by", "from", "to", "p (Holm)", "visible from",
-            "test loss", "over seeds"]  # fmt: skip
+            f"test {metric}", "over seeds"]  # fmt: skip
     cells = [
-        [r["name"], r["verdict"], *between(r), loss(r["test"]["mean"]), loss(r["test"]["sd"])]
+        [r["name"], r["verdict"], *paired(d), shown(d["p_corrected"], 2),
+         digits(d["smallest_visible"]), digits(test["mean"]), digits(test["sd"])]
         for r in rows
-    ]
+        for d, test in [(r["differences"][metric], r["test"][metric])]
+    ]  # fmt: skip
     reasons = [f"{r['name']}: {r['reason']}." for r in rows if r.get("reason")]
     note = (
         "Differences are paired: in each seed all methods saw the same batches. Intervals are at "
         "95\u00a0%, p is corrected for the number of methods. Visible from: the smallest true "
         "difference that is seen in 80\u00a0% of such benches; below it nothing was looked for."
     )
-    found: list[Figure | Table | Text] = [Table(head, cells)]
-    if drawn:
-        found.append(intervals("Better than the baseline by", drawn, "nats"))
-    return [*found, *(Text(r) for r in reasons), Text(note)]
+    drawn = better_by(metric, rows)
+    return [Table(head, cells), *drawn, *(Text(r) for r in reasons), Text(note)]
 
 
-def between(r: Row) -> list[str]:
-    d = r["difference"]
-    if not d:
-        return [""] * 5
-    low, high = d["interval"]
-    return [
-        *(loss(value, "+") for value in (d["mean"], low, high)),
-        shown(d["p_corrected"], 2), loss(d["smallest_visible"]),
-    ]  # fmt: skip
+def beside(metric: str, rows: Sequence[Row]) -> list[Figure | Table | Text]:
+    """The other metrics of the same runs: told, and no verdict is by them."""
+    found: list[Figure | Table | Text] = []
+    for other in (name for name in rows[0]["test"] if name != metric):
+        head = ["method", f"test {other}", "from", "to", "over seeds", "better by", "from", "to"]
+        cells = [
+            [r["name"], *map(digits, (test["mean"], *test["interval"], test["sd"])),
+             *paired(r["differences"][other])]
+            for r in rows
+            for test in [r["test"][other]]
+        ]  # fmt: skip
+        found += [Table(head, cells), *better_by(other, rows)]
+    said = f"Rates were chosen by {metric} and the verdicts are by it; this is of the same runs."
+    return [*found, Text(said)] if found else []
+
+
+def better_by(metric: str, rows: Sequence[Row]) -> list[Figure]:
+    """Each method's difference to the baseline with its interval."""
+    found = [(r["name"], r["differences"][metric]) for r in rows]
+    drawn = [(n, d["mean"], *d["interval"]) for n, d in found if d["interval"][0] is not None]
+    title = f"Better than the baseline by: {metric}"
+    return [intervals(title, drawn, unit(metric))] if drawn else []
+
+
+def unit(metric: str) -> str:
+    """What a metric is counted in, for an axis."""
+    return "nats" if metric == "loss" else metric
+
+
+def paired(d: Row) -> list[str]:
+    return [digits(value, "+") for value in (d["mean"], *d["interval"])]
 
 
 def rates(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Table]:
-    """Held-out loss by learning rate with the band of seeds, and what a wrong rate costs."""
-    drawn = []
+    """The metric by learning rate with the band of seeds, and what a wrong rate costs."""
+    metric, drawn = document["metric"], []
     for row in rows:
         points = [p for p in row["lr_curve"] if p["mean"] is not None]
         low = [min(v for v in p["values"] if v is not None) for p in points]
@@ -79,7 +100,7 @@ def rates(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Tab
             "lost at the baseline's lr", "diverged at", "runs"]  # fmt: skip
     cells = [
         [r["name"], f"{r['lr']:.2g}", "yes" if r["at_edge"] else "no", shown(r["basin_decades"], 2),
-         loss(r["regret_at_default_lr"]), loss(r["regret_at_baseline_lr"]),
+         digits(r["regret_at_default_lr"]), digits(r["regret_at_baseline_lr"]),
          ", ".join(f"{p['lr']:.2g}" for p in r["lr_curve"] if p["mean"] is None),
          str(r["trials"])]
         for r in rows
@@ -90,17 +111,21 @@ def rates(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Tab
         if (e := r["expected_after_trials"])
     ]
     figures = [
-        curves("Held-out loss by learning rate", drawn, "learning rate", "nats", log_x=True),
-        curves("Expected best after some rates tried", expected, "rates tried", "nats"),
+        curves(
+            f"Held-out {metric} by learning rate", drawn, "learning rate", unit(metric), log_x=True
+        ),
+        curves("Expected best after some rates tried", expected, "rates tried", unit(metric)),
     ]
     return [*figures, Table(head, cells)]
 
 
 def seeds(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Table]:
-    """Test loss by seed, and how stable the order is."""
+    """The metric by seed on test rows, and how stable the order is."""
+    metric = document["metric"]
     drawn = [
-        Curve(r["name"], range(1, len(r["test"]["values"]) + 1), r["test"]["values"], marks=True)
+        Curve(r["name"], range(1, len(values) + 1), values, marks=True)
         for r in rows
+        for values in [r["test"][metric]["values"]]
     ]
     ranking = document["ranking"]
     cells = [
@@ -110,7 +135,7 @@ def seeds(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Tab
     tau = ranking["kendall_tau"]
     caption = "Order over seeds" + ("" if tau is None else f"; mean Kendall tau {tau:.2f}")
     return [
-        curves("Test loss by seed", drawn, "seed", "nats"),
+        curves(f"Test {metric} by seed", drawn, "seed", unit(metric)),
         Table(["method", "mean rank", "first"], cells, caption),
     ]
 
@@ -165,8 +190,8 @@ def fields_of(choice: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={typed(value)}" for key, value in given.items())
 
 
-def loss(value: float | None, sign: str = "") -> str:
-    """In nats, to the fourth place."""
+def digits(value: float | None, sign: str = "") -> str:
+    """To the fourth place."""
     return "" if value is None else f"{value:{sign}.4f}"
 
 

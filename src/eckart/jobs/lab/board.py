@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from eckart.jobs.lab.contest import on_validation
 from eckart.jobs.lab.runner import Quantities
-from eckart.jobs.lab.standing import Record
+from eckart.jobs.lab.standing import Record, as_loss
 from eckart.jobs.training.screen import clock
 
 
@@ -25,6 +26,7 @@ class Board:
 
     def __init__(self, records: Sequence[Record], options: Any, first: int, quiet: bool):
         self.quiet, self.first, self.seeds = quiet, first, options.seeds
+        self.metric = options.metric
         self.found: dict[str, list[tuple[Any, Quantities]]] = {r.name: [] for r in records}
         # two points beyond the window, as most searches need
         rates = min(options.purse, options.window + 2)
@@ -66,9 +68,9 @@ class Board:
             print(line, file=sys.stderr, flush=True)
 
     def seen(self, trial: Any, quantities: Quantities) -> str:
-        """The loss that the run is for: while rates are chosen no test row is shown."""
+        """The number that the run is for: while rates are chosen no test row is shown."""
         choosing = trial.lr and trial.seed < self.first
-        name, said = ("validation", "held out") if choosing else ("loss", "test")
+        name, said = (on_validation(self.metric), "held out") if choosing else (self.metric, "test")
         return f"{said} {quantities[name]:.4f}" + (
             " diverged" if quantities.get("diverged") else ""
         )
@@ -81,17 +83,18 @@ class Board:
     def table(self) -> Any:
         """The runs of this sitting, by method."""
         table = Table(title=f"{self.done} done, {self.left()}", title_justify="left")
-        for name in ("method", "rates tried", "best held out", "at lr", "seeds", "test"):
+        held_out, test = f"best {self.metric} held out", f"test {self.metric}"
+        for name in ("method", "rates tried", held_out, "at lr", "seeds", test):
             table.add_column(name)
         for name, runs in self.found.items():
-            chosen = [(q["validation"], t.lr) for t, q in runs if t.seed < self.first]
-            tests = [q["loss"] for t, q in runs if t.seed >= self.first]
-            least = min(chosen, default=None)
+            chosen = [(q[on_validation(self.metric)], t.lr) for t, q in runs if t.seed < self.first]
+            tests = [q[self.metric] for t, q in runs if t.seed >= self.first]
+            top = min(chosen, key=lambda run: as_loss(self.metric, run[0]), default=None)
             table.add_row(
                 name,
                 str(len({lr for _, lr in chosen})),
-                f"{least[0]:.4f}" if least else "",
-                f"{least[1]:.2g}" if least else "",
+                f"{top[0]:.4f}" if top else "",
+                f"{top[1]:.2g}" if top else "",
                 f"{len(tests)}/{self.seeds}",
                 f"{sum(tests) / len(tests):.4f}" if tests else "",
             )

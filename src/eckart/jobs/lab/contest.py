@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ from eckart.jobs.settings.job import Choice, Job
 from eckart.jobs.settings.merge import Given
 from eckart.jobs.settings.words import read_words
 from eckart.jobs.training import classes, prepare, senses
-from eckart.jobs.training.held_out import summed
+from eckart.jobs.training.held_out import names, summed, told
 from eckart.recipe import Recipe, registry
+from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.registry import DEFAULTS, FULL
 
 PLACE = "--methods"
@@ -130,6 +132,23 @@ def contestant(name: str, job: Job) -> Contestant:
     return Contestant(name, mine)
 
 
+def anywhere(job: Job) -> Job:
+    """The job with paths that hold in any folder: a cluster's workers are in folders of theirs."""
+
+    def whole(path: str) -> str:
+        here = Path(path).expanduser()
+        return str(here.absolute()) if here.exists() or has_magic(path) else path
+
+    data, tokenizer = job.data, job.data.tokenizer
+    data = dataclasses.replace(
+        data,
+        train=tuple(dataclasses.replace(s, path=whole(s.path)) for s in data.train),
+        eval=tuple(map(whole, data.eval)) if isinstance(data.eval, tuple) else data.eval,
+        tokenizer=tokenizer and whole(tokenizer),
+    )
+    return dataclasses.replace(job, model=job.model and whole(job.model), data=data)
+
+
 # --- model and data ------------------------------------------------------------------------
 
 
@@ -141,14 +160,22 @@ class Ground:
     data: Data
     vocab: int | None  # for a shape that has none of its own
 
+    @property
+    def content(self) -> str:
+        """What a run's numbers depend on: the tensors, and the rows as they were read and split."""
+        data = self.data
+        rows = [len(data.train), *((name, len(part)) for name, part in data.evaluation.items())]
+        return digest([fingerprint(self.model), data.sha256, data.summary, data.seq_len, rows])
+
 
 _grounds: dict[str, Ground] = {}
 
 
 def ground(job: Job) -> Ground:
-    """The model and the data of a job, read once by each process."""
+    """The model and the data of a job, read once by each process; of the last job alone."""
     key = repr((job.model, job.data))
     if key not in _grounds:
+        _grounds.clear()
         _grounds[key] = read_ground(job)
     return _grounds[key]
 
@@ -223,20 +250,25 @@ class UserLab(Bench):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """`validation` on one half of every held-out source, `loss` on the other."""
+        """Every metric on one half of each held-out source, and as `validation` on the other."""
         was_training, data = model.training, self.ground.data
         model.eval()
         try:
-            halves = [split(rows) for rows in data.evaluation.values()]
-            at_once = max(self.rows, EVALUATED)
-            validation = [summed(model, first, data, at_once) for first, _ in halves]
-            test = [summed(model, second, data, at_once) for _, second in halves]
+            at_once, halves = max(self.rows, EVALUATED), split(data.evaluation)
+            choosing, test = (
+                told({n: summed(model, rows, data, at_once) for n, rows in half.items()}, data)
+                for half in halves
+            )
         finally:
             model.train(was_training)
-        found = {"validation": mean(validation, "loss"), "loss": mean(test, "loss")}
-        if data.labels:
-            found["accuracy"] = mean(test, "right")
-        return found
+        known = names(data)
+        found = {name: test.get(name, math.nan) for name in known}
+        return found | {on_validation(name): choosing.get(name, math.nan) for name in known}
+
+
+def on_validation(metric: str) -> str:
+    """What a run's quantity is called on the rows by which a rate is chosen."""
+    return "validation" if metric == "loss" else f"validation_{metric}"
 
 
 @lru_cache(maxsize=2)  # an epoch's end and the next one's beginning are in one batch
@@ -245,23 +277,19 @@ def shuffled(n: int, seed: int, epoch: int) -> Any:
     return order(n, seed, epoch)
 
 
-def split(rows: Any) -> tuple[Any, Any]:
+def split(sources: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Held-out rows as a part to choose by and a part to report on, in turns of neighbours.
 
     Rows stand in the order of their file. Cut in the middle, the two parts are of different
     matters, and the rate that is best for the one is not for the other: on Python's reference
     Fira's was three times too large, and it was called worse than LoRA instead of better.
     """
-    turn = max(1, math.ceil(len(rows) / TURNS))
-    parts: tuple[list[int], list[int]] = [], []
-    for i in range(len(rows)):
-        parts[i // turn % 2].append(i)
-    return rows.select(parts[0]), rows.select(parts[1])
-
-
-def mean(parts: Sequence[Mapping[str, float]], name: str) -> float:
-    count = sum(p["count"] for p in parts)
-    return sum(p[name] for p in parts) / count if count else float("nan")
+    parts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for name, rows in sources.items():
+        turn = max(1, math.ceil(len(rows) / TURNS))
+        for k, part in enumerate(parts):
+            part[name] = rows.select([i for i in range(len(rows)) if i // turn % 2 == k])
+    return parts
 
 
 # --- one run -------------------------------------------------------------------------------
@@ -277,7 +305,7 @@ class BenchTrial:
     lr: float
     steps: int
     rows: int
-    fingerprint: str  # of the model and the data
+    content: str  # of the model and the data
     folder: str
 
     @property
@@ -301,7 +329,7 @@ class BenchTrial:
     def facts(self) -> dict[str, Any]:
         train = self.job.train
         return {
-            "fingerprint": self.fingerprint,
+            "content": self.content,
             "recipe": described(self.job.recipe()),
             "seed": self.seed,
             "lr": self.lr,
@@ -309,6 +337,6 @@ class BenchTrial:
             "rows": self.rows,
             "training": [train.schedule, train.warmup, train.clip],
             "turns": TURNS,
-            "source": [source_of_rooms(), own_source(UserLab)],
+            "source": [source_of_rooms(), own_source(UserLab), own_source(told)],
             "torch": torch.__version__,
         }

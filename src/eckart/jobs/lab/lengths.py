@@ -12,18 +12,25 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from eckart.errors import OutOfRoom, UsageError
 from eckart.io.folder import write_json
 from eckart.jobs.lab.contest import Contestant, UserLab, ground
-from eckart.jobs.measuring.memory import activation_bytes, model_bytes, room, size, state_bytes
+from eckart.jobs.measuring.imagined import imagine
+from eckart.jobs.measuring.memory import (
+    activation_bytes,
+    in_words,
+    model_bytes,
+    room,
+    size,
+    state_bytes,
+)
 from eckart.jobs.settings.job import Job
 from eckart.jobs.settings.settle import rows_per_step
 from eckart.jobs.training import prepare
@@ -129,10 +136,44 @@ def bytes_of(c: Contestant, rows: int) -> tuple[int, int]:
     return fixed, activation_bytes(handle.model, lab.batch(0))
 
 
-def processes(wanted: int, model: nn.Module) -> int:
-    """As many processes as were asked for, if memory and a single GPU allow."""
+@dataclass(frozen=True)
+class AtOnce:
+    """Runs at a time, and why they are not as many as were asked for."""
+
+    count: int
+    reason: str = ""
+
+
+def at_once(wanted: int, entered: Sequence[Contestant], planned: Mapping[str, Length]) -> AtOnce:
+    """As many runs as were asked for, if the cores, the memory and a single GPU allow.
+
+    Each is a process with the start model and the largest run's peak, as `eckart estimate`
+    says it. One by one where that cannot be said.
+    """
+    if wanted == 1:
+        return AtOnce(1)
     if prepare.device().type != "cpu":
-        return 1
-    each = PROCESS_BYTES + 6 * sum(size(p) for p in model.parameters())
-    fit = int(room(torch.device("cpu"))[0] // each)
-    return max(1, min(wanted, fit, os.cpu_count() or 1))
+        return AtOnce(1, "there is one GPU")
+    cores = os.cpu_count() or 1
+    if min(wanted, cores) == 1:
+        return AtOnce(1, "there is one core")
+    try:
+        largest = max(peak_of(c, planned[c.name].rows) for c in entered)
+    except UsageError as fault:
+        return AtOnce(1, fault.what)
+    model = ground(entered[0].job).model
+    each = PROCESS_BYTES + sum(size(p) for p in model.parameters()) + largest
+    free = room(torch.device("cpu"))[0]
+    count = max(1, min(wanted, cores, int(free // each)))
+    reason = f"{in_words(int(each))} each, {in_words(free)} free; {cores} cores"
+    return AtOnce(count, reason if count < wanted else "")
+
+
+def peak_of(c: Contestant, rows: int) -> int:
+    """The most bytes of tensors alive at once in a step of so many rows."""
+    start = ground(c.job)
+    first = UserLab(c.job, 0, default_lr(c.recipe), 1, rows).batch(0)
+    length = first["input_ids"].shape[1] if "input_ids" in first else 1  # images have their own
+    config: Any = start.model.config
+    found = imagine(config, c.recipe, torch.float32, torch.device("cpu"), task=start.data.task)
+    return found.peak(rows, length)

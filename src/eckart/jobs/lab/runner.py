@@ -11,15 +11,16 @@ import multiprocessing
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from eckart.errors import Interrupted
+from eckart.errors import Interrupted, OutOfRoom
 from eckart.io.folder import write_json
-from eckart.jobs.lab import cluster
+from eckart.jobs.lab.cluster import Cluster
 from eckart.jobs.training.workers import begin
 
 Quantities = dict[str, float]
@@ -87,6 +88,7 @@ class Runner:
     def __init__(self, processes: int = 1, progress: Progress | None = None, on_ray: bool = False):
         self.processes, self.progress, self.on_ray = processes, progress, on_ray
         self.pool: ProcessPoolExecutor | None = None
+        self.cluster: Cluster | None = None
 
     def __call__(self, trials: Mapping[K, Trial]) -> dict[K, Quantities]:
         """The numbers of all trials; those kept are read from their files."""
@@ -114,7 +116,8 @@ class Runner:
                 keep(trials[path], quantities)
                 ended(path, quantities)
 
-            cluster.run(trials, measured, reported)
+            self.cluster = self.cluster or Cluster()
+            self.cluster.run(trials, measured, reported)
             return
         if self.processes == 1 or len(trials) == 1:
             for path, trial in trials.items():
@@ -126,14 +129,23 @@ class Runner:
             spawn = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(self.processes, spawn, begin, (os.getpid(),))
         futures = {self.pool.submit(execute, trial): path for path, trial in trials.items()}
-        for future in as_completed(futures):
-            ended(futures[future], future.result())
+        try:
+            for future in as_completed(futures):
+                ended(futures[future], future.result())
+        except BrokenProcessPool as fault:  # the kernel's answer to too little memory, mostly
+            raise OutOfRoom(
+                "a run's process was killed", [("--processes", str(self.processes))],
+                "Go on with --processes 1; what has ended is kept.",
+            ) from fault  # fmt: skip
 
     def close(self) -> None:
         """Let the workers go; what they are doing is lost."""
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
             self.pool = None
+        if self.cluster is not None:
+            self.cluster.close()
+            self.cluster = None
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """How contestants stand: paired differences to the baseline, and how much a rate matters.
 
-Pure functions of losses by seed and by learning rate; lower is better everywhere. A
-difference is positive where the contestant beats the baseline.
+Pure functions of a metric by seed and by learning rate. Inside, all are costs, of which less
+is better; what is handed out is the metric itself, and a difference is positive where the
+contestant beats the baseline.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from eckart.jobs.lab.bare_loop import WORST
 from eckart.jobs.lab.judge import number
 from eckart.jobs.lab.statistics import ALPHA, Difference, difference, holm, seeds_needed
 from eckart.jobs.lab.sweep import at_edge, best, lr_at
+from eckart.jobs.training.held_out import RISING
 
 Standing = Literal["better", "worse", "equivalent", "no difference seen", "no verdict"]
 BASIN = 0.05  # of the gain over the untouched model: within it a rate is as good as the best
@@ -27,17 +29,17 @@ NEAR_ENOUGH = 0.5  # standard deviations of the baseline over seeds: the default
 
 @dataclass
 class Record:
-    """One contestant's numbers as they come in."""
+    """One contestant's numbers as they come in, all of them `as_loss`."""
 
     name: str
     start: float  # its default learning rate, point 0 of its grid
     scores: dict[Any, dict[int, float]] = field(default_factory=dict)  # point -> seed -> loss
-    test: dict[int, float] = field(default_factory=dict)  # seed -> loss
+    test: dict[str, dict[int, float]] = field(default_factory=dict)  # metric -> seed -> loss
     costs: dict[str, float] = field(default_factory=dict)
 
     @property
     def means(self) -> dict[Any, float]:
-        """Validation loss by point, over the seeds of the selection; inf where one diverged."""
+        """What a rate is chosen by, over the seeds of the selection; inf where one diverged."""
         return {j: sum(by.values()) / len(by) for j, by in self.scores.items() if by}
 
     @property
@@ -49,21 +51,29 @@ class Record:
         return at_edge(self.means)
 
 
-def margin_of(baseline: Record) -> float:
+def as_loss(metric: str, value: float) -> float:
+    """The value, turned where more is better; turned again it is the value."""
+    return 0.0 - value if metric in RISING else value
+
+
+def margin_of(losses: Mapping[int, float]) -> float:
     """The default margin of equivalence: half the baseline's deviation over seeds."""
-    values = list(baseline.test.values())
+    values = list(losses.values())
     return NEAR_ENOUGH * float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def differences(records: Sequence[Record], baseline: Record) -> list[Difference]:
-    """Every other contestant's paired differences to the baseline."""
-    return [
+def differences(
+    records: Sequence[Record], baseline: Record, metric: str
+) -> list[tuple[Difference, float]]:
+    """Every other contestant's paired differences to the baseline, with p corrected by Holm."""
+    losses = baseline.test[metric]
+    found = [
         difference(
-            [baseline.test[s] - r.test[s] for s in sorted(baseline.test)],
-            comparisons=len(records),
+            [losses[s] - r.test[metric][s] for s in sorted(losses)], comparisons=len(records)
         )
         for r in records
     ]
+    return list(zip(found, holm([d.p for d in found]), strict=True))
 
 
 def standing(
@@ -83,42 +93,60 @@ def standing(
 
 
 def table(
-    records: Sequence[Record], untouched: float | None, margin: float | None = None
+    records: Sequence[Record],
+    untouched: float | None,
+    margin: float | None = None,
+    metric: str = "loss",
 ) -> list[dict[str, Any]]:
-    """All contestants, the baseline first, as plain data."""
+    """All contestants, the baseline first, as plain data: verdicts by one metric, all metrics told.
+
+    `untouched` is the metric before any training.
+    """
     baseline, others = records[0], records[1:]
-    near = margin_of(baseline) if margin is None else margin
-    found = differences(others, baseline)
-    corrected = holm([d.p for d in found])
-    rows = [row(baseline, baseline, untouched) | {"verdict": "baseline", "difference": None}]
-    unlearned = no_gain(baseline, untouched)
-    for r, d, p in zip(others, found, corrected, strict=True):
+    start = None if untouched is None else as_loss(metric, untouched)
+    margins = {name: margin_of(losses) for name, losses in baseline.test.items()}
+    margins |= {} if margin is None else {metric: margin}
+    compared = {name: differences(others, baseline, name) for name in baseline.test}
+    unlearned = no_gain(baseline, start, metric)
+    itself = compared_facts(difference([]), math.nan, math.nan, 1)  # all null
+    rows = [row(baseline, baseline, start, metric)]
+    rows[0] |= {"verdict": "baseline", "reason": "", "differences": dict.fromkeys(margins, itself)}
+    for i, r in enumerate(others):
         edges = [x.name for x in (r, baseline) if x.edge]
-        verdict = "no verdict" if unlearned else standing(d, p, near, edges)
         reason = f"best learning rate at the edge: {', '.join(edges)}" if edges else ""
+        verdict = standing(*compared[metric][i], margins[metric], edges)
+        told = {
+            name: compared_facts(*found[i], margins[name], len(others))
+            for name, found in compared.items()
+        }
         rows.append(
-            row(r, baseline, untouched)
+            row(r, baseline, start, metric)
             | {
-                "verdict": verdict,
+                "verdict": "no verdict" if unlearned else verdict,
                 "reason": unlearned or reason,
-                "difference": {
-                    "mean": number(d.mean),
-                    "interval": [number(d.low), number(d.high)],
-                    "p": number(d.p),
-                    "p_corrected": number(p),
-                    "smallest_visible": number(d.visible),
-                    "seeds_for_the_margin": needed(d, near, len(others)),
-                },
+                "differences": told,
             }
         )
     return rows
 
 
-def no_gain(baseline: Record, untouched: float | None) -> str:
+def compared_facts(d: Difference, p: float, margin: float, comparisons: int) -> dict[str, Any]:
+    """One paired difference as plain data."""
+    return {
+        "mean": number(d.mean),
+        "interval": [number(d.low), number(d.high)],
+        "p": number(d.p),
+        "p_corrected": number(p),
+        "smallest_visible": number(d.visible),
+        "seeds_for_the_margin": needed(d, margin, comparisons),
+    }
+
+
+def no_gain(baseline: Record, untouched: float | None, metric: str) -> str:
     """The control: why nothing can be compared where the baseline learned nothing."""
     if untouched is None:
         return ""
-    gain = difference([untouched - loss for loss in baseline.test.values()])
+    gain = difference([untouched - loss for loss in baseline.test[metric].values()])
     learned = gain.verdict() == "confirmed"
     return "" if learned else f"{baseline.name} is not seen to improve on the untouched model"
 
@@ -130,33 +158,45 @@ def needed(d: Difference, margin: float, comparisons: int) -> int | None:
     return seeds_needed(margin, d.sd, ALPHA / comparisons)
 
 
-def row(r: Record, baseline: Record, untouched: float | None) -> dict[str, Any]:
+def row(r: Record, baseline: Record, untouched: float | None, metric: str) -> dict[str, Any]:
     """A contestant's own facts."""
-    values = [r.test[s] for s in sorted(r.test)]
     means = r.means
+    most = as_loss(metric, 0.0) if metric in RISING else math.inf  # of a loss: nothing is right
+
+    def shown(loss: float) -> float | None:
+        return number(as_loss(metric, loss))
+
     return {
         "name": r.name,
         "lr": r.lr,
         "default_lr": r.start,
         "at_edge": r.edge,
-        "trials": sum(len(by) for by in r.scores.values()) + len(values),
+        "trials": sum(len(by) for by in (*r.scores.values(), r.test[metric])),
         "lr_curve": [
             {
                 "lr": lr_at(r.start, j),
-                "mean": number(means[j]),
-                "values": [number(r.scores[j][s]) for s in sorted(r.scores[j])],
+                "mean": shown(means[j]),
+                "values": [shown(r.scores[j][s]) for s in sorted(r.scores[j])],
             }
             for j in sorted(means)
         ],
         "basin_decades": number(basin(means, untouched)),
         "regret_at_default_lr": number(regret(r, r.start)),
         "regret_at_baseline_lr": number(regret(r, baseline.lr)),
-        "expected_after_trials": [number(x) for x in budget_curve(list(means.values()))],
-        "test": {
-            "mean": number(sum(values) / len(values)),
-            "sd": number(float(np.std(values, ddof=1)) if len(values) > 1 else math.nan),
-            "values": [number(v) for v in values],
-        },
+        "expected_after_trials": [shown(x) for x in budget_curve(list(means.values()), most)],
+        "test": {name: over_seeds(name, losses) for name, losses in r.test.items()},
+    }
+
+
+def over_seeds(metric: str, losses: Mapping[int, float]) -> dict[str, Any]:
+    """A metric on test rows: its mean with an interval, its deviation, each seed's value."""
+    values = [as_loss(metric, losses[s]) for s in sorted(losses)]
+    found = difference(values)
+    return {
+        "mean": number(found.mean),
+        "sd": number(found.sd),
+        "interval": [number(found.low), number(found.high)],
+        "values": [number(v) for v in values],
     }
 
 
@@ -187,16 +227,16 @@ def regret(r: Record, lr: float) -> float:
     return tried[near] - r.means[best(r.means)] if close else math.nan
 
 
-def budget_curve(losses: Sequence[float]) -> list[float]:
+def budget_curve(losses: Sequence[float], most: float = math.inf) -> list[float]:
     """The expected best of k learning rates drawn from those tried, for k = 1 to all of them.
 
     Draws with replacement: E_k = sum_i v_i ((1 - (i-1)/N)^k - (1 - i/N)^k), v ascending. A rate
-    that diverged is a nat worse than all others; nothing is expected where every one did.
+    that diverged is one worse than all others, or `most`; nothing is expected where all did.
     """
     finite = [x for x in losses if math.isfinite(x)]
     if not finite:
         return []
-    v = sorted(finite) + [max(finite) + WORST] * (len(losses) - len(finite))
+    v = sorted(finite) + [min(most, max(finite) + WORST)] * (len(losses) - len(finite))
     n = len(v)
     return [
         sum(x * ((1 - i / n) ** k - (1 - (i + 1) / n) ** k) for i, x in enumerate(v))
@@ -204,10 +244,10 @@ def budget_curve(losses: Sequence[float]) -> list[float]:
     ]
 
 
-def ranking(records: Sequence[Record]) -> dict[str, Any]:
+def ranking(records: Sequence[Record], metric: str = "loss") -> dict[str, Any]:
     """How stable the order is over seeds: mean rank, times first, mean Kendall tau of pairs."""
-    seeds = sorted(records[0].test)
-    ranks = np.array([stats.rankdata([r.test[s] for r in records]) for s in seeds])
+    seeds = sorted(records[0].test[metric])
+    ranks = np.array([stats.rankdata([r.test[metric][s] for r in records]) for s in seeds])
     taus = [stats.kendalltau(a, b).statistic for a, b in combinations(ranks, 2)]
     known = [float(t) for t in taus if math.isfinite(t)]
     return {

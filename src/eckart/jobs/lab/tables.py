@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from eckart.io.folder import write_text
@@ -18,8 +18,9 @@ from eckart.io.run import Run
 TIMED = ("seconds",)
 COLUMNS = (
     "name", "verdict", "lr", "test", "sd", "difference", "low", "high", "p_corrected",
-    "smallest_visible", "trained_parameters", "steps", "tokens", "peak_bytes", "trials",
+    "smallest_visible", "trained_parameters", "steps", "tokens", "peak_bytes", "trials", "metric",
 )  # fmt: skip
+BESIDE = ("{}", "{}_low", "{}_high", "{}_difference", "{}_difference_low", "{}_difference_high")
 
 
 def write(run: Run, document: Mapping[str, Any]) -> None:
@@ -30,7 +31,7 @@ def write(run: Run, document: Mapping[str, Any]) -> None:
     lines = [json.dumps(row, sort_keys=True) + "\n" for row in timeless["methods"]]
     write_text(run.folder / "results.jsonl", "".join(lines))
     write_text(run.folder / "bench.json", json.dumps(timeless, indent=2, ensure_ascii=False) + "\n")
-    write_text(run.folder / "table.csv", as_csv(timeless["methods"]))
+    write_text(run.folder / "table.csv", as_csv(timeless))
     timed = {row["name"]: row["costs"] for row in document["methods"]}
     write_text(run.folder / "costs.json", json.dumps(timed, indent=2) + "\n")
     write_text(run.report, comparison(document))
@@ -45,47 +46,71 @@ def without_time(document: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in document.items() if k != "run"} | {"methods": methods}
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_csv(document: Mapping[str, Any]) -> str:
+    """A line for each method: the metric of the verdicts, then the others with their intervals."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        d = row["difference"] or {}
-        low, high = d.get("interval", ["", ""])
+    metric, others = metrics_of(document)
+    writer.writerow([*COLUMNS, *(name.format(other) for other in others for name in BESIDE)])
+    for row in document["methods"]:
+        test, d = row["test"][metric], row["differences"][metric]
         known = {
-            **row["costs"], **row, **d,
-            "test": row["test"]["mean"], "sd": row["test"]["sd"],
-            "difference": d.get("mean"), "low": low, "high": high,
+            **row["costs"], **row, **d, "metric": metric, "test": test["mean"], "sd": test["sd"],
+            "difference": d["mean"], "low": d["interval"][0], "high": d["interval"][1],
         }  # fmt: skip
-        writer.writerow(["" if known.get(c) is None else known[c] for c in COLUMNS])
+        beside = [
+            value
+            for other in others
+            for part in (row["test"][other], row["differences"][other])
+            for value in (part["mean"], *part["interval"])
+        ]
+        cells = [*(known.get(c) for c in COLUMNS), *beside]
+        writer.writerow(["" if cell is None else cell for cell in cells])
     return out.getvalue()
+
+
+def metrics_of(document: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The metric of the verdicts, and those that are told beside it."""
+    metric = document["metric"]
+    return metric, [name for name in document["methods"][0]["test"] if name != metric]
 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """Aligned columns, the baseline first."""
-    head = ["method", "test loss", "better by [95 %]", "p", "lr", "trained", "peak MB", "s",
-            "verdict"]  # fmt: skip
+    metric, others = metrics_of(document)
+    beside = [f"{name} [95 %]" for name in others]
+    head = ["method", f"test {metric}", "better by [95 %]", "p", *beside, "lr", "trained",
+            "peak MB", "s", "verdict"]  # fmt: skip
     rows = [head]
     for row in document["methods"]:
-        d, c = row["difference"], row["costs"]
-        between = "" if not d or d["interval"][0] is None else (
-            f"{d['mean']:+.4f} [{d['interval'][0]:+.4f}, {d['interval'][1]:+.4f}]"
-        )  # fmt: skip
-        sd = row["test"]["sd"]
+        test, d, c = row["test"][metric], row["differences"][metric], row["costs"]
+        sd = "" if test["sd"] is None else f" ±{test['sd']:.4f}"
         rows.append(
             [
                 row["name"],
-                f"{row['test']['mean']:.4f}" + (f" ±{sd:.4f}" if sd is not None else ""),
-                between,
-                "" if not d or d["p_corrected"] is None else f"{d['p_corrected']:.2g}",
+                digits(test["mean"]) + sd,
+                with_interval(d, "+"),
+                "" if d["p_corrected"] is None else f"{d['p_corrected']:.2g}",
+                *(with_interval(row["test"][name]) for name in others),
                 f"{row['lr']:.2g}" + (" edge" if row["at_edge"] else ""),
                 f"{c['trained_parameters']:,}",
                 f"{c['peak_bytes'] / 1e6:.1f}",
                 f"{c['seconds']:.1f}",
-                row["verdict"] + (f": {row['reason']}" if row.get("reason") else ""),
+                row["verdict"] + (f": {row['reason']}" if row["reason"] else ""),
             ]
         )
     widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
     )
+
+
+def with_interval(found: Mapping[str, Any], sign: str = "") -> str:
+    """`0.8125 [0.7944, 0.8306]`; what is not known is left out."""
+    low, high = (digits(end, sign) for end in found["interval"])
+    return digits(found["mean"], sign) + (f" [{low}, {high}]" if low else "")
+
+
+def digits(value: float | None, sign: str = "") -> str:
+    """To the fourth place."""
+    return "" if value is None else f"{value:{sign}.4f}"

@@ -38,6 +38,12 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def flow(value: Any) -> str:
+    """A value on one line, as one types it after `key=`."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def emit(tree: Mapping[str, Any], reasons: Mapping[str, str] | None = None, above: str = "") -> str:
     """A nested dict as YAML, with reasons as comments."""
     lines = []
@@ -47,8 +53,7 @@ def emit(tree: Mapping[str, Any], reasons: Mapping[str, str] | None = None, abov
         if isinstance(value, Mapping):
             lines.append(f"{indent}{key}:\n{emit(value, reasons, name + '.')}")
         else:
-            text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
-            text = text.removesuffix("\n").removesuffix("\n...")
+            text = flow(value)
             reason = (reasons or {}).get(name)
             lines.append(f"{indent}{key}: {text}{f'  # {reason}' if reason else ''}\n")
     return "".join(lines)

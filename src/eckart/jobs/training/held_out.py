@@ -17,6 +17,8 @@ from eckart.io.data import Data
 from eckart.io.tasks import TASKS
 
 IGNORE = -100  # a label that does not count
+RISING = ("accuracy",)  # metrics of which more is better
+FOLLOWING = ("perplexity", "bits_per_byte")  # from the loss alone: they order nothing anew
 POOL = 8  # batches among which rows are sorted
 
 
@@ -24,12 +26,7 @@ POOL = 8  # batches among which rows are sorted
 def measure(
     model: nn.Module, data: Data, batch_size: int, metrics: Sequence[str]
 ) -> dict[str, Any]:
-    """The loss and the metrics asked for, over all held-out rows; empty where there are none.
-
-    loss in nats per token that is learnt; with more than one source also `sources`: {name:
-    loss}. For classes, tags and hidden words also `accuracy`, the share of first choices that
-    are right.
-    """
+    """What `told` says of all held-out rows, the metrics asked for alone; empty without rows."""
     was_training = model.training
     model.eval()
     try:
@@ -38,6 +35,17 @@ def measure(
         }
     finally:
         model.train(was_training)
+    found = told(sums, data)
+    return {name: found[name] for name in found if name in ("loss", "sources", *metrics)}
+
+
+def told(sums: Mapping[str, Mapping[str, float]], data: Data) -> dict[str, Any]:
+    """All that the sums of each source say of its rows; empty where nothing was counted.
+
+    loss in nats per token that is learnt; with more than one source also `sources`: {name:
+    loss}. For classes, tags and hidden words also `accuracy`, the share of first choices that
+    are right.
+    """
     sums = {name: counts for name, counts in sums.items() if counts["count"]}
     if not sums:
         return {}
@@ -53,7 +61,7 @@ def measure(
             found["bits_per_byte"] = loss * count / math.log(2) / text
     if len(sums) > 1:
         found["sources"] = {name: s["loss"] / s["count"] for name, s in sums.items()}
-    return {name: found[name] for name in found if name in ("loss", "sources", *metrics)}
+    return found
 
 
 def names(data: Data) -> tuple[str, ...]:
