@@ -8,7 +8,7 @@ import torch
 
 from eckart.jobs.measuring import speed
 from eckart.jobs.measuring.speed import Speed, shape_within
-from eckart.methods import Muon
+from eckart.methods import LoRAPro, Muon
 from tests.journeys.runs import eckart, model_folder
 
 SHAPES = {
@@ -76,3 +76,10 @@ def test_an_update_rule_takes_its_own_time():
     config = SimpleNamespace(hidden_size=256)
     plain, muon = (speed.moving(config, torch.device("cpu"), r) for r in (None, Muon().rule()))
     assert muon > 2 * plain > 0
+
+
+def test_a_rule_for_factor_pairs_is_timed_on_pairs():
+    """LoRA-Pro solves r x r systems for each pair; on a lone matrix it would be Adam."""
+    config, rule = SimpleNamespace(hidden_size=256), LoRAPro().rule()
+    lone, paired = (speed.moving(config, torch.device("cpu"), rule, rank) for rank in (None, 16))
+    assert paired > 2 * lone > 0

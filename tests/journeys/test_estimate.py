@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import yaml
 
 from eckart.io.models import load_model
 from eckart.jobs import proposals
@@ -38,6 +39,14 @@ def test_a_configuration_is_all_that_is_read(place):
         lines[8],
     )
     assert lines[9].strip() == HELD
+
+
+def test_few_rows_make_the_batch_that_a_training_takes(place, tmp_path):
+    said = eckart("estimate", "finetune", place / "m", place / "d.jsonl", "--json").document
+    ran = eckart("finetune", place / "m", place / "d.jsonl", "train.steps=1", "-o", tmp_path / "r")
+    assert ran.code == 0, ran.err
+    train = yaml.safe_load((tmp_path / "r" / "resolved.yaml").read_text())["train"]
+    assert said["batch"]["rows"] == train["batch_size"] < 16  # as many as there would be of more
 
 
 def test_the_time_is_work_over_a_measured_speed(place):

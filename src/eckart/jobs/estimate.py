@@ -23,6 +23,7 @@ from eckart.io.headers import read_json
 from eckart.io.models import config_of, own_task, recognise
 from eckart.io.peft_read import method_of
 from eckart.io.tasks import TASKS
+from eckart.jobs import pretrain
 from eckart.jobs.measuring.imagined import Imagined, imagine
 from eckart.jobs.measuring.memory import in_bytes, in_words, room
 from eckart.jobs.measuring.speed import HELD, Speed, digits, measured, moving
@@ -38,7 +39,7 @@ from eckart.recipe import Recipe, registry
 
 TRAININGS = ("finetune", "pretrain")
 KNOWN = (*TRAININGS, "compress")
-ROWS = 1_000_000  # data enough that it does not decide the batch
+ROWS = 1_000_000  # enough that they do not decide the batch: of data that is much, or elsewhere
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -56,9 +57,9 @@ def run(job: Job) -> dict[str, Any]:
     if job.command == "compress":
         return compressed(job, config, place, screen)
     job = settle.seq_len(job, getattr(config, "max_position_embeddings", None), place)
-    length = length_of(job, task)
+    length, count = length_of(job, task), rows_of(job, task)
     if limit := job.options.get("fit"):
-        return fitting(job, config, place, length, in_bytes(str(limit)), screen)
+        return fitting(job, config, place, (count, length), in_bytes(str(limit)), screen)
     dtype = prepare.dtype_of(job)
     found = imagine(config, job.recipe(), dtype, place, task=task)
     base = found.parameters - (found.trainable if found.factors else 0)
@@ -69,7 +70,7 @@ def run(job: Job) -> dict[str, Any]:
         screen.warn("its sizes depend on the weights: said for one rank at all matrices")
 
     free, total = room(place)
-    job, activations = with_batch(job, found, free, length)
+    job, activations = with_batch(job, found, free, (count, length))
     parts = {**found.fixed, "activations": activations}
     rows = int(job.train.batch_size)
     forward, backward = found.flops(1, length)
@@ -80,7 +81,8 @@ def run(job: Job) -> dict[str, Any]:
     )
     fits = max(peak, sum(parts.values())) <= free
     update = job.recipe().update
-    speed = measured(config, dtype, place, rows, length, update.rule() if update else None)
+    rule = update.rule() if update else None
+    speed = measured(config, dtype, place, rows, length, rule, found.rank)
     pictures = TASKS[task].sees == "images"
     shape = f"{rows} images" if pictures else f"{rows} rows of {length} tokens"
     say(screen, job, shape, parts, peak, (free, total), per_step, found.trainable, speed)
@@ -148,11 +150,29 @@ def length_of(job: Job, task: str) -> int:
     return most if longest is None else longest
 
 
+def rows_of(job: Job, task: str) -> int:
+    """Rows that the data trains on; ROWS where they do not decide the batch."""
+
+    def reader() -> senses.Reader:
+        if job.command == "pretrain":
+            return pretrain.tokenizer_for(job, pretrain.shape_of(job))
+        return senses.reader_of(job)
+
+    found = senses.count_rows(job, task, reader)
+    return ROWS if found is None else found
+
+
 def fitting(
-    job: Job, config: Any, place: torch.device, length: int, limit: int, screen: Screen
+    job: Job,
+    config: Any,
+    place: torch.device,
+    data: tuple[int, int],
+    limit: int,
+    screen: Screen,
 ) -> dict[str, Any]:
-    """The recipes that fit into a size, best first."""
-    rows = settle.rows_per_step(job, ROWS)
+    """The recipes that fit into a size, best first; `data` is its rows and the tokens of one."""
+    count, length = data
+    rows = settle.rows_per_step(job, count)
     passes = cache(lambda: measured(config, prepare.dtype_of(job), place, rows, length))
 
     def speed(update: Any) -> Speed:
@@ -237,8 +257,12 @@ def adapter_method(kind: str, folder: Path) -> Choice:
     return Choice(method.slug, method)
 
 
-def with_batch(job: Job, found: Imagined, free: int, length: int) -> tuple[Job, int]:
-    """The job with its batch settled as a training would, and the activations' bytes."""
+def with_batch(job: Job, found: Imagined, free: int, data: tuple[int, int]) -> tuple[Job, int]:
+    """The job with its batch settled as a training would, and the activations' bytes.
+
+    `data` is its rows and the tokens of one.
+    """
+    count, length = data
     measured: dict[bool, int] = {}
 
     def per_row(checkpointing: bool) -> int:
@@ -247,7 +271,7 @@ def with_batch(job: Job, found: Imagined, free: int, length: int) -> tuple[Job, 
         return measured[checkpointing]
 
     fixed = sum(found.fixed.values())
-    rows = settle.rows_per_step(job, ROWS)
+    rows = settle.rows_per_step(job, count)
     try:
         job = settle.batch(job, rows, fixed, per_row, free, False)
     except OutOfRoom:  # said below with all numbers, not raised

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from eckart.jobs.measuring.norms import hold_statistics
 from eckart.linear import Horizon, Site, Structured, install
 from eckart.recipe import Handle, Recipe, Weights, registry
 from eckart.recipe.attachment import choose, convert_base
-from eckart.recipe.groups import default_lr, default_update
+from eckart.recipe.groups import default_lr, default_update, factor_pairs
 from eckart.recipe.installing import install_parts
 from eckart.recipe.targets import sites_of
 
@@ -81,6 +81,13 @@ class Imagined:
     by_formula: bool = False
     live: Any = field(default=None, repr=False)  # what passes run on: (mode, handle)
     task: str = "causal"
+
+    @property
+    def rank(self) -> int | None:
+        """Of the first trained factor pair; None where there is none."""
+        handle = self.live[1]
+        names = dict(handle.model.named_parameters())
+        return next((names[a].shape[-2] for _, a, _ in factor_pairs(handle)), None)
 
     @property
     def fixed(self) -> dict[str, int]:
@@ -175,6 +182,18 @@ def pictures(rows: int, length: int, config: Any) -> dict[str, Tensor]:
 BATCHES = {"classification": one_label, "tagging": tags, "image": pictures}
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be imagined: a configuration with a recipe, in which numbers, where, for what."""
+
+    config: Any
+    recipe: Recipe
+    dtype: torch.dtype
+    device: torch.device
+    steps: int
+    task: str
+
+
 def imagine(
     config: Any,
     recipe: Recipe,
@@ -185,13 +204,14 @@ def imagine(
 ) -> Imagined:
     """A model of this configuration with the recipe's terms. UsageError as `attach` raises it."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    wanted = Wanted(config, recipe, dtype, device, steps, task)
     try:
-        handle = built(mode, config, recipe, dtype, device, steps, task)
+        handle = built(mode, wanted)
     except EckartError:
         raise
     except UNKNOWN:
         try:
-            return by_formula(mode, config, recipe, dtype, device, steps, task)
+            return by_formula(mode, wanted)
         except UNKNOWN:
             kind = config.model_type
             raise UsageError(
@@ -217,32 +237,25 @@ def imagine(
         )
 
 
-def built(
-    mode: FakeTensorMode,
-    config: Any,
-    recipe: Recipe,
-    dtype: torch.dtype,
-    device: torch.device,
-    steps: int,
-    task: str,
-) -> Handle:
+def built(mode: FakeTensorMode, wanted: Wanted) -> Handle:
     """What `attach` does, with calibration that has shapes alone."""
-    assert recipe.weights is not None
+    recipe, weights = wanted.recipe, wanted.recipe.weights
+    assert weights is not None
     with ExitStack() as stack:
-        for context in (mode, device, quiet()):
+        for context in (mode, wanted.device, quiet()):
             stack.enter_context(context)
         with no_init_weights():  # some rules of ViTs ask for a number
-            model = task_class(task).from_config(config, dtype=dtype)
+            model = task_class(wanted.task).from_config(wanted.config, dtype=wanted.dtype)
         model.tie_weights()
         hold_statistics(model)
-        head = outside(model) if TASKS[task].classes else ()
-        sites = choose(model, recipe.weights, 0)
+        head = outside(model) if TASKS[wanted.task].classes else ()
+        sites = choose(model, weights, 0)
         convert_base(model, recipe)
         for site in sites:
-            site.horizon = Horizon(steps, default_lr(recipe), 0)
+            site.horizon = Horizon(wanted.steps, default_lr(recipe), 0)
             site.gradient = torch.zeros(site.matrix_shape)
             site.activations = torch.zeros(CALIBRATION_TOKENS, site.shape[1])
-        parts = recipe.weights.build(sites)
+        parts = weights.build(sites)
         handle = Handle(model, recipe, {site.path: site for site in sites}, also_train=head)
         with where_they_are(parts):
             install_parts(handle, parts)
@@ -278,27 +291,19 @@ class where_they_are:
 # --- where numbers decide the sizes --------------------------------------------------------
 
 
-def by_formula(
-    mode: FakeTensorMode,
-    config: Any,
-    recipe: Recipe,
-    dtype: torch.dtype,
-    device: torch.device,
-    steps: int,
-    task: str,
-) -> Imagined:
+def by_formula(mode: FakeTensorMode, wanted: Wanted) -> Imagined:
     """Sizes from the methods' `cost`; passes run on its flat form, or the default method's terms.
 
     The optimizer's state is that of one vector of as many elements: exact for rules that
     treat every element alike.
     """
-    weights = recipe.weights
+    recipe, weights = wanted.recipe, wanted.recipe.weights
     assert weights is not None
     instead = registry.load(registry.DEFAULTS["weights"])
     rank = min(getattr(weights, "rank", None) or 16, 16)
     like_lora: Any = instead(rank=rank, targets=weights.targets)  # type: ignore[call-arg]
     light = Recipe(weights=weights.flat() or like_lora, precision=recipe.precision)
-    handle = built(mode, config, light, dtype, device, steps, task)
+    handle = built(mode, replace(wanted, recipe=light))
     with mode:
         base = model_bytes(handle)["weights"]
         sites = list(handle.sites.values())
@@ -322,7 +327,7 @@ def by_formula(
         coverage=f"{len(sites)} matrices; trained {trained:,} ({100 * share:.2g} %)",
         by_formula=True,
         live=(mode, handle),
-        task=task,
+        task=wanted.task,
     )
 
 

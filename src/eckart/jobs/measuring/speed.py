@@ -32,6 +32,7 @@ PASSES = (3, 20)  # at least and at most
 TOKENS = (32, 512)  # of a pass: those that warm up, and the most
 VOCABULARY = 256  # at least
 WIDEST = 1024  # of the matrix that the optimizer moves
+PAIRS = 8  # of factors in its place: more than one, since pairs of a rank move together
 HELD = "(20 of 22 small trainings on a CPU were inside; large ones and GPUs were not tried)"
 UNSEEN = 1.75  # times the slowest pass: twenty of twenty-two trainings were within it
 
@@ -61,6 +62,7 @@ def measured(
     rows: int,
     length: int,
     rule: Rule | None = None,
+    rank: int | None = None,
 ) -> Speed:
     """The speed of one layer of this configuration on a batch of this shape, or less of it.
 
@@ -84,7 +86,7 @@ def measured(
     warm()
     rows, length = shape_within(rows, length, few, took(warm, place))
     found = timed(passing(rows, length), place, f"one layer on {rows} x {length} tokens")
-    return replace(found, moving=moving(config, place, rule))
+    return replace(found, moving=moving(config, place, rule, rank))
 
 
 def shape_within(rows: int, length: int, few: int, seconds: float) -> tuple[int, int]:
@@ -95,18 +97,29 @@ def shape_within(rows: int, length: int, few: int, seconds: float) -> tuple[int,
     return max(1, min(rows, most // length)), length
 
 
-def moving(config: Any, place: torch.device, rule: Rule | None = None) -> float:
+def moving(
+    config: Any, place: torch.device, rule: Rule | None = None, rank: int | None = None
+) -> float:
     """Seconds of a step with clipping, for each element of a square matrix; AdamW's without a rule.
 
-    A step that renews a basis is left out where others do not. Of blocks that take turns the
-    matrix is in the one that trains, and a rule for pairs of factors moves it as it does the rest.
+    A rule for factor pairs moves pairs of this rank. A step that renews a basis is left out
+    where others do not. Of blocks that take turns the matrix is in the one that trains.
     """
     width = min(int(getattr(config, "hidden_size", None) or WIDEST), WIDEST)
-    W = nn.Parameter(torch.zeros(width, width, device=place))
-    W.grad = torch.randn(W.shape, generator=torch.Generator().manual_seed(0)).to(place)
-    optimizer = LowRankOptimizer([W], rule=rule and replace(rule, blocks=None), clip=1.0)
+    shapes = [(width, width)]
+    if rank is not None and rule is not None and rule.pair is not None:
+        shapes = [(width, rank), (rank, width)] * PAIRS
+    generator = torch.Generator().manual_seed(0)
+    tensors: list[nn.Parameter] = []
+    for shape in shapes:
+        tensors.append(nn.Parameter(torch.randn(shape, generator=generator).to(place)))
+        tensors[-1].grad = torch.randn(shape, generator=generator).to(place)
+    pairs = [(f"0.{i}", f"0.{i + 1}", 1.0) for i in range(0, len(tensors) - 1, 2)]
+    group = {"params": tensors, "pairs": pairs}
+    optimizer = LowRankOptimizer([group], rule=rule and replace(rule, blocks=None), clip=1.0)
     optimizer.step()
-    return median(took(optimizer.step, place) for _ in range(PASSES[0])) / W.numel()
+    seconds = median(took(optimizer.step, place) for _ in range(PASSES[0]))
+    return seconds / sum(tensor.numel() for tensor in tensors)
 
 
 def one_layer(config: Any, dtype: torch.dtype, place: torch.device) -> nn.Module | None:

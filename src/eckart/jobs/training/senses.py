@@ -27,13 +27,14 @@ from eckart.io.models import load_tokenizer, own_task
 from eckart.io.packing import isolates_documents
 from eckart.io.pictures import found_in, holds_images
 from eckart.io.preprocessing import Preprocessing, load_preprocessing
-from eckart.io.reading import DataSource, in_order, rows_of, sources_of
+from eckart.io.reading import DataSource, files_of, in_order, is_hub, rows_of, sources_of
 from eckart.io.tasks import TASKS
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
 
 Reader = Any  # a tokenizer or a Preprocessing
 FIRST = 16  # rows of which the longest stands for all in an estimate
+SMALL = 2_000_000  # bytes that are read in a moment; more are rows enough for any batch
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,26 @@ def longest_of_first(job: Job, task: str) -> int | None:
     tokenizer = tokenizer_of(job)
     data = text.first_rows(entries(job), tokenizer, length, job.data.format, task, FIRST)
     return max(len(row["input_ids"]) for row in data.train)
+
+
+def count_rows(job: Job, task: str, reader: Callable[[], Reader]) -> int | None:
+    """Rows that the data trains on; None where it is not at hand, or is much.
+
+    Text is read as a training reads it, by a model that keeps packed documents apart.
+    """
+    sources, held = sources_of(entries(job)), job.data.eval
+    if not sources or any(not isinstance(s.path, str) or is_hub(s) for s in sources):
+        return None
+    if TASKS[task].sees == "images":
+        found = sum(len(found_in(str(s.path)).pictures) for s in sources)
+        return round(found * (1 - held)) if isinstance(held, float) else found
+    if sum(file.stat().st_size for s in sources for file in files_of(s)) > SMALL:
+        return None
+    length, eval = int(job.data.seq_len), list(held) if isinstance(held, tuple) else held
+    data = text.read(
+        entries(job), reader(), length, task == "causal", eval, job.data.format, task=task
+    )
+    return len(data.train)
 
 
 # --- images --------------------------------------------------------------------------------
