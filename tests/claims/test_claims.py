@@ -12,6 +12,7 @@ import pytest
 from eckart import claims
 from eckart.jobs import reproduce
 from eckart.jobs.lab.bare_loop import start_of
+from eckart.jobs.lab.trials import task_of
 from eckart.recipe import registry
 
 FOLDER = Path(claims.__file__).parent
@@ -71,6 +72,19 @@ def test_every_search_has_a_start(claim):
     for arm in claim.arms:
         start_of(arm, claim.task)
         assert arm.recipe is not None or arm.run is not None or not arm.search
+
+
+def test_a_full_check_is_the_default_one_with_more_and_ends_within_hours(claim):
+    seeds = reproduce.seeds_of(claim, "full")
+    assert seeds == 2 * reproduce.seeds_of(claim, "default")
+    steps = 0.0
+    for arm in claim.arms:
+        whole, usual = (task_of(claim, arm, budget) for budget in ("full", "default"))
+        assert claim.full is not None or arm.task is not None or whole is usual
+        assert whole.steps >= usual.steps > 0
+        steps += reproduce.runs_of(arm, claim, "full") * whole.steps
+    assert claim.chosen("full") == claim.arms
+    assert steps < 150_000  # at a thirtieth of a second each: an hour and a quarter of a core
 
 
 def test_functions_of_a_claim_can_be_found_by_a_worker(claim):

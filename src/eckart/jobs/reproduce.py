@@ -30,7 +30,7 @@ from eckart.jobs.lab.bare_loop import start_of
 from eckart.jobs.lab.judge import NO_VERDICT, Judgement, judge, number
 from eckart.jobs.lab.runner import Quantities, Runner, Trial, going_on, runner
 from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, wanted
-from eckart.jobs.lab.trials import ClaimTrial, task_of
+from eckart.jobs.lab.trials import ClaimTrial, step_seconds, task_of
 from eckart.jobs.training.screen import clock
 from eckart.report.claims import page
 
@@ -109,6 +109,7 @@ def tested(
     trials.progress = progress.show
     begun = time.monotonic()
     try:
+        progress.announce(trials.processes)
         searches = search(slug, claim, budget, trials)
         results = report(slug, claim, budget, searches, trials)
         judgement = judge(claim, results, budget, [s.arm.name for s in searches if s.edge])
@@ -298,36 +299,56 @@ def said(s: Mapping[str, Any]) -> str:
     )
 
 
+def runs_of(arm: Arm, claim: Claim, budget: Budget) -> float:
+    """Runs of full length that an arm takes; most searches go on to two neighbours."""
+    plan, searched = PLANS.get(budget), 0.0
+    if plan and arm.search:
+        looks = plan.window * plan.share if plan.share < 1 else plan.window
+        searched = looks + (plan.keep if plan.share < 1 else 0) + 2
+    return seeds_of(claim, budget) + searched
+
+
 class Progress:
     """One line on stderr that says what has ended and about how long the claim still takes."""
 
     def __init__(self, slug: str, claim: Claim, budget: Budget, quiet: bool):
-        plan, arms = PLANS.get(budget), claim.chosen(budget)
-        searched = 0.0
-        if plan:  # two neighbours on average
-            looks = plan.window * plan.share if plan.share < 1 else plan.window
-            searched = looks + (plan.keep if plan.share < 1 else 0) + 2
-        self.planned = sum(seeds_of(claim, budget) + a.search * searched for a in arms)
+        arms = claim.chosen(budget)
+        self.slug, self.task = slug, claim.full if budget == "full" and claim.full else claim.task
+        self.runs = {a.name: runs_of(a, claim, budget) for a in arms}
+        self.planned, self.searches = sum(self.runs.values()), budget in PLANS
         self.quiet, self.live = quiet, sys.stderr.isatty()
         self.begun, self.done, self.clocked = 0.0, 0.0, 0.0
         self.steps = {a.name: task_of(claim, a, budget).steps for a in arms}
+
+    def announce(self, at_once: int) -> None:
+        """What is about to be run, and about how long it takes here."""
+        if self.quiet or not self.searches:
+            return
+        steps = sum(runs * self.steps[name] for name, runs in self.runs.items())
+        seconds = steps * step_seconds(self.task) / at_once
+        print(
+            f"{self.slug}  {len(self.runs)} arms, about {self.planned:.0f} runs and {steps:,.0f} "
+            f"steps: {clock(seconds)} or more where none is kept",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
     def show(self, trial: Trial, _: Quantities, done: int, total: int) -> None:
         assert isinstance(trial, ClaimTrial)
         self.done += trial.steps / self.steps[trial.arm]
         if self.quiet:
             return
-        text = f" {done}/{total}  {trial.described}  {self.left()}"
+        left = self.planned - self.done if trial.seed == SEARCH_SEED else total - done
+        text = f" {done}/{total}  {trial.described}  {self.left(left)}"
         print("\r\x1b[K" + text if self.live else text, end="" if self.live else "\n",
               file=sys.stderr, flush=True)  # fmt: skip
 
-    def left(self) -> str:
-        """About how long it still takes; unknown after the first run, which made the start."""
+    def left(self, runs: float) -> str:
+        """About how long so many take; unknown after the first run, which made the start."""
         if not self.clocked:
             self.clocked, self.begun = self.done, time.monotonic()
             return ""
         pace = (time.monotonic() - self.begun) / (self.done - self.clocked)
-        return f"about {clock(max(0.0, pace * (self.planned - self.done)))} left"
+        return f"about {clock(max(0.0, pace * runs))} left"
 
     def end(self) -> None:
         if self.live and not self.quiet:

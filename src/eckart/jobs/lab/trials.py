@@ -12,10 +12,12 @@ import hashlib
 import inspect
 import math
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,11 +25,13 @@ import torch
 import eckart
 from eckart import claims
 from eckart.claims import Arm, Budget, Claim, Task
+from eckart.io.presets import build_model
 from eckart.io.text import cache_folder
 from eckart.jobs.lab.bare_loop import Bench
-from eckart.jobs.lab.materials import corpus, digest, shrunk, start_model
+from eckart.jobs.lab.materials import config_for, corpus, digest, shrunk, start_model
 
 QUICK_STEPS, QUICK_PRETRAINING, QUICK_ROWS = 6, 10, 16
+TIMED = 6  # steps, the first of which warms up
 SRC = Path(eckart.__file__).parent
 TRAINING_ROOMS = (
     "linear", "optim", "decompose", "attention", "precision", "kernels", "recipe",
@@ -100,6 +104,17 @@ def task_of(claim: Claim, arm: Arm, budget: Budget) -> Task:
         pretraining_steps=min(task.pretraining_steps, QUICK_PRETRAINING),
         evaluated=QUICK_ROWS,
     )
+
+
+def step_seconds(task: Task) -> float:
+    """Seconds of a step's two passes on this machine; what an arm does beside them comes on top."""
+    bench, model = Bench(task, 0), build_model(config_for(task), seed=0, task=task.head).train()
+    taken = []
+    for step in range(TIMED):
+        batch, begun = bench.batch(step), time.monotonic()
+        model(**batch)["loss"].backward()
+        taken.append(time.monotonic() - begun)
+    return median(taken[1:])
 
 
 # --- what a run depends on -----------------------------------------------------------------
