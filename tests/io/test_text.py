@@ -299,6 +299,18 @@ def test_another_encoding_can_be_named(tmp_path, letters):
     assert letters.decode(data.train[0]["input_ids"]) == "café<|end|>"
 
 
+def test_a_glob_in_another_encoding_is_named_as_it_was_typed(tmp_path, letters):
+    (tmp_path / "a.txt").write_text("cafe")
+    (tmp_path / "b.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(FileError) as e:
+        plainly(f"{tmp_path}/*.txt", letters)
+    assert e.value.facts[0][0] == f"{tmp_path}/b.txt, line 1"
+    entry = f"'data=[{{path: {tmp_path}/*.txt, encoding: latin-1}}]'"
+    assert (
+        e.value.fix == f"Name the encoding of all its 2 files: {entry}, or save this one as UTF-8."
+    )
+
+
 def test_a_template_that_refuses_says_so_with_the_line(tmp_path):
     tokenizer = with_template("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(FileError, match=r"line 1 +roles must alternate"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from eckart.jobs.training.screen import Screen, every
 from tests.journeys.bad import enter
 from tests.journeys.runs import eckart, model_folder, texts
 
@@ -58,11 +59,25 @@ def test_a_terminal_has_one_line_that_is_written_over(place):
     assert out.splitlines()[-2].startswith("done") and "\x1b" not in out
 
 
-def test_a_pipe_has_a_line_for_each_log_step_and_no_control_characters(place):
+@pytest.mark.parametrize(
+    ("steps", "apart"), [(1, 1), (4, 1), (8, 2), (30, 3), (100, 4), (1000, 40)]
+)
+def test_a_pipe_has_a_few_lines_of_a_short_run_and_some_more_of_a_long_one(steps, apart):
+    assert every(steps) == apart
+
+
+def test_a_long_name_stands_out_of_its_column_alone(capsys):
+    screen = Screen()
+    for name in ("m", "a/path/of/forty/letters/that/is/too/long", "notes"):
+        screen.line("data", "text", name, result=True)
+    assert [line.index("text") for line in capsys.readouterr().out.splitlines()] == [13, 52, 17]
+
+
+def test_a_pipe_has_a_line_now_and_then_and_no_control_characters(place):
     ran = eckart(*SHORT.split(), "-o", "run")
     assert ran.code == 0 and "\r" not in ran.err and "\x1b" not in ran.err
     lines = [LINE.fullmatch(line) for line in ran.err.splitlines() if "s/step" in line]
-    assert all(lines) and [int(line[1]) for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(lines) and [int(line[1]) for line in lines] == [1, 2, 4, 6]
 
 
 def test_an_unknown_tracker_is_answered_with_the_nearest(place):

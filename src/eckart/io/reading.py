@@ -179,7 +179,23 @@ def rows_of(source: DataSource) -> Iterator[Row]:
         root = Path(source.path) if Path(source.path).is_dir() else Path(files[0]).parent
         for file in files:
             name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
-            yield from rows_in(file, name, source.encoding)
+            try:
+                yield from rows_in(file, name, source.encoding)
+            except OtherEncoding as fault:
+                fix = naming_encoding(source, files)
+                raise FileError(fault.what, fault.facts, fix) from fault
+
+
+class OtherEncoding(FileError):
+    """A file that is not in the encoding that it is read by."""
+
+
+def naming_encoding(source: DataSource, files: list[Path]) -> str:
+    """What to type for a source in another encoding, as the source was typed."""
+    entry = f"'data=[{{path: {source.path}, encoding: latin-1}}]'"
+    if len(files) == 1:
+        return f"Name the encoding: {entry}"
+    return f"Name the encoding of all its {len(files)} files: {entry}, or save this one as UTF-8."
 
 
 def is_hub(source: DataSource) -> bool:
@@ -247,11 +263,9 @@ def decoded(content: bytes, file: Path, encoding: str, line: int = 1) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as fault:
         line += content[: fault.start].count(b"\n")
-        raise FileError(
-            f"this is not {encoding.upper()}",
-            [(f"{file}, line {line}", f"byte 0x{content[fault.start]:02x}")],
-            f"Name the encoding: 'data=[{{path: {file}, encoding: latin-1}}]'",
-        ) from fault
+        where = f"{file}, line {line}"
+        found = f"byte 0x{content[fault.start]:02x}"
+        raise OtherEncoding(f"this is not {encoding.upper()}", [(where, found)]) from fault
     except LookupError as fault:
         raise UsageError("no such encoding", [(encoding, str(file))]) from fault
     return text.removeprefix("\ufeff")

@@ -2,7 +2,7 @@
 
 Results go to stdout, all else to stderr; with --json nothing but the document may reach
 stdout, and nothing is printed at all. On a terminal progress overwrites itself; in a pipe it
-is one line per log step.
+is a line now and then.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from eckart.jobs.measuring.memory import in_words
 
+WIDE = 24  # a longer name, such as a path, stands out of its column alone
+FEWEST, MOST = 4, 25  # lines of a training in a pipe, beside the first
+
 
 @dataclass
 class Screen:
@@ -32,7 +35,7 @@ class Screen:
         """`label    name   text`; a result goes to stdout. Further lines of text are indented."""
         if self.quiet:
             return
-        self.width = max(self.width, len(name))
+        self.width = max(self.width, len(name) if len(name) <= WIDE else 0)
         head, *rest = text.splitlines() or [""]
         column = f"{name:<{self.width}}   " if name else ""
         print(f"{label:<9}{column}{head}".rstrip(), file=sys.stdout if result else sys.stderr)
@@ -98,7 +101,8 @@ class Progress(TrainerCallback):
             return
         self.loss, self.rate = logs["loss"], logs.get("learning_rate")
         self.bytes = self.memory()
-        if not self.live:
+        done, total = state.global_step, state.max_steps
+        if not self.live and (done in (1, total) or done % every(total) == 0):
             print(self.text(state), file=self.out, flush=True)
 
     def on_train_end(
@@ -121,6 +125,11 @@ class Progress(TrainerCallback):
         parts += [in_words(self.bytes)] if self.bytes else []
         parts += [f"{clock(whole * (total - done))} left"]
         return " " + "  ".join(parts)
+
+
+def every(steps: int) -> int:
+    """Steps between two lines: 2 of 8, 3 of 30, 40 of 1000."""
+    return max(1, round(steps / MOST), min(3, round(steps / FEWEST)))
 
 
 def rate(value: float) -> str:
