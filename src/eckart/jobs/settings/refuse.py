@@ -17,7 +17,7 @@ LENGTHS = ("steps", "epochs", "batch_size", "accumulate", "schedule", "warmup", 
 READS: dict[str, tuple[str, ...]] = {  # command -> its keys, or what they begin with
     **dict.fromkeys(("finetune", "pretrain"), ALL),
     "compress": ("model", "data", "out", "track", "precision", "compress", "heal", "train", "eval"),
-    "bench": ("model", "data", "out", *(f"train.{name}" for name in LENGTHS)),
+    "bench": ("model", "data", "out", "eval.metrics", *(f"train.{name}" for name in LENGTHS)),
     "evaluate": ("model", "data", "precision", "eval.metrics", "train.batch_size", "train.seed"),
     "generate": ("model", "train.seed"),
     "convert": ("model", "data.train", "out", "convert"),
