@@ -18,6 +18,7 @@ from torch import Tensor
 
 from eckart.errors import UsageError
 from eckart.optim.part import CACHED, CHUNK, Tensors
+from eckart.optim.products import product
 from eckart.optim.project import Basis, Found, Search, Subspace, Turn, gaussian
 
 FAST = 256  # a CPU's transform of so many takes a third of the product's time, of 1024 a seventh
@@ -101,9 +102,9 @@ class Selected(Subspace):
             return Transforms([dct2(some) for some in lines.split(part, -2)], axis, G.shape[axis])
         Q = directions(self.kind, G.shape[axis], G.dtype, G.device)
         if axis == -1:
-            return Products(G @ Q, axis)
+            return Products(product(G.flatten(0, -2), Q).view(G.shape), axis)
         if G.shape[:-2].numel() == 1:  # not as a batched product of one
-            return Products((Q.mT @ G.reshape(G.shape[-2:])).view(G.shape), axis)
+            return Products(product(Q.mT, G.reshape(G.shape[-2:])).view(G.shape), axis)
         return Products(Q.mT @ G, axis)
 
     def turn(

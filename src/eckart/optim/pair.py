@@ -22,6 +22,7 @@ from torch import Tensor
 
 from eckart.optim.inner import Inner
 from eckart.optim.part import CACHED, CHUNK, Part, State, Tensors
+from eckart.optim.products import add_product_, product
 from eckart.optim.sharded import local, whole
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ class Stacks(NamedTuple):
         """B^T B' of each, or A A'^T, or that over the length of the long side: [K, r, r] fp64."""
         found = []
         for X, Y in zip(self.tensors, other.tensors, strict=True):
-            product = X.mT @ Y if self.tall else X @ Y.mT
-            found.append(product / X.shape[-2 if self.tall else -1] if mean else product)
+            inner = product(X.mT, Y) if self.tall else product(X, Y.mT)
+            found.append(inner / X.shape[-2 if self.tall else -1] if mean else inner)
         r = found[0].shape[-1]
-        return torch.cat([product.flatten(0, -2) for product in found]).view(-1, r, r).double()
+        return torch.cat([inner.flatten(0, -2) for inner in found]).view(-1, r, r).double()
 
     def cut(self, numbers: Tensor) -> Tensors:
         """[K, a, b] in pieces that go with the stacks."""
@@ -70,11 +71,9 @@ def mixed(*terms: tuple[Tensor, Stacks]) -> Stacks:
         for i, (q, X) in enumerate(zip(parts, stacks.tensors, strict=True)):
             first, second = (X, q) if tall else (q, X)
             if i == len(totals):
-                totals.append(first @ second)
-            elif X.dim() == 2:
-                totals[i].addmm_(first, second)
+                totals.append(product(first, second))
             else:
-                totals[i].baddbmm_(first, second)
+                add_product_(totals[i], first, second)
     return Stacks(totals, tall)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.part import Part
+from eckart.optim.products import add_product_, product
 from eckart.optim.sharded import Rows
 
 Found = dict[str, Tensor]  # state tensors of a projector
@@ -81,9 +82,9 @@ def down(G: Tensor, basis: Directions) -> Tensor:
     if isinstance(basis, Chosen):
         return basis.down(G)
     if basis.left is not None:
-        G = basis.left.to(G.dtype).mT @ G
+        G = product(basis.left.to(G.dtype).mT, G)
     if basis.right is not None:
-        G = G @ basis.right.to(G.dtype).mT
+        G = product(G, basis.right.to(G.dtype).mT)
     return G
 
 
@@ -108,12 +109,10 @@ def add_up_(W: Tensor, R: Tensor, basis: Directions, *, alpha: float, beta: floa
         assert left is not None
         first, second = left, R
     else:
-        first, second = (R if left is None else left @ R), basis.right.to(W.dtype)
-    if W.dim() == 2:
-        W.addmm_(first, second, alpha=alpha, beta=beta)
-    else:
-        flat = W.reshape(-1, *W.shape[-2:])  # experts: [*, m, n] -> [e, m, n], a view
-        flat.baddbmm_(first.flatten(0, -3), second.flatten(0, -3), alpha=alpha, beta=beta)
+        first, second = (R if left is None else product(left, R)), basis.right.to(W.dtype)
+    if W.dim() > 2:  # experts: [*, m, n] -> [e, m, n], views
+        W, first, second = (t.reshape(-1, *t.shape[-2:]) for t in (W, first, second))
+    add_product_(W, first, second, alpha, beta)
 
 
 class Turn(Protocol):

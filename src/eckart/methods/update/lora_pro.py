@@ -48,6 +48,7 @@ from eckart.optim import (
     sylvester,
 )
 from eckart.optim.part import CACHED, CHUNK
+from eckart.optim.products import product
 from eckart.recipe.method import Cost, Paper, Update
 
 Choice = Literal["sylvester", "zero", "symmetric"]
@@ -152,10 +153,10 @@ def through_moments(frame: Frame, B: Factor, A: Factor, inner: Inner) -> tuple[S
         for start in range(0, b.shape[-2], rows):
             some = (..., slice(start, start + rows), slice(None))
             moments = {name: t[some] for name, t in entry.tensors.items()}
-            direction = inner.step([lb[some] @ ra], [moments], [B.counts[0]], fused=True)
+            direction = inner.step([product(lb[some], ra)], [moments], [B.counts[0]], fused=True)
             N, correction = direction.tensors()[0], direction.correction[0]  # one for all
-            to_a += b[some].mT @ N
-            to_b[some] = N @ a.mT
+            to_a += product(b[some].mT, N)
+            to_b[some] = product(N, a.mT)
     for g in (gB, gA):
         torch._foreach_mul_(g.tensors, [s / correction for s in scales])
     return gB, gA
