@@ -196,7 +196,7 @@ class ConvSum(Structured):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         single = x.ndim == len(kernel) + 1
         x = F.pad(x.unsqueeze(0) if single else x, self._reversed_padding_repeated_twice, mode)
-        b = x.shape[0]
+        b, depths = x.shape[0], 1
         if len(kernel) == 1:  # an image of one row
             x, kernel, dilation, stride = (
                 x.unsqueeze(-2),
@@ -207,9 +207,10 @@ class ConvSum(Structured):
         if len(kernel) == 3:  # an image for each depth, whose channels are (c, kd)
             span = dilation[0] * (kernel[0] - 1) + 1
             x = x.unfold(2, span, stride[0])[..., :: dilation[0]]  # [b, c, d', h, w, kd]
+            depths = x.shape[2]
             x = x.permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)  # [b d', c kd, h, w]
         found = F.unfold(x, kernel[-2:], dilation[-2:], 0, stride[-2:]).mT  # [b d', t, n]
-        found = found.reshape(b, -1, found.shape[-1])
+        found = found.reshape(b, depths * found.shape[1], found.shape[2])
         return found.squeeze(0) if single else found
 
     def as_image(self, y: Tensor, x: Tensor) -> Tensor:

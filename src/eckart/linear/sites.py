@@ -213,7 +213,7 @@ def more_than_its_matrix(module: nn.Module) -> bool:
     A forward of its own (offsets, a number format) is tried on one small input. A quantised layer
     counts as a product, and so does one without numbers (an estimate).
     """
-    layer = next((cls for cls in type(module).__mro__ if cls in LAYERS), None)
+    layer: Any = next((cls for cls in type(module).__mro__ if cls in LAYERS), None)
     weight = module._parameters.get("weight")
     if layer is None or weight is None or type(module).forward is layer.forward:
         return False
