@@ -85,6 +85,19 @@ def test_every_category_is_exact(slug, architecture):
     assert found.activations(rows, length) == activations
 
 
+@pytest.mark.parametrize("architecture", ("llama", "gpt2"))
+def test_packed_rows_keep_their_mask(architecture):
+    recipe, model, batch = recipe_with("lora"), tiny(architecture), batch_for(architecture)
+    rows, length = batch["input_ids"].shape
+    two_texts = (torch.arange(length) % (length // 2)).expand(rows, -1)
+    handle = attach(model, recipe, steps=20)
+    wanted = activation_bytes(model, {**batch, "position_ids": two_texts, "use_cache": False})
+    assert wanted != activation_bytes(handle.model, batch)
+    config = tiny(architecture).config
+    found = imagine(config, recipe, torch.float32, CPU, steps=20, packed=True)
+    assert found.activations(rows, length) == wanted
+
+
 DECIDED_BY_NUMBERS = {
     "eva": LoRA(rank=4, init="eva"),
     "bins": LaMDA(rank=4, allocation="bins"),

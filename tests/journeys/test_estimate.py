@@ -45,8 +45,14 @@ def test_few_rows_make_the_batch_that_a_training_takes(place, tmp_path):
     said = eckart("estimate", "finetune", place / "m", place / "d.jsonl", "--json").document
     ran = eckart("finetune", place / "m", place / "d.jsonl", "train.steps=1", "-o", tmp_path / "r")
     assert ran.code == 0, ran.err
+    assert (
+        said["estimated_memory_bytes"]
+        == json.loads((tmp_path / "r" / "run.json").read_text())["estimated_memory_bytes"]
+    )
     train = yaml.safe_load((tmp_path / "r" / "resolved.yaml").read_text())["train"]
     assert said["batch"]["rows"] == train["batch_size"] < 16  # as many as there would be of more
+    alone = eckart("estimate", "finetune", place / "shape", place / "d.jsonl", "--json").document
+    assert alone["batch"]["rows"] == 16, "no tokenizer to count by"
 
 
 def test_the_time_is_work_over_a_measured_speed(place):

@@ -57,11 +57,11 @@ def run(job: Job) -> dict[str, Any]:
     if job.command == "compress":
         return compressed(job, config, place, screen)
     job = settle.seq_len(job, getattr(config, "max_position_embeddings", None), place)
-    length, count = length_of(job, task), rows_of(job, task)
+    length, (count, packed) = length_of(job, task), rows_of(job, task)
     if limit := job.options.get("fit"):
         return fitting(job, config, place, (count, length), in_bytes(str(limit)), screen)
     dtype = prepare.dtype_of(job)
-    found = imagine(config, job.recipe(), dtype, place, task=task)
+    found = imagine(config, job.recipe(), dtype, place, task=task, packed=packed)
     base = found.parameters - (found.trainable if found.factors else 0)
     facts = f"{amount(base)} parameters, {in_bits(dtype)}; from its configuration alone"
     screen.line("model", facts, shown(job.model or ""))
@@ -150,16 +150,22 @@ def length_of(job: Job, task: str) -> int:
     return most if longest is None else longest
 
 
-def rows_of(job: Job, task: str) -> int:
-    """Rows that the data trains on; ROWS where they do not decide the batch."""
+def rows_of(job: Job, task: str) -> tuple[int, bool]:
+    """Rows that the data trains on, and whether one holds several texts.
 
-    def reader() -> senses.Reader:
-        if job.command == "pretrain":
-            return pretrain.tokenizer_for(job, pretrain.shape_of(job))
-        return senses.reader_of(job)
-
-    found = senses.count_rows(job, task, reader)
-    return ROWS if found is None else found
+    ROWS of one each where they do not decide the batch, or nobody can tell.
+    """
+    if not senses.are_few(job):
+        return ROWS, False
+    try:
+        reader = (
+            pretrain.tokenizer_for(job, pretrain.shape_of(job))
+            if job.command == "pretrain"
+            else senses.reader_of(job)
+        )
+    except FileError:  # no tokenizer lies beside a configuration
+        return ROWS, False
+    return senses.count_rows(job, task, reader)
 
 
 def fitting(

@@ -174,6 +174,9 @@ def peak_of(c: Contestant, rows: int) -> int:
     start = ground(c.job)
     first = UserLab(c.job, 0, default_lr(c.recipe), 1, rows).batch(0)
     length = first["input_ids"].shape[1] if "input_ids" in first else 1  # images have their own
-    config: Any = start.model.config
-    found = imagine(config, c.recipe, torch.float32, torch.device("cpu"), task=start.data.task)
+    model: Any = start.model
+    found = imagine(
+        model.config, c.recipe, torch.float32, torch.device("cpu"),
+        task=start.data.task, packed=start.data.packed,
+    )  # fmt: skip
     return found.peak(rows, length)

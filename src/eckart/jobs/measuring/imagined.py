@@ -8,6 +8,7 @@ cannot be built so; its `cost` says them then.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -81,13 +82,14 @@ class Imagined:
     by_formula: bool = False
     live: Any = field(default=None, repr=False)  # what passes run on: (mode, handle)
     task: str = "causal"
+    packed: bool = False  # are rows filled with texts that are kept apart?
 
     @property
     def rank(self) -> int | None:
         """Of the first trained factor pair; None where there is none."""
         handle = self.live[1]
         names = dict(handle.model.named_parameters())
-        return next((names[a].shape[-2] for _, a, _ in factor_pairs(handle)), None)
+        return next((names[a].shape[-2] for _, a, _ in factor_pairs(handle) if a in names), None)
 
     @property
     def fixed(self) -> dict[str, int]:
@@ -134,9 +136,13 @@ class Imagined:
         found: Tensor = self.live[1].loss(unlabelled, model(**inputs))
         return found
 
-    def batch(self, model: Any, rows: int, length: int) -> dict[str, Tensor]:
-        """What the model's task is taught from."""
-        return BATCHES.get(self.task, batch)(rows, length, model.config)
+    def batch(self, model: Any, rows: int, length: int) -> dict[str, Any]:
+        """What the model's task is taught from; packed rows bring a mask that is kept."""
+        found: dict[str, Any] = BATCHES.get(self.task, batch)(rows, length, model.config)
+        if self.packed and "position_ids" in inspect.signature(model.forward).parameters:
+            found["position_ids"] = torch.arange(length).expand(rows, -1)
+            found["use_cache"] = False
+        return found
 
     @contextmanager
     def ready(self, checkpointing: bool = False) -> Iterator[Any]:
@@ -192,6 +198,7 @@ class Wanted:
     device: torch.device
     steps: int
     task: str
+    packed: bool
 
 
 def imagine(
@@ -201,10 +208,14 @@ def imagine(
     device: torch.device,
     steps: int = 1000,
     task: str = "causal",
+    packed: bool = False,
 ) -> Imagined:
-    """A model of this configuration with the recipe's terms. UsageError as `attach` raises it."""
+    """A model of this configuration with the recipe's terms. UsageError as `attach` raises it.
+
+    `packed`: several texts in a row, as io/packing.py fills them.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    wanted = Wanted(config, recipe, dtype, device, steps, task)
+    wanted = Wanted(config, recipe, dtype, device, steps, task, packed)
     try:
         handle = built(mode, wanted)
     except EckartError:
@@ -234,6 +245,7 @@ def imagine(
             coverage=str(handle.coverage),
             live=(mode, handle),
             task=task,
+            packed=packed,
         )
 
 
@@ -328,6 +340,7 @@ def by_formula(mode: FakeTensorMode, wanted: Wanted) -> Imagined:
         by_formula=True,
         live=(mode, handle),
         task=wanted.task,
+        packed=wanted.packed,
     )
 
 

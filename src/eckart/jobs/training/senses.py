@@ -215,24 +215,30 @@ def longest_of_first(job: Job, task: str) -> int | None:
     return max(len(row["input_ids"]) for row in data.train)
 
 
-def count_rows(job: Job, task: str, reader: Callable[[], Reader]) -> int | None:
-    """Rows that the data trains on; None where it is not at hand, or is much.
+def are_few(job: Job) -> bool:
+    """Is the data at hand, and read in a moment?"""
+    sources = sources_of(entries(job))
+    if not sources or any(not isinstance(s.path, str) or is_hub(s) for s in sources):
+        return False
+    pictured = all(holds_images(str(s.path)) for s in sources)
+    return pictured or sum(f.stat().st_size for s in sources for f in files_of(s)) <= SMALL
+
+
+def count_rows(job: Job, task: str, reader: Reader) -> tuple[int, bool]:
+    """Rows that the data trains on; does the first hold several texts, kept apart by a mask?
 
     Text is read as a training reads it, by a model that keeps packed documents apart.
     """
-    sources, held = sources_of(entries(job)), job.data.eval
-    if not sources or any(not isinstance(s.path, str) or is_hub(s) for s in sources):
-        return None
+    held = job.data.eval
     if TASKS[task].sees == "images":
-        found = sum(len(found_in(str(s.path)).pictures) for s in sources)
-        return round(found * (1 - held)) if isinstance(held, float) else found
-    if sum(file.stat().st_size for s in sources for file in files_of(s)) > SMALL:
-        return None
+        found = sum(len(found_in(str(s.path)).pictures) for s in sources_of(entries(job)))
+        return round(found * (1 - held)) if isinstance(held, float) else found, False
     length, eval = int(job.data.seq_len), list(held) if isinstance(held, tuple) else held
     data = text.read(
-        entries(job), reader(), length, task == "causal", eval, job.data.format, task=task
+        entries(job), reader, length, task == "causal", eval, job.data.format, task=task
     )
-    return len(data.train)
+    positions = data.train[0].get("position_ids", ())
+    return len(data.train), sum(place == 0 for place in positions) > 1
 
 
 # --- images --------------------------------------------------------------------------------
