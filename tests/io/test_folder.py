@@ -102,9 +102,21 @@ def test_failed_overwrite_keeps_the_old_folder(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    with write_folder(tmp_path / "out") as beside:
+        write_text(beside / "x.txt", "x")
+    assert names(tmp_path) == ["disk", "out"] and names(tmp_path / "disk") == ["x.txt"]
+    (tmp_path / "y.txt").symlink_to("disk/y.txt")
+    write_text(tmp_path / "y.txt", "y")
+    assert (tmp_path / "y.txt").is_symlink() and names(tmp_path / "disk") == ["x.txt", "y.txt"]
+
+
 @pytest.mark.parametrize("moment", ["writing", "between the two renames"])
 def test_a_kill_leaves_the_old_folder_and_the_next_write_clears_up(tmp_path, moment):
-    write_text(tmp_path / "out" / "config.json", "old")
+    out = tmp_path / "out [1]"  # no pattern
+    write_text(out / "config.json", "old")
     process = python(
         """
         import os, sys, time
@@ -117,17 +129,17 @@ def test_a_kill_leaves_the_old_folder_and_the_next_write_clears_up(tmp_path, mom
             if sys.argv[2] == "writing":
                 print("here", flush=True); time.sleep(60)
         """,
-        tmp_path / "out",
+        out,
         moment,
     )
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    with pytest.raises(UsageError), write_folder(tmp_path / "out"):  # the old one is back
+    with pytest.raises(UsageError), write_folder(out):  # the old one is back
         pass
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
-    assert names(tmp_path) == ["out"]
+    assert (out / "config.json").read_text() == "old"
+    assert names(tmp_path) == [out.name]
 
 
 def test_a_folder_below_a_file_is_a_file_error(tmp_path):

@@ -154,7 +154,7 @@ def write_table(data: Dataset, path: Path) -> None:
 
 def load(folder: Path) -> Data:
     """Encoded data from the cache, mapped into memory."""
-    facts = json.loads((folder / "facts.json").read_text())
+    facts = json.loads((folder / "facts.json").read_bytes())
     names = facts.pop("evaluation")
     facts["labels"] = tuple(facts["labels"])
     return Data(

@@ -17,6 +17,7 @@ import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def free_bytes(path: Path) -> int:
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file whole: beside, forced to disk, then renamed over the old one."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     beside = path.with_name(hidden(path.name, "writing"))
     with speaking(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def write_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     the new one is in place. Any exception removes what was written and leaves the target
     as it was.
     """
-    target = Path(path).absolute()
+    target = Path(path).resolve()  # where a link leads, which may be another disk
     recover(target)
     refuse_occupied(target, overwrite)
     beside = target.with_name(hidden(target.name, "writing"))
@@ -164,14 +165,14 @@ def recover(target: Path) -> None:
     """Undo what a killed writer left: put an orphaned old folder back, drop half-written ones."""
     if not target.parent.is_dir():
         return
-    for left in sorted(target.parent.glob(f".{target.name}.aside-*")):
+    for left in sorted(target.parent.glob(f".{escape(target.name)}.aside-*")):
         if not abandoned(left):
             continue
         if target.exists():
             shutil.rmtree(left, ignore_errors=True)
         else:
             os.rename(left, target)
-    for left in target.parent.glob(f".{target.name}.writing-*"):
+    for left in target.parent.glob(f".{escape(target.name)}.writing-*"):
         if abandoned(left):
             remove(left)
 
@@ -251,7 +252,7 @@ def manifest_holds(folder: str | Path) -> bool:
     """Are all files listed in the folder's manifest there, with their sizes and hashes?"""
     folder = Path(folder)
     try:
-        files: Mapping[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
+        files: Mapping[str, Any] = json.loads((folder / MANIFEST).read_bytes())["files"]
         return all(
             (folder / name).stat().st_size == file["size"]
             and sha256_of(folder / name) == file["sha256"]

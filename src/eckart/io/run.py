@@ -119,7 +119,7 @@ class Run:
         """run.json's content; {} before the first record."""
         path = self.folder / "run.json"
         try:
-            return json.loads(path.read_text()) if path.exists() else {}
+            return json.loads(path.read_bytes()) if path.exists() else {}
         except ValueError as fault:
             raise FileError("run.json is not JSON", [(str(path), str(fault))]) from fault
 
@@ -289,7 +289,7 @@ def read_lines(run: str | Path, file: str) -> list[dict[str, Any]]:
     path = Path(run) / file
     if not path.exists():
         return []
-    whole = path.read_text().rpartition("\n")[0]
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
     return [json.loads(line) for line in whole.splitlines()]
 
 

@@ -261,7 +261,7 @@ def command(slugs: Sequence[str], budget: Budget) -> str:
 def keep(document: Mapping[str, Any], folder: Path) -> None:
     """Write a claim's document into a folder, and the page over all that lie there."""
     write_json(folder / f"{document['name']}.json", document)
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
     write_text(folder / "claims.md", page(found))
 
 

@@ -47,7 +47,7 @@ def described(folder: Path) -> dict[str, Any]:
     changed = datetime.fromtimestamp(path.stat().st_mtime)
     known: dict[str, Any] = {"run": str(folder), "changed": changed.isoformat(" ", "minutes")}
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_bytes())
         metrics = read_metrics(folder)
     except ValueError:
         return {**known, "state": "unreadable", "command": None, "recipe": "", "steps": None,

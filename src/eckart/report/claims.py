@@ -97,4 +97,4 @@ def table(head: Sequence[str], rows: Any) -> str:
 
 if __name__ == "__main__":
     found = sorted(Path(sys.argv[1]).glob("*.json"))
-    sys.stdout.write(page([json.loads(path.read_text()) for path in found]))
+    sys.stdout.write(page([json.loads(path.read_bytes()) for path in found]))

@@ -67,7 +67,7 @@ def plan(job: Job, entered: Sequence[Contestant], budget: str, file: Path) -> di
         steps = max(1, round(amount / (rows * in_a_row)))
         return {c.name: Length(steps, rows) for c in entered}
     if file.is_file():
-        kept = json.loads(file.read_text())
+        kept = json.loads(file.read_bytes())
         if kept["budget"] == budget and all(c.name in kept["lengths"] for c in entered):
             return {c.name: Length(*kept["lengths"][c.name]) for c in entered}
     if kind == "seconds":

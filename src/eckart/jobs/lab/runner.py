@@ -77,7 +77,7 @@ def keep(trial: Trial, quantities: Quantities) -> None:
 def kept(trial: Trial) -> Quantities | None:
     """The numbers of a run that is already there."""
     try:
-        return json.loads(trial.file.read_text())["quantities"]
+        return json.loads(trial.file.read_bytes())["quantities"]
     except (OSError, ValueError, KeyError):
         return None
 

@@ -113,7 +113,7 @@ def in_processes(job: Job) -> dict[str, Any]:
     settle.layerwise(settle.as_it_began(job, Path(job.flags.resume)) if job.flags.resume else job)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job.yaml")
-        file.write_text(job.dump())
+        file.write_text(job.dump(), encoding="utf-8")
         started = start(command_line(job, file), job.train.processes, job.flags.json, folder)
         with passing_on(started):
             out, _ = started[0].communicate()
@@ -121,7 +121,9 @@ def in_processes(job: Job) -> dict[str, Any]:
         for process in started[1:]:
             end(process)
         if code == 0 and any(p.returncode for p in started):
-            said = "\n".join(Path(folder, f"{r}.err").read_text() for r in range(1, len(started)))
+            said = "\n".join(
+                Path(folder, f"{r}.err").read_text(encoding="utf-8") for r in range(1, len(started))
+            )
             raise EckartError("a process of the run failed", [("it said", said[-2000:])])
     if code and job.flags.json:
         sys.stdout.write(out)
@@ -151,7 +153,7 @@ def start(words: list[str], count: int, as_json: bool, folder: str) -> list[Any]
         env = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         heard = rank == 0
         out = (subprocess.PIPE if as_json else None) if heard else subprocess.DEVNULL
-        err = None if heard else open(Path(folder, f"{rank}.err"), "w")  # noqa: SIM115
+        err = None if heard else open(Path(folder, f"{rank}.err"), "w", encoding="utf-8")  # noqa: SIM115
         # A session of their own: a Ctrl-C comes here, and is passed on once.
         started.append(
             subprocess.Popen(
