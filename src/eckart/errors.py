@@ -71,6 +71,13 @@ class Interrupted(EckartError):
     exit_code = 130
 
 
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Is this how Python or torch says that memory ran out? Torch is known by its words alone."""
+    if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":
+        return True
+    return "DefaultCPUAllocator: can't allocate memory" in str(fault)
+
+
 def nearest(word: str, choices: Iterable[str], n: int = 1) -> list[str]:
     """The n valid words closest to a mistyped one, best first; empty where none is close."""
     spellings = {choice.lower().replace("_", "-"): choice for choice in choices}

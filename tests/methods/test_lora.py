@@ -169,6 +169,23 @@ def ranks_of(handle):
     }
 
 
+def test_eva_leaves_out_the_padding_of_each_side():
+    """An encoder and a decoder of one length: each has padding of its own."""
+    model, batch = tiny("t5"), batch_for("t5")
+    length = batch["labels"].shape[1]
+    ids = batch["input_ids"][:, :1].expand(-1, length).contiguous()
+    mask, labels = torch.ones_like(ids), batch["labels"].clone()
+    mask[:, 3:], labels[:, 5:] = 0, -100
+    sites = sites_of(model)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    gather_activations(model, sites, [batch])
+    counts = {s.path: len(s.activations) // len(ids) for s in sites if s.kind == "linear"}
+    inner = {p: c for p, c in counts.items() if "block" in p}
+    cross = ("EncDecAttention.k", "EncDecAttention.v")
+    assert {c for p, c in inner.items() if p.startswith("encoder") or p.endswith(cross)} == {3}
+    assert {c for p, c in inner.items() if p.startswith("decoder") and not p.endswith(cross)} == {5}
+
+
 def test_eva_directions_are_those_of_the_centred_inputs():
     _, handle, inputs = eva()
     for path, by_name in handle.terms().items():

@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from eckart.errors import EckartError, FileError, UsageError
+from eckart.io.export import load
 from eckart.methods.objective.distill import Distill
 from eckart.methods.objective.orthogonality import Orthogonality
 from eckart.methods.update.adamw import AdamW
@@ -196,6 +198,10 @@ REFUSED = {
         tiny("llama").to("meta"), Recipe(weights=LoRA())
     ),
     "lora needs gradients": lambda: attach(
+    "parts of this model lie on the CPU or on a disk between passes": lambda: attach(
+        cpu_offload(tiny("llama"), execution_device=torch.device("cpu")), Recipe(weights=LoRA())
+    ),
+    "the folder comes first": lambda: load(tiny("llama"), "adapter"),
         tiny("llama"), Recipe(weights=LoRA(init="gradient")), calibration=[]
     ),
     "there is something of this name already": lambda: attach(

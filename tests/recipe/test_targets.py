@@ -13,7 +13,7 @@ from eckart.methods.weights.dense import Dense
 from eckart.methods.weights.lora import LoRA
 from eckart.recipe import Recipe, attach
 from eckart.recipe.targets import select, sites_of
-from tests.conftest import ARCHITECTURES, tiny
+from tests.conftest import ARCHITECTURES, randomise, tiny
 
 ATTENTION = {
     "llama": {"attn.q", "attn.k", "attn.v", "attn.o"},
@@ -49,6 +49,71 @@ def test_blocks_that_name_their_maps_otherwise_have_roles_too(kind):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_default_takes_every_map_of_the_blocks_and_no_other(architecture):
+MLA = {
+    "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
+}  # fmt: skip
+OTHERS = {  # what the default takes of them
+    "deepseek_v3": (MLA, {"attn.q.a", "attn.q.b", "attn.kv.a", "attn.kv.b", "attn.o", "mlp.up"}),
+    "mamba": ({"state_size": 4}, {"ssm.in", "ssm.x", "ssm.out"}),
+    "falcon": ({}, {"attn.qkv", "attn.o", "mlp.up", "mlp.down"}),  # adds to results in place
+    "xlnet": ({"n_layer": 2, "n_head": 4, "d_inner": 48, "d_model": 32}, {"mlp.up", "mlp.down"}),
+}
+
+
+def other(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"intermediate_size": 48, "num_key_value_heads": 4}
+    sizes |= more if kind == "deepseek_v3" else {}
+    sizes = {} if kind == "xlnet" else sizes
+    config = AutoConfig.for_model(kind, vocab_size=64, **sizes, **OTHERS[kind][0])
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_learn_by_the_default_and_come_back_from_files(kind, tmp_path):
+    model, ids = other(kind), torch.arange(20).view(2, 10)
+    before = model(ids).logits
+    handle = attach(model, Recipe(weights=LoRA(rank=2)))
+    assert {site.role for site in handle.sites.values()} >= OTHERS[kind][1]
+    randomise(handle)
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for n, p in handle.trainable().items() if "experts" not in n)
+    expected = model.eval()(ids).logits
+    assert not torch.allclose(expected, before, atol=1e-3)
+    eckart.export(handle, tmp_path, format="native")
+    again = other(kind)
+    eckart.load(tmp_path, again)
+    # fp32, the same products; a matrix is merged in fp64 and rounded once
+    torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(handle.merge()(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dt_proj", "x_proj"])
+def test_a_weight_that_a_scan_reads_past_its_layer_is_refused(name, monkeypatch):
+    monkeypatch.setattr("eckart.linear.sites.find_spec", lambda package: package == "mamba_ssm")
+    with pytest.raises(UsageError, match="reads its weight without calling it"):
+        attach(other("mamba"), Recipe(weights=LoRA(rank=2, targets=(name,))))
+
+
+def test_maps_that_cannot_carry_terms_are_not_proposed():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, groups=4))
+    with pytest.raises(UsageError) as error:
+        attach(model, Recipe(weights=LoRA(rank=2, targets=("conv",))))
+    assert str(error.value).splitlines() == [
+        "no map of this model can carry terms",
+        "  weights.targets = conv  matches no map of this model",
+        "  grouped                 2 maps, which carry no terms",
+    ]
+    with pytest.raises(UsageError, match=r"Type weights.targets=\[other\]."):
+        model.append(nn.Linear(3, 3))
+        attach(model, Recipe(weights=LoRA(rank=2, targets=("conv",))))
+
+
     model = tiny(architecture)
     sites = sites_of(model)
     inside = [s for s in sites if any(part.isdigit() for part in s.path.split("."))]

@@ -12,7 +12,14 @@ from typing import Any, NoReturn
 
 import typer
 
-from eckart.errors import EckartError, Interrupted, OutOfRoom, UsageError, nearest
+from eckart.errors import (
+    EckartError,
+    Interrupted,
+    OutOfRoom,
+    UsageError,
+    is_out_of_memory,
+    nearest,
+)
 
 
 def run_job(
@@ -110,7 +117,7 @@ def say(command: str, error: EckartError, as_json: bool) -> int:
 
 def as_error(fault: Exception) -> EckartError:
     """What was not foreseen: no room left, or a fault of ours with its traceback in a file."""
-    if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":  # torch's
+    if is_out_of_memory(fault):
         return OutOfRoom("out of memory", fix="Type a smaller train.batch_size or data.seq_len.")
     if isinstance(fault, OSError) and fault.errno == errno.ENOSPC:
         return OutOfRoom("no space left on the disk", fix="Make room, or choose another -o.")

@@ -84,6 +84,8 @@ def load(
     `handle.use(NAME)` chooses, `handle.rows([...])` chooses row by row. A factored folder is
     a whole model. Raises UsageError for an ordinary model, which transformers loads.
     """
+    if isinstance(folder, nn.Module):
+        raise UsageError("the folder comes first", fix="Type eckart.load(FOLDER, model).")
     source = recognise(folder)
     if source.kind == "run":
         return load(result_of(source.path), model, name, **options)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eckart.errors import FileError, UsageError
+from eckart.errors import FileError, UsageError, is_out_of_memory
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
@@ -35,6 +35,8 @@ def readable(path: Path) -> Iterator[None]:
     except UsageError as fault:  # a value out of range is the file's fault here, not the user's
         raise FileError(fault.what, [(str(path), ""), *fault.facts]) from fault
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, re.error) as fault:
+        if is_out_of_memory(fault):
+            raise
         raise FileError(
             "this description of an adapter cannot be used",
             [(str(path), f"{type(fault).__name__}: {fault}")],

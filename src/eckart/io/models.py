@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.errors import EckartError, FileError, UsageError, did_you_mean
+from eckart.errors import EckartError, FileError, UsageError, did_you_mean, is_out_of_memory
 from eckart.io import kohya
 from eckart.io.headers import (
     PICKLES,
@@ -230,10 +230,10 @@ def load_model(
                 **({"device_map": device} if device is not None else {}),
                 **config,
             )
-        except (EckartError, MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as fault:  # a damaged config.json makes transformers raise anything
             reason = str(fault).strip().splitlines()[0] if str(fault).strip() else repr(fault)
+            if isinstance(fault, EckartError) or is_out_of_memory(fault):
+                raise
             raise FileError("the model cannot be loaded", [(str(folder), reason)]) from fault
     new_head = outside(model) if "num_labels" in config else ()
     problems(model, report, folder, task, new_head)

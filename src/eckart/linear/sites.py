@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -199,6 +200,12 @@ def reads_past_module(parent: nn.Module, name: str) -> str:
             "reads its weight without calling it in evaluation, "
             "until torch.backends.mha.set_fastpath_enabled(False)"
         )
+    if hasattr(parent, "A_log"):  # a state space, which scans in one function
+        within = ("x_proj", "out_proj") if find_spec("mamba_ssm") else ()
+        if name == "dt_proj":
+            return "reads its weight without calling it"
+        if name in within:
+            return "reads its weight without calling it in training, since mamba_ssm is installed"
     return ""
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class Structured(nn.Module):
     """Mixed into a module's own class. `forward` is given by the kind of layer."""
 
     _sum: Sum
+    _mixin: ClassVar[type[Structured]]
+    _own: ClassVar[type[nn.Module]]  # the layer's class without terms
 
     def in_use(self, param: str = "weight") -> Branch:
         """The terms and gain in use of one parameter, under their names in the module."""
@@ -85,8 +87,7 @@ class Structured(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A dynamic class cannot be found by name: pickle names its base and its mixin.
         # The state comes after the object, so that a term may refer to the module it lives in.
-        mixin, base = type(self).__bases__
-        return _revive, (mixin, base), self.__getstate__()
+        return _revive, (self._mixin, self._own), self.__getstate__()
 
 
 def _revive(mixin: type, base: type) -> nn.Module:
@@ -99,7 +100,8 @@ _classes: dict[tuple[type, type], type] = {}
 def structured_class(mixin: type, base: type) -> type:
     """The cached subclass of a layer's own class; one per (mixin, base)."""
     if (mixin, base) not in _classes:
-        _classes[mixin, base] = type(f"Structured{base.__name__}", (mixin, base), {})
+        names = {"_mixin": mixin, "_own": base}
+        _classes[mixin, base] = type(f"Structured{base.__name__}", (mixin, base), names)
     return _classes[mixin, base]
 
 
@@ -189,8 +191,8 @@ def drop_dense(site: Site) -> None:
     del module._parameters[site.param]
     if site.kind == "experts":
         return
-    mixin, base = type(module).__bases__
-    take_class(module, dropped_class(mixin, base))
+    assert isinstance(module, Structured)
+    take_class(module, dropped_class(module._mixin, module._own))
 
 
 def uninstall(
@@ -237,9 +239,9 @@ def take_class(module: nn.Module, cls: type) -> None:
         vars(module)[HOOKED] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
 
 
-def restore_class(module: nn.Module) -> None:
+def restore_class(module: Structured) -> None:
     """Give a module its own class back."""
-    take_class(module, type(module).__bases__[1])
+    take_class(module, module._own)
     del module.__dict__["_sum"]
 
 

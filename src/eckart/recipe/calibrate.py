@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eckart.errors import Diverged, UsageError
 from eckart.linear import Site
 from eckart.linear.sites import as_matrix
+from eckart.recipe.targets import reads_encoder
 
 Batch = Mapping[str, Any]
 AT_A_TIME = 8  # matrices whose gradients are held at once: passes against memory
@@ -86,7 +87,7 @@ def gather_activations(
     """Write up to `limit` input tokens [t, n] (fp32, CPU) into each site; padding left out."""
     kept: dict[str, list[Tensor]] = {site.path: [] for site in sites}
     counts = dict.fromkeys(kept, 0)
-    mask: Tensor | None = None
+    present: Batch = {}
 
     def watch(site: Site) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -94,6 +95,7 @@ def gather_activations(
             if not x.is_floating_point() or counts[site.path] >= limit:
                 return
             tokens = x.reshape(-1, x.shape[-1])
+            mask = real_tokens(model, site, present)
             if mask is not None and mask.numel() == tokens.shape[0]:
                 tokens = tokens[mask.reshape(-1)]
             tokens = tokens[: limit - counts[site.path]]
@@ -105,10 +107,8 @@ def gather_activations(
     handles = [site.module.register_forward_pre_hook(watch(site)) for site in sites]
     try:
         with deterministic_mode(model), torch.no_grad():
-            for batch in batches:
-                attention = batch.get("attention_mask")
-                mask = None if attention is None or attention.ndim != 2 else attention.bool()
-                model(**batch)
+            for present in batches:
+                model(**present)
     finally:
         for handle in handles:
             handle.remove()
@@ -116,6 +116,19 @@ def gather_activations(
         if kept[site.path]:
             site.activations = torch.cat(kept[site.path])
             check_finite(site.activations, site.path, "activation")
+
+
+def real_tokens(model: nn.Module, site: Site, batch: Batch) -> Tensor | None:
+    """Which tokens of a site's input are no padding, bool [b, t]; None where nothing says so.
+
+    A decoder beside an encoder has a length of its own, that of its labels.
+    """
+    mask = batch.get("attention_mask")
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if both and "decoder" in site.path.split(".") and not reads_encoder(site):
+        labels = batch.get("labels")
+        mask = batch.get("decoder_attention_mask", None if labels is None else labels != -100)
+    return None if mask is None or mask.ndim != 2 else mask.bool()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Which maps does a method act on: roles, names, globs, layer ranges -> sites.
 
 attn attn.q attn.k attn.v attn.o attn.qkv   roles, by the names models give their layers
-mlp mlp.gate mlp.up mlp.down experts conv embedding head router
-linear        attention, mlp and experts of the blocks (the default); `all` is the same
+mlp mlp.gate mlp.up mlp.down ssm experts conv embedding head router
+linear        attention, mlp, ssm and experts of the blocks (the default); `all` is the same
 everything    every parameter of the model, norms and biases too (full training)
 q_proj        a module's own name; layers.0.self_attn.q_proj a path or the end of one
 layers.*.mlp.*   a glob on paths; re:PATTERN a regular expression; layers.0-3 a range
@@ -28,10 +28,17 @@ EVERYTHING = "everything"
 ROLES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)$", "head"),
     (r"predictions\.decoder$", "head"),
-    (r"\.(gate|router)$", "router"),
+    (r"\.(gate|router|shared_expert_gate)$", "router"),
     (r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$", "experts.up"),
     (r"\.experts\.\d+\.(w2|down_proj)$", "experts.down"),
-    (r"(c_attn|qkv_proj|query_key_value|in_proj|Wqkv)$", "attn.qkv"),
+    (r"\.(mixer|mamba)\.in_proj$|temporal_block\.linear_[xy]$", "ssm.in"),
+    (r"\.(mixer|mamba)\.x_proj$", "ssm.x"),
+    (r"\.(mixer|mamba)\.out_proj$|temporal_block\.linear_out$", "ssm.out"),
+    (r"(c_attn|qkv_proj|query_key_value|in_proj(_\w+)?|Wqkv)$", "attn.qkv"),
+    (r"\.q_a_proj$", "attn.q.a"),  # DeepSeek: down to a latent vector, and up again
+    (r"\.q_b_proj$", "attn.q.b"),
+    (r"\.kv_a_proj_with_mqa$", "attn.kv.a"),
+    (r"\.kv_b_proj$", "attn.kv.b"),
     (r"(q_proj|query|query_proj|\.q|q_lin|wq)$", "attn.q"),
     (r"(k_proj|key|key_proj|\.k|k_lin|wk)$", "attn.k"),
     (r"(v_proj|value|value_proj|\.v|v_lin|wv)$", "attn.v"),
@@ -39,12 +46,18 @@ ROLES: tuple[tuple[str, str], ...] = (
     (r"(attention\.output\.dense|attention\.dense|out_lin|o_proj)$", "attn.o"),
     (r"(gate_proj|wi_0|\.w1)$", "mlp.gate"),
     (r"(up_proj|wi_1|\.wi|\.Wi|\.w3|c_fc|fc1|intermediate[._]dense|lin1|gate_up_proj)$", "mlp.up"),
+    (r"\.ff\.layer_1$", "mlp.up"),
+    (r"\.ff\.layer_2$", "mlp.down"),
     (r"(dense_h_to_4h|fc_in|pwconv1)$", "mlp.up"),
     (r"(down_proj|\.wo|\.Wo|\.w2|mlp\.c_proj|fc2|output[._]dense|lin2)$", "mlp.down"),
     (r"(dense_4h_to_h|fc_out|pwconv2)$", "mlp.down"),
 )
 GROUPED = "grouped"  # a convolution in groups: no single matrix, so it carries no terms
-ONE_INPUT = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("experts.up",))
+ONE_INPUT = (
+    ("attn.q", "attn.k", "attn.v", "attn.q.a", "attn.kv.a"),
+    ("mlp.gate", "mlp.up"),
+    ("experts.up",),
+)
 ACROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
 TOKENS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|shared|tok_embeddings)$")
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -95,7 +108,7 @@ def reads_encoder(site: Site) -> bool:
 def matches(target: str, site: Site) -> bool:
     """Does one target word mean this site?"""
     if target in ("linear", "all"):
-        return site.role.split(".")[0] in ("attn", "mlp", "experts")
+        return site.role.split(".")[0] in ("attn", "mlp", "ssm", "experts")
     if target == site.role or site.role.startswith(target + "."):
         return target != "embedding" or site.role == "embedding"
     if target.startswith("re:"):
@@ -159,7 +172,7 @@ def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
         return UsageError("no map matches a target", facts, f"Type {key}=[{target}].")
     groups = {role.partition(".")[0] for role in roles}
     plain = nearest(target, groups) if "." not in target else []
-    close = nearest(target, [*roles, *names]) if not plain else plain
+    close = plain or nearest(target, [*roles, *names])
     example = close[0] if close else "linear"
     if not any(matches(example, site) for site in usable):  # what it has most of
         example = roles.most_common(1)[0][0]

@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from eckart.errors import Diverged, Interrupted
+from eckart.errors import Diverged, Interrupted, is_out_of_memory
 from eckart.io.run import Run
 from eckart.io.tasks import TASKS
 from eckart.io.text import Data
@@ -346,13 +346,6 @@ def last_good(fault: Diverged, run: Run, job: Job, step: int) -> Diverged:
         again = f"eckart {job.command} --resume {run.folder} {lower}"
         fact, fix = str(found), f"Go on with a lower rate: {again}"
     return Diverged(fault.what, [*fault.facts, ("last good checkpoint", fact)], fix)
-
-
-def is_out_of_memory(fault: BaseException) -> bool:
-    """Is this how torch says that memory ran out?"""
-    if isinstance(fault, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "DefaultCPUAllocator: can't allocate memory" in str(fault)
 
 
 def estimated_bytes(run: Run) -> int:
