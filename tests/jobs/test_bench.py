@@ -298,6 +298,12 @@ def test_fields_of_all_contestants_at_once_are_refused(place):
     assert e.value.what == "every contestant has its own choices"
 
 
+def test_a_purse_pays_for_the_first_rates_at_least(place):
+    with pytest.raises(UsageError, match="--purse is smaller than --window") as e:
+        bench.run(job(place, "lowrank", window=5, purse=3))
+    assert e.value.fix == "Type --window 3, or a larger purse."
+
+
 def test_too_few_held_out_rows_are_refused(place, tmp_path):
     with pytest.raises(UsageError) as e:
         bench.run(job(place, "lowrank", tmp_path / "out", words=["data.eval=0"]))

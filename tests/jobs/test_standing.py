@@ -78,7 +78,8 @@ def test_a_best_rate_at_the_edge_is_no_verdict():
 
 def test_two_seeds_are_no_verdict():
     a, b = by_chance(np.random.default_rng(5), [0, 5.0], seeds=2, noise=0.0)
-    assert table([a, b], 10.0)[1]["verdict"] == "no verdict"
+    row = table([a, b], 10.0)[1]
+    assert (row["verdict"], row["reason"]) == ("no verdict", "fewer than 3 seeds")
 
 
 def test_a_method_that_is_another_with_its_rate_relabelled_is_equal():

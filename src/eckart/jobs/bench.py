@@ -36,6 +36,7 @@ from eckart.jobs.lab.contest import (
     split,
     starts_at_random,
 )
+from eckart.jobs.lab.judge import number
 from eckart.jobs.lab.lengths import Length
 from eckart.jobs.lab.runner import Quantities, Runner, going_on, runner
 from eckart.jobs.lab.standing import Record, as_loss, ranking, table
@@ -78,7 +79,7 @@ class Options:
         begun: dict[str, Any] = {}
         if job.flags.resume:
             file = Path(job.flags.resume) / "run.json"
-            begun = json.loads(file.read_text()).get("options", {}) if file.is_file() else {}
+            begun = json.loads(file.read_bytes()).get("options", {}) if file.is_file() else {}
         found = cls(**{**begun, **typed})
         for name, least in (("window", 1), ("choose", 1), ("seeds", 2), ("processes", 1)):
             if getattr(found, name) < least:
@@ -87,6 +88,15 @@ class Options:
                     [(f"--{name} {getattr(found, name)}", f"at least {least}")],
                     f"Leave it out for {cls.__dataclass_fields__[name].default}.",
                 )
+        if found.purse < found.window:
+            raise UsageError(
+                "--purse is smaller than --window",
+                [
+                    ("--purse", f"{found.purse} rates at most"),
+                    ("--window", f"{found.window} first"),
+                ],
+                f"Type --window {found.purse}, or a larger purse.",
+            )
         for name, known in CHOICES.items():
             if getattr(found, name) not in known:
                 said = f"--{name} {getattr(found, name)}"
@@ -224,7 +234,7 @@ def compare(
         "exit": 0,
         "baseline": entered[0].name,
         "metric": options.metric,
-        "untouched": {name: start[name] for name in job.eval.metrics},
+        "untouched": {name: number(start[name]) for name in job.eval.metrics},
         "margin": options.margin,
         "methods": [
             row

@@ -71,6 +71,7 @@ class Board:
         """The number that the run is for: while rates are chosen no test row is shown."""
         choosing = trial.lr and trial.seed < self.first
         name, said = (on_validation(self.metric), "held out") if choosing else (self.metric, "test")
+        said += "" if self.metric == "loss" else f" {self.metric}"
         return f"{said} {quantities[name]:.4f}" + (
             " diverged" if quantities.get("diverged") else ""
         )

@@ -24,6 +24,7 @@ from eckart.jobs.training.held_out import RISING
 
 Standing = Literal["better", "worse", "equivalent", "no difference seen", "no verdict"]
 BASIN = 0.05  # of the gain over the untouched model: within it a rate is as good as the best
+FEWEST = 3  # seeds of a verdict
 NEAR_ENOUGH = 0.5  # standard deviations of the baseline over seeds: the default margin
 
 
@@ -80,7 +81,7 @@ def standing(
     d: Difference, p: float, margin: float, edges: Sequence[str] = (), alpha: float = ALPHA
 ) -> Standing:
     """The verdict on one difference; `p` corrected, `edges` those whose search did not end."""
-    if edges or d.seeds < 3:
+    if edges or d.seeds < FEWEST:
         return "no verdict"
     side = d.verdict(p, alpha)
     if side == "confirmed" and d.mean > margin:
@@ -114,6 +115,8 @@ def table(
     for i, r in enumerate(others):
         edges = [x.name for x in (r, baseline) if x.edge]
         reason = f"best learning rate at the edge: {', '.join(edges)}" if edges else ""
+        if len(r.test[metric]) < FEWEST:
+            reason = f"fewer than {FEWEST} seeds"
         verdict = standing(*compared[metric][i], margins[metric], edges)
         told = {
             name: compared_facts(*found[i], margins[name], len(others))
