@@ -202,6 +202,8 @@ def test_adapters_and_runs_are_recognised(saved, tmp_path):
     peft = folder("p", "adapter_config.json", {"base_model_name_or_path": str(saved)})
     assert recognise(peft).kind == "peft" and recognise(peft).base == str(saved)
     assert recognise(folder("e", "eckart.json", {"base": str(saved)})).kind == "native"
+    away = folder("runs", "adapter_config.json", {"base_model_name_or_path": saved.name})
+    assert recognise(away).base == str(saved)  # trained in the folder above, opened from another
     assert recognise(folder("r", "run.json", {})).kind == "run"
     assert recognise(folder("f", "config.json", {"model_type": "eckart"})).kind == "factored"
     assert recognise(saved).kind == "model"

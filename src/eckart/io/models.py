@@ -94,11 +94,12 @@ def recognise(source: str | Path) -> Source:
     if (path / "run.json").is_file():
         return Source("run", str(path))
     if (path / "eckart.json").is_file():
-        base = read_json(path / "eckart.json").get("base")
-        return Source("native", str(path), base if isinstance(base, str) else None)
+        return Source(
+            "native", str(path), base_from(path, read_json(path / "eckart.json").get("base"))
+        )
     if (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        return Source("peft", str(path), base)
+        return Source("peft", str(path), base_from(path, base))
     if (path / "config.json").is_file():
         if read_json(path / "config.json").get("model_type") == "eckart":
             return Source("factored", str(path))
@@ -110,6 +111,15 @@ def recognise(source: str | Path) -> Source:
         [(text, "no config.json, adapter_config.json, eckart.json or run.json")],
         "Type the folder that has one of them.",
     )
+
+
+def base_from(adapter: Path, base: Any) -> str | None:
+    """The base that an adapter's folder names. A relative path is one from here, or else from a
+    folder above the adapter: the one that it was trained in."""
+    if not isinstance(base, str) or Path(base).exists():
+        return base if isinstance(base, str) else None
+    above = (folder / base for folder in adapter.absolute().parents)
+    return next((str(path) for path in above if path.is_dir()), base)
 
 
 def named_by_kohya(path: Path) -> Source | None:

@@ -71,7 +71,7 @@ class Run:
         if str(out).endswith("{name}"):
             folder = claim_number(Path(str(out)[: -len("{name}")] or ".").absolute())
         else:
-            folder = Path(out).absolute()
+            folder = Path(out).resolve()  # where a link leads
             recover(folder)
             refuse_taken(folder, overwrite)
             with speaking(folder):
