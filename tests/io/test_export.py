@@ -5,7 +5,7 @@ import torch
 from tests import tiny
 
 import eckart
-from eckart.errors import UsageError
+from eckart.errors import FileError, UsageError
 from eckart.io.corpora import bytes_tokenizer
 from eckart.io.export import WRITERS, possible
 
@@ -87,6 +87,8 @@ def test_an_unknown_format_is_answered_with_the_nearest(tmp_path):
 def test_an_ordinary_model_is_not_for_load(base, tmp_path):
     with pytest.raises(UsageError, match="carries nothing of eckart"):
         eckart.load(tmp_path / "base")
+    with pytest.raises(FileError, match="no such file or folder"):
+        eckart.load("nothing")
 
 
 def test_a_whole_model_wants_no_base(tmp_path):

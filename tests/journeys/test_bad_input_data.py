@@ -24,6 +24,8 @@ FILES = {
     "classes.jsonl": '{"text": "a b c", "label": "x"}\n{"text": "b c", "label": "y"}\n',
     "number.jsonl": '{"text": "a b c"}\n{"text": 3}\n',
     "message.jsonl": '{"messages": [{"role": "user"}]}\n',
+    "speaker.jsonl": '{"messages": [{"role": "usr", "content": "a"}]}\n',
+    "amounts.jsonl": '{"text": "a b c", "label": 0.5}\n{"text": "b", "label": 1.5}\n',
     "asked.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}\n',
     "answer.jsonl": '{"prompt": "a", "completion": ""}\n',
     "masked.jsonl": '{"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}\n',
@@ -196,6 +198,25 @@ CASES = {
         "finetune m message.jsonl",
         3,
         "a message has no content\n  message.jsonl, line 1, message 1  keys role\n",
+    ),
+    "a mistyped speaker": (
+        "finetune m speaker.jsonl",
+        3,
+        "nobody known speaks here\n"
+        "  speaker.jsonl, line 1, message 1  role usr\n"
+        "Did you mean user?\n",
+    ),
+    "amounts for classes": (
+        "finetune m amounts.jsonl",
+        3,
+        "a label is a class, and this is an amount\n"
+        "  amounts.jsonl, line 1  label 0.5\n"
+        "Name the classes, or number them: amounts are not learnt.\n",
+    ),
+    "files in one word": (
+        "finetune m d.jsonl,plain.jsonl",
+        3,
+        "this names several files\n  d.jsonl,plain.jsonl\nType data=[d.jsonl,plain.jsonl]\n",
     ),
     "a conversation without an answer": (
         "finetune m asked.jsonl",

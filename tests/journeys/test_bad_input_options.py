@@ -33,6 +33,14 @@ CASES = {
         "eval m d.jsonl --again m",
         "unknown option --again     command line\nDid you mean --against?\n",
     ),
+    "a word as an option": (
+        "finetune --model m --data d.jsonl",
+        "unknown option --model     command line\nDid you mean model=m?\n",
+    ),
+    "an option of a command without words": (
+        "demo --steps 3",
+        "unknown option --steps     command line\nAll options: eckart demo --help\n",
+    ),
     "a mistyped option of no job": (
         "doctor --jsn",
         "unknown option --jsn     command line\n"

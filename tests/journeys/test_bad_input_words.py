@@ -94,6 +94,40 @@ CASES = {
         2,
         "unknown method galor     command line\nDid you mean galore? All methods: eckart methods\n",
     ),
+    "a method by its name elsewhere": (
+        "finetune m d.jsonl method=full",
+        2,
+        "unknown method full     command line\nHere it is weights=dense. "
+        "All methods: eckart methods\n",
+    ),
+    "two methods in one word": (
+        "finetune m d.jsonl method=dora+lora-pro",
+        2,
+        "unknown method dora+lora-pro     command line\nType weights=dora update=lora-pro. "
+        "All methods: eckart methods\n",
+    ),
+    "two methods of one axis": (
+        "finetune m d.jsonl weights=lora,dora",
+        2,
+        "unknown method lora,dora     command line\n"
+        "A run has one; to compare: eckart bench MODEL DATA --methods lora,dora. "
+        "All methods: eckart methods\n",
+    ),
+    "ranks by name": (
+        "finetune m d.jsonl 'weights.rank_pattern={q_proj: 8}'",
+        2,
+        "unknown key weights.rank_pattern.q_proj     command line\n"
+        "Here it is weights.overrides=[{match: q_proj, rank: 8}]. "
+        "All keys: eckart config schema\n",
+    ),
+    "a warm-up that never ends": (
+        "finetune m d.jsonl train.warmup=50 train.steps=3",
+        2,
+        "the learning rate would never be reached\n"
+        "  train.warmup = 50  steps from 0 to the rate\n"
+        "  train.steps = 3    as given\n"
+        "Type fewer steps of warm-up, or a share of all: train.warmup=0.03\n",
+    ),
     "method on the wrong axis": (
         "finetune m d.jsonl weights=galore",
         2,

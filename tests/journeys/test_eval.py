@@ -79,9 +79,9 @@ def test_a_model_without_a_head_is_not_measured_on_labels(place):
     ran = eckart("eval", place / "m", place / "l.jsonl")
     assert (ran.code, ran.out) == (3, "")
     assert ran.err.endswith(
-        "the model has no such class\n"
-        "  in the data   no, yes\n"
-        "  in the model  LABEL_0, LABEL_1\n"
+        "the model has no head for classes\n"
+        f"  {place / 'm'}  causal\n"
+        f"  {'labels':<{len(str(place / 'm'))}}  no, yes\n"
         "Fine-tune it on these labels first: eckart finetune MODEL DATA\n"
     )
     ran = eckart("eval", place / "run", place / "l.jsonl")

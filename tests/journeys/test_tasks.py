@@ -288,6 +288,16 @@ def test_words_are_tagged_and_the_adapter_loads_in_plain_peft(place, tmp_path):
     theirs = PeftModel.from_pretrained(base, out / "final")
     ids = {"input_ids": load_tokenizer(place / "bert")(TALK, return_tensors="pt")["input_ids"]}
     choice = logits(theirs, ids).argmax(-1)
+    thin = tmp_path / "thin"  # of fewer ranks, on a base that has another head: its own comes along
+    ran = eckart("convert", out, "--to", "lora", "rank=4", "-o", thin, "--json")
+    assert ran.code == 0 and not ran.document["exact"], ran.out
+    same = logits(PeftModel.from_pretrained(base, thin), ids).argmax(-1) == choice
+    assert same.float().mean() > 0.9  # of 26 tokens, a few near the border
+    ran = eckart("convert", out, "--to", "native", "-o", tmp_path / "own")
+    assert ran.code == 0, ran.err
+    with pytest.raises(ValueError, match=r"type eckart\.load"):  # else a model of random matrices
+        AutoModelForTokenClassification.from_pretrained(tmp_path / "own")
+
     assert set(choice.unique().tolist()) == {0, 1}
     ran = eckart("eval", out, place / "n.jsonl", "--json")
     assert ran.code == 0, ran.err

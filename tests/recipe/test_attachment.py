@@ -190,6 +190,7 @@ REFUSED = {
     ),
     "overrides[0].match has the wrong type": lambda: LoRA(overrides=({"match": 5},)),
     "the class LoRA is not a choice for weights": lambda: Recipe(weights=LoRA),
+    "Type weights=eckart.LoRA().": lambda: Recipe(weights="lora"),
     "a recipe needs weights": lambda: attach(tiny("llama"), LoRA()),
     "no module of this name to train": lambda: attach(
         tiny("llama"), Recipe(weights=LoRA()), also_train=("lm_haed",)

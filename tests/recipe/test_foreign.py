@@ -133,3 +133,4 @@ def test_what_only_attach_can_do_is_refused():
     assert "Take handle.optimizer()" in refusal(attached, eckart.LoRAPro())
     frozen = tiny("llama").requires_grad_(False)
     assert "nothing is trained" in refusal(frozen, eckart.AdamW())
+    assert "Type update=eckart.GaLore()." in refusal(frozen, "galore")

@@ -1,5 +1,7 @@
 """Targets mean what they say, and a word that means nothing is answered with what would."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -161,6 +163,14 @@ def test_a_target_without_a_match_lists_what_would_match():
         "q_proj, up_proj, v_proj",
         "Type weights.targets=[q_proj].",
     ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("attention", "attn"), ("q_proj,v_proj", "q_proj,v_proj")]
+)
+def test_a_group_and_names_in_one_word_are_understood(typed, meant):
+    with pytest.raises(UsageError, match=re.escape(f"Type weights.targets=[{meant}].")):
+        attach(tiny("llama"), Recipe(weights=LoRA(rank=2, targets=(typed,))))
 
 
 def test_overrides_change_fields_where_they_match():

@@ -48,7 +48,10 @@ def job(
         running.run_job(file or name, typed, files, flags, given or None)
 
     takes = (*((WORDS,) if shown else ()), *options)
-    command(*takes, words=shown, name=name, help=text, examples=examples, context_settings=JOB)(run)
+    settings = JOB if shown else HELP
+    command(
+        *takes, words=shown, name=name, help=text, examples=examples, context_settings=settings
+    )(run)
 
 
 # fmt: off

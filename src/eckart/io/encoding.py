@@ -227,7 +227,14 @@ def label(row: Row) -> str:
     """A row's class by name."""
     if row.fields.get("label") is None:
         raise FileError("the row has no label", [(row.where, "")])
-    return str(row.fields["label"])
+    found = row.fields["label"]
+    if isinstance(found, float) and not found.is_integer():
+        raise FileError(
+            "a label is a class, and this is an amount",
+            [(row.where, f"label {found}")],
+            "Name the classes, or number them: amounts are not learnt.",
+        )
+    return str(found)
 
 
 def class_names(found: Iterable[Row], kind: str = "text+label") -> list[str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io import dense, factored, kohya, native, peft
-from eckart.io.models import Source, load_model, recognise, result_of
+from eckart.io.models import Source, load_model, missing, recognise, result_of
 from eckart.io.opening import ADAPTERS
 from eckart.recipe import Handle
 from eckart.recipe.adapters import DEFAULT, adapters_of
@@ -92,6 +92,8 @@ def load(
     if source.kind in ADAPTERS:
         base = model if model is not None else load_model(base_of(source), **options)
         return ADAPTERS[source.kind](base, source.path, name)
+    if source.kind == "hub":
+        raise missing(Path(source.path))
     if source.kind != "factored":
         raise UsageError(
             "this carries nothing of eckart",

@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from eckart.errors import FileError, UsageError, did_you_mean
+from eckart.errors import FileError, UsageError, did_you_mean, nearest
 from eckart.io.reading import Row
 
 Part = tuple[str, bool]  # text, and whether the loss is taken on it
@@ -224,6 +224,10 @@ def listed(row: Row, name: str) -> list[Any]:
 
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+ROLES = (
+    "system", "developer", "user", "assistant", "tool", "tool_call", "tool_response", "function",
+    "function_call", "observation", "ipython", *SPEAKERS,
+)  # fmt: skip
 
 
 def message_of(message: Any, number: int, row: Row) -> dict[str, str]:
@@ -239,6 +243,10 @@ def message_of(message: Any, number: int, row: Row) -> dict[str, str]:
         lost = "role" if not isinstance(role, str) else "content"
         keys = ", ".join(map(str, message))
         raise FileError(f"a message has no {lost}", [(where, f"keys {keys}")])
+    role = role.lower()
+    if role not in ROLES and (close := nearest(role, ROLES)):  # others are the template's affair
+        fix = f"Did you mean {close[0]}?"
+        raise FileError("nobody known speaks here", [(where, f"role {role}")], fix)
     return {"role": SPEAKERS.get(role, role), "content": content}
 
 

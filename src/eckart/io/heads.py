@@ -47,8 +47,12 @@ def naming_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept if pad is None else {**kept, "pad_token_id": pad}
 
 
-def save_naming(handle: Handle, folder: Path) -> None:
-    """Write the model's configuration beside an adapter that holds a head for classes."""
+def save_naming(handle: Handle, folder: Path, refusal: str = "") -> None:
+    """Write the model's configuration beside an adapter that holds a head for classes.
+
+    transformers takes a `refusal` for the name of the weights' file and quotes it: for a folder
+    whose weights it would otherwise take for a whole model's.
+    """
     model: Any = handle.model
     if not (handle.also_train and isinstance(model, PreTrainedModel)):
         return
@@ -57,7 +61,8 @@ def save_naming(handle: Handle, folder: Path) -> None:
         unlock_config(config)
     config.architectures = [type(model).__name__]
     if TASKS[task_of(config)].classes:
-        write_json(folder / CONFIG, config.to_diff_dict())
+        refused = {"transformers_weights": refusal} if refusal else {}
+        write_json(folder / CONFIG, {**config.to_diff_dict(), **refused})
 
 
 def outside(model: nn.Module) -> tuple[str, ...]:

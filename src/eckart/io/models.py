@@ -145,6 +145,9 @@ def missing(path: Path) -> FileError:
     listed = ", ".join(sorted(entries)[:8]) + (", ..." if len(entries) > 8 else "")
     here = str(folder) if str(folder) != "." else "this folder"
     otherwise = f"In {here}: {listed}." if entries else f"{here} is empty."
+    several = str(path).split(",")
+    if len(several) > 1 and all(Path(one).exists() for one in several):
+        return FileError("this names several files", [(str(path), "")], f"Type data=[{path}]")
     return FileError(
         "no such file or folder", [(str(path), "")], did_you_mean(gone, entries, otherwise)
     )
@@ -305,6 +308,12 @@ def result_of(run: str | Path) -> Path:
             f"Finish it: --resume {run}",
         )
     return final
+
+
+def name_of(source: str | Path) -> str:
+    """A folder's own name, or that of the run whose `final/` it is."""
+    path = Path(source)
+    return path.parent.name if path.name == "final" else path.name
 
 
 def described(source: str | Path) -> dict[str, Any]:

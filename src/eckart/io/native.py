@@ -46,7 +46,7 @@ def save(
     with write_folder(folder, overwrite) as beside:
         write_json(beside / DESCRIPTION, describe(handle))
         write_tensors(beside / TENSORS, packed(handle, handle.named_state()))
-        save_naming(handle, beside)
+        save_naming(handle, beside, "none, since this is an adapter: type eckart.load(FOLDER)")
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from eckart.errors import UsageError
 from eckart.io import factored
-from eckart.io.models import folder_of, holds_tokenizer, load_model, own_task, recognise
+from eckart.io.models import folder_of, holds_tokenizer, load_model, own_task, recognise, result_of
 from eckart.io.opening import Opened
 from eckart.io.run import Run
 from eckart.io.tasks import TASKS
@@ -88,11 +88,20 @@ def refuse_adapter(job: Job) -> None:
 def model_of(job: Job) -> str:
     """The model to compress. UsageError for what is none, or is none yet."""
     source = recognise(job.model or "")
+    if source.kind == "run":
+        source = recognise(result_of(source.path))
     if source.kind in ("peft", "native"):
         raise UsageError(
             "this is an adapter, not a model",
             [(source.path, f"for {source.base or 'a base it does not name'}")],
             f"Merge it first: eckart convert {source.path} --to dense -o MERGED",
+        )
+    if source.kind == "factored":
+        raise UsageError(
+            "this model is made of thin matrices already",
+            [(source.path, "")],
+            "Compress the model that it was made from, or fold it first: "
+            f"eckart convert {source.path} --to dense -o FOLDED",
         )
     if source.kind in ("preset", "config"):
         raise UsageError(

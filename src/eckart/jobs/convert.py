@@ -20,8 +20,8 @@ from eckart.errors import EckartError, FileError, UsageError, did_you_mean
 from eckart.io import peft
 from eckart.io.export import export, reasons
 from eckart.io.folder import refuse_occupied, write_folder
-from eckart.io.heads import task_of_live
-from eckart.io.models import load_model, recognise
+from eckart.io.heads import names_of, naming, outside, task_of_live
+from eckart.io.models import load_model, own_task, recognise
 from eckart.io.opening import ADAPTERS, Opened, on_base, open_model
 from eckart.io.tasks import TASKS
 from eckart.jobs.finetune import require_weights
@@ -283,7 +283,10 @@ def approximated(job: Job, source: Opened, to: str) -> Approximation:
             [(str(job.model), "an ordinary model, which names none")],
             "Type base=BASE with the model that it was made from.",
         )
-    model: Any = load_model(base)
+    task, head = task_of_live(source.model), {}
+    if TASKS[task].classes and own_task(base) != task:  # its head is then copied from the source
+        head = {"task": task, **naming(names_of(source.model))}
+    model: Any = load_model(base, **head)
     mine, theirs = type(source.model).__name__, type(model).__name__
     if mine != theirs or model.config.hidden_size != source.model.config.hidden_size:
         raise FileError(
@@ -291,7 +294,8 @@ def approximated(job: Job, source: Opened, to: str) -> Approximation:
             [(str(job.model), mine), (base, theirs)],
             "Type base=BASE with the model that it was made from.",
         )
-    return of_update(source.model, source.handle, model.to(prepare.device()).eval())
+    whole = source.handle.also_train if source.handle else outside(model) if head else ()
+    return of_update(source.model, source.handle, model.to(prepare.device()).eval(), whole)
 
 
 def rank_within(job: Job, found: Approximation, source: Opened, text: Sample | None) -> int:

@@ -29,6 +29,9 @@ def run(job: Job) -> dict[str, Any]:
     reader = senses.reader_of(job)
     opened = open_base(job, reader)
     weights: Any = job.choices["weights"].method
+    if weights.base == "dropped":
+        better = f"a trained model becomes smaller by eckart compress {job.model} DATA"
+        screen.warn(f"{weights.slug} drops what the matrices had learnt; {better}")
     if weights.stages:
         return staged_course(
             job, screen, opened, reader, write_final, lambda: open_base(job, reader).model

@@ -19,15 +19,20 @@ from eckart.recipe.registry import Entry
 def run(names: Sequence[str] = (), cite: bool = False, json: bool = False) -> dict[str, Any]:
     """Print the list, the pages of the named methods or BibTeX; returns the --json document."""
     entries = registry.methods()
-    chosen = [registry.find(name, place="command line") for name in names] or [*entries.values()]
+    listed = not names or set(names) <= set(registry.questions())  # axes stand for their methods
+    chosen = (
+        [entry for entry in entries.values() if not names or entry.axis in names]
+        if listed
+        else [registry.find(name, place="command line") for name in names]
+    )
     if not json:
         width = min(shutil.get_terminal_size((100, 24)).columns, 100)
         if cite:
             lines = list(citations(chosen))
-        elif names:
-            lines = [line for entry in chosen for line in page(entry, entries, width)]
-        else:
+        elif listed:
             lines = list(listing(chosen, width))
+        else:
+            lines = [line for entry in chosen for line in page(entry, entries, width)]
         print("\n".join(lines))
     return {"methods": [described(entry, entries) for entry in chosen]}
 

@@ -19,6 +19,7 @@ from eckart.linear import Structured
 from eckart.optim import LowRankOptimizer
 from eckart.recipe.groups import arranged, matrices_of
 from eckart.recipe.method import Update
+from eckart.recipe.recipe import misplaced
 from eckart.recipe.targets import sites_of
 
 PEFT_LAYER = "peft.tuners.lora.layer.LoraLayer"
@@ -44,6 +45,8 @@ def optimizer_for(
     Raises UsageError where nothing is trained, where a rule for pairs finds none, and for
     what only `eckart.attach` can do.
     """
+    if not isinstance(update, Update):
+        raise misplaced("update", update)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse(model, update, trained)
     pairs = list(peft_pairs(model)) if update.wants == "pairs" else []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eckart.errors import UsageError
+from eckart.recipe import registry
 from eckart.recipe.method import Attention, Method, Objective, Precision, Update, Weights
 
 
@@ -156,6 +157,9 @@ def misplaced(axis: str, value: object) -> UsageError:
     right = getattr(value, "axis", "")
     if isinstance(value, type):
         name, fix = f"the class {value.__name__}", f"Type {axis}={value.__name__}()."
+    elif isinstance(value, str):  # as on the command line
+        entry = registry.find(value, axis)
+        name, fix = f'"{value}"', f"Type {axis}=eckart.{entry.class_name}()."
     else:
         name = getattr(value, "slug", type(value).__name__)
         fix = f"Type {right}={name}." if right else ""

@@ -16,6 +16,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,19 @@ CONTRACT = Path(__file__).with_name("method.py")
 # outside a method's file that knows a slug.
 DEFAULTS = {"weights": "lora", "update": "adamw", "compress": "svd", "compose": "cmlora"}
 FULL = "dense"  # the weights choice that trains the matrices themselves
+# Names that other tools have for a choice -> what to type.
+ELSEWHERE = {
+    "full": "weights=dense",
+    "qlora": "weights=lora precision=int8",
+    "lora+": "weights=lora weights.lr_ratio=16",
+    "lora-plus": "weights=lora weights.lr_ratio=16",
+    "rslora": "weights=lora weights.scaling=rslora",
+    "lora-ga": "weights=lora weights.init=gradient",
+    **{start: f"weights=lora weights.init={start}" for start in ("pissa", "olora", "eva")},
+    **dict.fromkeys(("adam", "adamw-torch"), "update=adamw"),
+    **dict.fromkeys(("fp16", "float16", "half", "bfloat16"), "precision=bf16"),
+    **dict.fromkeys(("8bit", "8-bit", "4bit", "nf4"), "precision=int8"),
+}
 
 folders: list[Path] = []  # besides the built-in one and ECKART_METHODS
 
@@ -130,18 +144,36 @@ def find(name: str, axis: str | None = None, place: str = "") -> Entry:
     `axis` is the one it must answer; `place` is where the name was typed, for the message.
     """
     entries = methods()
-    entry = entries.get(name.replace("_", "-").lower())
+    entry = entries.get(spelled(name))
     at = f"     {place}" if place else ""
     if entry is None:
-        close = nearest(name, [e.name for e in entries.values() if axis in (None, e.axis)])
-        hint = f"Did you mean {close[0]}? " if close else ""
-        raise UsageError(f"unknown method {name}{at}", fix=f"{hint}All methods: eckart methods")
+        fix = f"{meant(name, axis, entries)} All methods: eckart methods".strip()
+        raise UsageError(f"unknown method {name}{at}", fix=fix)
     if axis not in (None, entry.axis):
         raise UsageError(
             f"{entry.name} is not a choice for {axis}{at}",
             fix=f"It is one for {entry.axis}: type {entry.axis}={entry.name}",
         )
     return entry
+
+
+def spelled(name: str) -> str:
+    """A name as the listing has it."""
+    return name.strip().replace("_", "-").lower()
+
+
+def meant(name: str, axis: str | None, entries: Mapping[str, Entry]) -> str:
+    """What to type for a name that no method has; empty where nothing is near."""
+    if said := ELSEWHERE.get(spelled(name)):
+        return f"Here it is {said}."
+    parts = [entry for word in re.split("[+,]", name) if (entry := entries.get(spelled(word)))]
+    if len(parts) > 1:
+        if len({entry.axis for entry in parts}) == len(parts):
+            return f"Type {' '.join(f'{entry.axis}={entry.name}' for entry in parts)}."
+        names = ",".join(entry.name for entry in parts)
+        return f"A run has one; to compare: eckart bench MODEL DATA --methods {names}."
+    close = nearest(name, [e.name for e in entries.values() if axis in (None, e.axis)])
+    return f"Did you mean {close[0]}?" if close else ""
 
 
 def load(name: str) -> type[Method]:

@@ -9,7 +9,7 @@ Both are truncated SVDs, so the error of a matrix at rank r is known from its si
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,7 @@ from eckart.recipe import Handle, Recipe, attach, registry
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.installing import install_parts
 from eckart.recipe.targets import sites_of
+from eckart.recipe.vocabulary import held_whole
 
 
 @dataclass
@@ -70,15 +71,16 @@ def plain_lora(rank: int, paths: list[str]) -> Any:
     return dataclasses.replace(method_of(config, Path()), targets=tuple(paths))
 
 
-def of_update(after: nn.Module, carried: Handle | None, base: nn.Module) -> Approximation:
+def of_update(
+    after: nn.Module, carried: Handle | None, base: nn.Module, whole: Sequence[str] = ()
+) -> Approximation:
     """What a model has become, as plain LoRA on its base.
 
-    `after` may carry terms (`carried` is their handle); modules that were trained whole are
-    copied into `base`, and so go into the adapter. Raises UsageError where a term is no
-    linear map, or where nothing has changed.
+    `after` may carry terms (`carried` is their handle); the modules `whole`, a head that was
+    trained with them, are copied into `base`, and so go into the adapter. Raises UsageError
+    where a term is no linear map, or where nothing has changed.
     """
-    name = fingerprint(base)
-    whole = carried.also_train if carried else ()
+    name = fingerprint(base, held_whole(base, whole))
     for path in whole:
         base.get_submodule(path).load_state_dict(after.get_submodule(path).state_dict())
     parts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}

@@ -46,7 +46,7 @@ def unknown_flag(word: str, following: str, options: Sequence[str]) -> UsageErro
     """
     name, _, text = word.lstrip("-").partition("=")
     setting = Setting((name.replace("-", "_"),), None, COMMAND_LINE, text or following)
-    hint = from_habit(setting, known := own_keys())
+    hint = from_habit(setting, known := [*own_keys(), "model", "data", "track"])
     ends = {key.rpartition(".")[2] for key in known}
     close = nearest(f"--{name}", options) if setting.name not in ends else []
     if not hint and close:
@@ -105,7 +105,7 @@ def nearest_key(name: str, keys: Sequence[str]) -> str | None:
 
 def from_habit(setting: Setting, known: Sequence[str]) -> str:
     """What a key of other tools is called here; empty where it is none."""
-    word = setting.key[-1]
+    word = next((part for part in setting.key if part in SWITCHES), setting.key[-1])
     entries = registry.methods()
     slug = entries.get(word.removeprefix("peft_").removeprefix("use_").replace("_", "-"))
     if slug is not None:

@@ -117,6 +117,12 @@ def open_to_measure(
     if found.kind not in ADAPTERS or own_task(source) == task:
         if found.kind in ADAPTERS:
             opened = open_model(source, dtype, task, seed)
+        elif not TASKS[own_task(source)].classes:
+            raise FileError(
+                "the model has no head for classes",
+                [(source, own_task(source)), ("labels", ", ".join(labels))],
+                "Fine-tune it on these labels first: eckart finetune MODEL DATA",
+            )
         else:
             model = load_model(source, dtype, task, seed, **padding(reader))
             opened = Opened(model, None, source)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from eckart.io.data import Data
+from eckart.io.models import name_of
 from eckart.io.opening import Opened
 from eckart.io.run import Run
 from eckart.jobs.measuring.memory import by_category, described, in_words, room
@@ -172,7 +173,7 @@ def placed(job: Job, screen: Screen, opened: Opened, reader: Any, place: torch.d
     """Put the model where it is trained, say what it is, and settle what depends on it."""
     opened.model.to(place)
     senses.require_fit(job, reader, opened.model)
-    screen.line("model", model_line(opened), Path(opened.base).name)
+    screen.line("model", model_line(opened), name_of(opened.base))
     return senses.settled(job, opened.model, place)
 
 
