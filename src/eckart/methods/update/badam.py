@@ -51,6 +51,7 @@ class BAdam(Update):
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 1e-5
+    scratch_lr: ClassVar = 1e-3
     mission: ClassVar = False
     paper: ClassVar = Paper(
         "BAdam: A Memory Efficient Full Parameter Optimization Method for Large Language Models",

@@ -72,6 +72,7 @@ class LISA(Update):
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 5e-5
+    scratch_lr: ClassVar = 1e-3
     mission: ClassVar = True
     paper: ClassVar = Paper(
         "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
