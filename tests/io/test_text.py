@@ -357,6 +357,13 @@ def test_few_documents_give_their_last_part(tmp_path, letters):
     assert letters.decode(data.train[0]["input_ids"]).endswith("line 094\n<|end|>")
 
 
+def test_few_short_documents_are_held_out_whole(tmp_path, letters):
+    found = [{"text": f"a short line, number {i:02d}"} for i in range(20)]
+    data = plainly(jsonl(tmp_path / "a.jsonl", *found), letters, eval=0.02)
+    held = {letters.decode(row["input_ids"]) for row in data.evaluation["a"]}
+    assert held and held < {f"{row['text']}<|end|>" for row in found}
+
+
 def test_evaluation_can_be_a_file_of_its_own(tmp_path, letters):
     a = jsonl(tmp_path / "a.jsonl", {"text": "train"})
     b = jsonl(tmp_path / "b.jsonl", {"text": "test"})

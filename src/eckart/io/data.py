@@ -21,7 +21,7 @@ from eckart.io.folder import close_with_manifest, write_folder, write_json
 from eckart.io.packing import Collate
 from eckart.io.reading import DataSource
 
-CACHE_VERSION = 2  # raised when the same files would be encoded differently
+CACHE_VERSION = 3  # raised when the same files would be encoded differently
 Rows = Any  # a Dataset, or the rows of one with holes (noise.Noised)
 
 

@@ -279,15 +279,20 @@ def recognised(source: DataSource, format: str, first: int | None) -> tuple[str,
     return kind, found
 
 
+PART = 40  # letters, on average, below which the last parts of documents measure nothing
+
+
 def split(found: Sequence[Row], kind: str, share: float) -> tuple[list[Row], list[Row]]:
     """Rows to learn from and rows held out, by the hash of their names or contents.
 
-    Documents too few to hold whole ones out are cut instead: the last part of each. Of any
-    other rows at least one is held out where there are two.
+    Documents too few to hold whole ones out are cut instead, the last part of each, where
+    that is long enough to say something. Of any other rows at least one is held out where
+    there are two.
     """
     if not share:
         return list(found), []
-    if kind == "text" and len(found) < 1 / share:
+    letters = sum(len(str(row.fields.get("text"))) for row in found)
+    if kind == "text" and len(found) < 1 / share and letters * share >= PART * len(found):
         parts = [tail_cut(row, share) for row in found]
         return [a for a, _ in parts], [b for _, b in parts if b.fields["text"].strip()]
     held = {i for i, row in enumerate(found) if is_held_out(row.key, share)}
