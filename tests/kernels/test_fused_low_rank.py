@@ -35,9 +35,10 @@ def run(function, x, W, bias, A, B, dtype=None, moved=None):
     return dict(zip(NAMES, (y.detach(), x.grad, A.grad, B.grad), strict=True))
 
 
+@pytest.mark.parametrize("tokens", [7, 2 * BLOCK + 7])  # few: thin products; many: a matrix
 @pytest.mark.parametrize("moved", [None, 0.1])
-def test_fused_equals_plain_in_fp64(moved):
-    given = inputs()
+def test_fused_equals_plain_in_fp64(moved, tokens):
+    given = inputs(tokens=tokens)
     plain = run(linear_plus_low_rank, *given, dtype=torch.float64, moved=moved)
     fused = run(fused_linear_plus_low_rank, *given, dtype=torch.float64, moved=moved)
     for name in NAMES:  # the same products in blocks: round-off of sums of a thousand terms

@@ -24,6 +24,7 @@ from eckart.linear import (
     linear_plus_term,
 )
 from eckart.linear.peers import make_peers
+from eckart.methods.weights.dora import Magnitude
 from eckart.methods.weights.lora import LoRA
 from eckart.recipe import Recipe, attach
 from eckart.recipe.targets import same_input, sites_of
@@ -36,16 +37,17 @@ def draw(*shape, seed=0, dtype=F64):
 
 
 class Block(nn.Module):
-    """Three maps of one input, like q, k and v, of different widths and ranks."""
+    """Three maps of one input, like q, k and v, of different widths and ranks; some with gains."""
 
-    def __init__(self, dtype=F64):
+    def __init__(self, dtype=F64, gains=()):
         super().__init__()
         widths = {"q": 5, "k": 4, "v": 3}
         for i, (name, m) in enumerate(widths.items()):
             layer = nn.Linear(7, m).to(dtype).requires_grad_(False)
             (site,) = find_sites(layer)
             pair = draw(m, 2 + i, seed=i), draw(2 + i, 7, seed=9 + i)
-            install(site, {"lora": LowRank(*pair, 0.5)})
+            gain = {"magnitude": Magnitude(draw(m, seed=20 + i))} if name in gains else {}
+            install(site, {"lora": LowRank(*pair, 0.5), **gain})
             self.add_module(name, layer)
         make_peers([self.q, self.k, self.v])
 
@@ -80,13 +82,19 @@ def one_by_one(block, x, monkeypatch, run=None):
         return gradients(block, x, run)
 
 
-def test_peers_are_computed_at_once_and_the_same(computed, monkeypatch):
-    block, x = Block(), draw(2, 6, 7)
+@pytest.mark.parametrize("gains", ["", "qkv", "k"])
+def test_peers_are_computed_at_once_and_the_same(gains, computed, monkeypatch):
+    block, x = Block(gains=gains), draw(2, 6, 7)
     expected = one_by_one(block, x, monkeypatch)
     assert not computed
     # fp64, sums of at most 12 products of order 1 in another order
     torch.testing.assert_close(gradients(block, x), expected, rtol=0, atol=1e-13)
     assert computed == [3]
+    if not gains:
+        return
+    for layer in (block.q, block.k, block.v):  # a gain scales no bias, and the merge says so too
+        W, b = layer.merged(), layer.bias
+        torch.testing.assert_close(layer(x), x @ W.T + b, rtol=0, atol=1e-13)
 
 
 def test_results_go_with_the_graph_that_they_came_from(computed):

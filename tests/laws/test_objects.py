@@ -44,6 +44,18 @@ def test_inputs_of_any_dimensions_are_rows(slug):
         found.sum().backward()
 
 
+@pytest.mark.parametrize("slug", weights_methods())
+def test_a_model_may_change_results_in_place(slug):
+    """Falcon adds to them; a function that returned a view of its result would forbid it."""
+    model, _, _ = attached(slug, "bert")  # its maps have biases
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    for layer in model.bert.encoder.layer[0].attention.self.children():
+        if isinstance(layer, torch.nn.Linear):
+            y = layer(x)
+            y += 1
+            y.sum().backward()
+
+
 BESIDE = [slug for slug in weights_methods() if small(slug).base != "trained"]
 
 

@@ -8,6 +8,12 @@ where an A is trained, with h = x A^T [t, r] where a B is; the scale is folded i
 tensors and the term is added into the base's result. Maps of one input share one product
 with all A and one dL/dx. Thin products run in the factors' dtype, a block of tokens at a time,
 so that casts stay in the cache; accuracy is that of the plain form or better.
+
+A start doubles the thin products' rank k. They cost 2 k (m + n) for each token, in the forward
+pass and for dL/dx again; to make the matrix W + s (B A - B0 A0) costs 2 k m n for all of them. So
+where an fp32 pass has many tokens it is made, used and dropped in either direction, smaller than
+what its map is given and gives. Without a start the memory that it goes through costs as much as
+it saves; a bf16 matrix would round a small term away.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from eckart.linear import Pair, frozen_linear, linear_plus_low_rank
-from eckart.linear.products import add_product, emulated, within_sum
+from eckart.linear.products import add_product, emulated, shaped, within_sum
 
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # an estimate runs on tensors without numbers
 BLOCK = 512  # tokens of which an fp32 copy is made at once, at most; 128 at least
@@ -106,6 +112,23 @@ def thin(one: Map) -> tuple[Tensor, Tensor]:
     return torch.cat([one.A, one.A - one.A0]), up
 
 
+def cheaper_folded(flat: Tensor, maps: Sequence[Map]) -> bool:
+    """Do matrices cost less than thin products, with a margin for the memory they go through?"""
+    if any(one.A0 is None for one in maps):
+        return False
+    narrow = {t.dtype for one in maps for t in (one.W, one.A)} - {torch.float32, torch.float64}
+    if narrow or torch.compiler.is_compiling():  # a compiled pass serves any number of tokens
+        return False
+    sizes = [one.W.shape for one in maps]
+    return len(flat) * sum(m + n for m, n in sizes) > 2 * sum(m * n for m, n in sizes)
+
+
+def folded(one: Map) -> Map:
+    """The map with its term in its matrix; A and B are what they were, for their gradients."""
+    down, up = thin(one)
+    return one._replace(W=torch.addmm(one.W, up, down), B0=None, A0=None)
+
+
 def side_by_side(downs: Sequence[Tensor]) -> tuple[Tensor, list[slice]]:
     """All in one [sum k, n], and which rows belong to which map."""
     edges = [0]
@@ -140,6 +163,9 @@ class FusedLowRank(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         maps = unpack(scales, tensors)
         flat = x.reshape(-1, x.shape[-1])  # [t, n]
+        kept = [t for one in maps for t in one._replace(bias=None)[:-1]]
+        if fold := cheaper_folded(flat, maps):
+            maps = [folded(one) for one in maps]
         ys = [F.linear(flat, one.W, one.bias) for one in maps]  # [t, m]
         downs, ups = zip(*map(thin, maps), strict=True)
         down, parts = side_by_side(downs)
@@ -148,19 +174,18 @@ class FusedLowRank(torch.autograd.Function):
         h = flat.new_empty(flat.shape[0], down.shape[0], dtype=down.dtype)  # [t, sum k]
         for rows in blocks(flat, flat.shape[1]):
             torch.mm(flat[rows].to(down.dtype), down.mT, out=h[rows])
-            for y, part, up in zip(ys, parts, raised, strict=True):
+            for y, part, up in () if fold else zip(ys, parts, raised, strict=True):
                 add_product(y[rows], h[rows, part].to(low), up)
         _, _, *wanted = ctx.needs_input_grad
-        kept = [t for one in maps for t in one._replace(bias=None)[:-1]]
         # x for the gradient of an A, h for that of a B
         ctx.save_for_backward(
             x if any(wanted[2::6]) else None,
             of_A(h, maps, parts) if any(wanted[3::6]) else None,
             *kept,
         )
-        ctx.scales, ctx.shape = scales, x.shape
+        ctx.scales, ctx.shape, ctx.fold = scales, x.shape, fold
         ctx.set_materialize_grads(False)  # a result that nobody used has no gradient
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        return tuple(shaped(y, x) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -171,6 +196,8 @@ class FusedLowRank(torch.autograd.Function):
         if not used:
             return (None,) * (2 + len(tensors))
         maps, dys = [every[i] for i in used], [grads[i] for i in used]
+        if ctx.fold:
+            maps = [folded(one) for one in maps]
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [t, m]
         flat = None if x is None else x.reshape(-1, x.shape[-1])  # [t, n]
         columns = side_by_side([one.A for one in every])[1]  # of h
@@ -199,7 +226,7 @@ class FusedLowRank(torch.autograd.Function):
                 dA.addmm_(into_A(dh, maps, parts).mT, flat[rows].to(down.dtype))
             if part_x is not None and dx is not None:
                 dx[rows] = part_x.addmm_(dh, down).to(dx.dtype)
-            elif dx is not None:
+            elif dx is not None and not ctx.fold:
                 add_product(dx[rows], dh.to(low), down.to(low))
         found: list[Tensor | None] = [None] * (2 + len(tensors))
         found[0] = None if dx is None else dx.view(ctx.shape)
@@ -225,7 +252,7 @@ class WideGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(W)
-        return F.linear(x, W, bias)
+        return shaped(F.linear(x, W, bias), x)
 
     @staticmethod
     @once_differentiable

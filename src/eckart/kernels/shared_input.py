@@ -8,13 +8,11 @@ compute the same bits. In training alone: without a gradient it does not pay.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from eckart.kernels.low_rank import Map, fused, map_of, ordinary
-from eckart.linear import Structured, Term, linear_plus_term, plain_mm
+from eckart.linear import Term, linear_plus_term, plain_mm
 from eckart.linear.layers import LinearSum
 
 
@@ -40,18 +38,17 @@ def peers_at_once(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor 
 
 
 def free_map(layer: nn.Module, x: Tensor) -> Map | None:
-    """A layer's map, where nothing else wants to see or prepare its own call; else None."""
-    if not isinstance(layer, Structured) or layer._forward_pre_hooks:
+    """A layer's map before any gain, where nothing else sees or prepares its own call; or None."""
+    if not isinstance(layer, LinearSum) or layer._forward_pre_hooks:
         return None
-    record, (terms, gain), W = layer._sum, layer.parts_of(layer.in_use()), layer.matrix()
-    usual = record.enabled and not record.mix and gain is None and record.mm is plain_mm
+    record, (terms, _), W = layer._sum, layer.parts_of(layer.in_use()), layer.matrix()
+    usual = record.enabled and not record.mix and record.mm is plain_mm
     if not usual or W is None or len(terms) != 1:
         return None
     pair = terms[0].pair()
     if pair is None:
         return None
-    bias: Any = layer.bias
-    one = map_of(W, bias, pair)
+    one = map_of(W, layer.bias_within(), pair)
     # An offloaded or sharded weight is elsewhere until its own layer is called.
     here = W.device == x.device and W.untyped_storage().size() > 0
     return one if here and ordinary(x, *one[:-1]) else None

@@ -70,19 +70,19 @@ class LinearSum(Structured):
 
     def fused(self, x: Tensor, W: Tensor, term: Term, gain: Gain | None) -> Tensor | None:
         """The base with its only term in fewer products, where the term offers that; or None."""
-        if gain is None:
-            return kernels.get(linear_plus_term, linear_plus_term)(self, x, W, term)
-        pair = term.pair()
-        if pair is None:
-            return None
-        y = kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, None, *pair)
+        y = kernels.get(linear_plus_term, linear_plus_term)(self, x, W, term)
+        if y is None or gain is None:
+            return y
         y = with_gain(y, gain, W, [term])
         return y if self.bias is None else y + self.bias
 
+    def bias_within(self) -> nn.Parameter | None:
+        """The bias that a product may take in: none under a gain, which scales no bias."""
+        return self.bias if self.in_use().gain is None else None
+
     def base(self, x: Tensor) -> Tensor:
         """The layer's own forward, bias included."""
-        own = type(self).__bases__[1] is nn.Linear
-        if own and not quantised(self._parameters.get("weight")):
+        if self._own is nn.Linear and not quantised(self._parameters.get("weight")):
             return kernels.get(frozen_linear, frozen_linear)(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -118,13 +118,15 @@ def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_plus_term(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
-    """A layer's frozen matrix with its only term, in fewer products where the term offers that,
-    else None: the reference for a kernel that computes several layers of one input at once."""
-    pair = term.pair()
+    """A layer's frozen matrix with its only term, before any gain, in fewer products where the
+    term offers that, else None: the reference for a kernel that computes several layers of one
+    input at once."""
+    pair, bias = term.pair(), layer.bias_within()
     if pair is None:
-        trained = W.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-        return None if trained else term.with_base(x, W, layer.bias)
-    return kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, layer.bias, *pair)
+        trained = W.requires_grad or (bias is not None and bias.requires_grad)
+        whole = trained or layer.in_use().gain is not None
+        return None if whole else term.with_base(x, W, bias)
+    return kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, bias, *pair)
 
 
 class EmbeddingSum(Structured):

@@ -197,7 +197,7 @@ class Weights(Method):
     """What is the map made of, and which part of it is trained?"""
 
     targets: tuple[str, ...] = field(default=("linear",), kw_only=True)
-    """Which maps: roles (attn, attn.q, mlp, linear, embedding, head, experts, conv, all),
+    """Which maps: roles (attn, attn.q, mlp, ssm, linear, embedding, head, experts, conv, all),
     module names, globs, `re:` patterns, layer ranges such as layers.0-3."""
 
     overrides: tuple[dict[str, Any], ...] = field(default=(), kw_only=True)

@@ -176,6 +176,7 @@ class RunTraining(Training):
         self.job, self.data = job, data
         self.interrupt = Interrupt()
         self.kept_bytes = 0
+        self.before_cut: dict[str, int] = {}  # memory, where a change of structure freed some
         self.remove_callback(PrinterCallback)
         self.add_callback(self.interrupt)
         self.observer: Observer | None = None
@@ -242,12 +243,19 @@ class RunTraining(Training):
         device = model_device(self.handle.model)
         if device.type == "cuda":
             return {"allocated": torch.cuda.max_memory_allocated(device)}
-        return {
+        found = {
             **model_bytes(self.handle),
             "gradients": gradient_bytes(self.job.train, self.inner_optimizer),
             "state": held_state_bytes(self.inner_optimizer),
             "activations": self.kept_bytes,
         }
+        return max(found, self.before_cut, key=lambda parts: sum(parts.values()))
+
+    def cut_here(self, folder: Path) -> None:
+        """As Cutting's; what was held before counts as the highest."""
+        if self.inner_optimizer is not None:  # a cut before resuming comes before any step
+            self.before_cut = self.memory()
+        super().cut_here(folder)
 
 
 # --- callbacks -----------------------------------------------------------------------------

@@ -37,7 +37,14 @@ from torch.nn import functional as F
 from eckart.errors import FileError, UsageError
 from eckart.linear import Site, Term, by_expert, plain_mm
 from eckart.linear.peers import once
-from eckart.linear.products import add_product, emulated, fitting, product, within_sum
+from eckart.linear.products import (
+    add_product,
+    emulated,
+    fitting,
+    product,
+    shaped,
+    within_sum,
+)
 from eckart.recipe import Cost, Paper, Weights
 
 
@@ -130,7 +137,7 @@ class Folded(torch.autograd.Function):
         ctx: Any, x: Tensor, h: Tensor, W: Tensor, bias: Tensor | None, M: Tensor
     ) -> Tensor:
         ctx.save_for_backward(h, W, M)
-        y = F.linear(x, W, bias)
+        y = shaped(F.linear(x, W, bias), x)
         if M.shape[-1] < W.shape[0]:
             return y.add_(unfold((h @ M).to(y.dtype), W.shape[0]))
         low = within_sum(x, M)
