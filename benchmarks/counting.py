@@ -1,13 +1,18 @@
-"""What a step does beside its time: operations dispatched, and bytes of state."""
+"""What is stepped on, and what a step does beside its time: operations and bytes of state."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from eckart.optim import Leading
+from eckart.optim.project import Search
 
 VIEWS = {
     "view", "t", "transpose", "expand", "unsqueeze", "detach", "alias", "select", "slice", "split",
@@ -40,9 +45,52 @@ def state_bytes(states: Iterable[Mapping[str, Any]]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def llama_shapes(width: int, wide: int, blocks: int) -> list[tuple[int, int]]:
-    """The matrices [m, n] of some Llama blocks."""
-    return ([(width, width)] * 4 + [(wide, width)] * 2 + [(width, wide)]) * blocks
+@dataclass(frozen=True)
+class Llama:
+    """Blocks of a model, and what a comparison on them takes."""
+
+    width: int
+    mlp: int
+    blocks: int
+    rank: int  # of a projection, as GaLore was published
+    turns: int = 9
+    repeat: int = 2  # steps in a turn
+
+    def shapes(self, blocks: int | None = None) -> list[tuple[int, int]]:
+        """The matrices [m, n] of its blocks."""
+        d, wide = self.width, self.mlp
+        return ([(d, d)] * 4 + [(wide, d)] * 2 + [(d, wide)]) * (blocks or self.blocks)
+
+
+MODELS = {
+    "tiny": Llama(256, 688, 4, 32),
+    "60M": Llama(512, 1376, 2, 128),
+    "350M": Llama(1024, 2736, 1, 256),
+    "1B": Llama(2048, 5504, 1, 512),
+    "7B": Llama(4096, 11008, 1, 1024, turns=2, repeat=1),
+}
+
+
+def option(name: str) -> str:
+    """The word after this one on the command line, or none, ""."""
+    words = sys.argv[1:]
+    return words[words.index(name) + 1] if name in words[:-1] else ""
+
+
+def chosen(*usual: str) -> dict[str, Llama]:
+    """The models that `--model NAME[,NAME]` names, else the usual ones."""
+    named = option("--model")
+    names = named.split(",") if named else usual
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        sys.exit(f"unknown model {unknown[0]}. Known: {', '.join(MODELS)}")
+    return {name: MODELS[name] for name in names}
+
+
+def first_basis(G: Tensor, rank: int, side: Literal["left", "right"]) -> Tensor:
+    """The directions [m, r] or [r, n] of G [m, n] that GaLore and Fira start from."""
+    found: Tensor = Leading(rank, side).find(Search(G[None], {}, [0], True, (*G.shape,)))[side][0]
+    return found
 
 
 def problem(shapes: list[tuple[int, int]]) -> list[torch.nn.Parameter]:

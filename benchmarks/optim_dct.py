@@ -1,6 +1,6 @@
 """A DCT-AdamW step, which chooses its directions anew, against the published algorithm.
 
-    python benchmarks/optim_dct.py [--write]
+    python benchmarks/optim_dct.py [--model 7B] [--write]
 
 The algorithm as published is written below matrix by matrix: coordinates by one product, their
 choice, moments turned by the product of the old and the new directions, the update projected
@@ -14,15 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import beside, llama_shapes, problem
+from counting import Llama, beside, chosen, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 
 from eckart.methods.update.dct_adamw import DCTAdamW
 from eckart.optim import LowRankOptimizer
 from eckart.optim.fixed import directions
+from eckart.optim.products import add_product_, product
 
 LR, EPS = 0.001, 1e-8
-MODELS = {"60M": (512, 1376, 2, 128), "350M": (1024, 2736, 1, 256)}  # width, mlp, blocks, rank
 
 
 class Published:
@@ -65,20 +65,21 @@ def products(params: list[torch.nn.Parameter], rank: int) -> Callable[[], None]:
         Q = directions("dct2", min(p.shape), p.dtype, p.device)
         work.append((p.detach(), p.grad, Q, Q[:, :rank].T.contiguous(), right))
 
+    @torch.no_grad()
     def run() -> None:
         for W, G, Q, P, right in work:
             if right:
-                W.addmm_((G @ Q)[:, :rank], P, alpha=-1e-4)
+                add_product_(W, product(G, Q)[:, :rank], P, alpha=-1e-4)
             else:
-                W.addmm_(P.T, (Q.T @ G)[:rank], alpha=-1e-4)
+                add_product_(W, P.T, product(Q.T, G)[:rank], alpha=-1e-4)
 
     return run
 
 
-def compared(name: str) -> dict[str, Any]:
+def compared(name: str, model: Llama) -> dict[str, Any]:
     """Ratios, times, operations and bytes for blocks of one model."""
-    width, wide, blocks, rank = MODELS[name]
-    a, b, c, d = (problem(llama_shapes(width, wide, blocks)) for _ in range(4))
+    rank = model.rank
+    a, b, c, d = (problem(model.shapes()) for _ in range(4))
     ours = LowRankOptimizer(a, lr=LR, rule=DCTAdamW(rank=rank).rule())
     plain = LowRankOptimizer(d, lr=LR, rule=DCTAdamW(rank=rank, route="matmul").rule())
     theirs = Published(b, rank)
@@ -95,7 +96,7 @@ def compared(name: str) -> dict[str, Any]:
         "eckart, matmul": plain.step,
         "published": theirs.step,
     }
-    seconds = take_turns(contenders, pairs=9, repeat=2)
+    seconds = take_turns(contenders, model.turns, model.repeat)
     return {
         "model": name,
         "rank": rank,
@@ -110,7 +111,7 @@ def compared(name: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    runs = [compared(name) for name in MODELS]
+    runs = [compared(name, model) for name, model in chosen("60M", "350M").items()]
     for run in runs:
         at = f"{run['model']} shapes"
         judge(f"speed against the published, {at}", run["published_over_step"]["median"], 2.0)
@@ -119,7 +120,7 @@ def main() -> None:
               f"{over['median']:.2f} times its products;",
               run["operations"], "operations a step;", run["state_bytes"], "bytes of state;",
               f"{run['products_flops']:.3g} FLOPs")  # fmt: skip
-    what = "DCT-AdamW step, T = 1, Llama blocks, fp32, one thread, CPU seconds, 9 pairs"
+    what = "DCT-AdamW step, T = 1, Llama blocks, fp32, one thread, CPU seconds"
     write("optim_dct", {"what": what, "runs": runs, "versions": versions()})
 
 

@@ -1,6 +1,6 @@
 """A Fira step without refresh, against its unavoidable products and the published algorithm.
 
-    python benchmarks/optim_fira.py [--write]
+    python benchmarks/optim_fira.py [--model 7B] [--write]
 
 The products are R = G P^T and W += N P, one reading of G for the norms of its lines and one
 that adds it: the aim is at most 1.25 times their time, and at least 1.5 times the speed of the
@@ -13,15 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import beside, llama_shapes, problem
+from counting import Llama, beside, chosen, first_basis, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import Tensor
 
 from eckart.methods.update.fira import Fira
 from eckart.optim import LowRankOptimizer
+from eckart.optim.products import add_product_, product
 
 NEVER, LR, SCALE, GAMMA, EPS = 10**9, 0.01, 0.25, 1.01, 1e-6
-MODELS = {"60M": (512, 1376, 2, 128), "350M": (1024, 2736, 1, 256)}  # width, mlp, blocks, rank
 
 
 class Published:
@@ -37,8 +37,7 @@ class Published:
             assert W.grad is not None
             G, right = W.grad, W.shape[0] >= W.shape[1]
             if not s:
-                U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-                s["P"] = (Vh[: self.rank] if right else U[:, : self.rank]).contiguous()
+                s["P"] = first_basis(G, self.rank, "right" if right else "left").contiguous()
                 s["M"] = torch.zeros_like(self.down(G, s["P"], right))
                 s["V"], s["t"], s["norm"] = torch.zeros_like(s["M"]), 0, None
             R = self.down(G, s["P"], right)
@@ -75,23 +74,24 @@ def products(params: list[torch.nn.Parameter], rank: int) -> Callable[[], None]:
         psi = torch.full((m, 1) if right else (1, n), 1e-3)
         work.append((p.detach(), p.grad, P.T.contiguous() if right else P, psi, right))
 
+    @torch.no_grad()
     def run() -> None:
         for W, G, P, psi, right in work:
             if right:
                 torch.linalg.vector_norm(G, dim=1)
-                W.addmm_(G @ P.T, P, alpha=-1e-4)
+                add_product_(W, product(G, P.T), P, alpha=-1e-4)
             else:
                 G.square().sum(0)  # a tenth of the time of vector_norm along columns
-                W.addmm_(P, P.T @ G, alpha=-1e-4)
+                add_product_(W, P, product(P.T, G), alpha=-1e-4)
             W.addcmul_(G, psi, value=-1e-4)
 
     return run
 
 
-def compared(name: str) -> dict[str, Any]:
+def compared(name: str, model: Llama) -> dict[str, Any]:
     """Ratios, times, operations and bytes for blocks of one model."""
-    width, wide, blocks, rank = MODELS[name]
-    a, b, c = (problem(llama_shapes(width, wide, blocks)) for _ in range(3))
+    rank = model.rank
+    a, b, c = (problem(model.shapes()) for _ in range(3))
     rule = Fira(rank=rank, every=NEVER, stagger=False).rule()
     ours, theirs = LowRankOptimizer(a, lr=LR, rule=rule), Published(b, rank)
     for _ in range(2):  # the first step finds the bases
@@ -102,7 +102,7 @@ def compared(name: str) -> dict[str, Any]:
         "eckart": ours.step,
         "published": theirs.step,
     }
-    seconds = take_turns(contenders, pairs=9, repeat=2)
+    seconds = take_turns(contenders, model.turns, model.repeat)
     return {
         "model": name,
         "rank": rank,
@@ -116,14 +116,14 @@ def compared(name: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    runs = [compared(name) for name in MODELS]
+    runs = [compared(name, model) for name, model in chosen("60M", "350M").items()]
     for run in runs:
         at = f"{run['model']} shapes"
         judge(f"step over its products, {at}", run["step_over_products"]["median"], 1.25, False)
         judge(f"speed against the published, {at}", run["published_over_step"]["median"], 1.5)
         print("            ", run["operations"], "operations a step;", run["state_bytes"],
               "bytes of state; products of", f"{run['products_flops']:.3g} FLOPs")  # fmt: skip
-    what = "Fira step without refresh, Llama blocks, fp32, one thread, CPU seconds, 9 pairs"
+    what = "Fira step without refresh, Llama blocks, fp32, one thread, CPU seconds"
     write("optim_fira", {"what": what, "runs": runs, "versions": versions()})
 
 

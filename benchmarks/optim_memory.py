@@ -1,19 +1,21 @@
 """Bytes of optimizer state, and of gradients at their peak: counted exactly, nothing is timed.
 
-    python benchmarks/optim_memory.py [--write]
+    python benchmarks/optim_memory.py [--model 7B] [--write]
 
-Every registered rule trains a small Llama (width 256, 4 blocks, fp32), whole or through LoRA of
-rank 8 where it is a rule for factor pairs, and is shown beside AdamW on what it trains. State is
+Every registered rule trains a small Llama (width 256, 4 blocks, fp32) or a block of another model,
+whole or through LoRA of rank 8 where it is a rule for factor pairs, and is shown beside AdamW on
+what it trains. State is
 what lies in the optimizer after the steps. Gradients are those of parameters and what layer-wise
 hooks keep, at the moment when a gradient has just come, in a step that searches no basis: all of
 them as usual; layer by layer one of the projected ones at a time.
 """
 
+import gc
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from counting import state_bytes
+from counting import chosen, state_bytes
 from pairs import versions, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,24 +24,26 @@ from eckart.errors import EckartError
 from eckart.recipe import Recipe, Update
 from eckart.recipe.registry import load, methods
 
-RANK, STEPS = 32, 3
-SIZES = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 512}
-FIELDS = {"rank": RANK, "every": 200, "stagger": False}  # of a rule that has them
+STEPS, WORDS = 3, 512
+((NAME, SHAPE),) = chosen("tiny").items()
 
 
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
+    sizes = {"hidden_size": SHAPE.width, "intermediate_size": SHAPE.mlp, "vocab_size": WORDS}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **heads))
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=SHAPE.blocks, **sizes, **heads))
 
 
 def update_of(name: str) -> Update:
     cls: Any = load(name)
-    return cls(**{key: value for key, value in FIELDS.items() if key in asdict(cls())})
+    fields = {"rank": SHAPE.rank, "every": 200, "stagger": False}  # of a rule that has them
+    return cls(**{key: value for key, value in fields.items() if key in asdict(cls())})
 
 
 def measured(update: Update, pairs: bool, layerwise: bool = False) -> dict[str, int]:
     """Bytes of state, of trained parameters, and of gradients at the peak of the last step."""
+    gc.collect()  # the model before this one lies in cycles
     lora = eckart.LoRA(rank=8)
     weights = replace(lora, **update.asks(lora)) if pairs else eckart.Dense()
     handle = eckart.attach(model(), Recipe(weights=weights, update=update), lr=1e-3, steps=STEPS)
@@ -59,7 +63,7 @@ def measured(update: Update, pairs: bool, layerwise: bool = False) -> dict[str, 
         p.requires_grad_(trains)
     if layerwise:  # after ours, which sees a gradient before this frees it
         optimizer.attach_layerwise("first")
-    tokens = torch.randint(0, SIZES["vocab_size"], (1, 16))
+    tokens = torch.randint(0, WORDS, (1, 16))
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -98,8 +102,9 @@ def main() -> None:
         print(f"{name:<14}{'factors' if pairs else 'all':>10}{row['state'] / 1024:>12,.0f}"
               f"{row['state_over_adamw']:>10.2f}{row['gradients'] / 1024:>12,.0f}"
               f"{'refused' if by_layer is None else f'{by_layer / 1024:,.0f}':>10}")  # fmt: skip
-    what = "bytes of state and of gradients alive at once, Llama of 4 blocks, width 256, fp32"
-    write("optim_memory", {"what": what, "rank": RANK, "rules": rows, "versions": versions()})
+    what = "bytes of state and of gradients alive at once, blocks of a Llama, fp32"
+    facts = {"what": what, "model": NAME, **asdict(SHAPE)}
+    write("optim_memory", {**facts, "rules": rows, "versions": versions()})
 
 
 if __name__ == "__main__":

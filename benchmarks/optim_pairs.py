@@ -1,6 +1,6 @@
 """Steps of the rules for factor pairs, against a step of AdamW on the same factors.
 
-    python benchmarks/optim_pairs.py [--write]
+    python benchmarks/optim_pairs.py [--model 7B] [--write]
 
 One Llama block, a factor pair beside each of its seven maps. Beside AdamW of torch (foreach)
 and ours stand AltLoRA, AltLoRA+ and LoRA-Pro; the aim is at most 1.3 times the time of torch's. No
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import launches, state_bytes
+from counting import Llama, chosen, launches, problem, state_bytes
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import nn
 
@@ -26,11 +26,11 @@ from eckart.methods.update.adamw import AdamW
 from eckart.methods.update.altlora import AltLoRA
 from eckart.methods.update.lora_pro import LoRAPro
 from eckart.optim import LowRankOptimizer
+from eckart.optim.products import product
 from eckart.recipe import Update
 
-WIDTHS = {512: 1376, 2048: 5504}  # of Llama blocks: the mlp's width
 RANKS = (8, 64)
-REPEAT = {8: 6, 64: 3}
+REPEAT = {8: 3, 64: 2}
 AIM = 1.3
 RULES: dict[str, Update] = {
     "AdamW": AdamW(),
@@ -41,24 +41,9 @@ RULES: dict[str, Update] = {
 }
 
 
-def shapes(width: int) -> list[tuple[int, int]]:
-    """[m, n] of the maps of a block."""
-    wide = WIDTHS[width]
-    return [(width, width)] * 4 + [(wide, width)] * 2 + [(width, wide)]
-
-
-def parameters(sizes: list[tuple[int, int]]) -> list[nn.Parameter]:
-    """The same values and gradients at every call."""
-    torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(s) / 30) for s in sizes]
-    for p in params:
-        p.grad = torch.randn_like(p) / 100
-    return params
-
-
-def factors(width: int, rank: int) -> list[nn.Parameter]:
-    """B and A of each map."""
-    return parameters([s for m, n in shapes(width) for s in ((m, rank), (rank, n))])
+def factors(maps: list[tuple[int, int]], rank: int) -> list[nn.Parameter]:
+    """B and A of each map [m, n]."""
+    return problem([s for m, n in maps for s in ((m, rank), (rank, n))])
 
 
 def step_of(update: Update, params: list[nn.Parameter]) -> LowRankOptimizer:
@@ -68,10 +53,10 @@ def step_of(update: Update, params: list[nn.Parameter]) -> LowRankOptimizer:
     return LowRankOptimizer(groups, lr=1e-4, rule=update.rule())
 
 
-def products(name: str, width: int, rank: int) -> int:
+def products(name: str, maps: list[tuple[int, int]], rank: int) -> int:
     """FLOPs of the thin and full products that a step is made of, r x r work left out."""
     total = 0
-    for m, n in shapes(width):
+    for m, n in maps:
         thin = 2 * (m + n) * rank**2  # one r x r product along the rank of both factors
         if name != "AdamW":
             total += 4 * thin  # AltLoRA: two Gram matrices, carrying, projecting
@@ -80,39 +65,42 @@ def products(name: str, width: int, rank: int) -> int:
     return total
 
 
-def floor(width: int, rank: int, whole: bool) -> Callable[[], None]:
+def floor(maps: list[tuple[int, int]], rank: int, whole: bool) -> Callable[[], None]:
     """Products and nothing else: two r x r and two thin ones for each factor, as AltLoRA and
     LoRA-Pro have them alike; `whole` with those of LoRA-Pro's E [m, n], B^T N and N A^T."""
     work = []
-    for m, n in shapes(width):
+    for m, n in maps:
         B, A = torch.randn(m, rank) / 30, torch.randn(rank, n) / 30
         work.append((B, torch.randn_like(B), A, torch.randn_like(A), torch.randn(rank, rank)))
 
+    @torch.no_grad()
     def run() -> None:
         for B, gB, A, gA, Q in work:
-            B.mT @ B, B.mT @ gB, A @ A.mT, A @ gA.mT
-            B @ Q, gB @ Q, Q @ A, Q @ gA
+            for first, second in ((B.mT, B), (B.mT, gB), (A, A.mT), (A, gA.mT)):
+                product(first, second)
+            for first, second in ((B, Q), (gB, Q), (Q, A), (Q, gA)):
+                product(first, second)
             if whole:
-                N = torch.cat([B, gB], 1) @ torch.cat([gA, A])
-                B.mT @ N, N @ A.mT
+                N = product(torch.cat([B, gB], 1), torch.cat([gA, A]))
+                product(B.mT, N), product(N, A.mT)
 
     return run
 
 
-def compared(width: int, rank: int) -> dict[str, Any]:
+def compared(model: Llama, rank: int) -> dict[str, Any]:
     """Ratios and times for one block."""
-    plain = factors(width, rank)
-    whole = parameters(shapes(width))
+    width, maps = model.width, model.shapes(blocks=1)
+    plain, whole = factors(maps, rank), problem(maps)
     steps: dict[str, torch.optim.Optimizer] = {
         "torch": torch.optim.AdamW(plain, lr=1e-4, weight_decay=0.0, foreach=True),
         "torch, whole matrices": torch.optim.AdamW(whole, lr=1e-4, weight_decay=0.0, foreach=True),
     }
-    steps |= {name: step_of(update, factors(width, rank)) for name, update in RULES.items()}
+    steps |= {name: step_of(update, factors(maps, rank)) for name, update in RULES.items()}
     contenders: dict[str, Callable[[], object]] = {name: o.step for name, o in steps.items()}
-    contenders["thin products"] = floor(width, rank, whole=False)
-    contenders["all products"] = floor(width, rank, whole=True)
+    contenders["thin products"] = floor(maps, rank, whole=False)
+    contenders["all products"] = floor(maps, rank, whole=True)
     # processor time comes in steps of some milliseconds: small steps are taken more often
-    seconds = take_turns(contenders, pairs=9, repeat=REPEAT[rank])
+    seconds = take_turns(contenders, model.turns, model.repeat * REPEAT[rank])
     thin = sums(seconds["torch"], seconds["thin products"])
     large = sums(seconds["torch, whole matrices"], seconds["all products"])
     floors = {name: large if name == "LoRA-Pro" else thin for name in RULES if name != "AdamW"}
@@ -124,7 +112,7 @@ def compared(width: int, rank: int) -> dict[str, Any]:
         "floor_over_torch": {n: ratios(least, seconds["torch"]) for n, least in floors.items()},
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "state_bytes": {name: state_bytes(o.state.values()) for name, o in steps.items()},
-        "flops_of_products": {name: products(name, width, rank) for name in RULES},
+        "flops_of_products": {name: products(name, maps, rank) for name in RULES},
         "operations": {name: launches(steps[name].step) for name in RULES},
     }
 
@@ -150,10 +138,10 @@ def report(run: dict[str, Any]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    runs = [compared(width, rank) for width in WIDTHS for rank in RANKS]
+    runs = [compared(m, rank) for m in chosen("60M", "1B").values() for rank in RANKS]
     for run in runs:
         report(run)
-    what = "steps on a Llama block's factor pairs, fp32, one thread, CPU seconds, 9 turns"
+    what = "steps on a Llama block's factor pairs, fp32, one thread, CPU seconds"
     write("optim_pairs", {"what": what, "runs": runs, "versions": versions()})
 
 

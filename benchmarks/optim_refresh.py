@@ -1,14 +1,15 @@
 """A new basis by an eigendecomposition or from random products, against galore-torch's SVD.
 
     pip install --no-deps galore-torch
-    python benchmarks/optim_refresh.py [TEXT FILE] [--write]
+    python benchmarks/optim_refresh.py [--model 7B] [--text FILE] [--write]
 
 The aim is ten times the speed at width 1024 and more, with at least 0.995 of the energy that
 the best basis of that rank captures; "default" is what GaLore and Fira do when nobody says
 otherwise, an SVD below that width. Made gradients have the shapes of small language models and
-singular values that fall as 1 / i, with noise below. Real ones are those of a Llama of width 1024,
-before its first step and after some on bytes of a text (of Python's reference, if none is named);
-"iteration" starts from the basis of an earlier one. Contenders are interleaved.
+singular values that fall as 1 / i, with noise below; of 7B one of attention, where an SVD takes a
+minute. Real ones, left out where a model is named, are those of a Llama of width 1024, before its
+first step and after some on bytes of a text (of Python's reference, if none is named); "iteration"
+starts from the basis of an earlier one. Contenders are interleaved.
 """
 
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from counting import Llama, chosen, option
 from optim_galore import galore_torch
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import Tensor
@@ -25,10 +27,8 @@ from eckart.io.corpora import pydoc_prose
 from eckart.optim import Gram, Iteration, Leading, Randomised
 from eckart.optim.project import Search
 
-SHAPES = {"60M, mlp": (1376, 512, 128), "350M, attention": (1024, 1024, 256),
-          "350M, mlp": (2736, 1024, 256)}  # fmt: skip
 LAYERS = {"attention": "self_attn.q_proj", "mlp": "mlp.up_proj"}  # [1024, 1024], [2736, 1024]
-ENERGY, SPEED, WIDE = 0.995, 10.0, 1024
+ENERGY, SPEED, WIDE, HUGE = 0.995, 10.0, 1024, 4096
 STEPS = (0, 20, 40)  # before which real gradients are taken
 Case = tuple[Tensor, Tensor, int]  # a gradient, what the last basis was found from, and the rank
 
@@ -42,13 +42,16 @@ def gradient(m: int, n: int) -> Tensor:
     return U / torch.arange(1, n + 1) @ V.T + noise
 
 
-def made() -> dict[str, Case]:
-    """Gradients of which the last was a noisy one."""
+def made(models: dict[str, Llama]) -> dict[str, Case]:
+    """Gradients of attention and mlp of which the last was a noisy one."""
     cases = {}
-    for name, (m, n, rank) in SHAPES.items():
-        G = gradient(m, n)
-        noise = 0.1 * G.norm() / (m * n) ** 0.5 * torch.randn(m, n)
-        cases[f"made, {name}"] = (G, G + noise, rank)
+    for name, model in models.items():
+        width, rank = model.width, model.rank
+        layers = {"attention": width} | ({"mlp": model.mlp} if width < HUGE else {})
+        for layer, m in layers.items():
+            G = gradient(m, width)
+            noise = 0.1 * G.norm() / (m * width) ** 0.5 * torch.randn(m, width)
+            cases[f"made, {name}, {layer}"] = (G, G + noise, rank)
     return cases
 
 
@@ -110,7 +113,7 @@ def compared(name: str, case: Case, projector_of_theirs: Any) -> dict[str, Any]:
     }
     contenders["galore_torch"] = lambda: theirs.get_orthogonal_matrix(G, rank, type="right")
     best = captured(G, contenders["galore_torch"]())
-    seconds = take_turns(contenders, pairs=5)
+    seconds = take_turns(contenders, pairs=5 if m < HUGE else 1)
     return {
         "matrix": name, "shape": [m, n], "rank": rank, "captured_by_the_best": round(best, 5),
         "share_of_the_best": {w: round(captured(G, contenders[w]()) / best, 5) for w in ways},
@@ -123,9 +126,11 @@ def main() -> None:
     galore_torch()
     projector = sys.modules["galore_torch.galore_projector"].GaLoreProjector
     torch.set_num_threads(1)
-    named = [word for word in sys.argv[1:] if not word.startswith("--")]
-    prose = "".join(text for _, text in pydoc_prose().documents).encode()
-    cases = made() | real(Path(named[0]).read_bytes() if named else prose)
+    cases = made(chosen("60M", "350M"))
+    if not option("--model"):
+        prose = "".join(text for _, text in pydoc_prose().documents).encode()
+        named = option("--text")
+        cases |= real(Path(named).read_bytes() if named else prose)
     runs = [compared(name, case, projector) for name, case in cases.items()]
     for run in runs:
         print(f"{run['matrix']} {run['shape']}, rank {run['rank']}: the best basis captures "
@@ -136,7 +141,7 @@ def main() -> None:
                 judge(f"{way}: speed against a full SVD", ratio["median"], SPEED)
             else:
                 print(f"             {way}: {ratio['median']:.2f} times the speed of a full SVD")
-    what = "a new right basis of rank r, fp32, one thread, CPU seconds, 5 pairs"
+    what = "a new right basis of rank r, fp32, one thread, CPU seconds"
     write("optim_refresh", {"what": what, "runs": runs, "versions": versions("galore-torch")})
 
 
