@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eckart.optim.part import CACHED
 
-LEAST = 2**21  # multiplications; below, oneDNN's preparations take longer than they save
+LEAST = 2**22  # multiplications; below, oneDNN's preparations take longer than they save
 PIECE = 1024  # of the inner dimension: one long chain of sums is rounded 2.2 times as much as MKL's
 
 
@@ -33,7 +33,7 @@ def fits(A: Tensor, B: Tensor) -> bool:
         A.is_cpu
         and A.dtype == B.dtype == torch.float32
         and A.dim() == B.dim() == 2
-        and A.shape[0] * B.numel() >= LEAST
+        and A.numel() * B.shape[-1] >= LEAST
         and not torch.is_grad_enabled()
         and bool(torch.backends.mkldnn.enabled)
         and preferred()
@@ -44,6 +44,8 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     """A [*, m, k] times B [*, k, n]."""
     if not fits(A, B):
         return A @ B
+    if A.shape[1] <= PIECE:
+        return by_onednn(A, B)
     pairs = zip(A.split(PIECE, 1), B.split(PIECE), strict=True)
     first, *others = (by_onednn(a, b) for a, b in pairs)
     for other in others:
