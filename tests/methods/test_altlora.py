@@ -288,24 +288,6 @@ def test_resumes_bit_for_bit(schedule):
     assert torch.equal(whole[0], cut[0]) and torch.equal(whole[1], cut[1])
 
 
-@pytest.mark.parametrize("plus", [False, True])
-def test_a_selection_keeps_what_the_other_components_were(plus):
-    """State is cut along the rank: rows for A, columns for B, and the copies alike."""
-    B, A = problem()
-    B1, A1, optimizer = train(AltLoRA(plus=plus), B, A, gradients(4))
-    before = {k: v for k, v in optimizer.named_state_dict().items() if isinstance(v, torch.Tensor)}
-    index = torch.tensor([2, 0])
-    optimizer.select_state("B", 1, index)
-    optimizer.select_state("A", 0, index)
-    after = optimizer.named_state_dict()
-    for key, value in before.items():
-        rows = key in ("A/exp_avg", "A/exp_avg_sq", "B/other")
-        assert torch.equal(after[key], value[index] if rows else value[:, index]), key
-    small = factors(B1[:, index], A1[index])
-    fresh = optimizer_of(*small, AltLoRA(plus=plus))
-    fresh.load_named_state_dict(after)
-
-
 def test_experts_move_one_by_one():
     B, A = problem()
     B3, A3 = torch.stack([B, 2 * B]), torch.stack([A, A - 1])

@@ -138,19 +138,6 @@ def test_resumes_bit_for_bit_and_costs_what_it_says():
     assert measured == method.cost(M, R).state + method.cost(R, N).state
 
 
-def test_a_selection_of_components_starts_afresh():
-    B, A = problem()
-    _, _, optimizer = train(LoRARITE(), B, A, gradients(3))
-    index = torch.tensor([2, 0])
-    optimizer.select_state("B", 1, index)
-    optimizer.select_state("A", 0, index)
-    state = optimizer.named_state_dict()
-    groups = [{"params": [("B", nn.Parameter(B[:, index])), ("A", nn.Parameter(A[index]))],
-               "pairs": [("B", "A", S)]}]  # fmt: skip
-    LowRankOptimizer(groups, lr=0.02, rule=LoRARITE().rule()).load_named_state_dict(state)
-    assert not any(v.any() for v in state.values() if isinstance(v, torch.Tensor))
-
-
 def test_experts_move_one_by_one():
     B, A = problem()
     B3, A3 = torch.stack([B, 2 * B]), torch.stack([A, A - 1])

@@ -140,24 +140,6 @@ def test_swapped_parameters_keep_their_state():
     assert set(optimizer.state) == {p for _, p in named}
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_selected_components_go_on_as_if_alone(axis):
-    """Adam is element-wise: dropping components changes nothing for those that stay."""
-    grads, index = gradients([(6, 5)], 9), torch.tensor([3, 0, 4])
-    named = parameters([(6, 5)])
-    optimizer = LowRankOptimizer(named, lr=0.02)
-    whole = run(optimizer, named, grads[:5])[0]
-    optimizer.select_state("w0", axis, index)
-    flat = optimizer.named_state_dict()
-    small = [("w0", nn.Parameter(whole.index_select(axis, index)))]
-    cut = LowRankOptimizer(small, lr=0.02)
-    cut.load_named_state_dict(flat)
-    run(cut, small, [[G.index_select(axis, index) for G in row] for row in grads[5:]])
-    named = parameters([(6, 5)])
-    whole = run(LowRankOptimizer(named, lr=0.02), named, grads)[0]
-    assert torch.equal(small[0][1], whole.index_select(axis, index))
-
-
 def test_reset_parameters_start_afresh():
     named = parameters(SHAPES)
     optimizer = LowRankOptimizer(named, rule=RULES["galore"])

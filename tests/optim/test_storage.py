@@ -80,21 +80,6 @@ def test_updates_deviate_by_less_than_a_twentieth(moments, eps_mode):
     assert not torch.equal(*changes)
 
 
-def test_a_selection_is_requantised():
-    p = nn.Parameter(torch.zeros(128, 96))
-    optimizer = LowRankOptimizer([("w", p)], rule=Rule(EightBit()))
-    p.grad = torch.randn(128, 96)
-    optimizer.step()
-    before = optimizer.state[p]
-    wide = dequantise(before["exp_avg"], before["exp_avg_scale"], True)
-    index = torch.arange(0, 128, 2)
-    optimizer.select_state("w", 0, index)
-    after = optimizer.state[p]
-    assert after["exp_avg_scale"].shape == (64, 1)
-    found = dequantise(after["exp_avg"], after["exp_avg_scale"], True)
-    torch.testing.assert_close(found, wide[index], rtol=0, atol=float(wide.abs().max()) / 64)
-
-
 def test_rounding_by_chance_is_right_on_average():
     """Between two bf16 neighbours, 10 000 draws: five standard errors of the mean."""
     x = torch.tensor([1.0 + 2**-9, -3.0 - 2**-11, 1e-30, 0.0, 256.25, -1.0])

@@ -93,15 +93,6 @@ class Inner(Part):
         for value in state.values():
             value.zero_()
 
-    def select(self, state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
-        """The moments of a parameter of this shape of which the components `index` along
-        `axis` live on: what is shaped like it is cut in the same way."""
-        index = index.to(next(iter(state.values())).device) if state else index
-        return {
-            key: value.index_select(axis, index) if value.shape == shape else value
-            for key, value in state.items()
-        }
-
 
 @dataclass(frozen=True)
 class Adam(Inner):

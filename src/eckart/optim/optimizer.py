@@ -370,20 +370,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for p in list(self.state) if params is None else params:
             self.state.pop(p, None)
 
-    def select_state(self, name: str, axis: int, index: Tensor) -> None:
-        """Keep these components along an axis of the state of the parameter of this name,
-        whose own shape changes by the same selection; a projected one starts afresh."""
-        p, group = next((p, group) for n, p, group in self.named() if n == name)
-        if is_projected(p, group):
-            self.reset_state([p])  # its basis was found for another shape
-        else:
-            state, rule = self.state[p], group["rule"]
-            moments = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-            if rule.pair is None:
-                state |= rule.inner.select(moments, p.shape, axis, index)
-            else:
-                state |= rule.pair.select(moments, p.shape, axis, index)
-
     def named_state_dict(self) -> dict[str, Any]:
         """The state under the parameters' names: {"<name>/<key>": tensor or number}.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from eckart.optim.inner import Inner
-from eckart.optim.part import CACHED, CHUNK, Part, State, Tensors
+from eckart.optim.part import CACHED, CHUNK, Part, Tensors
 from eckart.optim.products import add_product_, product
 from eckart.optim.sharded import local, whole
 
@@ -194,14 +194,6 @@ class PairRule(Part):
     def rests(self, step: int) -> str:
         """Which factor does not train at a step, counted from 0: "B", "A" or none, ""."""
         return ""
-
-    def select(self, state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
-        """The state tensors of a factor of this shape of which the components `index` along
-        `axis` live on: what is shaped like it is cut alike."""
-        return {
-            key: t.index_select(axis, index.to(t.device)) if t.shape == shape else t
-            for key, t in state.items()
-        }
 
 
 class Pair(NamedTuple):

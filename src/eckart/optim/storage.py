@@ -127,14 +127,6 @@ class EightBit(Inner):
                 state[name].copy_(codes)
                 state[f"{name}_scale"].copy_(scale)
 
-    def select(self, state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
-        moments = self.inner.select(self.widened(state), shape, axis, index)
-        found = self.init(moments["exp_avg"])
-        if "exp_avg_scale" in found:
-            self.store(found, moments)
-            return found
-        return moments
-
 
 def rounded_by_chance(x: Tensor, seed: int) -> Tensor:
     """x [*] fp32 as bf16, up or down with probabilities that make the mean exact: an update

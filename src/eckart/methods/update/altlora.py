@@ -123,13 +123,6 @@ class Alternating(PairRule):
         factor.keep(exp_avg=M if self.store_unaligned else step, other=F)
         factor.move(step, size, over, decay="after")
 
-    def select(self, state: Moments, shape: torch.Size, axis: int, index: Tensor) -> Moments:
-        """The other factor's copy has the rank along its other axis."""
-        other = state.pop("other").index_select(
-            -1 if axis % len(shape) == len(shape) - 2 else -2, index
-        )
-        return super().select(state, shape, axis, index) | {"other": other}
-
 
 @dataclass(frozen=True)
 class AltLoRA(Update):

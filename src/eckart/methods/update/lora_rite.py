@@ -45,7 +45,6 @@ from eckart.optim import (
     mixed,
     spectrum,
 )
-from eckart.optim.part import State
 from eckart.recipe.method import Cost, Paper, Update
 
 SMALLEST = 1e-12  # of B^T B's eigenvalues, over the largest: below are directions that B has not
@@ -124,16 +123,6 @@ class Equilibrated(PairRule):
         M = mixed((b1 * P, factor.state("exp_avg")), (whiten, g))
         factor.keep(exp_avg=M)
         return mixed((root, M))
-
-    def select(self, state: State, shape: torch.Size, axis: int, index: Tensor) -> State:
-        """The basis that the moments are written in goes with the components: a fresh start."""
-        r = len(index)
-        sizes = {"exp_avg": shape[:axis] + (r,) + shape[axis:][1:]}
-        square = shape[:-2] + (r, r)
-        return {
-            key: t.new_zeros(sizes.get(key, shape[:-2] if key == "escaped" else square))
-            for key, t in state.items()
-        }
 
 
 @dataclass(frozen=True)
