@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from eckart.jobs.training.outcome import say_nothing_gained
 from eckart.jobs.training.screen import Screen, every
 from tests.journeys.bad import enter
 from tests.journeys.runs import eckart, model_folder, texts
@@ -115,3 +116,11 @@ def test_tensorboard_gets_the_curves(place):
     events.Reload()
     assert {"train/loss", "train/grad_norm"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_training_that_gained_nothing_says_so():
+    screen = Screen(quiet=True)
+    for after in ({"loss": 0.9}, {}, {"loss": 1.0}):
+        say_nothing_gained(screen, {"loss": 1.0}, after)
+    assert len(screen.warnings) == 1
+    assert screen.warnings[0].startswith("no checkpoint is better than the beginning")

@@ -81,6 +81,7 @@ def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) 
         fitted = fit(job, run, handle, data, screen, prepare.resume_from(job))
         size = int(job.train.batch_size)
         after = held_out.measure(handle.model, data, size, job.eval.metrics)
+        outcome.say_nothing_gained(screen, before, after)
         form = write(run, handle, data.keeping(reader))
         found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
         memory = found["memory"] = {"estimated": parts, "measured": fitted.memory}

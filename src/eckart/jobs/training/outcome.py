@@ -134,6 +134,16 @@ def document(
     }
 
 
+def say_nothing_gained(
+    screen: Screen, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> None:
+    """Warn where the best checkpoint is no better on held-out data than the beginning was."""
+    if before and after and after["loss"] >= before["loss"]:
+        screen.warn(
+            "no checkpoint is better than the beginning: try another train.lr, or more data"
+        )
+
+
 def report(screen: Screen, found: Mapping[str, Any], form: str, fitted: Fitted) -> None:
     """The last two lines: what came out, and what to type next."""
     folder = shown(found["run"])
