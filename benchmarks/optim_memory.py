@@ -43,7 +43,7 @@ def update_of(name: str) -> Update:
 
 def measured(update: Update, pairs: bool, layerwise: bool = False) -> dict[str, int]:
     """Bytes of state, of trained parameters, and of gradients at the peak of the last step."""
-    gc.collect()  # the model before this one lies in cycles
+    gc.collect()  # the model before this one lay in cycles
     lora = eckart.LoRA(rank=8)
     weights = replace(lora, **update.asks(lora)) if pairs else eckart.Dense()
     handle = eckart.attach(model(), Recipe(weights=weights, update=update), lr=1e-3, steps=STEPS)
@@ -57,9 +57,10 @@ def measured(update: Update, pairs: bool, layerwise: bool = False) -> dict[str, 
         held += list(optimizer.projected.low.values()) if layerwise else []
         peak = max(peak, sum(t.numel() * t.element_size() for t in held))
 
+    hooks = []
     for p in trained:  # those of resting blocks too
         trains = p.requires_grad
-        p.requires_grad_(True).register_post_accumulate_grad_hook(look)
+        hooks.append(p.requires_grad_(True).register_post_accumulate_grad_hook(look))
         p.requires_grad_(trains)
     if layerwise:  # after ours, which sees a gradient before this frees it
         optimizer.attach_layerwise("first")
@@ -74,6 +75,9 @@ def measured(update: Update, pairs: bool, layerwise: bool = False) -> dict[str, 
     for _ in range(STEPS):
         peak = 0
         optimizer.step(closure)
+    optimizer.detach_layerwise()
+    for hook in hooks:  # they would keep the model
+        hook.remove()
     return {
         "trained": sum(p.numel() * p.element_size() for p in trained),
         "state": state_bytes(optimizer.state.values()),
