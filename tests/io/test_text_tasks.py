@@ -12,11 +12,6 @@ from eckart.io.text import read
 CONLL = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n# a comment\nPeter NNP B-PER\n"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
-
-
 def written(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -13,8 +13,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "clip_few_shot.py"
 
 
 @pytest.fixture
-def example(monkeypatch, tmp_path):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+def example():
     spec = importlib.util.spec_from_file_location("example_clip_few_shot", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

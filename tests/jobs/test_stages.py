@@ -19,9 +19,8 @@ from tests.tiny import logits
 
 
 @pytest.fixture(autouse=True)
-def dropped_in(monkeypatch, tmp_path):
+def dropped_in():
     folder = registry.add_folder(Path(__file__).parent / "methods")
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
     yield
     registry.folders.remove(folder)
 

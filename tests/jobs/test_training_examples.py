@@ -27,11 +27,6 @@ def example(name: str) -> Any:
     return module
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
-
-
 STEPS = {"bare_loop": 12, "sft": 15, "dpo": 15, "peft_optimizer": 12}
 
 

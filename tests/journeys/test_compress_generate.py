@@ -21,11 +21,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def compressed(place):
     return eckart("compress", place / "m", place / "d.jsonl", "keep=0.5", "-o", place / "small")

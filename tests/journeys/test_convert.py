@@ -26,11 +26,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
-
-
 def convert(place, source, *words):
     return eckart("convert", place / source, f"data={place / 'd.jsonl'}", *words)
 

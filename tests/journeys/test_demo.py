@@ -13,11 +13,6 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.findall(r"^\|[^|]*\| `(eckart [^`\n]+)` \|$", README, re.MULTILINE)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
-
-
 def test_a_short_demo_shows_loss_and_text_before_and_after(monkeypatch, tmp_path):
     short = [w for w in demo.WORDS if not w.startswith(("train.steps", "eval", "train.save"))]
     monkeypatch.setattr(demo, "WORDS", (*short, "train.steps=12"))

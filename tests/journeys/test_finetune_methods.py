@@ -45,7 +45,6 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("slug", slugs())
 def test_a_method_trains_resumes_and_loads(slug, place, tmp_path, monkeypatch):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
     words = ["finetune", place / "m", place / "d.jsonl", *small(slug), "train.save_every=2"]
     words += ["train.steps=4"]
     whole = eckart(*words, "-o", tmp_path / "whole", "--json")

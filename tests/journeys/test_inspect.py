@@ -32,11 +32,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
-
-
 def test_a_random_model_looks_random(place):
     ran = eckart("inspect", place / "m", "--json")
     assert ran.code == 0 and ran.err == "" and ran.document["kind"] == "model"

@@ -67,8 +67,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def dropped_in(place, monkeypatch, tmp_path):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+def dropped_in(place, monkeypatch):
     monkeypatch.setenv("ECKART_METHODS", str(place / "methods"))
     assert "half" in registry.methods()
 

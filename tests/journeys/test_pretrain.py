@@ -11,11 +11,6 @@ from eckart.io.presets import PRESETS, Preset
 from tests.journeys.runs import eckart, model_folder, texts
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def small(monkeypatch):
     """A preset small enough for a test."""

@@ -26,14 +26,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    before = os.environ.get("ECKART_CACHE")
-    os.environ["ECKART_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("ECKART_CACHE") if before is None else os.environ.update(ECKART_CACHE=before)
-
-
 @pytest.fixture(scope="module")
 def whole(place):
     ran = eckart("finetune", place / "m", place / "d.jsonl", *RECIPE, "-o", place / "whole")

@@ -8,8 +8,7 @@ from tests.journeys.runs import eckart, model_folder, texts
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+def place(tmp_path):
     model_folder(tmp_path / "m")
     texts(tmp_path / "d.jsonl")
     return tmp_path

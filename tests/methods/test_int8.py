@@ -137,11 +137,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
-
-
 WORDS = ("method=lora", "precision=int8", "train.lr=1e-2", "train.save_every=10")
 
 
