@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, labels, model_folder, texts
 
 
 @pytest.fixture
@@ -47,3 +47,13 @@ def test_it_says_its_memory_and_leaves_a_page_as_any_other_run(place):
     page = (out / "report.html").read_text()
     assert "Tensor bytes" in page and f"{trained[0]} measured" in page
     assert "nats" in page and 'src="http' not in page
+
+
+def test_a_head_that_was_learnt_on_a_pruned_model_comes_along_to_the_whole_one(place):
+    data = labels(place / "l.jsonl")
+    words = ("method=loram", "train.steps=30", "train.lr=1e-2", "-o", place / "run")
+    ran = eckart("finetune", place / "m", data, *words)
+    assert ran.code == 0, ran.err
+    ran = eckart("eval", place / "run", data, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["eval"]["accuracy"] > 0.9

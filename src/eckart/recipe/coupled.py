@@ -82,5 +82,5 @@ def unknown(path: str, what: str, parts: Mapping[str, Site]) -> UsageError:
     return UsageError(
         f"no way is known to prune these {what}",
         [(path, ", ".join(f"{role} ({site.kind})" for role, site in parts.items()))],
-        f"Type weights.{what}=0 to keep them all.",
+        f"Type weights.{what}=0 to keep them all, or weights.pattern=2:4 for single weights.",
     )

@@ -370,7 +370,12 @@ class LoRAM(Weights):
             if group.path in kept
             for member in group.members
         }
-        handle = attach(model, Recipe(weights=self))
+        heads = {name: t for name, t in model.named_parameters() if name in learnt}
+        whole = dict.fromkeys(name.partition(".")[0] for name in heads)  # was trained beside them
+        handle = attach(model, Recipe(weights=self), also_train=tuple(whole))
+        with torch.no_grad():
+            for name, parameter in heads.items():
+                parameter.copy_(learnt[name])
         for path, by_name in handle.terms().items():
             site, term = handle.sites[path], by_name["loram"]
             assert isinstance(term, LowRank)
