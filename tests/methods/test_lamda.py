@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback
 from eckart.errors import UsageError
 from eckart.io import peft
 from eckart.jobs.measuring.memory import held_state_bytes
+from eckart.jobs.training import cut
 from eckart.jobs.training.checkpoints import read_state
-from eckart.jobs.training.cut import cut_moments, cut_terms
 from eckart.linear import LowRank
 from eckart.linear.lowrank import low_rank
 from eckart.methods.update.adamw import AdamW
@@ -201,18 +201,25 @@ def test_b_leaves_the_optimizer_after_the_thaw_and_a_run_resumes_on_either_side(
         assert all(torch.equal(t, final[name]) for name, t in again.items())
 
 
+def test_b_stays_where_fsdp_holds_it(monkeypatch):
+    handle, _ = attached(LaMDA(rank=4, eta=0.3))
+    assert [step for step in range(1, 10) if cut.is_due(handle, step)] == [3]
+    monkeypatch.setattr(cut, "FSDPModule", type(handle.model))
+    assert not any(cut.is_due(handle, step) for step in range(1, 10))
+
+
 def test_what_moves_after_the_thaw_is_the_same_with_b_gone():
     """A loop without changes of structure holds B to the end: the same weights."""
     batches = [batch_for("llama", seed=t) for t in range(6)]
     ends = []
-    for cut in (True, False):
+    for leaves in (True, False):
         handle, optimizer = attached(LaMDA(rank=4, eta=0.3))
         handle.model.double()
         steps(handle, optimizer, batches[:3])
-        if cut:
+        if leaves:
             kept = handle.events.due_cut()
-            moments = cut_moments(handle, kept, optimizer.named_state_dict())
-            cut_terms(handle, kept)
+            moments = cut.cut_moments(handle, kept, optimizer.named_state_dict())
+            cut.cut_terms(handle, kept)
             optimizer = handle.optimizer(lr=1e-2, clip=0.5)
             optimizer.load_named_state_dict(moments)
         else:

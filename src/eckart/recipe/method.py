@@ -89,12 +89,13 @@ class Cut:
     path: {term name: int64 indices along the rank axis}}; what becomes of the others is said by
     `Term.select`. The house checkpoints, rebuilds from the saved structure, migrates the
     optimizer's state along the same axis and resumes: step count, schedule and data position go
-    on.
+    on. One that is not `needed` frees memory alone: without it the training is the same.
     """
 
     name: str
     at: Callable[[int, int | None], bool]
     kept: Callable[[Now], dict[str, dict[str, Tensor]]]
+    needed: bool = True
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from eckart.io.folder import close_with_manifest, write_folder, write_json
@@ -148,8 +149,11 @@ class DueCut(TrainerCallback):
 
 
 def is_due(handle: Handle, step: int) -> bool:
-    """Does any cut want to happen after this step?"""
-    return any(cut.at(step, handle.steps) for cut in handle.events.cuts)
+    """Does any cut want to happen after this step? FSDP2, which keeps the tensors of a model in
+    its own lists, is spared those that can be left out."""
+    sharded = any(isinstance(module, FSDPModule) for module in handle.model.modules())
+    cuts = [cut for cut in handle.events.cuts if cut.needed or not sharded]
+    return any(cut.at(step, handle.steps) for cut in cuts)
 
 
 class Cutting(Checkpointing):

@@ -16,8 +16,8 @@ The two factors start at the leading part of W, and that start is subtracted. A 
 so the difference has rank r and is an ordinary LoRA, and W itself is not touched.
 
 A frozen column does not move at all: neither by momentum nor by weight decay. Once all are
-frozen, B leaves the optimizer: its gradient and moments are freed, 3 m r numbers per matrix (a
-loop of your own that knows no changes of structure keeps them, and moves the same).
+frozen, B leaves the optimizer: its gradient and moments are freed, 3 m r numbers per matrix. Under
+FSDP2, and in a loop of your own, they are kept, and what moves is the same.
 
 LaMDA++ gives each matrix its own rank at the same average. A spectrum concentrated in few
 directions gets a small one, a flat spectrum a large one (see `in_bins`, `at_equal_energy`).
@@ -293,7 +293,7 @@ class LaMDA(Weights):
         return (
             Event("hold frozen columns", every_step, self.hold, when="before"),
             Event("put frozen columns back", every_step, put_back, when="after"),
-            Cut("B leaves the optimizer", self.thaw_ends, nothing_of_B),
+            Cut("B leaves the optimizer", self.thaw_ends, nothing_of_B, needed=False),
         )
 
     def thaw_ends(self, step: int, steps: int | None) -> bool:
