@@ -193,7 +193,7 @@ class LoRAPro(Update):
     """Share of a factor lost per step, times the learning rate. Paper: 0."""
 
     wants: ClassVar = "pairs"
-    default_lr: ClassVar = 2e-5
+    default_lr: ClassVar = 1e-4  # that of full training, which it follows. Code: 2e-5
     mission: ClassVar = True
     paper: ClassVar = Paper(
         "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?",
