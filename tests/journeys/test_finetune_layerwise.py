@@ -104,3 +104,15 @@ def test_weights_that_are_rounded_by_chance_train_in_bf16_and_resume_to_the_bit(
     assert_same_result(tmp_path / "one", tmp_path / "two", 0)
     found = load_file(tmp_path / "one" / "final" / "model.safetensors").values()
     assert {t.dtype for t in found} == {torch.bfloat16}
+
+
+def test_rounding_by_chance_is_refused_where_what_is_trained_is_fp32(place, tmp_path):
+    more = ["update=adamw", "weights=lora", "update.rounding=stochastic"]
+    ran = eckart("finetune", place / "m", place / "d.jsonl", "-o", tmp_path / "run", *more)
+    assert ran.code == 2 and ran.err.strip() == (
+        "only bf16 weights are rounded by chance\n"
+        "  update.rounding  stochastic\n"
+        "  weights = lora   trains tensors of its own, in fp32\n"
+        "Leave update.rounding out, or type weights=dense."
+    )
+    assert not (tmp_path / "run").exists()

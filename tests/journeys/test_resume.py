@@ -78,7 +78,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(place, whole, tmp_path
 
 def test_a_killed_run_goes_on(place, whole, tmp_path):
     out = tmp_path / "run"
-    process = stopped(place, out, signal.SIGKILL, "10/24")
+    process = stopped(place, out, signal.SIGKILL, "9/24")
     assert process.returncode == -9
     assert json.loads((out / "run.json").read_text())["exit"] is None
     assert not (out / "final").exists()
@@ -101,6 +101,22 @@ def test_a_finished_run_is_not_trained_again_but_can_be_made_longer(place, whole
     ran = eckart("finetune", "--resume", place / "whole")
     assert ran.code == 2, ran.err
     assert "this run is finished" in ran.err and "train.steps=48" in ran.err
+
+
+def test_a_resumed_run_keeps_its_methods(place, whole):
+    """Refused before the run's own config.yaml would say what its checkpoints are not."""
+    before = (place / "whole" / "config.yaml").read_text()
+    words = ["weights.rank=4", "weights.dropout=0", "train.steps=48"]
+    ran = eckart("finetune", "--resume", place / "whole", *words)
+    assert ran.code == 2 and ran.err.strip() == (
+        "a resumed run keeps its methods\n"
+        "  weights.dropout  the run 0.1, now 0.0\n"
+        "  weights.rank     the run 16, now 4\n"
+        f"Leave them out, or begin a new run from this one: eckart finetune {place / 'whole'}"
+    )
+    assert (place / "whole" / "config.yaml").read_text() == before
+    ran = eckart("finetune", "--resume", place / "whole", "update=galore", "weights=dense")
+    assert ran.code == 2 and "  update   the run adamw, now galore" in ran.err
 
 
 def test_resuming_what_is_no_run_says_so(tmp_path):

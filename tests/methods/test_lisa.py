@@ -302,6 +302,40 @@ def test_more_blocks_than_there_are_is_an_error():
     )
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"blocks": 0, "train_rest": False}, "nothing would be trained"),
+        ({"block_paths": ("norm", "norm")}, "a block is named twice"),
+        ({"block_weights": (0.0, 1.0)}, "too few blocks can be drawn with these weights"),
+        ({"block_weights": (2.0, 1.0, -1.0)}, "too few blocks can be drawn with these weights"),
+    ],
+)
+def test_blocks_that_cannot_be_drawn_are_refused_with_the_recipe(fields, said):
+    with pytest.raises(UsageError) as error:
+        Recipe(weights=Dense(), update=LISA(**fields))
+    assert error.value.what == said
+
+
+def test_blocks_that_the_model_has_not_are_refused():
+    with pytest.raises(UsageError) as error:
+        optimizer_of(Model(), LISA(block_weights=(1.0, 1.0, 1.0)))
+    assert "update.block_weights  3 for 6 blocks" in str(error.value)
+    with pytest.raises(UsageError) as error:
+        optimizer_of(Model(), LISA(blocks=1, block_paths=("layers.1", "layers.10")))
+    assert "layers.10  is no module above a trained parameter" in str(error.value)
+
+
+def test_a_model_without_numbered_blocks_is_refused_in_these_words():
+    with pytest.raises(UsageError) as error:
+        optimizer_of(nn.Sequential(nn.Linear(2, 2))[0], LISA())
+    assert str(error.value) == (
+        "this model has no blocks to train in turn\n"
+        "  trained parameters  none stands under a number, as in layers.0.weight\n"
+        "Name modules in update.block_paths, or take another update rule."
+    )
+
+
 def test_parameters_without_names_have_no_blocks():
     with pytest.raises(UsageError, match="known by the names of its parameters") as error:
         LowRankOptimizer(Model().parameters(), rule=LISA(blocks=1).rule())

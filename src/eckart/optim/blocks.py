@@ -47,6 +47,25 @@ class Blocks(Part):
     weights: tuple[float, ...] = ()
     order: Literal["drawn", "ascending", "descending", "shuffled"] = "drawn"
 
+    def __post_init__(self) -> None:
+        if self.count == 0 and not self.train_rest:
+            raise UsageError(
+                "nothing would be trained",
+                [("blocks", "0"), ("train_rest", "False")],
+                "Type update.blocks=1, or leave one of them out.",
+            )
+        if len(set(self.paths)) < len(self.paths):
+            raise UsageError(
+                "a block is named twice", [("update.block_paths", ", ".join(self.paths))]
+            )
+        likely = sum(weight > 0 for weight in self.weights)
+        if self.weights and (min(self.weights) < 0 or likely < self.count):
+            raise UsageError(
+                "too few blocks can be drawn with these weights",
+                [("update.block_weights", str(list(self.weights))), ("blocks", str(self.count))],
+                f"Give at least {self.count} blocks a weight above 0, and none one below.",
+            )
+
     def resting(self, names: Sequence[str], step: int, seed: int) -> set[str]:
         """The parameters of these that do not train at a step, counted from 0."""
         members = self.members(tuple(names))
@@ -91,11 +110,23 @@ class Blocks(Part):
         """The block of each parameter, as a number from 0; None for the rest."""
         found = membership(self.paths, names)
         blocks = len(self.paths) or len({b for b in found.values() if b is not None})
+        if self.counted(blocks) > blocks == 0:
+            raise UsageError(
+                "this model has no blocks to train in turn",
+                [("trained parameters", "none stands under a number, as in layers.0.weight")],
+                "Name modules in update.block_paths, or take another update rule.",
+            )
         if self.counted(blocks) > blocks:
             raise UsageError(
                 "more blocks are to be trained than there are",
                 [("blocks", f"{self.count} of {blocks}")],
                 f"Type update.blocks={blocks}, or name them in update.block_paths.",
+            )
+        if self.weights and len(self.weights) != blocks:
+            raise UsageError(
+                "each block needs its weight",
+                [("update.block_weights", f"{len(self.weights)} for {blocks} blocks")],
+                "Give one for each, or leave them out: all are alike then.",
             )
         return found
 
@@ -109,6 +140,13 @@ def generator_of(seed: int, period: int) -> torch.Generator:
 def membership(paths: tuple[str, ...], names: tuple[str, ...]) -> Mapping[str, int | None]:
     """The block of each parameter: one of the paths, or of the longest numbered list."""
     homes = [home_of(name, paths) for name in names]
+    empty = [path for path in paths if path not in homes]
+    if empty:
+        raise UsageError(
+            "a block holds nothing that is trained",
+            [(path, "is no module above a trained parameter") for path in empty],
+            "Name modules as in the model, such as model.layers.0: eckart inspect MODEL",
+        )
     order: Sequence[str] = paths
     if not paths:
         lists: dict[str, set[str]] = {}

@@ -46,6 +46,8 @@ class Recipe:
     def check(self) -> None:
         """Refuse combinations that cannot work, with the reason."""
         weights, update, precision = self.weights, self.update, self.precision
+        if update is not None:
+            update.rule()  # refuses parts that do not go together
         trained = weights is not None and weights.base != "frozen"
         if weights is not None and trained and precision is not None and precision.converts:
             raise UsageError(

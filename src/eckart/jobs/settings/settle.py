@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from eckart.errors import OutOfRoom, UsageError, did_you_mean
+from eckart.io.run import latest_checkpoint
 from eckart.jobs.measuring.memory import size
 from eckart.jobs.settings.config import Choice, Job, resolve, value_at
 from eckart.jobs.settings.tree import Train
@@ -33,6 +34,7 @@ OPEN = (
     "eval.every",
     "eval.metrics",
 )
+LASTING = ("weights", "update", "attention")  # axes whose shapes and moments a checkpoint holds
 ROWS = {"pretrain": 32}  # rows in a step; other commands take 16
 EPOCHS = {"pretrain": 1.0}  # passes where neither steps nor epochs are given; others take 3
 STEPS = {"pretrain": (100, 10_000)}  # and the least and the most of them; others (30, 1000)
@@ -41,17 +43,41 @@ SHARE = 0.9  # of the free memory that a batch may fill: allocators lose some to
 
 
 def as_it_began(job: Job, run: Path) -> Job:
-    """A resumed job with every open key as the run settled it."""
+    """A resumed job with every open key as the run settled it. UsageError where it could not
+    go on with the checkpoint's shapes and moments."""
     file = run / "resolved.yaml"
     if not file.is_file():
         return job  # it stopped before anything was settled
     before = resolve(job.command, files=[file])
+    if latest_checkpoint(run) is not None:
+        require_same_methods(job, before, run)
     for key in OPEN:
         if value_at(job, tuple(key.split("."))) == "auto":
             job = job.settle(key, value_at(before, tuple(key.split("."))), "as the run began")
     if job.choices["precision"].name == "auto":
         job = job.choose("precision", before.choices["precision"], "as the run began")
     return with_as_many_rows(job, before)
+
+
+def require_same_methods(job: Job, before: Job, run: Path) -> None:
+    """Raise UsageError where what is trained, or the rule by which, is not the run's own."""
+    facts = []
+    for axis in LASTING:
+        names = [j.choices[axis].name for j in (before, job)]
+        if names[0] != names[1]:
+            if f"{axis}.name" in job.given:  # else it is the adapter's that the run went on with
+                facts.append((axis, f"the run {names[0]}, now {names[1]}"))
+            continue
+        for key in (key for key in job.given if key.startswith(f"{axis}.")):
+            was, now = (value_at(j, tuple(key.split("."))) for j in (before, job))
+            if was != now:
+                facts.append((key, f"the run {was}, now {now}"))
+    if facts:
+        raise UsageError(
+            "a resumed run keeps its methods",
+            facts,
+            f"Leave them out, or begin a new run from this one: eckart finetune {run}",
+        )
 
 
 def with_as_many_rows(job: Job, before: Job) -> Job:

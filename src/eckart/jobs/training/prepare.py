@@ -42,11 +42,23 @@ def device() -> torch.device:
 
 def dtype_of(job: Job) -> torch.dtype:
     """How the model is loaded: what is trained of it stays in fp32 (bf16 is autocast then),
-    unless its updates are rounded by chance, which is for bf16."""
+    unless its updates are rounded by chance, which is for bf16: UsageError where none is."""
     weights: Any = job.choices["weights"].method
     precision: Any = job.choices["precision"].method
     trained = weights is not None and weights.trains_the_model
-    if trained and getattr(job.choices["update"].method, "rounding", "") == "stochastic":
+    if getattr(job.choices["update"].method, "rounding", "") == "stochastic":
+        if not trained:
+            raise UsageError(
+                "only bf16 weights are rounded by chance",
+                [
+                    ("update.rounding", "stochastic"),
+                    (
+                        f"weights = {job.choices['weights'].name}",
+                        "trains tensors of its own, in fp32",
+                    ),
+                ],
+                "Leave update.rounding out, or type weights=dense.",
+            )
         return torch.bfloat16
     return torch.float32 if trained else getattr(torch, precision.dtype)
 
