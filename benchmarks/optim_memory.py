@@ -1,6 +1,6 @@
 """Bytes of optimizer state, and of gradients at their peak: counted exactly, nothing is timed.
 
-    python benchmarks/optim_memory.py [--model 7B] [--write]
+    python benchmarks/optim_memory.py [--model 7B] [--rules galore,fira] [--write]
 
 Every registered rule trains a small Llama (width 256, 4 blocks, fp32) or a block of another model,
 whole or through LoRA of rank 8 where it is a rule for factor pairs, and is shown beside AdamW on
@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from counting import chosen, state_bytes
+from counting import chosen, option, state_bytes
 from pairs import versions, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,7 +87,8 @@ def measured(update: Update, pairs: bool, layerwise: bool = False) -> dict[str, 
 
 def main() -> None:
     torch.set_num_threads(1)
-    names = [name for name, entry in methods().items() if entry.axis == "update"]
+    known = [name for name, entry in methods().items() if entry.axis == "update"]
+    names = option("--rules").split(",") if option("--rules") else known
     base = {pairs: measured(update_of("adamw"), pairs) for pairs in (False, True)}
     rows: dict[str, Any] = {}
     head = f"{'KB':<14}{'trains':>10}{'state':>12}{'of AdamW':>10}"
