@@ -6,7 +6,8 @@
 
 At any time the memory is that of the rest and gamma blocks. Take it to fine-tune everything
 at about LoRA's memory; with a large vocabulary most of that goes to embeddings and head,
-which `train_rest` leaves out. Take GaLore or Fira to move all blocks at every step.
+which `train_rest` leaves out. Take GaLore or Fira to move all blocks at every step, and where the
+model has no numbered list of blocks (`block_paths` may name others).
 
 Source: R. Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large
 Language Model Fine-Tuning", NeurIPS 2024, Alg. 1; that moments start afresh in each period

@@ -7,7 +7,8 @@
 Weak directions of the momentum count as much as strong ones, at half of Adam's state. Take it
 to pretrain matrices of a transformer's body in fewer steps than AdamW, at some large products
 each. Vectors, embeddings and head follow AdamW. Take trion (dct-adamw) or dion where those
-products cost too much, sumo where memory does.
+products cost too much, sumo where memory does, and AdamW to fine-tune what AdamW pretrained:
+Liu et al. saw no clear gain there.
 
 With step_scale="rms" a step is as long as Adam's, and one learning rate serves both rules.
 With "tall" (the first publication) it does not: learning rates are near 0.02, AdamW's then
