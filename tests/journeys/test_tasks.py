@@ -283,6 +283,11 @@ def test_words_are_tagged_and_the_adapter_loads_in_plain_peft(place, tmp_path):
     theirs = PeftModel.from_pretrained(base, out / "final")
     ids = {"input_ids": load_tokenizer(place / "bert")(TALK, return_tensors="pt")["input_ids"]}
     choice = logits(theirs, ids).argmax(-1)
+    assert set(choice.unique().tolist()) == {0, 1}
+    ran = eckart("eval", out, place / "n.jsonl", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["eval"]["accuracy"] > 0.95 and ran.document["format"] == "tokens+tags"
+
     thin = tmp_path / "thin"  # of fewer ranks, on a base that has another head: its own comes along
     ran = eckart("convert", out, "--to", "lora", "rank=4", "-o", thin, "--json")
     assert ran.code == 0 and not ran.document["exact"], ran.out
@@ -292,11 +297,6 @@ def test_words_are_tagged_and_the_adapter_loads_in_plain_peft(place, tmp_path):
     assert ran.code == 0, ran.err
     with pytest.raises(ValueError, match=r"type eckart\.load"):  # else a model of random matrices
         AutoModelForTokenClassification.from_pretrained(tmp_path / "own")
-
-    assert set(choice.unique().tolist()) == {0, 1}
-    ran = eckart("eval", out, place / "n.jsonl", "--json")
-    assert ran.code == 0, ran.err
-    assert ran.document["eval"]["accuracy"] > 0.95 and ran.document["format"] == "tokens+tags"
 
 
 def test_a_tagger_trained_whole_knows_its_tags(place, tmp_path):

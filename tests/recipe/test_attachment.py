@@ -198,11 +198,11 @@ REFUSED = {
     "this model has no numbers yet": lambda: attach(
         tiny("llama").to("meta"), Recipe(weights=LoRA())
     ),
-    "lora needs gradients": lambda: attach(
     "parts of this model lie on the CPU or on a disk between passes": lambda: attach(
         cpu_offload(tiny("llama"), execution_device=torch.device("cpu")), Recipe(weights=LoRA())
     ),
     "the folder comes first": lambda: load(tiny("llama"), "adapter"),
+    "lora needs gradients": lambda: attach(
         tiny("llama"), Recipe(weights=LoRA(init="gradient")), calibration=[]
     ),
     "there is something of this name already": lambda: attach(

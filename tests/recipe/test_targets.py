@@ -49,8 +49,6 @@ def test_blocks_that_name_their_maps_otherwise_have_roles_too(kind):
     assert kind == "convnext" or ({"attn.q", "attn.qkv"} & set(roles) and "attn.o" in roles)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_default_takes_every_map_of_the_blocks_and_no_other(architecture):
 MLA = {
     "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
     "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
@@ -116,6 +114,8 @@ def test_maps_that_cannot_carry_terms_are_not_proposed():
         attach(model, Recipe(weights=LoRA(rank=2, targets=("conv",))))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_default_takes_every_map_of_the_blocks_and_no_other(architecture):
     model = tiny(architecture)
     sites = sites_of(model)
     inside = [s for s in sites if any(part.isdigit() for part in s.path.split("."))]

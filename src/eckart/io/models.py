@@ -244,9 +244,9 @@ def load_model(
                 **config,
             )
         except Exception as fault:  # a damaged config.json makes transformers raise anything
-            reason = str(fault).strip().splitlines()[0] if str(fault).strip() else repr(fault)
             if isinstance(fault, EckartError) or is_out_of_memory(fault):
                 raise
+            reason = str(fault).strip().splitlines()[0] if str(fault).strip() else repr(fault)
             raise FileError("the model cannot be loaded", [(str(folder), reason)]) from fault
     new_head = outside(model) if "num_labels" in config else ()
     problems(model, report, folder, task, new_head)

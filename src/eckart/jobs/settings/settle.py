@@ -182,6 +182,15 @@ def horizon(job: Job, rows: int, recipe: Recipe) -> Job:
     if job.train.steps == "auto":
         job = job.settle("train.steps", *steps_for(job, rows, per_step))
     steps = int(job.train.steps)
+    if warmup_steps(job.train) > steps:
+        raise UsageError(
+            "the learning rate would never be reached",
+            [
+                (f"train.warmup = {job.train.warmup:g}", "steps from 0 to the rate"),
+                (f"train.steps = {steps}", job.settled.get("train.steps", "as given")),
+            ],
+            "Type fewer steps of warm-up, or a share of all: train.warmup=0.03",
+        )
     if job.train.lr == "auto":
         update, weights = recipe.update, recipe.weights
         own = update is not None and update.default_lr is not None
@@ -207,15 +216,6 @@ def rows_per_step(job: Job, rows: int) -> int:
     usual = max(1, usual // job.train.processes)
     return max(parts, usual // parts * parts)
 
-    if warmup_steps(job.train) > steps:
-        raise UsageError(
-            "the learning rate would never be reached",
-            [
-                (f"train.warmup = {job.train.warmup:g}", "steps from 0 to the rate"),
-                (f"train.steps = {steps}", job.settled.get("train.steps", "as given")),
-            ],
-            "Type fewer steps of warm-up, or a share of all: train.warmup=0.03",
-        )
 
 def steps_for(job: Job, rows: int, per_step: int) -> tuple[int, str]:
     """Steps and the reason, from the epochs or from the amount of data."""
