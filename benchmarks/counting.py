@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,14 +22,16 @@ VIEWS = {
 
 
 class Launches(TorchDispatchMode):
-    """How many operations run inside, views left out: what a GPU would launch."""
+    """How often each operation runs inside, views left out: what a GPU would launch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.__name__.split(".")[0] not in VIEWS
+        name = func.__name__.split(".")[0]
+        if name not in VIEWS:
+            self.found[name] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -36,7 +39,7 @@ def launches(run: Callable[[], object]) -> int:
     """Operations of one call."""
     with Launches() as counter:
         run()
-    return counter.count
+    return counter.found.total()
 
 
 def state_bytes(states: Iterable[Mapping[str, Any]]) -> int:

@@ -1,12 +1,11 @@
 """A step of many matrices of one shape launches little more than a step of two."""
 
-from collections import Counter
 from dataclasses import fields
 
 import pytest
 import torch
+from benchmarks.counting import Launches
 from tests.optim.trainings import parameters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from eckart.optim import (
     SVD,
@@ -40,24 +39,6 @@ RULES = {
         {"addmm_": 1, "index": 1, "_to_copy": 1},
     ),
 }
-VIEWS = {
-    "view", "t", "transpose", "expand", "unsqueeze", "detach", "alias", "select", "slice", "split",
-    "split_with_sizes", "unbind", "squeeze", "_unsafe_view", "promote_types",
-}  # fmt: skip
-
-
-class Launches(TorchDispatchMode):
-    """How often each operation runs inside, views left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        if name not in VIEWS:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def launches(rule, count):
