@@ -279,7 +279,8 @@ def metrics_of(course: Course) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 def trained_folders(course: Course) -> list[Path]:
     """The folders of stages that trained, in their order."""
-    return sorted(path.parent for path in course.folder.glob("*/run.json"))
+    found = (path.parent for path in course.folder.glob("*/run.json"))
+    return sorted(found, key=lambda folder: int(folder.name.partition("-")[0]))  # 100 after 99
 
 
 def scores(course: Course, model: nn.Module) -> dict[str, Any]:
