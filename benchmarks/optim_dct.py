@@ -20,7 +20,7 @@ from pairs import judge, ratios, spread, take_turns, versions, write
 from eckart.methods.update.dct_adamw import DCTAdamW
 from eckart.optim import LowRankOptimizer
 from eckart.optim.fixed import directions
-from eckart.optim.products import add_product_, product
+from eckart.decompose.products import add_product_, product
 
 LR, EPS = 0.001, 1e-8
 

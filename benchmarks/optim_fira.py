@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eckart.methods.update.fira import Fira
 from eckart.optim import LowRankOptimizer
-from eckart.optim.products import add_product_, product
+from eckart.decompose.products import add_product_, product
 
 NEVER, LR, SCALE, GAMMA, EPS = 10**9, 0.01, 0.25, 1.01, 1e-6
 

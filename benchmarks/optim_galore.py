@@ -24,7 +24,7 @@ from torch import nn
 
 from eckart.methods.update.galore import GaLore
 from eckart.optim import LowRankOptimizer
-from eckart.optim.products import add_product_, product
+from eckart.decompose.products import add_product_, product
 
 NEVER = 10**9
 

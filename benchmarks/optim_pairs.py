@@ -26,7 +26,7 @@ from eckart.methods.update.adamw import AdamW
 from eckart.methods.update.altlora import AltLoRA
 from eckart.methods.update.lora_pro import LoRAPro
 from eckart.optim import LowRankOptimizer
-from eckart.optim.products import product
+from eckart.decompose.products import product
 from eckart.recipe import Update
 
 RANKS = (8, 64)

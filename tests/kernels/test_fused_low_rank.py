@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from eckart.decompose import products
 from eckart.kernels.low_rank import BLOCK, fused_linear_plus_low_rank
 from eckart.linear import LowRank, find_sites, install, kernels, linear_plus_low_rank
 
@@ -59,6 +61,25 @@ def test_error_is_at_most_twice_the_plain_forms(dtype, moved):
             return (result[name].double() - exact[name]).norm() / exact[name].norm()
 
         assert error(fused) <= 2 * error(plain) + 1e-12, name
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Products of any size go to oneDNN, as large ones do where that is faster."""
+    monkeypatch.setattr(products, "preferred", lambda: torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(products, "LEAST", 1)
+
+
+def test_error_is_that_of_torch_by_other_products_too(onednn):
+    test_error_is_at_most_twice_the_plain_forms(torch.float32, None)
+    test_error_is_at_most_twice_the_plain_forms(torch.float32, 0.1)
+
+
+def test_without_gradients_a_term_of_nothing_leaves_the_bits_of_the_base(onednn):
+    x, W, bias, A, B = inputs()
+    with torch.no_grad():
+        found = fused_linear_plus_low_rank(x, W, bias, A, 0 * B, 0.5)
+    assert torch.equal(found, F.linear(x, W, bias))
 
 
 def test_a_small_move_from_a_start_is_not_lost_in_bf16():

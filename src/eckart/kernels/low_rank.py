@@ -7,7 +7,9 @@ cast), and writes three [t, m] temporaries. Here x is kept once, in its own dtyp
 where an A is trained, with h = x A^T [t, r] where a B is; the scale is folded into thin
 tensors and the term is added into the base's result. Maps of one input share one product
 with all A and one dL/dx. Thin products run in the factors' dtype, a block of tokens at a time,
-so that casts stay in the cache; accuracy is that of the plain form or better.
+so that casts stay in the cache; accuracy is that of the plain form or better. The base's own
+products of a training pass are `decompose.products`'s, which a CPU's vector units may quicken;
+a pass without gradients takes torch's, so that a fresh adapter gives the bits of its base.
 
 A start doubles the thin products' rank k. They cost 2 k (m + n) for each token, in the forward
 pass and for dL/dx again; to make the matrix W + s (B A - B0 A0) costs 2 k m n for all of them. So
@@ -27,12 +29,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from eckart.decompose.products import CACHED, add_product_, product
 from eckart.linear import Pair, frozen_linear, linear_plus_low_rank
 from eckart.linear.products import add_product, emulated, shaped, within_sum
 
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # an estimate runs on tensors without numbers
+BEFORE = 3  # x, the scales and whether it is a training pass, before the maps' tensors
 BLOCK = 512  # tokens of which an fp32 copy is made at once, at most; 128 at least
-COPY = 2**18  # numbers of such a copy, a core's own cache: new memory costs more than a product
 
 
 class Map(NamedTuple):
@@ -73,7 +76,7 @@ def fused(x: Tensor, maps: Sequence[Map]) -> tuple[Tensor, ...]:
     """All maps of x [.., n]: [.., m_i] each. Factors are of one dtype, all A trained or none."""
     scales = tuple(one.scale for one in maps)
     tensors = [t for one in maps for t in one[:-1]]
-    return FusedLowRank.apply(x, scales, *tensors)
+    return FusedLowRank.apply(x, scales, torch.is_grad_enabled(), *tensors)
 
 
 def fused_frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -155,18 +158,19 @@ def into_A(dh: Tensor, maps: Sequence[Map], parts: Sequence[slice]) -> Tensor:
 
 
 class FusedLowRank(torch.autograd.Function):
-    """See the file's head. Six tensors a map, as in `Map`, after x and the scales."""
+    """See the file's head. Six tensors a map, as in `Map`, after x and two constants."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None
+        ctx: Any, x: Tensor, scales: tuple[float, ...], training: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         maps = unpack(scales, tensors)
         flat = x.reshape(-1, x.shape[-1])  # [t, n]
         kept = [t for one in maps for t in one._replace(bias=None)[:-1]]
         if fold := cheaper_folded(flat, maps):
             maps = [folded(one) for one in maps]
-        ys = [F.linear(flat, one.W, one.bias) for one in maps]  # [t, m]
+        base = by_product if training else F.linear
+        ys = [base(flat, one.W, one.bias) for one in maps]  # [t, m]
         downs, ups = zip(*map(thin, maps), strict=True)
         down, parts = side_by_side(downs)
         low = within_sum(flat, down)
@@ -176,7 +180,7 @@ class FusedLowRank(torch.autograd.Function):
             torch.mm(flat[rows].to(down.dtype), down.mT, out=h[rows])
             for y, part, up in () if fold else zip(ys, parts, raised, strict=True):
                 add_product(y[rows], h[rows, part].to(low), up)
-        _, _, *wanted = ctx.needs_input_grad
+        wanted = ctx.needs_input_grad[BEFORE:]
         # x for the gradient of an A, h for that of a B
         ctx.save_for_backward(
             x if any(wanted[2::6]) else None,
@@ -194,7 +198,7 @@ class FusedLowRank(torch.autograd.Function):
         every = unpack(ctx.scales, tensors)
         used = [i for i, dy in enumerate(grads) if dy is not None]
         if not used:
-            return (None,) * (2 + len(tensors))
+            return (None,) * (BEFORE + len(tensors))
         maps, dys = [every[i] for i in used], [grads[i] for i in used]
         if ctx.fold:
             maps = [folded(one) for one in maps]
@@ -228,21 +232,26 @@ class FusedLowRank(torch.autograd.Function):
                 dx[rows] = part_x.addmm_(dh, down).to(dx.dtype)
             elif dx is not None and not ctx.fold:
                 add_product(dx[rows], dh.to(low), down.to(low))
-        found: list[Tensor | None] = [None] * (2 + len(tensors))
+        found: list[Tensor | None] = [None] * (BEFORE + len(tensors))
         found[0] = None if dx is None else dx.view(ctx.shape)
         for i, part, dB in zip(used, own, dBs, strict=True):
-            found[2 + 6 * i + 2] = None if dA is None else dA[part]
-            found[2 + 6 * i + 3] = None if dB is None else dB.mT.contiguous()
+            found[BEFORE + 6 * i + 2] = None if dA is None else dA[part]
+            found[BEFORE + 6 * i + 3] = None if dB is None else dB.mT.contiguous()
         return tuple(found)
+
+
+def by_product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """As F.linear."""
+    return product(x, W.mT, bias)
 
 
 def base_gradient(maps: Sequence[Map], dys: Sequence[Tensor], wide: bool) -> Tensor:
     """dL/dx [t, n] of the frozen maps; empty where it will be computed in blocks, `wide`."""
     if wide:
         return dys[0].new_empty(dys[0].shape[0], maps[0].W.shape[1])
-    dx = dys[0] @ maps[0].W
+    dx = product(dys[0], maps[0].W)
     for one, dy in zip(maps[1:], dys[1:], strict=True):
-        dx.addmm_(dy, one.W)
+        add_product_(dx, dy, one.W)
     return dx
 
 
@@ -265,5 +274,5 @@ def blocks(flat: Tensor, width: int) -> list[slice]:
     """Row slices: on the CPU, where copies of rows this wide are needed, few enough; else one."""
     rows = size = flat.shape[0]
     if flat.device.type == "cpu" and flat.dtype != torch.float32:
-        size = min(BLOCK, max(128, COPY // width // 128 * 128))
+        size = min(BLOCK, max(128, CACHED // width // 128 * 128))
     return [slice(start, start + size) for start in range(0, rows, max(1, size))]

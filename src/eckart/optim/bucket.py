@@ -14,9 +14,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from eckart.decompose.products import CACHED
 from eckart.errors import UsageError
 from eckart.optim.inner import Direction
-from eckart.optim.part import CACHED, CHUNK, State, Tensors, counted, multiply_
+from eckart.optim.part import CHUNK, State, Tensors, counted, multiply_
 from eckart.optim.project import Basis, Chosen, Directions, add_up_, as_matrix, down
 from eckart.optim.refresh import refresh
 from eckart.optim.residual import limited

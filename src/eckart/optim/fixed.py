@@ -16,9 +16,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from eckart.decompose.products import CACHED, product
 from eckart.errors import UsageError
-from eckart.optim.part import CACHED, CHUNK, Tensors
-from eckart.optim.products import product
+from eckart.optim.part import CHUNK, Tensors
 from eckart.optim.project import Basis, Found, Search, Subspace, Turn, gaussian
 
 FAST = 256  # a CPU's transform of so many takes a third of the product's time, of 1024 a seventh

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from eckart.decompose.products import CACHED, add_product_, product
 from eckart.optim.inner import Inner
-from eckart.optim.part import CACHED, CHUNK, Part, Tensors
-from eckart.optim.products import add_product_, product
+from eckart.optim.part import CHUNK, Part, Tensors
 from eckart.optim.sharded import local, whole
 
 if TYPE_CHECKING:

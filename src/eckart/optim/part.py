@@ -11,8 +11,7 @@ from torch import Tensor
 
 Tensors = list[Tensor]  # one tensor per parameter; the maths runs over all of them at once
 State = dict[str, Any]  # one parameter's state: tensors, and plain scalars such as "step"
-CHUNK = 2**24  # elements whose temporaries may live at once: 64 MB in fp32
-CACHED = 2**18  # the same on a CPU, where what was just written should still be in its cache
+CHUNK = 2**24  # elements whose temporaries may live at once, 64 MB in fp32; a CPU's are CACHED
 
 
 @dataclass(frozen=True)

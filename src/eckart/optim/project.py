@@ -20,8 +20,8 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from eckart.decompose.products import add_product_, product
 from eckart.optim.part import Part
-from eckart.optim.products import add_product_, product
 from eckart.optim.sharded import Rows
 
 Found = dict[str, Tensor]  # state tensors of a projector

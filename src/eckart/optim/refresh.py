@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from eckart.optim.part import CACHED, CHUNK, Part, State, Tensors, counted, stacked
+from eckart.decompose.products import CACHED
+from eckart.optim.part import CHUNK, Part, State, Tensors, counted, stacked
 from eckart.optim.project import Basis, Directions, Found, Search, usable
 from eckart.optim.sharded import Groups, Layout, Rows, local, sum_
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from eckart.decompose.products import CACHED
 from eckart.optim.inner import Direction, Inner, Memoryless
-from eckart.optim.part import CACHED, Part, Tensors, stacked
+from eckart.optim.part import Part, Tensors, stacked
 from eckart.optim.project import Subspace, add_up_
 from eckart.optim.sharded import sum_
 

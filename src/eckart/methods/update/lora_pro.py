@@ -31,6 +31,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from eckart.decompose.products import CACHED, product
 from eckart.optim import (
     SGD,
     Adam,
@@ -47,8 +48,7 @@ from eckart.optim import (
     stepped,
     sylvester,
 )
-from eckart.optim.part import CACHED, CHUNK
-from eckart.optim.products import product
+from eckart.optim.part import CHUNK
 from eckart.recipe.method import Cost, Paper, Update
 
 Choice = Literal["sylvester", "zero", "symmetric"]

@@ -12,9 +12,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from eckart.optim.part import CACHED
-
+CACHED = 2**18  # numbers that are still in a core's cache after they were written
 LEAST = 2**22  # multiplications; below, oneDNN's preparations take longer than they save
 PIECE = 1024  # of the inner dimension: one long chain of sums is rounded 2.2 times as much as MKL's
 
@@ -30,7 +30,8 @@ def preferred() -> bool:
 def fits(A: Tensor, B: Tensor) -> bool:
     """Is A B one that oneDNN makes faster? It has no backward pass."""
     return (
-        A.is_cpu
+        not torch.compiler.is_compiling()
+        and A.is_cpu
         and A.dtype == B.dtype == torch.float32
         and A.dim() == B.dim() == 2
         and A.numel() * B.shape[-1] >= LEAST
@@ -40,15 +41,15 @@ def fits(A: Tensor, B: Tensor) -> bool:
     )
 
 
-def product(A: Tensor, B: Tensor) -> Tensor:
-    """A [*, m, k] times B [*, k, n]."""
+def product(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A [*, m, k] times B [*, k, n], plus a bias [n]."""
     if not fits(A, B):
-        return A @ B
+        return A @ B if bias is None else F.linear(A, B.mT, bias)
     if A.shape[1] <= PIECE:
-        return by_onednn(A, B)
+        return by_onednn(A, B, bias)
     pairs = zip(A.split(PIECE, 1), B.split(PIECE), strict=True)
     first, *others = (by_onednn(a, b) for a, b in pairs)
-    for other in others:
+    for other in others if bias is None else (*others, bias):
         first += other
     return first
 
@@ -67,9 +68,9 @@ def add_product_(C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: floa
             c.add_(product(a, B), alpha=alpha)
 
 
-def by_onednn(A: Tensor, B: Tensor) -> Tensor:
+def by_onednn(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     multiply = torch.ops.mkldnn._linear_pointwise
-    found: Tensor = multiply(dense(A), dense(B.mT), None, "none", [], "")
+    found: Tensor = multiply(dense(A), dense(B.mT), bias, "none", [], "")
     return found
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eckart.optim import products
-from eckart.optim.products import add_product_, product
+from eckart.decompose import products
+from eckart.decompose.products import add_product_, product
 
 # (m, k, n), the inner dimension in one piece, in two and in several with a rest
 SHAPES = [(512, 128, 96), (96, 2048, 64), (64, 4100, 16)]
@@ -22,7 +22,7 @@ def seen(monkeypatch):
     """What oneDNN is given, on any processor: its products exist wherever torch has it."""
     given, through = [], products.by_onednn
     monkeypatch.setattr(products, "preferred", lambda: torch.backends.mkldnn.is_available())
-    monkeypatch.setattr(products, "by_onednn", lambda A, B: given.append((A, B)) or through(A, B))
+    monkeypatch.setattr(products, "by_onednn", lambda *of: given.append(of) or through(*of))
     return given
 
 
@@ -38,6 +38,8 @@ def test_rounding_is_at_most_twice_that_of_torch(shape, layout, seen):
         return (found - wanted).square().mean().sqrt()
 
     assert error(product(A, B), exact) <= 2 * error(A @ B, exact)
+    bias = torch.randn(n)
+    assert error(product(A, B, bias), exact + bias) <= 2 * error(A @ B + bias, exact + bias)
     sums = 0.5 * C.double() - 0.1 * exact
     theirs = torch.addmm(C, A, B, alpha=-0.1, beta=0.5)
     add_product_(C, A, B, alpha=-0.1, beta=0.5)
