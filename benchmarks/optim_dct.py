@@ -17,10 +17,10 @@ import torch
 from counting import Llama, beside, chosen, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 
+from eckart.decompose.products import add_product_, product
 from eckart.methods.update.dct_adamw import DCTAdamW
 from eckart.optim import LowRankOptimizer
 from eckart.optim.fixed import directions
-from eckart.decompose.products import add_product_, product
 
 LR, EPS = 0.001, 1e-8
 

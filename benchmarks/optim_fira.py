@@ -17,9 +17,9 @@ from counting import Llama, beside, chosen, first_basis, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import Tensor
 
+from eckart.decompose.products import add_product_, product
 from eckart.methods.update.fira import Fira
 from eckart.optim import LowRankOptimizer
-from eckart.decompose.products import add_product_, product
 
 NEVER, LR, SCALE, GAMMA, EPS = 10**9, 0.01, 0.25, 1.01, 1e-6
 

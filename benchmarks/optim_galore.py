@@ -22,9 +22,9 @@ from counting import Llama, chosen, first_basis, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import nn
 
+from eckart.decompose.products import add_product_, product
 from eckart.methods.update.galore import GaLore
 from eckart.optim import LowRankOptimizer
-from eckart.decompose.products import add_product_, product
 
 NEVER = 10**9
 

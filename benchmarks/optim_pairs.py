@@ -22,11 +22,11 @@ from counting import Llama, chosen, launches, problem, state_bytes
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import nn
 
+from eckart.decompose.products import product
 from eckart.methods.update.adamw import AdamW
 from eckart.methods.update.altlora import AltLoRA
 from eckart.methods.update.lora_pro import LoRAPro
 from eckart.optim import LowRankOptimizer
-from eckart.decompose.products import product
 from eckart.recipe import Update
 
 RANKS = (8, 64)

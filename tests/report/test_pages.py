@@ -76,8 +76,8 @@ def bench_page():
     ranking = {"mean_rank": {"lora": 2.0, "dora": 1.0}, "times_first": {"lora": 0, "dora": 3},
                "kendall_tau": 1.0, "seeds": 3}  # fmt: skip
     return comparison(
-        {"methods": rows, "metric": "loss", "baseline": "lora", "ranking": ranking, "repeat": "eckart bench m d",
-         "held_fixed": {"steps": "10"}}
+        {"methods": rows, "metric": "loss", "baseline": "lora", "ranking": ranking,
+         "repeat": "eckart bench m d", "held_fixed": {"steps": "10"}}
     )  # fmt: skip
 
 
@@ -167,8 +167,8 @@ RUN_SHOWS = [  # figures by their titles
     "Overlap of a subspace with the one before", "Share by role", "Tensor bytes",
 ]  # fmt: skip
 BENCH_SHOWS = [
-    "Better than the baseline by: loss", "Better than the baseline by: accuracy", "Held-out loss by learning rate",
-    "Expected best after some rates tried", "Test loss by seed", "Peak tensor bytes",
+    "Better than the baseline by: loss", "Better than the baseline by: accuracy",
+    "Held-out loss by learning rate", "Expected best after some rates tried", "Test loss by seed", "Peak tensor bytes",
     "Seconds of a run",
 ]  # fmt: skip
 
