@@ -168,7 +168,8 @@ RUN_SHOWS = [  # figures by their titles
 ]  # fmt: skip
 BENCH_SHOWS = [
     "Better than the baseline by: loss", "Better than the baseline by: accuracy",
-    "Held-out loss by learning rate", "Expected best after some rates tried", "Test loss by seed", "Peak tensor bytes",
+    "Held-out loss by learning rate", "Expected best after some rates tried",
+    "Test loss by seed", "Peak tensor bytes",
     "Seconds of a run",
 ]  # fmt: skip
 
