@@ -9,9 +9,12 @@ import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
+import eckart
 from eckart.errors import Diverged, UsageError
-from eckart.recipe import Objective, registry
+from eckart.jobs.training.trainer import still_fitting
+from eckart.recipe import Objective, Recipe, attach, registry
 from tests.jobs.loops import LR, arguments, bare, collate, handle_of, head_of, logged, mixed, rows
+from tests.tiny import llama
 
 LOOPS = [Trainer, SFTTrainer]
 STEPS = 10
@@ -196,3 +199,25 @@ def test_a_gradient_that_is_not_finite_names_where_the_backward_pass_met_it(tmp_
         mixed(handle, Trainer, tmp_path, 2, 1).train()
     where = "model.layers.1.self_attn.q_proj.lora (gradient)"
     assert fault.value.what == f"gradient norm is NaN at step 1; first in {where}"
+
+
+@pytest.mark.parametrize("update", [eckart.AltLoRA(), eckart.LoRARITE(), eckart.AdamW()])
+def test_of_another_rank_an_earlier_training_s_moments_are_left_out(update):
+    """A later stage takes over what fits: a pair's r x r state is a state like any other."""
+
+    def trained(rank):
+        handle = attach(llama(), Recipe(weights=eckart.LoRA(rank=rank), update=update))
+        return handle, handle.optimizer(lr=1e-3)
+
+    handle, first = trained(4)
+    for p in handle.trainable().values():
+        p.grad = torch.ones_like(p)
+    first.step()
+    saved = first.named_state_dict()
+    _, same = trained(4)
+    kept = still_fitting(saved, same)
+    assert kept == {key: value for key, value in saved.items() if not key.endswith("/lr")}
+    _, smaller = trained(2)
+    kept = still_fitting(saved, smaller)
+    smaller.load_named_state_dict(kept)
+    assert not any(".lora." in key for key in kept)

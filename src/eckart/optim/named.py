@@ -40,37 +40,42 @@ def unpack(flat: Mapping[str, Any], params: Iterable[Named]) -> dict[Tensor, Sta
     if strangers:
         raise FileError("the optimizer's state does not fit the model", strangers)
     states: dict[Tensor, State] = {}
-    partners = {
-        name: (place, pair) for _, group in here.values() for pair in group["pairs"]
-        for place, name in enumerate(pair[:2])
-    }  # fmt: skip
+    pairs, wanted = pairs_of(here), first_states(here)
     for name, entry in found.items():
         p, group = here[name]
         for key in ("lr", "taken"):
             group[key] = entry.pop(key, group[key])
         if entry:
-            place, pair = partners.get(name, (0, None))
-            both = [here[n][0] for n in pair[:2]] if pair and group["rule"].pair else None
-            check_fits(name, entry, first_state(p, group, both, place))
-            if both:  # a pair's state is whole on every process
+            check_fits(name, entry, wanted[name])
+            if name in pairs:  # a pair's state is whole on every process
                 states[p] = {key: copy_to(value, p) for key, value in entry.items()}
             else:
                 states[p] = placed(name, p, group, entry)
     return states
 
 
-def first_state(
-    p: Tensor, group: Mapping[str, Any], pair: list[Tensor] | None, place: int
-) -> State:
-    """What the parameter's state would be before its first step, without memory. `pair` are
-    the factors B, A of which it is the one at `place`."""
-    rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
-    state = rule.start(hollow(p), leading)
-    if rule.pair is not None:
-        if pair is None:
-            return state | rule.inner.init(hollow(p))
-        state |= rule.pair.init(hollow(pair[0]), hollow(pair[1]), rule.inner)[place]
-    return state
+Here = Mapping[str, tuple[Tensor, Mapping[str, Any]]]  # name -> parameter, its group
+
+
+def pairs_of(here: Here) -> dict[str, tuple[str, str]]:
+    """The names of B and A, under both, of the factors that a rule moves together."""
+    groups = [group for _, group in here.values() if group["rule"].pair is not None]
+    pairs = [(b, a) for group in groups for b, a, _ in group["pairs"] if b in here and a in here]
+    return {name: pair for pair in pairs for name in pair}
+
+
+def first_states(here: Here) -> dict[str, State]:
+    """What the parameters' states would be before the first step, without memory."""
+    pairs, found = pairs_of(here), dict[str, State]()
+    for name, (p, group) in here.items():
+        rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
+        found[name] = rule.start(hollow(p), leading)
+        if name in pairs:
+            B, A = (hollow(here[n][0]) for n in pairs[name])
+            found[name] |= rule.pair.init(B, A, rule.inner)[pairs[name].index(name)]
+        elif rule.pair is not None:
+            found[name] |= rule.inner.init(hollow(p))
+    return found
 
 
 def hollow(p: Tensor) -> Tensor:

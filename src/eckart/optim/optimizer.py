@@ -60,6 +60,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         layerwise: bool = False,
         skip_nonfinite: bool = False,
     ):
+        if clip is not None and not clip > 0:
+            fix = "Type clip=None to leave gradients as they are."
+            raise UsageError("a norm is bounded by more than zero", [("clip", str(clip))], fix)
         self.clip = clip
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite

@@ -28,6 +28,7 @@ from eckart.io.packing import Shuffled
 from eckart.jobs.training.cut import Cutting, DueCut
 from eckart.jobs.training.divergence import first_bad_gradient, first_bad_module
 from eckart.linear import Structured, seeded_generator
+from eckart.optim.named import first_states
 from eckart.recipe import Handle
 from eckart.recipe.recipe import refuse_two_passes
 
@@ -265,10 +266,9 @@ def still_fitting(moments: dict[str, Any], optimizer: Any) -> dict[str, Any]:
         name, _, key = path.rpartition("/")
         if key != "lr":
             entries.setdefault(name, {})[key] = value
+    here = {name: (p, group) for name, p, group in optimizer.named()}
     found: dict[str, Any] = {}
-    for name, p, group in optimizer.named():
-        empty = torch.empty(p.shape, dtype=p.dtype, device="meta")
-        wanted = group["rule"].on(p.shape, group["leading"]).start(empty, group["leading"])
+    for name, wanted in first_states(here).items():
         entry = entries.get(name, {})
         if all(key in entry and same_shape(entry[key], wanted[key]) for key in wanted):
             found |= {f"{name}/{key}": value for key, value in entry.items()}
