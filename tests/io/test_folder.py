@@ -19,7 +19,7 @@ from eckart.io.folder import (
     write_json,
     write_text,
 )
-from eckart.io.run import Run, latest_checkpoint, read_lines, read_metrics
+from eckart.io.run import Run, latest_checkpoint, read_lines, read_metrics, refuse_elsewhere
 
 
 @contextmanager
@@ -288,3 +288,21 @@ def test_rewinding_drops_later_lines(tmp_path):
             run.log(step=step)
         run.rewind(2)
     assert [m["step"] for m in read_metrics(tmp_path / "a")] == [1, 2]
+
+
+def test_a_run_of_another_folder_says_where_its_paths_start(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "notes.txt").write_text("a")
+    monkeypatch.chdir(tmp_path / "here")
+    Run.create("r").finish()
+    refuse_elsewhere(Path("r"), "finetune", ["notes.txt", "gpt2"])
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(FileError) as e:
+        refuse_elsewhere(Path("../here/r"), "finetune", ["notes.txt", "gpt2"])
+    here = tmp_path / "here"
+    assert e.value.text() == (
+        "this run was begun in another folder\n"
+        f"  notes.txt   is in {here}\n"
+        f"Type it there: cd {here} && eckart finetune --resume {here / 'r'}"
+    )

@@ -18,7 +18,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, lock(folder), replaced)
         try:
-            run.record(versions=versions(), command=sys.argv[1:], exit=None, **facts)
+            begun = {"command": sys.argv[1:], "folder": os.getcwd()}  # that its paths start from
+            run.record(versions=versions(), **begun, exit=None, **facts)
         except BaseException:
             os.close(run._handle)
             raise
@@ -117,11 +118,7 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """run.json's content; {} before the first record."""
-        path = self.folder / "run.json"
-        try:
-            return json.loads(path.read_bytes()) if path.exists() else {}
-        except ValueError as fault:
-            raise FileError("run.json is not JSON", [(str(path), str(fault))]) from fault
+        return facts_of(self.folder)
 
     def record(self, **facts: Any) -> None:
         """Add or replace facts in run.json."""
@@ -209,6 +206,27 @@ def require_run(folder: str | Path) -> Path:
         [(str(folder), "has no run.json")],
         did_you_mean(path.name, runs, otherwise) if runs else otherwise,
     )
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """A run.json's content; {} where there is none. FileError where it cannot be read."""
+    path = folder / "run.json"
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError as fault:
+        raise FileError("run.json is not JSON", [(str(path), str(fault))]) from fault
+
+
+def refuse_elsewhere(run: Path, command: str, paths: Sequence[str]) -> None:
+    """Raise FileError where a run's paths are not here, but are in the folder it was begun in."""
+    begun = Path(facts_of(run).get("folder", "."))
+    lost = [path for path in paths if not Path(path).exists() and (begun / path).exists()]
+    if lost:
+        raise FileError(
+            "this run was begun in another folder",
+            [(path, f"is in {begun}") for path in lost],
+            f"Type it there: cd {begun} && eckart {command} --resume {run.resolve()}",
+        )
 
 
 def refuse_taken(folder: Path, overwrite: bool) -> None:

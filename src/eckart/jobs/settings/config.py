@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from eckart.errors import UsageError
-from eckart.io.run import require_run
+from eckart.io.run import refuse_elsewhere, require_run
 from eckart.jobs.settings.check import checked, expected
 from eckart.jobs.settings.job import (
     AUTO,
@@ -104,6 +104,9 @@ def resolve(
         flags=flags,
         settled=settled,
     )
+    if flags.resume:
+        paths = [job.model or "", *(source.path for source in job.data.train)]
+        refuse_elsewhere(require_run(flags.resume), command, paths)
     job = dataclasses.replace(job, given={".".join(k): value_at(job, k) for k in given})
     from eckart.recipe.recipe import refuse_two_passes
 
