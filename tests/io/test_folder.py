@@ -303,6 +303,6 @@ def test_a_run_of_another_folder_says_where_its_paths_start(tmp_path, monkeypatc
     here = tmp_path / "here"
     assert e.value.text() == (
         "this run was begun in another folder\n"
-        f"  notes.txt   is in {here}\n"
+        f"  notes.txt  is in {here}\n"
         f"Type it there: cd {here} && eckart finetune --resume {here / 'r'}"
     )
