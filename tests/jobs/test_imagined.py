@@ -14,7 +14,14 @@ import torch
 from eckart.errors import UsageError
 from eckart.io.heads import outside
 from eckart.jobs.measuring.imagined import elements, imagine
-from eckart.jobs.measuring.memory import Live, activation_bytes, held_state_bytes, model_bytes, size
+from eckart.jobs.measuring.memory import (
+    Live,
+    activation_bytes,
+    held_state_bytes,
+    line,
+    model_bytes,
+    size,
+)
 from eckart.jobs.measuring.shallow import alike, sized
 from eckart.jobs.proposals import candidates
 from eckart.methods.weights.lamda import LaMDA
@@ -83,6 +90,15 @@ def test_every_category_is_exact(slug, architecture):
     rows, length = next(iter(batch_for(architecture).values())).shape[:2]
     assert found.peak(rows, length) == pytest.approx(peak, rel=0.1)
     assert found.activations(rows, length) == activations
+
+
+@pytest.mark.parametrize("slug", slugs("weights"))
+def test_a_batch_of_any_size_is_known_from_one_row_and_two(slug):
+    """Factors that a pass makes are kept once, not once a row."""
+    found = imagined(recipe_for(slug), "llama")
+    known = line(lambda rows: found.activations(rows, 12))
+    # a map whose many tokens make another way cheaper keeps less
+    assert known.of(6) == pytest.approx(found.activations(6, 12), rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", ("llama", "gpt2"))

@@ -112,8 +112,8 @@ CASES = {
         "bench m d.jsonl --methods dora train.patience=2",
         "train.patience says nothing to bench     command line\n"
         "  train.patience = 2  a key of finetune, pretrain, compress\n"
-        "  eckart bench reads  model, data, out, train.steps, train.epochs, train.batch_size, "
-        "train.accumulate, train.schedule, train.warmup, train.clip, train.seed\n"
+        "  eckart bench reads  model, data, out, eval.metrics, train.steps, train.epochs, "
+        "train.batch_size, train.accumulate, train.schedule, train.warmup, train.clip, train.seed\n"
         "Leave it out.\n",
     ),
     "a way of training for what is left of a model": (

@@ -25,7 +25,7 @@ from eckart.io.peft_read import method_of
 from eckart.io.tasks import TASKS
 from eckart.jobs import pretrain
 from eckart.jobs.measuring.imagined import Imagined, imagine
-from eckart.jobs.measuring.memory import in_bytes, in_words, room
+from eckart.jobs.measuring.memory import Line, in_bytes, in_words, line, room
 from eckart.jobs.measuring.speed import HELD, Speed, digits, measured, moving
 from eckart.jobs.proposals import proposals
 from eckart.jobs.proposals import say as say_proposals
@@ -269,21 +269,19 @@ def with_batch(job: Job, found: Imagined, free: int, data: tuple[int, int]) -> t
     `data` is its rows and the tokens of one.
     """
     count, length = data
-    measured: dict[bool, int] = {}
 
-    def per_row(checkpointing: bool) -> int:
-        if checkpointing not in measured:
-            measured[checkpointing] = found.activations(1, length, checkpointing)
-        return measured[checkpointing]
+    @cache
+    def kept(checkpointing: bool) -> Line:
+        return line(lambda rows: found.activations(rows, length, checkpointing))
 
     fixed = sum(found.fixed.values())
     rows = settle.rows_per_step(job, count)
     try:
-        job = settle.batch(job, rows, fixed, per_row, free, False)
+        job = settle.batch(job, rows, fixed, kept, free, False)
     except OutOfRoom:  # said below with all numbers, not raised
-        job = settle.batch(job, rows, 0, per_row, 2**60, False)
+        job = settle.batch(job, rows, 0, kept, 2**60, False)
     checkpointing = bool(job.train.checkpointing)
-    return job, per_row(checkpointing) * int(job.train.batch_size)
+    return job, kept(checkpointing).of(int(job.train.batch_size))
 
 
 def compressed(job: Job, config: Any, place: torch.device, screen: Screen) -> dict[str, Any]:
@@ -361,12 +359,10 @@ def remedies(screen: Screen, job: Job, found: Imagined, parts: dict[str, int], l
     saved: list[tuple[int, str]] = []
     size = int(job.train.batch_size)
     if size > 1:
-        per_row = parts["activations"] // size
-        saved.append(
-            (parts["activations"] - per_row, f"train.batch_size=1 train.accumulate={size}")
-        )
+        one = found.activations(1, length, bool(job.train.checkpointing))
+        saved.append((parts["activations"] - one, f"train.batch_size=1 train.accumulate={size}"))
     if not job.train.checkpointing:
-        less = found.activations(1, length, True) * size
+        less = found.activations(size, length, True)
         saved.append((parts["activations"] - less, "train.checkpointing=true"))
     weights: Any = job.choices["weights"].method
     if weights.base == "trained":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from eckart.errors import EckartError, OutOfRoom
-from eckart.jobs.measuring.memory import in_words
+from eckart.jobs.measuring.memory import Line, in_words, line
 from eckart.jobs.measuring.shallow import Sizes, alike, sized
 from eckart.jobs.measuring.speed import Speed, digits
 from eckart.jobs.settings.config import Job
@@ -125,18 +125,18 @@ def candidates(from_scratch: bool = False) -> Iterator[tuple[str, Any, Any, bool
 
 
 class Passes:
-    """What one row takes, asked once for all update rules of the same weights."""
+    """What rows take, asked once for all update rules of the same weights."""
 
     def __init__(self, length: int):
         self.length = length
-        self.kept: dict[tuple[str, bool], int] = {}
+        self.kept: dict[tuple[str, bool], Line] = {}
         self.work: dict[str, tuple[int, int]] = {}
 
-    def activations(self, words: str, sizes: Sizes, checkpointing: bool) -> int:
+    def activations(self, words: str, sizes: Sizes, checkpointing: bool) -> Line:
         """Bytes that are kept for the backward pass."""
         key = words.partition(" ")[0], checkpointing
         if key not in self.kept:
-            self.kept[key] = sizes.activations(1, self.length, checkpointing)
+            self.kept[key] = line(lambda rows: sizes.activations(rows, self.length, checkpointing))
         return self.kept[key]
 
     def flops(self, words: str, sizes: Sizes, checkpointing: bool) -> int:
@@ -163,14 +163,14 @@ def placed(
     if space <= 0:
         return None
     for checkpointing in (False, True):
-        per_row = passes.activations(words, sizes, checkpointing)
-        if most := int(space // max(1, per_row)):
+        kept = passes.activations(words, sizes, checkpointing)
+        if most := kept.rows_within(space):
             at_once = largest_divisor(rows, most)
             work = rows * passes.flops(words, sizes, checkpointing)
             seconds = speed().seconds(work, sizes.trainable)[0]
             return Proposal(
                 words, plain, sizes.trainable, sizes.parameters, fixed,
-                per_row * at_once, at_once, checkpointing, seconds,
+                kept.of(at_once), at_once, checkpointing, seconds,
             )  # fmt: skip
     return None
 

@@ -26,6 +26,7 @@ from eckart.jobs.measuring.imagined import imagine
 from eckart.jobs.measuring.memory import (
     activation_bytes,
     in_words,
+    line,
     model_bytes,
     room,
     size,
@@ -111,15 +112,15 @@ def pace(c: Contestant, rows: int) -> float:
 
 def most_rows(c: Contestant, limit: float) -> int:
     """The largest power of two of rows whose batch fits into the limit."""
-    fixed, per_row = bytes_of(c, 1)
-    if fixed + per_row > limit:
+    (fixed, one), (_, two) = bytes_of(c, 1), bytes_of(c, 2)
+    if fixed + one > limit:
         raise OutOfRoom(
             "a contestant does not fit into the budget",
-            [(c.name, f"{(fixed + per_row) / 1e6:,.1f} MB with one row"),
+            [(c.name, f"{(fixed + one) / 1e6:,.1f} MB with one row"),
              ("--budget", f"{limit / 1e6:,.1f} MB")],
-            f"Type --budget bytes={(fixed + per_row) / 1e6:.0f}MB or more, or leave it out.",
+            f"Type --budget bytes={(fixed + one) / 1e6:.0f}MB or more, or leave it out.",
         )  # fmt: skip
-    fits = int((limit - fixed) // per_row)
+    fits = line({1: one, 2: two}.__getitem__).rows_within(limit - fixed)
     return 1 << (min(fits, len(ground(c.job).data.train)).bit_length() - 1)
 
 

@@ -12,9 +12,9 @@ Figures are tensor bytes, not the process's size, which depends on allocators.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,26 @@ def activation_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
     finally:
         model.train(was_training)
     return found
+
+
+class Line(NamedTuple):
+    """Bytes that a batch keeps: whatever its size (factors that a pass makes), and for each row."""
+
+    fixed: int
+    per_row: int
+
+    def of(self, rows: int) -> int:
+        return self.fixed + rows * self.per_row
+
+    def rows_within(self, space: float) -> int:
+        """How many rows fit."""
+        return max(0, int((space - self.fixed) // max(1, self.per_row)))
+
+
+def line(measure: Callable[[int], int]) -> Line:
+    """The line through the bytes of one row and of two."""
+    one, two = measure(1), measure(2)
+    return Line(2 * one - two, two - one)
 
 
 def model_device(model: nn.Module) -> torch.device:

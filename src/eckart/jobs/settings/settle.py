@@ -16,7 +16,7 @@ import torch
 
 from eckart.errors import OutOfRoom, UsageError, did_you_mean
 from eckart.io.run import latest_checkpoint
-from eckart.jobs.measuring.memory import size
+from eckart.jobs.measuring.memory import Line, size
 from eckart.jobs.settings.config import Choice, Job, resolve, value_at
 from eckart.jobs.settings.tree import Train
 from eckart.optim.layerwise import check_layerwise, peak_gradient_bytes
@@ -233,11 +233,11 @@ def steps_for(job: Job, rows: int, per_step: int) -> tuple[int, str]:
 
 
 def batch(
-    job: Job, rows: int, fixed: int, per_row: Callable[[bool], int], free: int, whole: bool
+    job: Job, rows: int, fixed: int, kept: Callable[[bool], Line], free: int, whole: bool
 ) -> Job:
     """How the `rows` of a step are split, and whether activations are computed again.
 
-    `fixed` bytes are there whatever the batch; `per_row(checkpointing)` measures one row;
+    `fixed` bytes are there whatever the batch; `kept(checkpointing)` are those of its rows;
     `whole` is true where an objective compares the rows of a step. Raises OutOfRoom where the
     fixed part alone does not fit.
     """
@@ -250,12 +250,12 @@ def batch(
     space = SHARE * (free - fixed)
     checkpointing = job.train.checkpointing
     if checkpointing == "auto":
-        fits = per_row(False) <= space
+        fits = kept(False).of(1) <= space
         reason = "activations fit" if fits else "activations of one row would not fit"
         job = job.settle("train.checkpointing", not fits, reason)
     if job.train.batch_size == "auto":
         parts = 1 if job.train.accumulate == "auto" else int(job.train.accumulate)
-        most = max(1, int(space // max(1, per_row(bool(job.train.checkpointing)))))
+        most = max(1, kept(bool(job.train.checkpointing)).rows_within(space))
         size = rows // parts
         if job.train.accumulate == "auto" and not whole:
             size = largest_divisor(rows, most)

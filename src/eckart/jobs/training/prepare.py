@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from eckart.io.opening import Opened, open_model
 from eckart.io.packing import order
 from eckart.io.run import latest_checkpoint
 from eckart.jobs.measuring.memory import (
+    Line,
     activation_bytes,
+    line,
     model_bytes,
     model_device,
     room,
@@ -196,32 +199,30 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
     place = model_device(handle.model)
     held = ("weights", "factors", "teacher")  # already there
     free = room(place)[0] + sum(parts.get(name, 0) for name in held)
-    measured: dict[bool, int] = {}
 
-    def per_row(checkpointing: bool) -> int:
-        if checkpointing not in measured:
-            measured[checkpointing] = one_row(handle.model, data, checkpointing)
-        return measured[checkpointing]
+    @cache
+    def kept(checkpointing: bool) -> Line:
+        return line(lambda rows: bytes_of_rows(handle.model, data, rows, checkpointing))
 
     job = settle.batch(
         job,
         settle.rows_per_step(job, len(data.train)),
         sum(parts.values()),
-        per_row,
+        kept,
         free,
         any(o.couples_batch for o in handle.recipe.objective),
     )
     handle.recipe.require_no_accumulation(int(job.train.accumulate))
-    parts["activations"] = per_row(bool(job.train.checkpointing)) * int(job.train.batch_size)
+    parts["activations"] = kept(bool(job.train.checkpointing)).of(int(job.train.batch_size))
     return job, parts
 
 
-def one_row(model: Any, data: Data, checkpointing: bool) -> int:
-    """Bytes that autograd keeps for the longest of a few rows."""
+def bytes_of_rows(model: Any, data: Data, count: int, checkpointing: bool) -> int:
+    """Bytes that autograd keeps for so many rows, each the longest of a few."""
     rows = [data.train[i] for i in range(min(len(data.train), senses.FIRST))]
     lengths = data.lengths(rows)
     longest = rows[lengths.index(max(lengths))]
-    batch = on_device(data.collate([longest]), model)
+    batch = on_device(data.collate([longest] * count), model)
     if not checkpointing:
         return activation_bytes(model, batch)
     model.activation_checkpointing_enable()

@@ -30,7 +30,7 @@ from eckart.io.heads import outside
 from eckart.io.run import METRICS, SPECTRA, Run, latest_checkpoint, read_lines
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.io.text import Data
-from eckart.jobs.measuring.memory import described, model_device, room
+from eckart.jobs.measuring.memory import Line, described, model_device, room
 from eckart.jobs.measuring.norms import hold_statistics
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
@@ -205,7 +205,7 @@ def stage_job(job: Job, stage: Stage, data: Data) -> Job:
     job = settle.horizon(job, len(data.train), job.recipe())
     rows = settle.rows_per_step(job, len(data.train))
     # Shapes change from stage to stage: a step's rows are one batch, unless the job splits them.
-    return settle.batch(job, rows, 0, lambda checkpointing: 1, 2 * rows, False)
+    return settle.batch(job, rows, 0, lambda checkpointing: Line(0, 1), 2 * rows, False)
 
 
 def carried(course: Course, job: Job, work: Work, data: Data, checkpoint: Path | None) -> Handle:

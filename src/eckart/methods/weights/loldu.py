@@ -194,7 +194,7 @@ class LoLDU(Weights):
     base: ClassVar = "frozen"
     offers: ClassVar = ()
     mission: ClassVar = True
-    default_lr: ClassVar = 1e-2
+    default_lr: ClassVar = 3e-3
     paper: ClassVar = Paper(
         "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient "
         "Fine-Tuning",
