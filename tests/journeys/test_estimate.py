@@ -99,14 +99,19 @@ def test_recipes_that_fit_are_proposed_with_the_reason(place, monkeypatch):
 
 
 def test_what_is_estimated_is_what_a_training_takes(place, tmp_path):
-    """Rows of the full length: then activations agree too."""
+    """Rows of the full length: then activations agree too, but for the rotations of positions,
+    which rows of data bring for each of them (1 kB a sine, here)."""
     file = tmp_path / "long.jsonl"
     row = json.dumps({"text": "low rank is enough for most of what a model learns " * 2})
     file.write_text((row + "\n") * 40)
     words = ("method=lora", "train.batch_size=4", "train.steps=2", "data.seq_len=32")
     ran = eckart("finetune", place / "m", file, *words, "-o", tmp_path / "r", "--json")
     found = eckart("estimate", "finetune", place / "m", *words, "--json").document
-    assert found["estimated_memory_bytes"] == ran.document["estimated_memory_bytes"]
+    said, known = found["memory"], ran.document["memory"]["estimated"]
+    assert known["activations"] - said.pop("activations") == (4 - 1) * 2 * 1024
+    assert said == {name: known[name] for name in said}
+    measured = ran.document["memory"]["measured"]["activations"]
+    assert measured == pytest.approx(known["activations"], rel=1e-4)  # a label or two
     assert found["parameters"]["trainable"] == ran.document["parameters"]["trainable"]
     assert found["parameters"]["by_role"] == ran.document["parameters"]["by_role"]
     assert found["batch"] == {"rows": 4, "accumulate": 1, "seq_len": 32}
