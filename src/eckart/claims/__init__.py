@@ -233,6 +233,12 @@ def matches(
     return Statement(text, lambda r: within - (r[arm][quantity] - r[of][quantity]), unit)
 
 
+def near(arm: str, *, of: str, share: float) -> Statement:
+    """The arm's loss is at most a share above another's."""
+    text = f"loss of {arm} is at most {share:.0%} above that of {of}"
+    return Statement(text, lambda r: (1 + share) * r[of]["loss"] - r[arm]["loss"])
+
+
 def recovers(arm: str, share: float, *, of: str, start: str, quantity: str = "loss") -> Statement:
     """The arm gains at least a share of what another gains over the start."""
     text = f"{arm} recovers {share:.0%} of what {of} gains over {start}"
