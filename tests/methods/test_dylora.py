@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 
 from eckart.errors import UsageError
 from eckart.io import peft
-from eckart.linear import LowRank
+from eckart.linear import LowRank, describe
 from eckart.methods.update.adamw import AdamW
 from eckart.methods.weights.dylora import DyLoRA, Nested, Ranks, in_order, nested, use_rank
 from eckart.recipe import Recipe, attach, attach_from
@@ -274,9 +274,8 @@ def test_ranks_in_order_cut_best():
         term.eval()
         x = draw(3, 9, seed=7)
         torch.testing.assert_close(term(x), x @ term.dense().T, rtol=0, atol=1e-12)
-    assert Nested.empty(
-        term.describe()["tensors"], json.loads(json.dumps(term.describe()["scalars"]))
-    ).ordered
+    said = json.loads(json.dumps(describe(term)))
+    assert Nested.empty(said["tensors"], said["scalars"]).ordered
 
 
 def test_a_narrow_map_is_cut_at_its_own_rank():

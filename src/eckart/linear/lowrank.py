@@ -50,11 +50,11 @@ class LowRank(Term):
     ):
         super().__init__()
         self.scale, self.dropout, self.phi = scale, dropout, phi
-        self.hold("B", B, "B" in trained)  # [*, m, r]
-        self.hold("A", A, "A" in trained)  # [*, r, n]
-        self.hold("R", R, "R" in trained)  # [*, r, r]
-        self.hold("B0", start[0] if start else None, False)
-        self.hold("A0", start[1] if start else None, False)
+        self.register("B", B, "B" in trained)  # [*, m, r]
+        self.register("A", A, "A" in trained)  # [*, r, n]
+        self.register("R", R, "R" in trained)  # [*, r, r]
+        self.register("B0", start[0] if start else None, False)
+        self.register("A0", start[1] if start else None, False)
 
     @classmethod
     def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
@@ -86,13 +86,6 @@ class LowRank(Term):
         if self.branch_gradient is None or not torch.is_grad_enabled():
             return None
         return self.branch_gradient(self.B.detach(), self.A.detach(), self.scale)
-
-    def hold(self, name: str, tensor: Tensor | None, trained: bool) -> None:
-        """A parameter where it is trained, a saved buffer where it is frozen."""
-        if tensor is not None and trained:
-            self.register_parameter(name, nn.Parameter(tensor))
-        else:
-            self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropped(x.to(self.A.dtype))

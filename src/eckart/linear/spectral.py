@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from eckart.linear.factored import Factored
@@ -35,11 +35,9 @@ class Spectral(Factored):
     ):
         super().__init__()
         self.scale = scale
-        for name, tensor in (("B", B), ("s", s), ("A", A)):
-            if name in trained:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
+        self.register("B", B, "B" in trained)
+        self.register("s", s, "s" in trained)
+        self.register("A", A, "A" in trained)
 
     def frames(self) -> tuple[Tensor, Tensor]:
         """B [*, m, r] and A [*, r, n], without s."""

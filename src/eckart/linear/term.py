@@ -8,7 +8,7 @@ m out, n in, t tokens, * any leading dimensions (fused experts have one per expe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,34 @@ class Pair(NamedTuple):
     start: tuple[Tensor, Tensor] | None = None  # B0 [m, r], A0 [r, n], frozen
 
 
-class Term(nn.Module):
+class Part(nn.Module):
+    """What is added to a model and can be rebuilt from plain data: terms, gains, shared tensors."""
+
+    @classmethod
+    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
+        """A part of stored shapes without values, to load into, its __init__ not run.
+
+        `tensors` maps names to {shape, dtype, trained} and `scalars` are plain attributes, as
+        `describe` wrote them. A part with derived tensors that are not saved overrides this to
+        draw them again.
+        """
+        part = cls.__new__(cls)
+        nn.Module.__init__(part)
+        vars(part).update(scalars)
+        for name, spec in tensors.items():
+            tensor = torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]))
+            part.register(name, tensor, spec["trained"])
+        return part
+
+    def register(self, name: str, tensor: Tensor | None, trained: bool) -> None:
+        """A parameter where it is trained, a saved buffer where it is frozen or absent."""
+        if tensor is not None and trained:
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
+
+
+class Term(Part):
     """One summand. A subclass defines `forward` and, where it is linear, `dense`."""
 
     linear: ClassVar[bool] = True
@@ -102,15 +129,6 @@ class Term(nn.Module):
         """x with dropout in training."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-    @classmethod
-    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
-        """A term of stored shapes without values, to load into: what `describe` wrote.
-
-        `tensors` maps names to {shape, dtype, trained}; `scalars` are plain attributes. A
-        term with derived tensors that are not saved overrides this to draw them again.
-        """
-        return blank(cls, tensors, scalars)
-
     def bind(self, shared: Mapping[str, nn.Module], home: nn.Module, param: str) -> None:
         """Take references to what lives elsewhere: shared bases, the site's own matrix.
 
@@ -129,10 +147,6 @@ class Term(nn.Module):
         """A tensor of this shape from what `pack` made of it."""
         raise NotImplementedError(f"{type(self).__name__} packs nothing")
 
-    def describe(self) -> dict[str, Any]:
-        """Plain data from which `empty` rebuilds the term: type, tensors, scalars."""
-        return describe(self)
-
     def select(self, kept: Tensor) -> None:
         """Keep only these rank components (int64 indices), in place of the tensors."""
         for name, axis in self.rank_axes.items():
@@ -145,53 +159,24 @@ class Term(nn.Module):
             setattr(self, name, smaller)
 
 
-Part = TypeVar("Part", bound=nn.Module)
-
-
-def blank(
-    cls: type[Part], tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]
-) -> Part:
-    """A module of this class with tensors of the given shapes, its __init__ not run."""
-    part = cls.__new__(cls)
-    nn.Module.__init__(part)
-    vars(part).update(scalars)
-    for name, spec in tensors.items():
-        tensor = torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]))
-        if spec["trained"]:
-            part.register_parameter(name, nn.Parameter(tensor))
-        else:
-            part.register_buffer(name, tensor)
-    return part
-
-
-class Gain(nn.Module):
+class Gain(Part):
     """A factor for each output row, which sees the site's matrix and its terms."""
-
-    @classmethod
-    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
-        """As `Term.empty`."""
-        return blank(cls, tensors, scalars)
 
     def factor(self, weight: Tensor, terms: list[Term]) -> Tensor:
         """weight [*, m, n] -> [*, m]."""
         raise NotImplementedError
 
 
-class Shared(nn.Module):
+class Shared(Part):
     """Tensors that live once at the model's root and that terms of many sites refer to."""
 
-    @classmethod
-    def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
-        """As `Term.empty`."""
-        return blank(cls, tensors, scalars)
-
     def forward(self, x: Any) -> Any:
-        """x as it is: a root that runs its children one after another is not disturbed."""
+        """The identity, since a root such as nn.Sequential calls each of its children."""
         return x
 
 
 def describe(part: nn.Module) -> dict[str, Any]:
-    """Plain data about a term or gain: its class, saved tensors and scalar attributes."""
+    """Plain data from which `Part.empty` rebuilds a part: its class, saved tensors, scalars."""
     tensors = {
         name: {
             "shape": list(tensor.shape),

@@ -13,7 +13,7 @@ from torch import nn
 
 from eckart import linear
 from eckart.errors import Diverged, FileError, UsageError, did_you_mean
-from eckart.linear import Gain, Horizon, Shared, Site, Structured, Term
+from eckart.linear import Horizon, Part, Site, Structured
 from eckart.linear.sites import HOOKED
 from eckart.recipe import registry
 from eckart.recipe.adapters import DEFAULT, require_free
@@ -185,7 +185,7 @@ def revive(method: type, spec: Mapping[str, Any]) -> nn.Module:
     """A term of a stored description: a class of the maths room or of the method's own file."""
     own = sys.modules[method.__module__]
     cls = getattr(linear, spec["type"], None) or getattr(own, spec["type"], None)
-    if not (isinstance(cls, type) and issubclass(cls, Term | Gain | Shared)):
+    if not (isinstance(cls, type) and issubclass(cls, Part)):
         raise FileError("unknown kind of term", [(spec["type"], f"method {method.__name__}")])
     return cls.empty(spec["tensors"], spec["scalars"])
 

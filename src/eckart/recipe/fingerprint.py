@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from eckart.errors import FileError
-from eckart.linear import Gain, Shared, Term
+from eckart.linear import Part
 from eckart.linear.sites import dequantised, quantised
 
 SAMPLES = 64  # values read of each tensor: enough to tell two trainings apart, cheap at any size
@@ -49,7 +49,7 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
     terms = tuple(
         f"{path}."
         for path, module in model.named_modules()
-        if isinstance(module, Term | Gain | Shared) or path in without
+        if isinstance(module, Part) or path in without
     )
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(terms)}
     for name in sorted(tensors):

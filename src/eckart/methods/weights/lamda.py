@@ -72,10 +72,7 @@ class Core(Factored):
         self.scale, self.dropout = scale, dropout
         self.register_buffer("A", A)  # [*, r, n]
         self.R = nn.Parameter(R)  # [*, r, r]
-        if thaw:
-            self.B = nn.Parameter(B)  # [*, m, r]
-        else:
-            self.register_buffer("B", B)
+        self.register("B", B, thaw)  # [*, m, r]
         self.register_buffer("s0", s0)  # [*, r]; None where the start is zero
         self.register_buffer("B0", B.clone() if thaw and s0 is not None else None)
         self.__dict__["held"] = None  # frozen columns, while the optimizer steps
