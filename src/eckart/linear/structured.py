@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -20,7 +21,15 @@ from torch import Tensor, nn
 
 from eckart.errors import UsageError
 from eckart.linear.mixing import NOTHING, Branch, Mix
-from eckart.linear.sites import HOOKED, Site, as_matrix, as_stored, dequantised, quantised
+from eckart.linear.sites import (
+    HOOKED,
+    Site,
+    as_matrix,
+    as_stored,
+    dequantised,
+    kind_of,
+    quantised,
+)
 from eckart.linear.term import Gain, Product, Term, plain_mm
 
 mixins: dict[str, type[Structured]] = {}
@@ -48,6 +57,7 @@ class Structured(nn.Module):
     _sum: Sum
     _mixin: ClassVar[type[Structured]]
     _own: ClassVar[type[nn.Module]]  # the layer's class without terms
+    _dropped: ClassVar[bool]  # is there no dense matrix?
 
     def in_use(self, param: str = "weight") -> Branch:
         """The terms and gain in use of one parameter, under their names in the module."""
@@ -85,42 +95,25 @@ class Structured(nn.Module):
         return total
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A dynamic class cannot be found by name: pickle names its base and its mixin.
-        # The state comes after the object, so that a term may refer to the module it lives in.
-        return _revive, (self._mixin, self._own), self.__getstate__()
+        # A class made here cannot be found by name: pickle names what it was made of. The state
+        # comes after the object, so that a term may refer to the module it lives in.
+        return _revive, (self._mixin, self._own, self._dropped), self.__getstate__()
 
 
-def _revive(mixin: type, base: type) -> nn.Module:
-    return object.__new__(structured_class(mixin, base))
+def _revive(mixin: type, own: type, dropped: bool) -> nn.Module:
+    return object.__new__(structured_class(mixin, own, dropped=dropped))
 
 
-_classes: dict[tuple[type, type], type] = {}
+@cache
+def structured_class(mixin: type, own: type, *, dropped: bool) -> type:
+    """The subclass of a layer's own class that runs a sum of terms; one for each combination.
 
-
-def structured_class(mixin: type, base: type) -> type:
-    """The cached subclass of a layer's own class; one per (mixin, base)."""
-    if (mixin, base) not in _classes:
-        names = {"_mixin": mixin, "_own": base}
-        _classes[mixin, base] = type(f"Structured{base.__name__}", (mixin, base), names)
-    return _classes[mixin, base]
-
-
-def dropped_class(mixin: type, base: type) -> type:
-    """As `structured_class`, with a read-only `weight` computed from the terms."""
-    return structured_class(dropped_mixin(mixin), base)
-
-
-_dropped: dict[type, type] = {}
-
-
-def dropped_mixin(mixin: type) -> type:
-    """The mixin with a read-only weight."""
-    if mixin not in _dropped:
-        name = f"Dropped{mixin.__name__}"
-        _dropped[mixin] = type(name, (mixin,), {"weight": property(read_only_weight)})
-        _dropped[mixin].__module__ = __name__
-        globals()[name] = _dropped[mixin]  # so that pickle finds it by name
-    return _dropped[mixin]
+    Where the dense matrix was dropped it has a read-only `weight`, computed from the terms.
+    """
+    names: dict[str, Any] = {"_mixin": mixin, "_own": own, "_dropped": dropped}
+    if dropped:
+        names["weight"] = property(read_only_weight)
+    return type(f"Structured{own.__name__}", (mixin, own), names)
 
 
 def read_only_weight(module: Structured) -> Tensor:
@@ -144,7 +137,7 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
         )
     mixin = mixins[site.kind]
     if not isinstance(module, Structured):
-        take_class(module, structured_class(mixin, type(module)))
+        take_class(module, structured_class(mixin, type(module), dropped=False))
         module.__dict__["_sum"] = Sum(site.kind)
     record: Sum = module.__dict__["_sum"]
     for name, part in parts.items():
@@ -164,25 +157,18 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
     if drop:
         drop_dense(site)
     for other in site.tied_modules:
-        flipped = (site.kind == "embedding") != (type_kind(other) == "embedding")
-        tie(other, module, flipped)
+        if not isinstance(other, Structured):
+            tie(other, site)
 
 
-def type_kind(module: nn.Module) -> str:
-    """The kind of a module that may already be structured."""
-    if isinstance(module, Structured):
-        return module._sum.kind
-    return "embedding" if isinstance(module, nn.Embedding) else "linear"
-
-
-def tie(other: nn.Module, owner: nn.Module, flipped: bool) -> None:
-    """Let another module that shares the matrix run the owner's terms."""
-    if isinstance(other, Structured):
-        return
-    kind = type_kind(other)
-    take_class(other, structured_class(mixins[kind], type(other)))
+def tie(other: nn.Module, owner: Site) -> None:
+    """Let another module that shares a site's matrix run the site's terms."""
+    kind = kind_of(other)
+    assert kind is not None  # find_sites saw it as a layer
+    take_class(other, structured_class(mixins[kind], type(other), dropped=False))
+    flipped = (owner.kind == "embedding") != (kind == "embedding")
     # Not registered: a module registered twice would make saving raise.
-    other.__dict__["_sum"] = Sum(kind, owner=owner, flipped=flipped)
+    other.__dict__["_sum"] = Sum(kind, owner=owner.module, flipped=flipped)
 
 
 def drop_dense(site: Site) -> None:
@@ -192,7 +178,7 @@ def drop_dense(site: Site) -> None:
     if site.kind == "experts":
         return
     assert isinstance(module, Structured)
-    take_class(module, dropped_class(module._mixin, module._own))
+    take_class(module, structured_class(module._mixin, module._own, dropped=True))
 
 
 def uninstall(

@@ -15,6 +15,7 @@ In memory the configuration's class is a subclass of the base's own, under its n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,6 @@ MODEL_TYPE = "eckart"
 # transformers takes this for the name of the weights' file, sees that it is none, and quotes it.
 ADVICE = "none, since this model is made of eckart's terms: type `import eckart.hf` first"
 STRUCTURE = "_eckart_structure"  # attribute of a locked configuration
-_classes: dict[type, type] = {}
 
 
 def lock(model: nn.Module, structure: Mapping[str, Any]) -> None:
@@ -54,12 +54,11 @@ def unlock_config(config: Any) -> None:
     config.__class__ = type(config).__bases__[0]
 
 
+@cache
 def locked_class(base: type) -> type:
-    """The cached subclass of a configuration class that writes the lock."""
-    if base not in _classes:
-        methods = {"to_dict": to_dict, "to_diff_dict": to_diff_dict, "__reduce__": _reduce}
-        _classes[base] = type(base.__name__, (base,), {**methods, "__module__": base.__module__})
-    return _classes[base]
+    """The subclass of a configuration class that writes the lock; one for each class."""
+    methods = {"to_dict": to_dict, "to_diff_dict": to_diff_dict, "__reduce__": _reduce}
+    return type(base.__name__, (base,), {**methods, "__module__": base.__module__})
 
 
 def to_dict(self: Any) -> dict[str, Any]:
