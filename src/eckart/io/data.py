@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from eckart.errors import EckartError
 from eckart.io.folder import close_with_manifest, write_folder, write_json
 from eckart.io.packing import Collate
-from eckart.io.reading import DataSource
+from eckart.io.sources import DataSource
 
-CACHE_VERSION = 3  # raised when the same files would be encoded differently
+CACHE_VERSION = 4  # raised when the same files would be encoded, or kept, differently
 Rows = Any  # a Dataset, or the rows of one with holes (noise.Noised)
 
 
@@ -35,10 +35,8 @@ class Facts:
     """One line per source: what was recognised, what is learnt, what is held out."""
     example: str
     """The first example as the model sees it; the loss is taken between « and »."""
-    sha256: str
-    """Hash of all sources, for run.json."""
-    hashes: dict[str, str]
-    """The same by source."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Hashes of the contents by source."""
     bytes_per_token: dict[str, float] = field(default_factory=dict)
     """Bytes of held-out text that one learnt token stands for, by source."""
     tokens: int = 0
@@ -62,6 +60,11 @@ class Data(Facts):
 
     train: Rows = field(kw_only=True)
     evaluation: dict[str, Rows] = field(kw_only=True)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all sources, for run.json."""
+        return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()
 
     @property
     def tokens_in_a_row(self) -> float:

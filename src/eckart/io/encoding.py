@@ -39,6 +39,8 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int):
         self.tokenizer = tokenizer
         self.seq_len = seq_len
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        self.pad = next((t for t in ends if t is not None), 0)
         bare, framed = self.ids(["a"])[0], tokenizer("a")["input_ids"]
         at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
         self.before, self.after = framed[:at], framed[at + len(bare) :]
@@ -46,6 +48,8 @@ class Encoder:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts without special tokens around them."""
+        if not texts:
+            return []
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def __call__(self, found: Sequence[Row], kind: str) -> Batch:
@@ -102,8 +106,8 @@ class Encoder:
         """Encode questions, with their answers as targets, each cut off at seq_len."""
         batch = Batch()
         made = [(row, pair) for row in found for pair in pairs(row, kind, self.tokenizer)]
-        given = self.ids([g for _, (g, _) in made]) if made else []
-        answers = self.ids([a for _, (_, a) in made]) if made else []
+        given = self.ids([g for _, (g, _) in made])
+        answers = self.ids([a for _, (_, a) in made])
         for (row, (_, text)), ids, answer in zip(made, given, answers, strict=True):
             if not answer:
                 raise FileError("nothing to learn from", [(row.where, "the answer has no token")])
@@ -160,7 +164,7 @@ class Encoder:
     def encode(self, made: Sequence[Sequence[Part]], kind: str) -> list[Encoded]:
         """Many examples at once."""
         if self.by_parts:
-            flat = iter(self.ids([t for parts in made for t, _ in parts]) if made else [])
+            flat = iter(self.ids([t for parts in made for t, _ in parts]))
             joined = [[(next(flat), trained) for _, trained in parts] for parts in made]
             pairs = [
                 ([i for ids, _ in parts for i in ids], [b for ids, b in parts for _ in ids])

@@ -25,7 +25,8 @@ from eckart.io.data import Data, cache_folder
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder
 from eckart.io.pictures import Found, Picture, decoded, found_in
 from eckart.io.preprocessing import Preprocessing
-from eckart.io.reading import DataSource, in_order, sources_of
+from eckart.io.reading import in_order
+from eckart.io.sources import DataSource, held_out_share, sources_of
 
 CACHE_VERSION = 1  # raised when the same images would be fitted differently
 KEPT = 4 * 10**9  # bytes of fitted pixels up to which a source is kept
@@ -124,8 +125,7 @@ def read(
     there is. `labels` are the classes in the order of the model's numbers; without them they
     are the data's, numbers by size and names by alphabet. Raises FileError by file and image.
     """
-    share, others = held_out_of(eval)
-    given = sources_of(sources) if sources else []
+    given, (share, others) = sources_of(sources), held_out_share(eval)
     found = [found_in(str(source.path)) for source in [*given, *others]]
     names = list(labels) or in_order({c for one in found for c in one.classes})
     if len(names) < 2:
@@ -152,7 +152,8 @@ def read(
             if any(held):
                 evaluation[source.name] = rows.select([i for i, h in enumerate(held) if h])
             note = f"{sum(held) / len(held):.1%} held out" if any(held) else "nothing held out"
-        lines.append(described(source, one, note))
+        count = f"{len(one.pictures):,} images of {len(set(one.classes))} classes"
+        lines.append(source.described(count, "loss on the class", note))
     lines.append(made.described())
     kept = joined(train, made)
     if given and not len(kept):
@@ -161,7 +162,6 @@ def read(
         format="image+label",
         summary="\n".join(lines),
         example=example_of(kept if len(kept) else next(iter(evaluation.values())), names),
-        sha256=hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest(),
         hashes=hashes,
         labels=tuple(names),
         task="image",
@@ -169,16 +169,6 @@ def read(
         evaluation=evaluation,
         preprocessing=made,
     )
-
-
-def held_out_of(eval: Any) -> tuple[float, list[DataSource]]:
-    """`data.eval` as a share of each class, or as sources of its own."""
-    if not isinstance(eval, int | float):
-        return 0.0, sources_of(eval) if eval else []
-    if not 0 <= eval <= 0.5:
-        fact = (f"data.eval = {eval}", "a share from 0 to 0.5, or a folder")
-        raise UsageError("data.eval is out of range", [fact])
-    return float(eval), []
 
 
 def stratified(labels: Sequence[int], keys: Sequence[bytes], share: float) -> list[bool]:
@@ -285,14 +275,6 @@ def fitted(found: Found, preprocessing: Preprocessing, cache: bool) -> Sequence[
 
 
 # --- what is said --------------------------------------------------------------------------
-
-
-def described(source: DataSource, found: Found, note: str) -> str:
-    """A source's line of the summary."""
-    count = len(set(found.classes))
-    facts = [f"{len(found.pictures):,} images of {count} classes", "loss on the class", note]
-    facts += [f"weight {source.weight:g}"] if source.weight != 1 else []
-    return f"{source.name}: " + "; ".join(fact for fact in facts if fact)
 
 
 def example_of(rows: ImageRows, names: Sequence[str]) -> str:

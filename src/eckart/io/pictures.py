@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pyarrow.parquet
 from eckart.errors import FileError, MissingExtra, did_you_mean
 from eckart.io.folder import sha256_of
 from eckart.io.models import missing
-from eckart.io.reading import DataSource, hub_dataset, is_hub
+from eckart.io.sources import dataset_in, files_below, matches
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 PIXEL_NAMES = ("images", "image", "img", "pixel_values", "x", "X", "data")
@@ -67,10 +67,10 @@ def holds_images(source: str) -> bool:
     if (table := dataset_in(source)) is not None:
         return any(name in PIXEL_NAMES and is_picture(f) for name, f in table.features.items())
     if not path.exists():
-        listed = images_of(source) if has_magic(source) else []
-        return bool(listed) or all_tables_hold_images(source)
+        tables = tables_of(source)
+        return bool(images_of(source) or (tables and in_columns(tables[0])))
     if path.is_dir():
-        inside = [p for p in visible(path) if p.is_file()]
+        inside = files_below(path)
         pictures = [p for p in inside if p.suffix.lower() in IMAGES and p.parent != path]
         tables = [p for p in inside if p.suffix == ".parquet"]
         others = sum(p.suffix.lower() in (".txt", ".md", ".jsonl", ".json", ".csv") for p in inside)
@@ -78,46 +78,21 @@ def holds_images(source: str) -> bool:
     return path.suffix == ".npz" or (path.suffix == ".parquet" and in_columns(path))
 
 
-def dataset_in(source: str) -> Any:
-    """A folder that `Dataset.save_to_disk` wrote, or a data set of the hub; None for others."""
-    if (Path(source).expanduser() / "state.json").is_file():
-        import datasets
-
-        return datasets.load_from_disk(str(Path(source).expanduser()))
-    return hub_dataset(source) if is_hub(DataSource(source, source)) else None
-
-
 def is_picture(feature: Any) -> bool:
     """Is this a column of images, for `datasets`?"""
     return type(feature).__name__ == "Image"
 
 
-def visible(root: Path) -> Iterator[Path]:
-    """All below a folder that is not hidden, in order."""
-    for path in sorted(root.rglob("*")):
-        if not any(part[0] == "." for part in path.relative_to(root).parts):
-            yield path
-
-
 def images_of(pattern: str) -> list[Path]:
     """The image files that a glob matches."""
-    matched = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
-    return [Path(p) for p in matched if Path(p).suffix.lower() in IMAGES]
-
-
-def all_tables_hold_images(pattern: str) -> bool:
-    """Does a glob match Parquet files with images?"""
-    tables = tables_of(pattern)
-    return bool(tables) and in_columns(tables[0])
+    return [path for path in matches(pattern) if path.suffix.lower() in IMAGES]
 
 
 def tables_of(source: str) -> list[Path]:
-    """The Parquet files of a path, a folder or a glob."""
+    """The Parquet files of a folder or a glob."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return [p for p in visible(path) if p.suffix == ".parquet"]
-    matched = sorted(glob(str(path), recursive=True)) if has_magic(source) else [str(path)]
-    return [p for p in map(Path, matched) if p.suffix == ".parquet" and p.is_file()]
+    found = files_below(path) if path.is_dir() else matches(source)
+    return [p for p in found if p.suffix == ".parquet"]
 
 
 def in_columns(path: Path) -> bool:

@@ -8,9 +8,8 @@ epoch and row.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -34,7 +33,7 @@ from eckart.io.formats import (
     shown,
     tagged,
 )
-from eckart.io.noise import HELD_OUT, Noised, noise_for
+from eckart.io.noise import HELD_OUT, Noise, Noised, noise_for
 from eckart.io.packing import (
     Collate,
     Shuffled,
@@ -46,7 +45,8 @@ from eckart.io.packing import (
     repeated,
     rows,
 )
-from eckart.io.reading import DataSource, Row, content_hash, rows_of, sources_of
+from eckart.io.reading import Row, rows_of
+from eckart.io.sources import DataSource, content_hash, held_out_share, sources_of
 
 __all__ = [
     "Collate",
@@ -89,18 +89,15 @@ def read(
     """
     if seq_len < 2:
         raise UsageError("data.seq_len is too small", [(f"data.seq_len = {seq_len}", "at least 2")])
-    given = sources_of(sources)
-    share, others = held_out_share(eval)
+    form = Form(seq_len, packing, format, task, tuple(labels))
+    given, (share, others) = sources_of(sources), held_out_share(eval)
     hashes = {source.name: content_hash(source) for source in given + others}
-    settings = [seq_len, packing, share, format, task, *labels]
-    key = cache_key(given, others, hashes, tokenizer, settings)
+    key = cache_key(given, others, hashes, tokenizer, [share, *astuple(form)])
     folder = cache_folder() / "data" / key
     if cache and manifest_holds(folder):
         data = load(folder)
     else:
-        data = encode(
-            given, others, share, hashes, tokenizer, seq_len, packing, format, task, labels
-        )
+        data = replace(encode(given, others, share, tokenizer, form), hashes=hashes)
         if cache:
             save(data, folder)
     return noised(data, tokenizer, seed)
@@ -115,9 +112,19 @@ def first_rows(
     count: int,
 ) -> Data:
     """At most `count` rows of each source as `read` makes them, unpacked; the rest is not read."""
-    given = sources_of(sources)
-    data = encode(given, [], 0.0, {}, tokenizer, seq_len, False, format, task, first=count)
-    return noised(data, tokenizer, 0)
+    form = Form(seq_len, packing=False, format=format, task=task)
+    return noised(encode(sources_of(sources), [], 0.0, tokenizer, form, count), tokenizer, 0)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What rows are made into, as it was asked for; `encode` settles it by the data."""
+
+    seq_len: int
+    packing: bool
+    format: str
+    task: str
+    labels: tuple[str, ...] = ()
 
 
 def noised(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
@@ -129,85 +136,52 @@ def noised(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
     return replace(data, train=Noised(data.train, noise, seed), evaluation=held)
 
 
-def held_out_share(eval: Any) -> tuple[float, list[DataSource]]:
-    """`data.eval` as the share to hold out, or as sources of its own."""
-    if eval is None or eval is False:
-        return 0.0, []
-    if isinstance(eval, int | float):
-        if not 0 <= eval <= 0.5:
-            fact = (f"data.eval = {eval}", "a share from 0 to 0.5, or a file")
-            raise UsageError("data.eval is out of range", [fact])
-        return float(eval), []
-    return 0.0, sources_of(eval)
-
-
 def encode(
     given: Sequence[DataSource],
     others: Sequence[DataSource],
     share: float,
-    hashes: dict[str, str],
     tokenizer: PreTrainedTokenizerBase,
-    seq_len: int,
-    packing: bool,
-    format: str,
-    task: str,
-    labels: Sequence[str] = (),
+    form: Form,
     first: int | None = None,
 ) -> Data:
     """`read` without its cache, and before holes are made; of the `first` rows or of all."""
-    encoder = Encoder(tokenizer, seq_len)
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    read_in = [(source, *recognised(source, format, first)) for source in [*given, *others]]
+    encoder = Encoder(tokenizer, form.seq_len)
+    read_in = [(source, *recognised(source, form.format, first)) for source in [*given, *others]]
     kinds = {kind for _, kind, _ in read_in}
-    task = task_for({source.name: kind for source, kind, _ in read_in}, task)
-    classes = list(labels)
-    if task in CLASSES.values() and not classes:
-        classes = class_names((row for _, _, found in read_in for row in found), next(iter(kinds)))
-    packing = packing and task == "causal"
-    noise = noise_for(tokenizer, task) if holed(kinds, task) else None
-
-    def finished(found: Sequence[Row], kind: str) -> tuple[Dataset, Batch]:
-        if task == "classification":
-            batch = encoder.labelled(found)
-            return classified(batch.encoded, [classes.index(label(r)) for r in found]), batch
-        if noise is not None:
-            batch = encoder.pieces_of(found, kind, frame=task == "masked")
-            return ragged(input_ids=[e.ids for e in batch.encoded]), batch
-        if task in ("seq2seq", "tagging"):
-            batch = (
-                encoder.tagged(found, classes)
-                if task == "tagging"
-                else encoder.answered(found, kind)
-            )
-            return ragged(input_ids=[e.ids for e in batch.encoded], labels=batch.targets), batch
-        batch = encoder(found, kind)
-        return (pack(batch.encoded, seq_len, pad) if packing else rows(batch.encoded)), batch
-
+    form = settled(form, read_in)
+    noise = noise_for(tokenizer, form.task) if holed(kinds, form.task) else None
     train, evaluation, bytes_per_token, lines, tokens = [], {}, {}, [], 0
     for i, (source, kind, found) in enumerate(read_in):
-        told = i >= len(given)  # a source named for evaluation
-        kept, held = ([], found) if told else split(found, kind, share)
-        note = "for evaluation" if told and given else ""
-        left_out = cut_off = 0
-        for part, learnt in ((kept, True), (held, False)):
-            if not part:
-                continue
-            made, batch = finished(part, kind)
-            left_out, cut_off = left_out + batch.left_out, cut_off + batch.cut_off
-            if not len(made):
-                continue
-            if learnt:
-                train.append(repeated(made, source.weight, source.name))
-                tokens += batch.tokens
-            else:
-                evaluation[source.name] = made
-                if task in ("causal", "seq2seq") and noise is None:
-                    bytes_per_token[source.name] = batch.bytes / max(batch.learnt, 1)
-        if not told:
+        teaches = i < len(given)  # others are named for evaluation
+        kept, held = split(found, kind, share) if teaches else ([], found)
+        (learnt, batch), (measured, apart) = (
+            made(part, kind, encoder, form, noise) for part in (kept, held)
+        )
+        tokens += batch.tokens
+        if len(learnt):
+            train.append(repeated(learnt, source.weight, source.name))
+        if len(measured):
+            evaluation[source.name] = measured
+            if form.task in ("causal", "seq2seq") and noise is None:
+                bytes_per_token[source.name] = apart.bytes / max(apart.learnt, 1)
+        if not teaches:
+            note = "for evaluation" if given else ""
+        elif len(measured):
+            # a last part of each document is held out where no document is
             amount = len(held) / len(found) if len(kept) < len(found) else share
-            note = f"{amount:.1%} held out" if source.name in evaluation else "nothing held out"
-        learns = noise.learnt if noise is not None else LEARNT[kind]
-        lines.append(described(source, kind, found, learns, note, left_out, cut_off))
+            note = f"{amount:.1%} held out"
+        else:
+            note = "nothing held out"
+        left_out, cut_off = batch.left_out + apart.left_out, batch.cut_off + apart.cut_off
+        lines.append(
+            source.described(
+                f"{counted(found, kind)} ({' + '.join(FORMATS[kind])})",
+                noise.learnt if noise is not None else LEARNT[kind],
+                note,
+                f"{left_out:,} left out (nothing to learn)" if left_out else "",
+                f"{cut_off:,} cut off" if cut_off else "",
+            )
+        )
     if not (train if given else evaluation):
         what = "nothing to train on" if given else "nothing to measure on"
         raise FileError(what, [(s.name, "no rows left") for s, _, _ in read_in])
@@ -219,20 +193,48 @@ def encode(
         format=", ".join(sorted(kinds)),
         summary="\n".join(lines),
         example=example_of(row, kind, encoder, noise is not None),
-        sha256=hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest(),
-        hashes=hashes,
         bytes_per_token=bytes_per_token,
         tokens=tokens,
-        seq_len=seq_len,
-        packed=packing,
-        pad=pad,
+        seq_len=form.seq_len,
+        packed=form.packing,
+        pad=encoder.pad,
         chat_template=PLAIN if plain else None,
-        labels=tuple(classes),
-        task=task,
+        labels=form.labels,
+        task=form.task,
         holed=noise is not None,
         train=concatenate_datasets(train) if train else Dataset.from_dict({}),
         evaluation=evaluation,
     )
+
+
+def settled(form: Form, read_in: Sequence[tuple[DataSource, str, Sequence[Row]]]) -> Form:
+    """The form with the task, the classes and the packing that the data allows."""
+    task = task_for({source.name: kind for source, kind, _ in read_in}, form.task)
+    labels = form.labels
+    if task in CLASSES.values() and not labels:
+        _, kind, _ = read_in[0]
+        labels = tuple(class_names((row for _, _, found in read_in for row in found), kind))
+    return replace(form, task=task, labels=labels, packing=form.packing and task == "causal")
+
+
+def made(
+    found: Sequence[Row], kind: str, encoder: Encoder, form: Form, noise: Noise | None
+) -> tuple[Dataset, Batch]:
+    """Rows of one format as the task has them, and what was counted on the way."""
+    if form.task == "classification":
+        batch = encoder.labelled(found)
+        return classified(batch.encoded, [form.labels.index(label(r)) for r in found]), batch
+    if noise is not None:
+        batch = encoder.pieces_of(found, kind, frame=form.task == "masked")
+        return ragged(input_ids=[e.ids for e in batch.encoded]), batch
+    if form.task in ("seq2seq", "tagging"):
+        tags = form.task == "tagging"
+        batch = encoder.tagged(found, form.labels) if tags else encoder.answered(found, kind)
+        return ragged(input_ids=[e.ids for e in batch.encoded], labels=batch.targets), batch
+    batch = encoder(found, kind)
+    if form.packing:
+        return pack(batch.encoded, form.seq_len, encoder.pad), batch
+    return rows(batch.encoded), batch
 
 
 def task_for(formats: Mapping[str, str], task: str) -> str:
@@ -322,23 +324,10 @@ def tail_cut(row: Row, share: float) -> tuple[Row, Row]:
     )
 
 
-def described(
-    source: DataSource,
-    kind: str,
-    found: Sequence[Row],
-    learns: str,
-    note: str,
-    left_out: int,
-    cut_off: int,
-) -> str:
-    """A source's line of the summary."""
+def counted(found: Sequence[Row], kind: str) -> str:
+    """So many rows, as a person calls them."""
     unit = UNITS.get(kind, "examples")
-    unit = unit[:-1] if len(found) == 1 else unit
-    facts = [f"{len(found):,} {unit} ({' + '.join(FORMATS[kind])})", learns, note]
-    facts += [f"{left_out:,} left out (nothing to learn)"] if left_out else []
-    facts += [f"{cut_off:,} cut off"] if cut_off else []
-    facts += [f"weight {source.weight:g}"] if source.weight != 1 else []
-    return f"{source.name}: " + "; ".join(fact for fact in facts if fact)
+    return f"{len(found):,} {unit[:-1] if len(found) == 1 else unit}"
 
 
 def example_of(row: Row, kind: str, encoder: Encoder, holed: bool = False) -> str:

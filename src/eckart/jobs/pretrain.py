@@ -20,9 +20,10 @@ from eckart.io.formats import CLASSES, format_of
 from eckart.io.models import config_of, folder_of, holds_tokenizer, load_tokenizer, recognise
 from eckart.io.opening import Opened
 from eckart.io.presets import build_model
-from eckart.io.reading import rows_of, sources_of
+from eckart.io.reading import rows_of
+from eckart.io.sources import held_out_share, sources_of
 from eckart.io.tasks import TASKS, task_of
-from eckart.io.text import held_out_share, split
+from eckart.io.text import split
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training import launch, prepare, senses
 from eckart.jobs.training.course import begin, course
@@ -99,7 +100,10 @@ def share_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     for config in configs:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
-        if model.config.is_encoder_decoder and config.decoder_start_token_id is None:
+        if (
+            model.config.is_encoder_decoder
+            and getattr(config, "decoder_start_token_id", None) is None
+        ):
             config.decoder_start_token_id = tokenizer.pad_token_id
 
 

@@ -27,7 +27,8 @@ from eckart.io.models import load_tokenizer, own_task
 from eckart.io.packing import isolates_documents
 from eckart.io.pictures import found_in, holds_images
 from eckart.io.preprocessing import Preprocessing, load_preprocessing
-from eckart.io.reading import DataSource, files_of, in_order, is_hub, rows_of, sources_of
+from eckart.io.reading import in_order, rows_of
+from eckart.io.sources import DataSource, files_of, is_hub, sources_of
 from eckart.io.tasks import TASKS
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
@@ -108,7 +109,7 @@ def entries(job: Job) -> list[dict[str, Any]]:
 def all_sources(job: Job) -> list[DataSource]:
     """The data's sources, and those that data.eval names."""
     named = list(job.data.eval) if isinstance(job.data.eval, tuple) else []
-    return [*sources_of(entries(job)), *(sources_of(named) if named else [])]
+    return [*sources_of(entries(job)), *sources_of(named)]
 
 
 def task_of(job: Job) -> str:
@@ -218,7 +219,7 @@ def longest_of_first(job: Job, task: str) -> int | None:
 def are_few(job: Job) -> bool:
     """Is the data at hand, and read in a moment?"""
     sources = sources_of(entries(job))
-    if not sources or any(not isinstance(s.path, str) or is_hub(s) for s in sources):
+    if not sources or any(not isinstance(s.path, str) or is_hub(s.path) for s in sources):
         return False
     pictured = all(holds_images(str(s.path)) for s in sources)
     return pictured or sum(f.stat().st_size for s in sources for f in files_of(s)) <= SMALL
