@@ -6,8 +6,10 @@ of the command line.
 """
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from typing import Any
+
+ALIKE = 0.75  # difflib's ratio of two words: rnak and rank have it, ranks and track do not
 
 
 class EckartError(Exception):
@@ -79,10 +81,27 @@ def is_out_of_memory(fault: BaseException) -> bool:
 
 
 def nearest(word: str, choices: Iterable[str], n: int = 1) -> list[str]:
-    """The n valid words closest to a mistyped one, best first; empty where none is close."""
-    spellings = {choice.lower().replace("_", "-"): choice for choice in choices}
-    close = get_close_matches(word.lower().replace("_", "-"), spellings, n=n, cutoff=0.55)
-    return [spellings[c] for c in close]
+    """The n choices that a mistyped word is likely to mean, best first; empty where none is near.
+
+    Near are words that are spelt alike, and those of which one contains or abbreviates the other.
+    """
+    typed = plain(word)
+    likeness = {choice: SequenceMatcher(None, plain(choice), typed).ratio() for choice in choices}
+    near = [c for c in likeness if likeness[c] >= ALIKE or contains(plain(c), typed)]
+    return sorted(near, key=lambda choice: -likeness[choice])[:n]
+
+
+def plain(word: str) -> str:
+    return word.lower().replace("_", "-")
+
+
+def contains(a: str, b: str) -> bool:
+    """Is one word a part or an abbreviation of the other (peft-run, attn), by letters enough?"""
+    short, long = sorted((a, b), key=len)
+    if short in long:
+        return len(short) >= 3 or 2 * len(short) >= len(long) > 0
+    rest = iter(long)
+    return len(short) >= 4 and short[0] == long[0] and all(letter in rest for letter in short)
 
 
 def did_you_mean(word: str, choices: Sequence[str], otherwise: str = "") -> str:

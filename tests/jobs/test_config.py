@@ -316,6 +316,10 @@ def test_combinations_are_refused_before_anything_is_loaded():
         ("rank=8", "Did you mean weights.rank?"),
         ("seed=8", "Did you mean train.seed?"),
         ("trian.lr=8", "Did you mean train.lr?"),
+        ("eval.steps=8", "Here it is eval.every: type eval.every=8."),
+        ("train.banana=8", "Keys of train: steps, epochs, batch_size,"),  # nothing is near
+        ("ranking=8", "Did you mean weights.rank?"),
+        ("banana=8", "All keys: eckart config schema"),
     ],
 )
 def test_habits_are_answered_with_the_key_here(word, answer):

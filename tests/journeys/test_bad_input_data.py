@@ -46,9 +46,9 @@ READ = ".txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, .conll, .parquet, .arrow"
 
 CASES = {
     "missing file": (
-        "finetune m nosuch.jsonl",
+        "finetune m lots.jsonl",
         3,
-        "no such file or folder\n  nosuch.jsonl\nDid you mean lost.jsonl?\n",
+        "no such file or folder\n  lots.jsonl\nDid you mean lost.jsonl?\n",
     ),
     "missing held-out file": (
         "finetune m d.jsonl data.eval=[dd.jsonl]",

@@ -33,10 +33,18 @@ def unknown_key(setting: Setting, known: Sequence[str], more: str) -> UsageError
     `known` are all keys, the likeliest first; `more` says where they are listed.
     """
     what = f"unknown key {setting.name}     {setting.place}"
+    name = ".".join(setting.key)
+    section = name.rpartition(".")[0]
     hint = from_habit(setting, known)
-    if not hint and (close := nearest_key(".".join(setting.key), known)):
+    if not hint and (close := nearest_key(name, known)):
         hint = f"Did you mean {close}?"
+    elif not hint and (there := [k.rpartition(".")[2] for k in known if in_section(k, section)]):
+        hint = f"Keys of {section}: {', '.join(there)}."
     return UsageError(what, fix=f"{hint} {more}".strip())
+
+
+def in_section(key: str, section: str) -> bool:
+    return bool(section) and key.rpartition(".")[0] == section
 
 
 def unknown_flag(word: str, following: str, options: Sequence[str]) -> UsageError:
@@ -91,15 +99,15 @@ def refuse_word(word: str, command: str, place: int) -> None:
 
 
 def nearest_key(name: str, keys: Sequence[str]) -> str | None:
-    """The key that was meant: the same last word, spelled alike in its section, or anywhere."""
+    """The key that was meant: one of the same or a similar last word, first in its own section."""
     head, _, tail = name.rpartition(".")
-    tails = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == head}
-    if exact := siblings.get(tail) or tails.get(tail):
+    everywhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    siblings = {key.rpartition(".")[2]: key for key in keys if in_section(key, head)}
+    if exact := siblings.get(tail) or everywhere.get(tail):
         return exact
-    for words, where in ((tail, siblings), (name, {key: key for key in keys}), (tail, tails)):
-        if close := nearest(words, where):
-            return where[close[0]]
+    for words in (siblings, everywhere):
+        if close := nearest(tail, words):
+            return words[close[0]]
     return None
 
 
@@ -112,7 +120,7 @@ def from_habit(setting: Setting, known: Sequence[str]) -> str:
         return f"A method is named: type {slug.axis}={slug.name}."
     if word in SWITCHES:
         return f"Here it is {SWITCHES[word]}."
-    key = HABITS.get(word)
+    key = HABITS.get(word) or HABITS.get("_".join(setting.key))
     if key is None:
         return ""
     axis, _, name = key.partition(".")
