@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from eckart.errors import FileError, UsageError, is_out_of_memory
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
@@ -58,12 +59,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder, the shards of an index included."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         with readable(index):
             shards = sorted(set(read_json(index).get("weight_map", {}).values()))
             return [folder / shard for shard in shards]
-    single = folder / "model.safetensors"
+    single = folder / SINGLE
     return [single] if single.is_file() else []
 
 
@@ -74,7 +75,12 @@ def pickles_in(folder: Path) -> list[Path]:
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file: {name: {dtype, shape, data_offsets}}.
+    """The tensors of a safetensors file: {name: {dtype, shape, data_offsets}}."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a safetensors file says of its tensors, and its metadata.
 
     Raises FileError where the file is missing, is not safetensors, or ends before the
     tensors it lists; those are named.
@@ -90,7 +96,7 @@ def header(path: Path) -> dict[str, Any]:
             raise FileError("this is not a safetensors file", [(str(path), reason)])
         try:
             tensors = json.loads(file.read(length))
-            dict(tensors.pop("__metadata__", {}))  # any other kind of value is damage
+            metadata = dict(tensors.pop("__metadata__", {}))
             ends = {name: 8 + length + t["data_offsets"][1] for name, t in tensors.items()}
         except (ValueError, LookupError, TypeError, AttributeError) as fault:
             raise FileError(
@@ -103,7 +109,12 @@ def header(path: Path) -> dict[str, Any]:
             [(str(path), f"{size:,} of {max(ends.values()):,} bytes"), *listed(lost, "cut off")],
             "Download or copy it again.",
         )
-    return tensors
+    return tensors, metadata
+
+
+def unfit(path: Path, facts: Iterable[tuple[str, str]], fix: str = "") -> FileError:
+    """The error for an adapter whose tensors are not those that a model has places for."""
+    return FileError("the adapter does not fit the model", [(str(path), ""), *facts], fix)
 
 
 def listed(names: list[str], what: str, most: int = 5) -> list[tuple[str, str]]:
@@ -128,7 +139,7 @@ def check_folder(folder: Path) -> None:
             f"To start from random weights: eckart pretrain {folder} DATA.",
         )
     held = {name for file in files for name in header(file)}
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         lost = sorted(set(read_json(index)["weight_map"]) - held)
         if lost:

@@ -12,7 +12,6 @@ by its prefix which is meant: `unet`, `te`, `te1`, `te2`, `te3`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from eckart.errors import FileError, UsageError
 from eckart.io import peft_read
 from eckart.io.folder import write_folder
-from eckart.io.headers import header, listed, readable
+from eckart.io.headers import header, listed, read_header, readable, unfit
 from eckart.io.peft_layout import to_patterns
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.linear import LowRank, Site, Term, joint_factors
@@ -147,10 +146,7 @@ def load(model: nn.Module, file: str | Path, name: str = DEFAULT, part: str = ""
     sites = {site.path: site for site in sites_of(model)}
     extra = [stem for stem in by_stem if paths.get(PREFIX.sub("", stem)) not in sites]
     if extra:
-        raise FileError(
-            "the adapter does not fit the model",
-            [(str(file), ""), *listed(sorted(extra), "names no map of it")],
-        )
+        raise unfit(file, listed(sorted(extra), "names no map of it"))
     assigned: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, dict[str, Any]] = {}
     gained = with_magnitudes(by_stem, file)
@@ -232,21 +228,16 @@ def lengths(tensor: Tensor, site: Site, file: Path) -> Tensor:
     m = site.shape[0]
     if tensor.shape[:1] == (m,) and tensor.numel() == m:
         return tensor.flatten()
-    raise FileError(
-        "the adapter does not fit the model",
-        [
-            (str(file), ""),
-            (f"{site.path}.{MAGNITUDE}", f"shape {list(tensor.shape)}, expected {[m, 1]}"),
-        ],
-        "Magnitudes of columns, [1, n], are another method (wd_on_out=False): train it by rows.",
-    )
+    shapes = f"shape {list(tensor.shape)}, expected {[m, 1]}"
+    fix = "Magnitudes of columns, [1, n], are another method (wd_on_out=False): train it by rows."
+    raise unfit(file, [(f"{site.path}.{MAGNITUDE}", shapes)], fix)
 
 
 def refuse_kind(site: Site, file: Path) -> None:
     """FileError for a map on which a pair in these names would mean something else."""
     if site.kind not in KINDS or site.ties:
         what = "a tied map" if site.ties else site.kind
-        raise FileError("the adapter does not fit the model", [(str(file), f"{site.path}: {what}")])
+        raise unfit(file, [(site.path, what)])
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -302,7 +293,4 @@ def is_one(path: Path) -> bool:
 
 def base_of(path: Path) -> str | None:
     """The model that the file says it was trained on."""
-    with open(file_of(path), "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        metadata = json.loads(file.read(length)).get("__metadata__", {})
-    return metadata.get(BASE) or None
+    return read_header(file_of(path))[1].get(BASE) or None

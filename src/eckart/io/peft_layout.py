@@ -22,6 +22,7 @@ ROOT_PREFIX = "base_model."  # of tensors that all modules share
 WITH_WEIGHT = ("lora_A", "lora_B")  # layers in PEFT, so their tensors are called `.weight`
 TIED_BY_PEFT = ("embed_tokens",)  # embeddings whose head PEFT adapts too when asked
 EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def to_layout(site: Site, name: str, matrix: Tensor) -> tuple[str, Tensor]:
@@ -107,9 +108,10 @@ def meant(names: str | Iterable[str] | None, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def paths_of(model: nn.Module) -> list[str]:
-    """Paths of all modules but the root."""
-    return [path for path, _ in model.named_modules() if path]
+def saved_whole(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """Paths of the modules that an adapter holds whole."""
+    names = config.get("modules_to_save")
+    return [path for path, _ in model.named_modules() if path and meant(names, path)]
 
 
 def with_patterns(config: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -121,9 +123,6 @@ def with_patterns(config: Mapping[str, Any], path: str) -> dict[str, Any]:
                 result[key] = value
                 break
     return result
-
-
-PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def to_patterns(per_site: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

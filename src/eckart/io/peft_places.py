@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import FileError
-from eckart.io.headers import listed
+from eckart.io.headers import listed, unfit
 from eckart.io.peft_layout import (
     TIED_BY_PEFT,
     from_layout,
     meant,
     parameters,
-    paths_of,
+    saved_whole,
     with_patterns,
 )
 from eckart.linear import Site
@@ -37,7 +37,7 @@ def assign(
     modules = dict(model.named_modules())
     sites = {site.path: site for site in sites_of(model)}
     owner = {tie: site for site in sites.values() for tie in site.ties}
-    saved = [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
+    saved = saved_whole(model, config)
     assigned: dict[str, dict[str, Tensor]] = {}
     whole, tied, extra = dict[str, Tensor](), dict[str, dict[str, Tensor]](), list[str]()
     for key, tensor in tensors.items():
@@ -54,12 +54,12 @@ def assign(
         else:
             extra.append(key)
     for path, by_suffix in tied.items():
-        extra += check_tied(owner[path], path, assigned, by_suffix, folder)
+        extra += check_tied(owner[path], path, assigned, by_suffix)
     refuse_untied(assigned, sites, tied, config, folder)
-    lost = missing(config, assigned, sites, owner, saved, whole, modules)
+    lost = missing(config, assigned, sites, saved, whole, modules)
     if extra or lost:
         facts = listed(sorted(lost), "is missing") + listed(sorted(extra), "has no place")
-        raise FileError("the adapter does not fit the model", [(str(folder), ""), *facts])
+        raise unfit(folder, facts)
     return assigned, whole
 
 
@@ -104,7 +104,6 @@ def check_tied(
     path: str,
     assigned: Mapping[str, Mapping[str, Tensor]],
     by_suffix: Mapping[str, Tensor],
-    folder: Path,
 ) -> list[str]:
     """Tensors of a tied head must be the embedding's, transposed; returns those that are not."""
     ours = assigned.get(site.path, {})
@@ -142,7 +141,6 @@ def missing(
     config: Mapping[str, Any],
     assigned: Mapping[str, Any],
     sites: Mapping[str, Site],
-    owner: Mapping[str, Site],
     saved: Sequence[str],
     whole: Mapping[str, Tensor],
     modules: Mapping[str, nn.Module],

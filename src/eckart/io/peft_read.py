@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from eckart.errors import FileError
-from eckart.io.headers import read_json, readable
+from eckart.io.headers import read_header, read_json, readable, unfit
 from eckart.io.peft_layout import (
     BASE,
     DESCRIPTION,
     PREFIX,
     TENSORS,
-    meant,
-    paths_of,
+    saved_whole,
     short_names,
     with_patterns,
 )
@@ -82,16 +80,10 @@ def require_its_base(model: nn.Module, config: Mapping[str, Any], folder: Path) 
 
     A model of another class has another head, and an adapter may serve both: not compared.
     """
-    with safe_open(folder / TENSORS, "pt") as file:
-        made_on, _, expected = (file.metadata() or {}).get(BASE, "").partition(" ")
+    made_on, _, expected = read_header(folder / TENSORS)[1].get(BASE, "").partition(" ")
     if made_on == class_of(model) and not stands_for_another(model):
         brought = held_whole(model, saved_whole(model, config))
         require_base(model, expected, config.get("base_model_name_or_path"), folder, brought)
-
-
-def saved_whole(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
-    """Paths of the modules that the adapter holds whole."""
-    return [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -191,7 +183,7 @@ def attach(
         if name in state and t.shape != state[name].shape
     ]
     if faults:
-        raise FileError("the adapter does not fit the model", [(str(folder), ""), *faults[:8]])
+        raise unfit(folder, faults[:8])
     parts[ROOT] = method.shared_from_peft({name: standing(t) for name, t in shared.items()})
     method = dataclasses.replace(
         method,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import FileError
-from eckart.io.peft_layout import meant, paths_of
+from eckart.io.headers import unfit
+from eckart.io.peft_layout import meant, saved_whole
 from eckart.recipe.vocabulary import ends, rows_of, tied_ends
 
 ROWS = "token_adapter.trainable_tokens_delta"  # new rows, whatever PEFT's name says
@@ -46,7 +47,7 @@ def take_vocabulary(
                 "Train it with ensure_weight_tying=True, or untie the model.",
             )
         del tensors[f"{held.pop()}.weight"]
-    saved = [path for path in paths_of(model) if meant(config.get("modules_to_save"), path)]
+    saved = saved_whole(model, config)
     if tied_ends(model):
         saved = [path for path in saved if path != ends(model)[1]]
     config = {**config, "modules_to_save": list(dict.fromkeys((*saved, *held)))}
@@ -77,14 +78,12 @@ def with_token_rows(
         last = max(rows, default=-1)
         if len(rows) != len(values) or own.shape[1:] != values.shape[1:] or last >= len(own):
             shape = f"shape {list(values.shape)} for {len(rows)} tokens up to {last}"
-            facts = [(str(folder), ""), (f"{path}.{ROWS}", shape), (path, f"{len(own)} tokens")]
-            raise FileError("the adapter does not fit the model", facts)
+            raise unfit(folder, [(f"{path}.{ROWS}", shape), (path, f"{len(own)} tokens")])
         place = torch.tensor(rows)
         tensors[f"{path}.weight"] = own.index_copy(0, place, values.to(own.dtype))
         saved = [*saved, path]
     if saved == (config.get("modules_to_save") or []):
-        facts = [(str(folder), ""), (ROWS, "is missing")]
-        raise FileError("the adapter does not fit the model", facts)
+        raise unfit(folder, [(ROWS, "is missing")])
     return {**config, "trainable_token_indices": None, "modules_to_save": saved}, tensors
 
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -18,12 +17,9 @@ from torch import Tensor
 
 from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.folder import write_json
-from eckart.io.headers import check_folder, header, weight_files
+from eckart.io.headers import INDEX, SINGLE, check_folder, header, weight_files
 from eckart.io.models import folder_of
 from eckart.io.tensors import save
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 class Shards(Mapping[str, Tensor]):
@@ -48,12 +44,7 @@ class Shards(Mapping[str, Tensor]):
     def __enter__(self) -> Shards:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
         self._open.clear()
         self._stack.close()
 
@@ -120,12 +111,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
         if fault is None:
             self.close()
 
