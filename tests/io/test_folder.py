@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eckart.errors import FileError, OutOfRoom, UsageError
+from eckart.errors import FileError, Interrupted, OutOfRoom, UsageError
 from eckart.io.folder import (
     close_with_manifest,
     manifest_holds,
@@ -268,6 +268,20 @@ def test_an_overwritten_run_comes_back_when_the_new_one_fails_at_once(tmp_path):
     with Run.create(tmp_path / "a", overwrite=True, mine="new") as run:
         pass
     assert run.facts["mine"] == "new" and names(tmp_path) == ["a"]
+
+
+def test_a_new_run_that_is_refused_leaves_nothing_until_it_has_something_to_keep(tmp_path):
+    with pytest.raises(UsageError), Run.create(tmp_path / "a"):
+        raise UsageError("this model has no heads to prune")
+    assert not names(tmp_path)
+    Run.create(tmp_path / "a", mine="old").finish()
+    with pytest.raises(Interrupted), Run.create(tmp_path / "a", overwrite=True) as run:
+        write_text(run.folder / "trials" / "one.json", "{}")
+        raise Interrupted("interrupted; what has ended is kept")
+    assert (tmp_path / "a" / "trials" / "one.json").exists() and names(tmp_path) == ["a"]
+    with pytest.raises(UsageError), Run.resume(tmp_path / "a"):
+        raise UsageError("a resumed run keeps its methods")
+    assert names(tmp_path) == ["a"]
 
 
 def test_how_a_run_ended_is_recorded(tmp_path):

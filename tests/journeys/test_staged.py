@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from eckart.io.corpora import bytes_tokenizer
 from tests.journeys.runs import eckart, labels, model_folder, texts
+from tests.tiny import bert
 
 
 @pytest.fixture
@@ -21,6 +23,15 @@ def test_a_dry_run_names_the_stages_and_trains_nothing(place):
     )  # fmt: skip
     assert run.code == 0, run.err
     assert len(json.loads(run.out)["stages"]) >= 2
+    assert not (place / "run").exists()
+
+
+def test_a_model_that_cannot_be_pruned_is_refused_and_leaves_no_run(place):
+    bert(vocab_size=257).save_pretrained(place / "bert")
+    bytes_tokenizer().save_pretrained(place / "bert")
+    data = labels(place / "c.jsonl")
+    ran = eckart("finetune", place / "bert", data, "method=loram", "-o", place / "run")
+    assert ran.code == 2 and "heads" in ran.err, ran.err
     assert not (place / "run").exists()
 
 

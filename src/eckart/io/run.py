@@ -45,6 +45,7 @@ PACKAGES = (
     "tokenizers",
 )
 METRICS, SPECTRA = LOGS = ("metrics.jsonl", "spectra.jsonl")
+REFUSED = (UsageError.exit_code, FileError.exit_code)
 
 
 class Run:
@@ -54,8 +55,10 @@ class Run:
     which records an exception's exit code).
     """
 
-    def __init__(self, folder: Path, handle: int, replaced: Path | None = None):
-        self.folder = folder
+    def __init__(
+        self, folder: Path, handle: int, replaced: Path | None = None, is_new: bool = False
+    ):
+        self.folder, self.is_new = folder, is_new
         self._handle = handle  # the lock's file descriptor
         self._replaced = replaced  # what --overwrite moved aside, until this run has succeeded
 
@@ -65,7 +68,7 @@ class Run:
 
         A name that ends in `{name}` is numbered: runs/{name} -> runs/0001. A folder with
         something in it is a UsageError; with `overwrite` it is moved aside, and comes back if
-        this run fails before its first checkpoint.
+        this run fails before it has anything to keep.
         """
         replaced = None
         if str(out).endswith("{name}"):
@@ -77,7 +80,7 @@ class Run:
             with speaking(folder):
                 replaced = move_aside(folder) if folder.is_dir() and any(folder.iterdir()) else None
                 folder.mkdir(parents=True, exist_ok=True)
-        run = cls(folder, lock(folder), replaced)
+        run = cls(folder, lock(folder), replaced, is_new=True)
         try:
             begun = {"command": sys.argv[1:], "folder": os.getcwd()}  # that its paths start from
             run.record(versions=versions(), **begun, exit=None, **facts)
@@ -177,21 +180,26 @@ class Run:
     def finish(self, exit: int = 0, error: str | None = None, **facts: Any) -> None:
         """Record how the run ended and release the folder.
 
-        Where it replaced an older folder: that one is removed now, or, if this run failed
-        and saved no checkpoint, put back in its place.
+        A new run that was refused before it had anything to keep leaves no folder. An older
+        folder that it replaced is removed now, or, if this run failed so early, put back.
         """
         try:
             self.record(exit=exit, error=error, **facts)
         finally:
             os.close(self._handle)
             self._handle = -1
-        if not self._replaced:
-            return
-        if exit and not self.latest():
+        failed_early = bool(exit) and not self.has_results
+        if failed_early and (self._replaced or (self.is_new and exit in REFUSED)):
             shutil.rmtree(self.folder)
+        if self._replaced and failed_early:
             os.rename(self._replaced, self.folder)
-        else:
+        elif self._replaced:
             shutil.rmtree(self._replaced, ignore_errors=True)
+
+    @property
+    def has_results(self) -> bool:
+        """Is there a checkpoint, a stage or a trial, which a resumed run would go on from?"""
+        return any(any(part.iterdir()) for part in self.folder.iterdir() if part.is_dir())
 
 
 def require_run(folder: str | Path) -> Path:
