@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(place, whole, tmp
     ran = eckart("finetune", "--resume", out)
     assert ran.code == 0, ran.err
     assert same(out, whole)
+
+
+def test_a_run_killed_after_its_last_step_has_only_its_result_written(place, whole, tmp_path):
+    out = Path(shutil.copytree(place / "whole", tmp_path / "run"))
+    shutil.rmtree(out / "final")
+    ran = eckart("finetune", "--resume", out)
+    assert ran.code == 0, ran.err
+    assert same(out, whole) and read_metrics(out) == read_metrics(place / "whole")
 
 
 def test_a_finished_run_is_not_trained_again_but_can_be_made_longer(place, whole, tmp_path):

@@ -34,7 +34,7 @@ from eckart.jobs.measuring.memory import Kept, held_state_bytes, model_bytes, mo
 from eckart.jobs.settings.config import Job
 from eckart.jobs.settings.settle import gradient_bytes, warmup_steps
 from eckart.jobs.training import held_out
-from eckart.jobs.training.checkpoints import TRAINER, everyone, load_model_state
+from eckart.jobs.training.checkpoints import everyone, load_model_state
 from eckart.jobs.training.observe import Observer
 from eckart.jobs.training.remedies import out_of_memory
 from eckart.jobs.training.screen import Progress, Screen
@@ -76,10 +76,6 @@ def fit(
     trained.moments = dict(moments or {})
     first = step_of(resume)
     run.rewind(first)
-    if resume and first >= int(job.train.steps):  # killed between the last step and the result
-        trained.state = TrainerState.load_from_json(str(resume / TRAINER))
-        load_model_state(handle, resume)
-        return Fitted(first, take_best(trained), 0.0, 0.0, {})
     begun = time.monotonic()
     try:
         with listening(trained.interrupt):
@@ -94,7 +90,8 @@ def fit(
     steps, seconds = trained.state.global_step, time.monotonic() - begun
     if trained.interrupt.asked and steps < int(job.train.steps):
         raise interrupted(job, run, steps)
-    tokens, memory = trained.tokens(steps - first), trained.memory()
+    memory = trained.memory() if steps > first else {}  # killed after its last step: none was taken
+    tokens = trained.tokens(steps - first)
     return Fitted(steps, take_best(trained), seconds, tokens / seconds, memory)
 
 
