@@ -53,8 +53,9 @@ def test_the_low_rank_layer_is_named_and_drawn(place):
 
 
 def test_of_an_adapter_the_update_is_judged(place):
-    found = eckart("inspect", place / "lora", "--json").document
+    found, base = (eckart("inspect", place / n, "--json").document for n in ("lora", "m"))
     assert (found["kind"], found["method"]) == ("adapter", "lora")
+    assert found["parameters"] == base["parameters"], "the model's, without the adapter's own"
     handle = open_model(place / "lora").handle
     for path, numbers in found["matrices"].items():
         update = handle.terms()[path]["lora"].dense().detach()

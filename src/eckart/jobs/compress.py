@@ -23,7 +23,7 @@ from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training import held_out, outcome, prepare, senses
 from eckart.jobs.training.classes import require_task
-from eckart.jobs.training.course import model_line
+from eckart.jobs.training.course import size_line
 from eckart.jobs.training.fit import fit
 from eckart.jobs.training.screen import Screen, amount
 from eckart.recipe import Compress, Handle, Recipe, attach
@@ -40,7 +40,7 @@ def run(job: Job) -> dict[str, Any]:
     method = sized(job)
     model = load_model(model_of(job))
     before = sum(p.numel() for p in model.parameters())
-    screen.line("model", model_line(Opened(model, None, str(job.model))), Path(str(job.model)).name)
+    screen.line("model", size_line(Opened(model, None, str(job.model))), Path(str(job.model)).name)
     reader = reader_of(job)
     job, data = read(job, model, reader, screen)
     scores = {"before": measured(job, model, data), "after": None}

@@ -105,7 +105,7 @@ def run(job: Job) -> dict[str, Any]:
 def described(opened: Opened) -> str:
     """`46.8 K parameters, fp32, lora on m`."""
     carried = f", {opened.handle.weights.slug} on {shown(opened.base)}" if opened.handle else ""
-    return size_line(opened.model) + carried
+    return size_line(opened) + carried
 
 
 # --- what is measured ----------------------------------------------------------------------

@@ -32,6 +32,7 @@ from eckart.io.opening import Opened, open_model
 from eckart.jobs.finetune import require_weights
 from eckart.jobs.measuring.drift import of_text
 from eckart.jobs.measuring.heads import NORMS, TRIED, HeadReach, reaches
+from eckart.jobs.measuring.memory import parameter_count
 from eckart.jobs.pairs import all_sites, common_base, overlaps_by_role, pairs
 from eckart.jobs.pictures import draw, require_picture
 from eckart.jobs.settings.config import Job
@@ -99,7 +100,7 @@ def of_one(job: Job, screen: Screen) -> dict[str, Any]:
     matrices = added(handle) if handle and kind == "adapter" else weights(opened, handle)
     if not matrices:
         raise UsageError("there is no matrix to look at", [(str(job.model), kind)])
-    count = sum(p.numel() for p in opened.model.parameters())
+    count = parameter_count(opened.model, handle)
     made = f"; {handle.weights.slug}" if handle else ""
     of = "model" if kind == "model" else "adapter on a model"
     facts = f"{of} of {amount(count)} parameters, {len(matrices)} matrices{made}"

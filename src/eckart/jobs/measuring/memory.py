@@ -40,6 +40,13 @@ def model_bytes(handle: Handle) -> dict[str, int]:
     return parts
 
 
+def parameter_count(model: nn.Module, handle: Handle | None = None) -> int:
+    """Parameters of a model; an adapter's own, beside a frozen base, are not among them."""
+    adapter = handle.carried() if handle and handle.weights.base == "frozen" else {}
+    added = {id(p) for part in adapter.values() for p in part.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in added)
+
+
 def held(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]

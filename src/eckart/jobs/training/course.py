@@ -18,7 +18,13 @@ from eckart.io.data import Data
 from eckart.io.models import name_of
 from eckart.io.opening import Opened
 from eckart.io.run import Run
-from eckart.jobs.measuring.memory import by_category, described, in_words, room
+from eckart.jobs.measuring.memory import (
+    by_category,
+    described,
+    in_words,
+    parameter_count,
+    room,
+)
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training import continual, held_out, launch, observe, outcome, prepare, senses
@@ -40,9 +46,10 @@ def begin(job: Job) -> tuple[Job, Screen]:
         outcome.refuse_early(job)
     if job.flags.resume:
         job = settle.as_it_began(job, Path(job.flags.resume))
-    job = settle.layerwise(job)
-    quiet = job.flags.json or not launch.is_first()
-    return settle.precision(job, prepare.device()), Screen(quiet)
+    screen, job = Screen(job.flags.json or not launch.is_first()), settle.layerwise(job)
+    if "train.clip" in job.settled:
+        screen.line("clip", job.settled["train.clip"], "none")
+    return settle.precision(job, prepare.device()), screen
 
 
 def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) -> dict[str, Any]:
@@ -174,20 +181,15 @@ def placed(job: Job, screen: Screen, opened: Opened, reader: Any, place: torch.d
     """Put the model where it is trained, say what it is, and settle what depends on it."""
     opened.model.to(place)
     senses.require_fit(job, reader, opened.model)
-    screen.line("model", model_line(opened), name_of(opened.base))
+    carried = f", continued with {opened.handle.weights.slug}" if opened.handle else ""
+    screen.line("model", size_line(opened) + carried, name_of(opened.base))
     return senses.settled(job, opened.model, place)
 
 
-def model_line(opened: Opened) -> str:
-    """`134.5 M parameters, bf16`, and what it carries already."""
-    carried = f", going on with {opened.handle.weights.slug}" if opened.handle else ""
-    return size_line(opened.model) + carried
-
-
-def size_line(model: Any) -> str:
-    """`134.5 M parameters, bf16`."""
-    count = sum(p.numel() for p in model.parameters())
-    return f"{amount(count)} parameters, {in_bits(next(model.parameters()).dtype)}"
+def size_line(opened: Opened) -> str:
+    """`134.5 M parameters, bf16`: the model's own, without those of an adapter on it."""
+    dtype = next(opened.model.parameters()).dtype
+    return f"{amount(parameter_count(opened.model, opened.handle))} parameters, {in_bits(dtype)}"
 
 
 def rows_lines(data: Data) -> list[str]:
