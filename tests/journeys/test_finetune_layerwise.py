@@ -62,12 +62,12 @@ def test_on_two_processes_what_one_trains_without_it(place, tmp_path, monkeypatc
     [
         (["update=adamw"], "layer-wise mode frees nothing here",
          "Leave layer-wise mode out, or take update=galore."),
-        (["update=fira"], "this update rule cannot be clipped layer by layer",
+        (["update=fira", "train.clip=1"], "this update rule cannot be clipped layer by layer",
          "Set train.clip=null, or leave layer-wise mode out."),
-        (["update=fira", "train.clip=null", "train.accumulate=2"],
+        (["update=fira", "train.accumulate=2"],
          "this update rule cannot accumulate micro-batches layer by layer",
          "Type train.accumulate=1, or leave train.layerwise out."),
-        (["update=fira", "train.clip=null", "train.processes=2"],
+        (["update=fira", "train.processes=2"],
          "this update rule cannot share its work layer by layer",
          "Leave train.layerwise out, type train.processes=1, or take update=galore."),
         (["update=galore", "objective=orthogonality"],
@@ -81,13 +81,15 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(more, what, fix, 
     assert what in ran.err and fix in ran.err
 
 
-def test_a_rule_that_needs_whole_gradients_accumulates_nothing(place, tmp_path):
-    more = ["update=fira", "update.rank=4", "train.steps=4", "train.clip=null"]
+def test_a_rule_that_needs_whole_gradients_accumulates_and_clips_nothing(place, tmp_path):
+    more = ["update=fira", "update.rank=4", "train.steps=4"]
     out = tmp_path / "run"
     ran = eckart("finetune", place / "m", place / "d.jsonl", "-o", out, *more,
                  "train.layerwise=true")  # fmt: skip
     assert ran.code == 0, ran.err
     assert "accumulate: 1" in (out / "resolved.yaml").read_text()
+    assert "clip     none   layer by layer a gradient is gone" in ran.err
+    assert "clip: null  # layer by layer" in (out / "resolved.yaml").read_text()
     assert all("grad_norm" in m for m in read_metrics(out) if "learning_rate" in m)
     assert json.loads((out / "run.json").read_text())["exit"] == 0
     assert RunTraining.refresh_from  # the property that chose the first micro-batch

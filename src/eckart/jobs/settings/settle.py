@@ -144,8 +144,11 @@ def layerwise(job: Job) -> Job:
             [(f"update = {job.choices['update'].name}", f"train.accumulate = {train.accumulate}")],
             "Type train.accumulate=1, or leave train.layerwise out.",
         )
+    if rule.needs_gradient and "train.clip" not in job.given:
+        reason = "layer by layer a gradient is gone when the norm of all is known"
+        job = job.settle("train.clip", None, reason)
     refresh_from = "first" if rule.needs_gradient else "step"
-    check_layerwise([{"rule": rule}], refresh_from, None, train.clip)
+    check_layerwise([{"rule": rule}], refresh_from, None, job.train.clip)
     return job
 
 
