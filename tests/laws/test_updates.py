@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy
 import pytest
@@ -12,6 +13,7 @@ from eckart.errors import UsageError
 from eckart.optim import LowRankOptimizer
 from eckart.optim.layerwise import peak_gradient_bytes
 from eckart.recipe import Recipe, attach, registry
+from eckart.recipe.recipe import fitted
 from tests.conftest import batch_for, randomise, tiny
 from tests.jobs.loops import mixed
 from tests.laws.matrix import attached, slugs, small, steps, weights_methods
@@ -78,6 +80,49 @@ def test_a_skipped_step_leaves_weights_state_and_events(slug):
     steps(handle, optimizer, [batch])
     assert not optimizer.skipped
     assert any(not torch.equal(p, before[f"tensor/{n}"]) for n, p in handle.trainable().items())
+
+
+def worded(slug):
+    """A rule as it is, and with each other word that one of its fields may be."""
+    update, hints = small(slug), get_type_hints(registry.load(slug))
+    words = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    others = [(n, w) for n, some in words.items() for w in some if w != getattr(update, n)]
+    return [update, *(dataclasses.replace(update, **{name: word}) for name, word in others)]
+
+
+PAIRED = [update for slug in RULES for update in worded(slug) if update.wants == "pairs"]
+
+
+def scaled(update, dtype, scaler, count):
+    """Some steps on LoRA under autocast, by a gradient scaler; everything after them."""
+    recipe = Recipe(weights=fitted(small("lora"), update), update=update)
+    handle, batch = attach(tiny("llama"), recipe), batch_for("llama")
+    randomise(handle)
+    optimizer = handle.optimizer(lr=1e-2, clip=1.0)
+    for _ in range(count):
+        with torch.autocast("cpu", dtype):
+            loss = handle.loss(batch, handle.model(**batch))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return everything(handle, optimizer)
+
+
+@pytest.mark.parametrize("update", PAIRED, ids=str)
+def test_pairs_know_nothing_of_a_gradient_scaler(update):
+    """A step that overflows never was, for counts and turns either: after three steps the scale
+    grows past what fp16 holds, and shrinks back. Powers of two change no bit of a gradient."""
+    Scaler = torch.amp.GradScaler
+    if update.rule().passes > 1:
+        with pytest.raises(UsageError, match="computes a gradient for each factor in turn"):
+            scaled(update, torch.float16, Scaler("cpu"), 1)
+        return
+    grows, stays = (Scaler("cpu", 8.0, 2.0**40, 2.0**-40, interval) for interval in (3, 100))
+    overflown = scaled(update, torch.float16, grows, 7)
+    assert differing(overflown, scaled(update, torch.float16, stays, 6)) == []
+    without = scaled(update, torch.bfloat16, Scaler("cpu", enabled=False), 4)
+    assert differing(scaled(update, torch.bfloat16, Scaler("cpu"), 4), without) == []
 
 
 @pytest.mark.parametrize("slug", RULES)
