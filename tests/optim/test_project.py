@@ -75,8 +75,8 @@ def test_a_decomposition_is_left_to_narrow_matrices():
     assert type(Leading(8, "reverse").way((64, 1024))) is Randomised
 
 
-@pytest.mark.parametrize("fall, least", [(1.0, 0.995), (0.5, 0.93)])
-def test_one_random_pass_captures_most_of_what_the_best_basis_does(fall, least):
+@pytest.mark.parametrize("fall, least", [(1.0, 0.998), (0.5, 0.96)])
+def test_three_random_products_capture_most_of_what_the_best_basis_does(fall, least):
     """Singular values i^-fall of 256 x 192, rank 48; the figures are those of 2736 x 1024."""
     U, s, Vh = torch.linalg.svd(gradients([(256, 192)], 1)[0][0], full_matrices=False)
     s = torch.arange(1, 193, dtype=s.dtype) ** -fall
@@ -104,7 +104,7 @@ def test_random_directions_depend_on_name_seed_and_step_alone():
     def basis(name, seed, before):
         p = nn.Parameter(torch.zeros(30, 20, dtype=torch.float64))
         params = [*before, (name, p)]
-        rule = Rule(SGD(), Randomised(5, oversample=0, power=0))
+        rule = Rule(SGD(), Randomised(5, oversample=0, products=2))
         optimizer = LowRankOptimizer(params, rule=rule, seed=seed)
         for _, q in params:
             q.grad = G.clone()

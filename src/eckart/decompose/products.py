@@ -28,13 +28,15 @@ def preferred() -> bool:
 
 
 def fits(A: Tensor, B: Tensor) -> bool:
-    """Is A B one that oneDNN makes faster? It has no backward pass."""
+    """Is A B, or each product of two stacks, one that oneDNN makes faster? It has no backward
+    pass."""
     return (
         not torch.compiler.is_compiling()
         and A.is_cpu
         and A.dtype == B.dtype == torch.float32
-        and A.dim() == B.dim() == 2
-        and A.numel() * B.shape[-1] >= LEAST
+        and 2 <= A.dim() == B.dim() <= 3
+        and A.shape[:-2] == B.shape[:-2]
+        and A.shape[-2:].numel() * B.shape[-1] >= LEAST
         and not torch.is_grad_enabled()
         and bool(torch.backends.mkldnn.enabled)
         and preferred()
@@ -45,6 +47,8 @@ def product(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """A [*, m, k] times B [*, k, n], plus a bias [n]."""
     if not fits(A, B):
         return A @ B if bias is None else F.linear(A, B.mT, bias)
+    if A.dim() == 3:
+        return torch.stack([product(a, b, bias) for a, b in zip(A, B, strict=True)])
     if A.shape[1] <= PIECE:
         return by_onednn(A, B, bias)
     pairs = zip(A.split(PIECE, 1), B.split(PIECE), strict=True)
@@ -56,10 +60,12 @@ def product(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add_product_(C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
     """C = beta C + alpha A B in place, of two dimensions or three."""
-    if C.dim() == 3:
-        C.baddbmm_(A, B, alpha=alpha, beta=beta)
-    elif not fits(A, B):
-        C.addmm_(A, B, alpha=alpha, beta=beta)
+    if not fits(A, B):
+        add_ = C.addmm_ if C.dim() == 2 else C.baddbmm_
+        add_(A, B, alpha=alpha, beta=beta)
+    elif C.dim() == 3:
+        for c, a, b in zip(C, A, B, strict=True):
+            add_product_(c, a, b, alpha, beta)
     else:
         rows = max(1, CACHED // C.shape[1])  # whose product is added while it is cached
         for c, a in zip(C.split(rows), A.split(rows), strict=True):

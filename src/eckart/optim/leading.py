@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eckart.decompose.products import product
 from eckart.optim.project import (
     Found,
     Search,
@@ -60,10 +61,11 @@ class Gram(Subspace):
 
 @dataclass(frozen=True)
 class Randomised(Subspace):
-    """Nearly that subspace, from products with a few random directions (Halko et al. 2011)."""
+    """Nearly that subspace, from products with a few random directions (Halko et al. 2011):
+    G^T G G^T G Z or, with one `products` less, G^T G G^T Z."""
 
     oversample: int = 8
-    power: int = 1
+    products: int = 4
 
     def find(self, search: Search) -> Found:
         left, right = self.ranks(*search.size)
@@ -80,28 +82,43 @@ class Randomised(Subspace):
     def columns(self, search: Search, rank: int, on_left: bool) -> Tensor:
         """About the r leading singular vectors of one side, as columns [k, *, m or n, r].
 
-        G^T G Z = Q T has nearly the left singular vectors that G^T G has, so those of T order
-        Q's columns: no further product with G.
+        The last G^T G Z = Q T has nearly the left singular vectors that G^T G has, so those of
+        T order Q's columns: no further product with G.
         """
-        G, n = search.G, search.size[0 if on_left else 1]
-        k = min(n, rank + self.oversample)
-        Z = torch.stack([gaussian(n, k, seed) for seed in search.seeds]).to(G.device, G.dtype)
-        Z = Z.reshape(len(search.seeds), *(1,) * (G.dim() - 3), n, k)
-        for _ in range(self.power + 1):
+        G, odd = search.G, self.products % 2 == 1
+        length = search.size[0 if on_left != odd else 1]
+        k = min(*search.size, rank + self.oversample)
+        Z = torch.stack([gaussian(length, k, seed) for seed in search.seeds]).to(G.device, G.dtype)
+        Z = Z.reshape(len(search.seeds), *(1,) * (G.dim() - 3), length, k)
+        if odd:
+            Z = evened(search.reached(Z, on_left))
+        for _ in range(self.products // 2):
             Z, T = torch.linalg.qr(search.squared(Z, on_left))
         V = torch.linalg.eigh(T @ T.mT)[1].flip(-1)[..., :rank]
-        near_eye = V.mT @ (Z.mT @ Z) @ V
-        return fix_signs(Z @ (1.5 * V - 0.5 * V @ near_eye), -2)  # polish(Z V), a product less
+        near_eye = V.mT @ product(Z.mT, Z) @ V
+        return fix_signs(product(Z, 1.5 * V - 0.5 * V @ near_eye), -2)  # polish(Z V), in less
+
+
+def evened(Z: Tensor) -> Tensor:
+    """Columns of Z's span [*, n, k] that are about as long as one another and about orthogonal,
+    but for directions that hold less than a thousandth of a column: a third of a QR's time."""
+    C = product(Z.mT, Z)
+    diagonal = C.diagonal(dim1=-2, dim2=-1)
+    diagonal += 1e-3 * diagonal.mean(-1, keepdim=True)  # more than rounding can take away
+    L, failed = torch.linalg.cholesky_ex(C)  # of zeros alone
+    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand_as(C)
+    L = torch.where((failed > 0)[..., None, None], eye, L)
+    return product(Z, torch.linalg.solve_triangular(L, eye, upper=False).mT)
 
 
 @dataclass(frozen=True)
 class Leading(Subspace):
     """The exact subspace of narrow matrices; of wide ones, whose decompositions would hold a
-    training up, nearly that: one pass of `Randomised`, ten times as fast as an SVD.
+    training up, nearly that: three random products, ten times as fast as an SVD.
 
-    Where singular values fall as 1 / i it captures 0.997 of what the best basis of 256 does;
-    where they fall as their root 0.95; of mere noise 0.8. Of gradients of a small Llama in its
-    first 240 steps it captured 0.998 and more.
+    Where singular values fall as 1 / i they capture 0.999 of what the best basis of 256 does;
+    where they fall as their root 0.97; of mere noise 0.86. Of gradients of a small Llama in its
+    first 240 steps they captured 0.998 and more.
     """
 
     wide: int = 1024  # from this length of the projected side on
@@ -111,7 +128,7 @@ class Leading(Subspace):
         projected = max(n for n, rank in zip(size, self.ranks(*size), strict=True) if rank)
         if projected < self.wide:
             return SVD(self.rank, self.side, self.basis_dtype)
-        return Randomised(self.rank, self.side, self.basis_dtype, power=0)
+        return Randomised(self.rank, self.side, self.basis_dtype, products=3)
 
     def find(self, search: Search) -> Found:
         return self.way(search.size).find(search)

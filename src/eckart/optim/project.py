@@ -176,11 +176,24 @@ class Search:
     matrix: int = 0  # the number of G's first [m, n] among those of its parameter
     rows: Rows = field(default_factory=Rows)  # which of them G has
 
+    def across(self, Z: Tensor, from_left: bool) -> Tensor:
+        """G^T Z of Z [k, *, m, b], of which this process needs its own rows alone, or G Z of
+        Z [k, *, n, b], of which it finds its own rows alone."""
+        if from_left:  # columns together, as a QR wants them
+            return self.rows.total(product(Z.mT, self.G)).mT
+        return product(self.G, Z)
+
     def squared(self, Z: Tensor, on_left: bool) -> Tensor:
         """G G^T Z of Z [k, *, m, b], or G^T G Z of Z [k, *, n, b]; whole on every process."""
         if on_left:
-            return self.rows.whole(self.G @ self.rows.total(self.G.mT @ self.rows.part(Z)))
-        return self.rows.total((self.G @ Z).mT @ self.G).mT  # columns together, as a QR wants them
+            return self.rows.whole(self.across(self.across(self.rows.part(Z), True), False))
+        return self.across(self.across(Z, False), True)
+
+    def reached(self, Z: Tensor, on_left: bool) -> Tensor:
+        """G Z of Z [k, *, n, b], for the left, or G^T Z of Z [k, *, m, b]; whole."""
+        if on_left:
+            return self.rows.whole(self.across(Z, False))
+        return self.across(self.rows.part(Z), True)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Fira(Update):
 
     search: Literal["auto", "svd", "gram", "randomised", "iteration"] = "auto"
     """How a basis is found, as for galore. Paper: svd. auto: svd, and where the projected side
-    has 1024 or more, one pass of random products, ten times as fast."""
+    has 1024 or more, three random products, ten times as fast."""
 
     on_refresh: Literal["keep", "rotate", "reset"] = "keep"
     """The moments at a new basis: kept as they are (paper), rotated into it, or forgotten."""
