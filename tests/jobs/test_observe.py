@@ -11,15 +11,12 @@ from eckart.io.run import read_metrics
 from eckart.jobs.training import change
 from eckart.jobs.training.observe import Observer, overlap
 from eckart.recipe import Recipe, attach, registry
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, workplace
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("observe")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
-    return folder
+    return workplace(tmp_path_factory.mktemp("observe"))
 
 
 def trained(place, out, *words):

@@ -54,6 +54,13 @@ def texts(path: Path, rows: int = 60) -> Path:
     return path
 
 
+def workplace(folder: Path, rows: int = 60) -> Path:
+    """A folder with a model `m` and so many sentences in `d.jsonl`."""
+    model_folder(folder / "m")
+    texts(folder / "d.jsonl", rows)
+    return folder
+
+
 def labels(path: Path, rows: int = 40) -> Path:
     """Sentences with one of two classes."""
     said = [

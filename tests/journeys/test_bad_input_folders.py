@@ -10,16 +10,14 @@ import pytest
 
 from eckart.io import run as runs
 from tests.journeys.bad import complains, enter
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, workplace
 
 SHORT = "finetune m d.jsonl train.steps=1 train.batch_size=2"
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    folder = tmp_path / "here"
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl", rows=12)
+    folder = workplace(tmp_path / "here", rows=12)
     enter(folder, monkeypatch)
     return folder
 

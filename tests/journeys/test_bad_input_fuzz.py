@@ -16,7 +16,7 @@ from eckart.jobs.settings.words import HABITS
 from eckart.recipe import registry
 from tests.journeys.adapters import adapter
 from tests.journeys.bad import enter, entries
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, workplace
 
 LINES, FILES = 500, 500
 
@@ -76,9 +76,7 @@ keys_once = keys()
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl", rows=12)
+    folder = workplace(tmp_path_factory.mktemp("fuzz"), rows=12)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         adapter(folder / "native", folder / "m", "lora", rank=2)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.journeys.adapters import adapter
 from tests.journeys.bad import complains, enter
-from tests.journeys.runs import model_folder, texts
+from tests.journeys.runs import model_folder, workplace
 
 AGAIN = "Download or copy it again.\n"
 PICKLE = (
@@ -340,9 +340,7 @@ ADAPTERS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl", rows=12)
+    folder = workplace(tmp_path_factory.mktemp("models"), rows=12)
     damage_models(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # so that adapters name their base as m

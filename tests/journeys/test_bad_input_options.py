@@ -4,7 +4,7 @@ import pytest
 
 from tests.journeys.adapters import adapter
 from tests.journeys.bad import complains, enter
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, workplace
 
 CASES = {
     "a command that is none": (
@@ -241,9 +241,7 @@ MISSING = {  # what ends with 3
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("options")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl", rows=12)
+    folder = workplace(tmp_path_factory.mktemp("options"), rows=12)
     (folder / "job.yaml").write_text("method: dora\n")
     adapter(folder / "peft", folder / "m", "lora", "peft", rank=2)
     return folder

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.journeys.bad import complains, enter
-from tests.journeys.runs import model_folder, texts
+from tests.journeys.runs import workplace
 
 FILES = {
     "bad.yaml": "train: {lr: 1e-3\n  x: [",
@@ -236,9 +236,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("words")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl", rows=12)
+    folder = workplace(tmp_path_factory.mktemp("words"), rows=12)
     for name, content in FILES.items():
         raw = content if isinstance(content, bytes) else content.encode()
         (folder / name).write_bytes(raw)

@@ -9,16 +9,8 @@ import torch
 
 from eckart.io.models import load_model, load_tokenizer
 from eckart.io.opening import open_model
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart
 from tests.tiny import logits
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("journey")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

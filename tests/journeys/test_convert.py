@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from eckart.io.models import load_model
 from eckart.io.opening import open_model
 from tests.journeys.adapters import adapter, handle_on
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, model_folder, workplace
 from tests.tiny import ids, logits
 
 FORMS = ("peft", "lora", "dense", "factored", "native")
@@ -17,9 +17,7 @@ FORMS = ("peft", "lora", "dense", "factored", "native")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("convert")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
+    folder = workplace(tmp_path_factory.mktemp("convert"))
     adapter(folder / "lora", folder / "m", "lora", rank=4)
     adapter(folder / "dora", folder / "m", "dora", rank=4)
     adapter(folder / "full", folder / "m", "dense", form="dense")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eckart.jobs import demo
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, workplace
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.findall(r"^\|[^|]*\| `(eckart [^`\n]+)` \|$", README, re.MULTILINE)
@@ -48,9 +48,7 @@ def test_the_shipped_model_says_what_it_is():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("readme")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
+    folder = workplace(tmp_path_factory.mktemp("readme"))
     run = eckart("finetune", folder / "m", folder / "d.jsonl", "train.steps=4",
                  "train.save_every=2", "-o", folder / "runs" / "0001")  # fmt: skip
     assert run.code == 0, run.err

@@ -10,14 +10,12 @@ from eckart.io.models import load_model
 from eckart.jobs import proposals
 from eckart.jobs.measuring.speed import HELD
 from tests.journeys.adapters import adapter
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, model_folder, workplace
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("estimate")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
+    folder = workplace(tmp_path_factory.mktemp("estimate"))
     adapter(folder / "adapter", folder / "m", "lora", rank=3)
     model_folder(folder / "shape")
     (folder / "shape" / "model.safetensors").unlink()

@@ -12,16 +12,8 @@ from eckart.io.opening import open_model
 from eckart.io.run import read_metrics
 from eckart.jobs.settings.config import resolve
 from eckart.jobs.training import fit
-from tests.journeys.runs import eckart, labels, model_folder, texts
+from tests.journeys.runs import eckart, labels
 from tests.tiny import logits
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("journey")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

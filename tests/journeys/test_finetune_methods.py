@@ -12,7 +12,7 @@ from eckart.io.text import read
 from eckart.jobs.training import held_out
 from eckart.jobs.training.fit import RunTraining
 from eckart.recipe import registry
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart
 
 SMALL = {"rank": 4, "every": 2, "gap": 2}  # fits the narrowest map of the tiny model
 
@@ -33,14 +33,6 @@ def slugs() -> list[Any]:
         for entry in found
         if entry.axis in ("weights", "update")
     ]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("methods")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
-    return folder
 
 
 @pytest.mark.parametrize("slug", slugs())

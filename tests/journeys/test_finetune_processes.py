@@ -11,17 +11,9 @@ from safetensors.torch import load_file
 
 from eckart.io.run import latest_checkpoint, read_metrics
 from eckart.jobs.training.fit import RunTraining
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
-    return folder
 
 
 @pytest.fixture(autouse=True)

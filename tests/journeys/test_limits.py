@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.journeys.bad import enter
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, workplace
 
 ROOT = Path(__file__).parents[2]
 SHORT = "finetune m d.jsonl train.steps=4 train.batch_size=2 train.save_every=2"
@@ -21,10 +21,7 @@ SHORT = "finetune m d.jsonl train.steps=4 train.batch_size=2 train.save_every=2"
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("limits")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl", rows=24)
-    return folder
+    return workplace(tmp_path_factory.mktemp("limits"), rows=24)
 
 
 @pytest.fixture

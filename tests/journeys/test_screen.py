@@ -12,7 +12,7 @@ import pytest
 from eckart.jobs.training.outcome import say_nothing_gained
 from eckart.jobs.training.screen import Screen, every
 from tests.journeys.bad import enter
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, workplace
 
 ROOT = Path(__file__).parents[2]
 SHORT = "finetune m d.jsonl train.steps=6 train.batch_size=2"
@@ -24,9 +24,7 @@ LINE = re.compile(
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    folder = tmp_path / "here"
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl", rows=12)
+    folder = workplace(tmp_path / "here", rows=12)
     enter(folder, monkeypatch)
     return folder
 
