@@ -38,14 +38,13 @@ def job(
     options: tuple[Parameter, ...],
     text: str,
     *examples: str,
-    file: str = "",
 ) -> None:
-    """Register a command that resolves a job and runs it, by its file in `jobs`."""
+    """Register a command that resolves a job and runs it, by the file of its name in `jobs`."""
 
     def run(**given: Any) -> None:
         flags = {key: given.pop(key) for key in FLAGS if key in given}
         typed, files = given.pop("words", None), given.pop("config", None)
-        running.run_job(file or name, typed, files, flags, given or None)
+        running.run_job(name, typed, files, flags, given or None)
 
     takes = (*((WORDS,) if shown else ()), *options)
     settings = JOB if shown else HELP
@@ -78,8 +77,7 @@ job("generate", "MODEL [KEY=VALUE]...",
 job("eval", MODEL_DATA, (CONFIG, AGAINST, JSON),
     "Measure a model on data. Loss, bits per byte, accuracy, with intervals; MODEL is a model, an "
     "adapter or a run.",
-    "eckart eval runs/0001 held_out.jsonl --against ./model",
-    file="evaluate")
+    "eckart eval runs/0001 held_out.jsonl --against ./model")
 job("convert", "SOURCE [KEY=VALUE]...", (TO, RESULT, JSON, OVERWRITE),
     "Write a run, an adapter or a model in another form.",
     "eckart convert runs/0001 --to dense -o merged",

@@ -49,7 +49,7 @@ def to_job(
 ) -> Any:
     """The job of a command line. Words that are not key=value are MODEL and DATA, in order."""
     from eckart.jobs.settings.config import Flags, resolve
-    from eckart.jobs.settings.refuse import refuse_elsewhere, refuse_word, unknown_flag
+    from eckart.jobs.settings.refuse import refuse_unread, refuse_word, unknown_flag
     from eckart.jobs.settings.words import is_setting
 
     own = [f"--{name.replace('_', '-')}" for name in ("config", *flags, *(options or {}))]
@@ -60,7 +60,7 @@ def to_job(
     plain = [word for word in words or () if not is_setting(word)]
     for place, word in enumerate(plain):
         refuse_word(word, command, place)
-    refuse_elsewhere(settings, command)
+    refuse_unread(settings, command)
     model, data = [*plain, None, None][:2]
     return resolve(command, model, data, settings, config or (), Flags(**flags), options, partial)
 
@@ -70,19 +70,16 @@ def job_words(words: list[str] | None) -> tuple[str, list[str]]:
 
     Raises UsageError for a first word that is meant for a command and is none.
     """
-    from eckart.jobs.settings.config import FILES, NEEDS
+    from eckart.jobs.settings.config import NEEDS
     from eckart.jobs.settings.words import is_setting
 
     first, *rest = words or ["finetune"]
-    command = FILES.get(first, first)
-    if command in NEEDS:
-        return command, rest
-    plain = [word for word in (first, *rest) if not is_setting(word) and word[:1] != "-"]
-    if plain[:1] == [first] and not Path(first).exists():
-        names = [name for name in (*NEEDS, *FILES) if name not in FILES.values()]
-        if close := nearest(first, names):
-            fix = f"Did you mean {close[0]}?"
-            raise UsageError(f"unknown command {first}     command line", fix=fix)
+    if first in NEEDS:
+        return first, rest
+    may_be_a_model = is_setting(first) or first.startswith("-") or Path(first).exists()
+    if not may_be_a_model and (close := nearest(first, NEEDS)):
+        fix = f"Did you mean {close[0]}?"
+        raise UsageError(f"unknown command {first}     command line", fix=fix)
     return "finetune", [first, *rest]
 
 

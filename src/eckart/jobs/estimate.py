@@ -45,9 +45,8 @@ ROWS = 1_000_000  # enough that they do not decide the batch: of data that is mu
 def run(job: Job) -> dict[str, Any]:
     """Everything from a job to the printed lines; the object of --json."""
     if job.command not in KNOWN:
-        typed = job.command.removesuffix("uate")
         raise UsageError(
-            f"eckart estimate does not know {typed}", fix=f"Choices: {', '.join(KNOWN)}."
+            f"eckart estimate does not know {job.command}", fix=f"Choices: {', '.join(KNOWN)}."
         )
     require_data(job)
     screen = Screen(quiet=job.flags.json)

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from eckart.io.shapes import PRESETS
-from eckart.jobs.settings.tree import SECTIONS
+from eckart.jobs.settings.tree import OWN, SECTIONS
 from eckart.recipe import registry
 
 ANY = "method"  # short for the axis on which a name lives
 PLAIN = ("model", "data", "out", "track")  # keys without a section
-SHORT = {"compress": ("keep", "rank", "error"), "convert": ("rank", "max_drift", "base", "dtype")}
 PLACES = {"convert": 1, "inspect": 1, "generate": 1, "compress": 1}  # paths; other commands take 2
 
 
@@ -73,7 +72,7 @@ def keys(command: str, methods: Mapping[str, registry.Entry]) -> Iterator[str]:
     yield ANY
     yield from PLAIN
     yield from registry.questions()
-    yield from SHORT.get(command, ())
+    yield from OWN.get(command, ())
     for section, cls in SECTIONS.items():
         yield from (f"{section}.{field.name}" for field in dataclasses.fields(cls))
     for axis, entry in methods.items():

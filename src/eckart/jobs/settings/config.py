@@ -28,9 +28,19 @@ from eckart.jobs.settings.job import (
     Job,
     value_at,
 )
-from eckart.jobs.settings.merge import AXES, BUDGET, OWN, Given, fields_of, merge
+from eckart.jobs.settings.merge import AXES, BUDGET, Given, fields_of, merge
 from eckart.jobs.settings.refuse import refuse_alternatives, unknown_key
-from eckart.jobs.settings.tree import SECTIONS, Budget, Convert, Data, Eval, Heal, Source, Train
+from eckart.jobs.settings.tree import (
+    OWN,
+    SECTIONS,
+    Budget,
+    Convert,
+    Data,
+    Eval,
+    Heal,
+    Source,
+    Train,
+)
 from eckart.jobs.settings.words import COMMAND_LINE, Key, Setting, read_file, read_words
 from eckart.recipe import registry
 from eckart.recipe.literals import REQUIRED
@@ -44,11 +54,10 @@ NEEDS: dict[str, tuple[Key, ...]] = {  # command -> what it cannot do without
     **dict.fromkeys(TRAINS, (("model",), ("data", "train"))),
     "compress": (("model",),),
     "generate": (("model",),),
-    "evaluate": (("model",), ("data", "train")),
+    "eval": (("model",), ("data", "train")),
     "convert": (("model",),),
     "inspect": (("model",),),
 }
-FILES = {"eval": "evaluate"}  # commands whose file in jobs has another name
 SHOWN = {"convert": "SOURCE --to FORM", "inspect": "SOURCE"}  # what is typed, without a -c file
 OUT = "runs/{name}"
 SCHEMA = "All keys: eckart config schema"
@@ -107,7 +116,7 @@ def resolve(
     if flags.resume:
         paths = [job.model or "", *(source.path for source in job.data.train)]
         refuse_elsewhere(require_run(flags.resume), command, paths)
-    job = dataclasses.replace(job, given={".".join(k): value_at(job, k) for k in given})
+    job = dataclasses.replace(job, given={k: value_at(job, k) for k in map(".".join, given)})
     from eckart.recipe.recipe import refuse_two_passes
 
     refuse_two_passes(job.recipe())
@@ -358,13 +367,12 @@ def require(given: Given, command: str) -> None:
     lacking = [k for k in NEEDS.get(command, ()) if k not in given or given[k].value is None]
     if not lacking:
         return
-    typed = next((name for name, file in FILES.items() if file == command), command)
     if command in SHOWN:
         raise UsageError(
-            f"eckart {typed} needs a source", fix=f"Type eckart {typed} {SHOWN[command]}"
+            f"eckart {command} needs a source", fix=f"Type eckart {command} {SHOWN[command]}"
         )
     raise UsageError(
-        f"eckart {typed} needs {' and '.join(k[0] for k in lacking)}",
-        fix=f"Type eckart {typed} {' '.join(k[0].upper() for k in NEEDS[command])}, or set "
+        f"eckart {command} needs {' and '.join(k[0] for k in lacking)}",
+        fix=f"Type eckart {command} {' '.join(k[0].upper() for k in NEEDS[command])}, or set "
         f"{' and '.join('.'.join(k) for k in lacking)} in a file: -c FILE",
     )

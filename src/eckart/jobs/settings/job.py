@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eckart.jobs.settings.emit import emit, nested, plain
-from eckart.jobs.settings.merge import AXES, BUDGET, OWN
-from eckart.jobs.settings.tree import SECTIONS, Budget, Convert, Data, Eval, Train
-from eckart.jobs.settings.words import Key
+from eckart.jobs.settings.merge import AXES, BUDGET
+from eckart.jobs.settings.tree import OWN, SECTIONS, Budget, Convert, Data, Eval, Train
 from eckart.recipe import registry
 
 if TYPE_CHECKING:
@@ -126,28 +125,25 @@ class Job:
         keys += [key for key in (*self.given, *self.settled) if key.startswith("heal.")]
         if "train.steps" in self.settled:
             keys.remove("train.epochs")  # the steps stand for them now
-        return {key: value_at(self, tuple(key.split("."))) for key in dict.fromkeys(keys)}
+        return {key: value_at(self, key) for key in dict.fromkeys(keys)}
 
 
-def value_at(job: Job, key: Key) -> Any:
+def value_at(job: Job, key: str) -> Any:
     """A key's value in a job, as plain data."""
-    head, *rest = key
-    if not rest:
-        return plain(getattr(job, head))
+    head, *rest = key.split(".")
     if head == "objective":
-        chosen = next(c for c in job.objectives if c.name == rest[0])
-        return plain(chosen.name if rest[1] == "name" else getattr(chosen.method, rest[1]))
-    if head == "heal":
-        if rest[0] == "train":
-            return plain(getattr(job.heal.train, rest[1]))
-        part = getattr(job.heal, rest[0])
-        if not isinstance(part, Choice):
-            return plain(part)
-        return plain(part.name if rest[1] == "name" else getattr(part.method, rest[1]))
+        return field_of(next(c for c in job.objectives if c.name == rest[0]), rest[1])
     if head in AXES and (head != "compress" or rest[0] not in BUDGET):
-        part = job.choices[head]
-        return plain(part.name if rest[0] == "name" else getattr(part.method, rest[0]))
-    return plain(getattr(getattr(job, head), rest[0]))
+        return field_of(job.choices[head], rest[0])
+    value: Any = getattr(job, head)
+    for name in rest:
+        value = field_of(value, name) if isinstance(value, Choice) else getattr(value, name)
+    return plain(value)
+
+
+def field_of(choice: Choice, name: str) -> Any:
+    """A choice's name, or a field of its method."""
+    return plain(choice.name if name == "name" else getattr(choice.method, name))
 
 
 def fields_in(choice: Choice) -> list[str]:

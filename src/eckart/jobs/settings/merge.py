@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from eckart.errors import UsageError
+from eckart.jobs.settings.tree import OWN
 from eckart.jobs.settings.words import Key, Setting, settings_of
 from eckart.recipe import registry
 from eckart.recipe.registry import Entry
 
 AXES = ("weights", "update", "precision", "attention", "objective", "compress", "compose")
-BUDGET = ("keep", "rank", "error", "samples")  # compress.X that hold whatever the method
-CONVERT = ("rank", "max_drift", "base", "dtype")
-OWN = {"compress": BUDGET, "convert": CONVERT}  # after these commands X stands for COMMAND.X
+BUDGET = OWN["compress"]  # compress.X that hold whatever the method
 OPTIONAL = ("attention", "objective")  # axes where `none` is a choice
 METHOD: tuple[Key, ...] = (("method",), ("method", "name"))
 EXCLUSIVE: tuple[tuple[Key, ...], ...] = (

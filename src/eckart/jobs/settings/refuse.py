@@ -18,7 +18,7 @@ READS: dict[str, tuple[str, ...]] = {  # command -> its keys, or what they begin
     **dict.fromkeys(("finetune", "pretrain"), ALL),
     "compress": ("model", "data", "out", "track", "precision", "compress", "heal", "train", "eval"),
     "bench": ("model", "data", "out", "eval.metrics", *(f"train.{name}" for name in LENGTHS)),
-    "evaluate": ("model", "data", "precision", "eval.metrics", "train.batch_size", "train.seed"),
+    "eval": ("model", "data", "precision", "eval.metrics", "train.batch_size", "train.seed"),
     "generate": ("model", "train.seed"),
     "convert": ("model", "data.train", "out", "convert"),
     "inspect": ("model", "data.train"),
@@ -142,7 +142,7 @@ def refuse_alternatives(given: Given) -> None:
             )
 
 
-def refuse_elsewhere(words: Sequence[str], command: str) -> None:
+def refuse_unread(words: Sequence[str], command: str) -> None:
     """Raise UsageError for key=value words that the command would leave unused.
 
     Only what was typed is asked: a -c file may serve several commands.
@@ -154,12 +154,11 @@ def refuse_elsewhere(words: Sequence[str], command: str) -> None:
         readers = [name for name, names in READS.items() if is_among(key, names)]
         left = command == "bench" and is_among(key, CONTESTED)
         if command in READS and readers and command not in readers and not left:
-            here, *others = (name.removesuffix("uate") for name in (command, *readers))
             raise UsageError(
-                f"{setting.name} says nothing to {here}     {setting.place}",
+                f"{setting.name} says nothing to {command}     {setting.place}",
                 [
-                    (f"{setting.name} = {setting.text}", f"a key of {', '.join(others)}"),
-                    (f"eckart {here} reads", ", ".join(READS[command])),
+                    (f"{setting.name} = {setting.text}", f"a key of {', '.join(readers)}"),
+                    (f"eckart {command} reads", ", ".join(READS[command])),
                 ],
                 "Leave it out.",
             )

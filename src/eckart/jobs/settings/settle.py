@@ -52,8 +52,8 @@ def as_it_began(job: Job, run: Path) -> Job:
     if latest_checkpoint(run) is not None:
         require_same_methods(job, before, run)
     for key in OPEN:
-        if value_at(job, tuple(key.split("."))) == "auto":
-            job = job.settle(key, value_at(before, tuple(key.split("."))), "as the run began")
+        if value_at(job, key) == "auto":
+            job = job.settle(key, value_at(before, key), "as the run began")
     if job.choices["precision"].name == "auto":
         job = job.choose("precision", before.choices["precision"], "as the run began")
     return with_as_many_rows(job, before)
@@ -69,7 +69,7 @@ def require_same_methods(job: Job, before: Job, run: Path) -> None:
                 facts.append((axis, f"the run {names[0]}, now {names[1]}"))
             continue
         for key in (key for key in job.given if key.startswith(f"{axis}.")):
-            was, now = (value_at(j, tuple(key.split("."))) for j in (before, job))
+            was, now = (value_at(j, key) for j in (before, job))
             if was != now:
                 facts.append((key, f"the run {was}, now {now}"))
     if facts:
@@ -203,7 +203,7 @@ def horizon(job: Job, rows: int, recipe: Recipe) -> Job:
     often = max(min(5, steps), round(steps / 10))
     reason = "ten times in the run" if often > 5 else "a short run"
     for key in ("eval.every", "train.save_every"):
-        if value_at(job, tuple(key.split("."))) == "auto":
+        if value_at(job, key) == "auto":
             job = job.settle(key, often, reason)
     return job
 

@@ -4,7 +4,7 @@ The docstring under a field is its help text and stands in the schema. The secti
 axes (weights, update, ...) have the fields of the method that is chosen there; see `config`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
@@ -145,4 +145,7 @@ SECTIONS: dict[str, type[Section]] = {
     "compress": Budget,
     "heal": Heal,
     "convert": Convert,
+}
+OWN = {  # after these commands X stands for COMMAND.X
+    command: tuple(f.name for f in fields(SECTIONS[command])) for command in ("compress", "convert")
 }
