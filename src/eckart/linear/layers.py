@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from eckart.linear.lowrank import linear_plus_low_rank
-from eckart.linear.mixing import Branch, Mix, change_of, gained, mixed, mixture
+from eckart.linear.mixing import Branch, Mix, change_of, mixed, mixture
 from eckart.linear.sites import quantised
 from eckart.linear.structured import Structured, mixins
-from eckart.linear.term import Gain, Term, plain_mm
+from eckart.linear.term import Gain, Term, by_expert, plain_mm
 
 kernels: dict[Callable[..., Any], Callable[..., Any]] = {}
 """Faster forms of plain functions, filled by `eckart.kernels`; empty, all still runs."""
@@ -22,9 +22,12 @@ kernels: dict[Callable[..., Any], Callable[..., Any]] = {}
 PLAIN = (Tensor, FakeTensor)  # no subclass of another package; an estimate has no numbers
 
 
-def add(y: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
-    """y + part in y's dtype; the first part starts the sum in `dtype`."""
-    return part.to(dtype) if y is None else y + part.to(y.dtype)
+def summed(y: Tensor | None, parts: Iterable[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """y plus the parts in y's dtype. Without a y the first part starts the sum, in `dtype`."""
+    for part in parts:
+        y = part.to(dtype or part.dtype) if y is None else y + part.to(y.dtype)
+    assert y is not None  # a map without a dense matrix has terms
+    return y
 
 
 def with_gain(y: Tensor, gain: Gain | None, W: Tensor | None, terms: list[Term]) -> Tensor:
@@ -48,32 +51,26 @@ class LinearSum(Structured):
         if mix is None and quantised(self._parameters.get("weight")):
             mix = Mix((self.in_use(),))  # its own forward knows how to multiply
         if mix is not None:
-            bias = self.bias if gained(mix) else None  # a gain scales no bias
-            p = self.base(x) if bias is None else self.base(x) - bias
-            y = mixture(self, mix, x, p, lambda term, x: term(x))
-            return y if bias is None else y + bias
+            return mixture(self, mix, x, self.base(x), self.bias)
         (terms, gain), W = self.parts_of(self.in_use()), self.matrix()
         if W is None or self._sum.mm is not plain_mm:
             return self.parts(x, W)
-        # torch.func takes no autograd function whose forward is given a context
-        plain = type(W.data) in PLAIN and not torch._C._are_functorch_transforms_active()
-        if self._sum.kind == "linear" and len(terms) == 1 and plain:
-            fused = self.fused(x, W, terms[0], gain)
-            if fused is not None:
-                return fused
+        if (fused := self.fused(x, W, terms, gain)) is not None:
+            return fused
         if gain is not None:
             return self.parts(x, W)
-        y = self.base(x)
-        for term in terms:
-            y = add(y, term(x), y.dtype)
-        return y
+        return summed(self.base(x), (term(x) for term in terms))
 
-    def fused(self, x: Tensor, W: Tensor, term: Term, gain: Gain | None) -> Tensor | None:
+    def fused(self, x: Tensor, W: Tensor, terms: list[Term], gain: Gain | None) -> Tensor | None:
         """The base with its only term in fewer products, where the term offers that; or None."""
-        y = kernels.get(linear_plus_term, linear_plus_term)(self, x, W, term)
+        # torch.func refuses autograd functions whose forward takes a context
+        plain = type(W.data) in PLAIN and not torch._C._are_functorch_transforms_active()
+        if self._sum.kind != "linear" or len(terms) != 1 or not plain:
+            return None
+        y = kernels.get(linear_plus_term, linear_plus_term)(self, x, W, terms[0])
         if y is None or gain is None:
             return y
-        y = with_gain(y, gain, W, [term])
+        y = with_gain(y, gain, W, terms)
         return y if self.bias is None else y + self.bias
 
     def bias_within(self) -> nn.Parameter | None:
@@ -90,10 +87,7 @@ class LinearSum(Structured):
         """The sum product by product, for a gain, another precision or a dropped matrix."""
         y = None if W is None else self._sum.mm(x, W.mT)
         terms, gain = self.parts_of(self.in_use())
-        for term in terms:
-            y = add(y, term(x), x.dtype)
-        assert y is not None  # a map without a dense matrix has terms
-        y = with_gain(y, gain, W, terms)
+        y = with_gain(summed(y, (term(x) for term in terms), x.dtype), gain, W, terms)
         return y if self.bias is None else y + self.bias
 
     def tied(self, x: Tensor, owner: Structured) -> Tensor:
@@ -106,10 +100,8 @@ class LinearSum(Structured):
         """The base and one branch of the owner, at this end: [*, t, m] -> [*, t, n]."""
         W, (terms, gain) = owner.matrix(), owner.parts_of(branch)
         x = with_gain(x, gain, W, terms)
-        y = self.base(x)
-        for term in terms:
-            y = add(y, term.back(x) if self._sum.flipped else term(x), y.dtype)
-        return y
+        parts = (term.back(x) if self._sum.flipped else term(x) for term in terms)
+        return summed(self.base(x), parts)
 
 
 def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,11 +132,8 @@ class EmbeddingSum(Structured):
         if mix := owner._sum.mix.get("weight"):
             return mixed(mix, ids, super().forward(ids), change_of(owner, self.look_up))
         W, (terms, gain) = owner.matrix(), owner.parts_of(owner.in_use())
-        y: Tensor | None = None if W is None else super().forward(ids)
-        for term in terms:
-            part = self.look_up(term, ids)
-            y = add(y, part, part.dtype)
-        assert y is not None  # a map without a dense matrix has terms
+        y = None if W is None else super().forward(ids)
+        y = summed(y, (self.look_up(term, ids) for term in terms))
         return with_gain(y, gain, W, terms)
 
     def look_up(self, term: Term, ids: Tensor) -> Tensor:
@@ -176,16 +165,10 @@ class ConvSum(Structured):
             return super().forward(x)
         patches = self.patches(x)  # [b, t, n]
         if mix:
-            bias = self.bias if gained(mix) else None  # a gain scales no bias
-            p = super().forward(x).flatten(-len(self.kernel_size)).mT  # [b, t, m]
-            p = p if bias is None else p - bias
-            whole = mixture(self, mix, patches, p, lambda term, x: term(x))
-            whole = whole if bias is None else whole + bias
-            return self.as_image(whole, x)
+            y = super().forward(x).flatten(-len(self.kernel_size)).mT  # [b, t, m]
+            return self.as_image(mixture(self, mix, patches, y, self.bias), x)
         y = None if W is None or gain is None else patches @ W.mT  # [b, t, m]
-        for term in terms:
-            y = add(y, term(patches), x.dtype)
-        assert y is not None
+        y = summed(y, (term(patches) for term in terms), x.dtype)
         y = with_gain(y, gain, W, terms)
         if W is not None and gain is None:
             return super().forward(x) + self.as_image(y, x)
@@ -200,12 +183,8 @@ class ConvSum(Structured):
         x = F.pad(x.unsqueeze(0) if single else x, self._reversed_padding_repeated_twice, mode)
         b, depths = x.shape[0], 1
         if len(kernel) == 1:  # an image of one row
-            x, kernel, dilation, stride = (
-                x.unsqueeze(-2),
-                (1, *kernel),
-                (1, *dilation),
-                (1, *stride),
-            )
+            x = x.unsqueeze(-2)
+            kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
         if len(kernel) == 3:  # an image for each depth, whose channels are (c, kd)
             span = dilation[0] * (kernel[0] - 1) + 1
             x = x.unfold(2, span, stride[0])[..., :: dilation[0]]  # [b, c, d', h, w, kd]
@@ -241,7 +220,7 @@ class ExpertSum(Structured):
         if not self._sum.enabled and not isinstance(top_k_index, FakeTensor):
             return super().forward(x, top_k_index, top_k_weights)
         k = top_k_index.shape[-1]
-        order, offsets = self.by_expert(top_k_index.reshape(-1))
+        order, offsets = self.sorted_tokens(top_k_index.reshape(-1))
         h = self.product("gate_up_proj" if self.has_gate else "up_proj", x[order // k], offsets)
         h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
         h = self.product("down_proj", h, offsets)
@@ -249,7 +228,7 @@ class ExpertSum(Structured):
         out = h.new_zeros(x.shape[0] * k, x.shape[-1]).index_copy(0, order, h)
         return out.view(x.shape[0], k, x.shape[-1]).sum(1).to(x.dtype)
 
-    def by_expert(self, expert: Tensor) -> tuple[Tensor, list[int]]:
+    def sorted_tokens(self, expert: Tensor) -> tuple[Tensor, list[int]]:
         """Tokens [t] in the order of their experts, and where those of each begin and end.
 
         Where there are no numbers (an estimate) each expert has as many.
@@ -267,19 +246,15 @@ class ExpertSum(Structured):
         W, (terms, gain) = self.matrix(param), self.parts_of(self.in_use(param))
         if not self._sum.enabled:
             terms, gain = [], None
-        bias = getattr(self, f"{param}_bias", None)
-        spans = list(zip(offsets, offsets[1:], strict=False))
         y = None
         if W is not None:
-            y = torch.cat([self._sum.mm(x[a:b], W[e].mT) for e, (a, b) in enumerate(spans)])
-        for term in terms:
-            y = add(y, term.grouped(x, offsets), x.dtype)
-        assert y is not None
-        mix = self._sum.mix.get(param)
+            y = by_expert(x, offsets, lambda rows, e: self._sum.mm(rows, W[e].mT))
+        y = summed(y, (term.grouped(x, offsets) for term in terms), x.dtype)
+        bias, mix = getattr(self, f"{param}_bias", None), self._sum.mix.get(param)
         if gain is None and bias is None and mix is None:
             return y
-        counts = torch.tensor([b - a for a, b in spans], device=x.device)
-        numbers = torch.arange(len(spans), device=x.device)
+        counts = torch.tensor(offsets, device=x.device).diff()
+        numbers = torch.arange(len(counts), device=x.device)
         expert = numbers.repeat_interleave(counts, output_size=len(x))  # [t]
         if mix is not None:
             change = change_of(self, lambda term, x: term.grouped(x, offsets), param, expert)

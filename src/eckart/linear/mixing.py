@@ -72,14 +72,20 @@ def change_of(
     return change
 
 
-def mixture(layer: Structured, mix: Mix, x: Tensor, p: Tensor, run: Run) -> Tensor:
-    """p with the changes of all branches; plain pairs row by row are one batched product."""
+def mixture(layer: Structured, mix: Mix, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """y [b, .., m], the base's result with its bias, plus what all branches add.
+
+    Plain pairs, row by row, are one batched product. A gain scales no bias.
+    """
     if mix.rows is not None and not gained(mix):
         pairs = row_pairs([layer.parts_of(branch)[0] for branch in mix.branches])
         if pairs is not None:
             part = low_rank_rows(x, pairs, owners_of(mix.rows, x), layer._sum.mm)
-            return p + part.to(p.dtype)
-    return mixed(mix, x, p, change_of(layer, run))
+            return y + part.to(y.dtype)
+    change = change_of(layer, Term.__call__)
+    if bias is None or not gained(mix):
+        return mixed(mix, x, y, change)
+    return mixed(mix, x, y - bias, change) + bias
 
 
 def mixed(mix: Mix, x: Tensor, p: Tensor, change: Change) -> Tensor:

@@ -32,7 +32,7 @@ from eckart.linear.sites import (
 )
 from eckart.linear.term import Gain, Product, Term, plain_mm
 
-mixins: dict[str, type[Structured]] = {}
+mixins: dict[str, type] = {}
 """Kind of layer -> its forward as a sum; filled by `layers.py`."""
 
 
@@ -55,8 +55,8 @@ class Structured(nn.Module):
     """Mixed into a module's own class. `forward` is given by the kind of layer."""
 
     _sum: Sum
-    _mixin: ClassVar[type[Structured]]
-    _own: ClassVar[type[nn.Module]]  # the layer's class without terms
+    _mixin: ClassVar[type]
+    _own: ClassVar[type]  # the layer's class without terms
     _dropped: ClassVar[bool]  # is there no dense matrix?
 
     def in_use(self, param: str = "weight") -> Branch:
@@ -128,7 +128,7 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
     `parts` maps names to terms; a Gain stands under any name. Tied modules get an
     unregistered reference to the terms. With `drop` the dense parameter is removed.
     """
-    module = site.module
+    module: Any = site.module
     if site.kind == "conv" and getattr(module, "groups", 1) != 1:
         raise UsageError(
             "a convolution in groups cannot carry terms",
@@ -137,7 +137,7 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
         )
     mixin = mixins[site.kind]
     if not isinstance(module, Structured):
-        take_class(module, structured_class(mixin, type(module), dropped=False))
+        take_class(module, structured_class(mixin, module.__class__, dropped=False))
         module.__dict__["_sum"] = Sum(site.kind)
     record: Sum = module.__dict__["_sum"]
     for name, part in parts.items():
@@ -161,11 +161,11 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
             tie(other, site)
 
 
-def tie(other: nn.Module, owner: Site) -> None:
+def tie(other: Any, owner: Site) -> None:
     """Let another module that shares a site's matrix run the site's terms."""
     kind = kind_of(other)
     assert kind is not None  # find_sites saw it as a layer
-    take_class(other, structured_class(mixins[kind], type(other), dropped=False))
+    take_class(other, structured_class(mixins[kind], other.__class__, dropped=False))
     flipped = (owner.kind == "embedding") != (kind == "embedding")
     # Not registered: a module registered twice would make saving raise.
     other.__dict__["_sum"] = Sum(kind, owner=owner.module, flipped=flipped)

@@ -45,7 +45,7 @@ def lock_config(config: Any, structure: Mapping[str, Any]) -> None:
     if STRUCTURE in config.__dict__:
         unlock_config(config)
     config.__dict__[STRUCTURE] = dict(structure)
-    config.__class__ = locked_class(type(config))
+    config.__class__ = locked_class(config.__class__)
 
 
 def unlock_config(config: Any) -> None:
