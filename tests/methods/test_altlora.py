@@ -10,6 +10,7 @@ from eckart.jobs.settings.config import resolve
 from eckart.methods.update.altlora import AltLoRA, carrier, projection
 from eckart.methods.weights.lora import LoRA
 from eckart.optim import LowRankOptimizer, Stacks
+from eckart.recipe.groups import default_lr
 from tests import tiny
 
 F64 = torch.float64
@@ -248,6 +249,14 @@ def test_two_backward_passes_move_b_by_the_gradient_at_the_new_a(plus):
     torch.testing.assert_close(bias.detach(), c.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("plus, rate", [(False, 0.1), (True, 1e-3)])
+def test_the_default_rate_follows_plus(plus, rate):
+    recipe = Recipe(LoRA(), AltLoRA(plus=plus))
+    assert default_lr(recipe) == rate
+    handle = attach(tiny.llama(), recipe)
+    assert {group["lr"] for group in handle.optimizer().param_groups} == {rate}
+
+
 def test_two_backward_passes_need_a_closure():
     p, q = factors(*problem())
     optimizer = optimizer_of(p, q, AltLoRA(schedule="two_backward"))
@@ -256,6 +265,26 @@ def test_two_backward_passes_need_a_closure():
         optimizer.step()
     with pytest.raises(UsageError, match=r"Type update\.schedule=alternate"):
         resolve("finetune", "m", "d", ["update=altlora", "update.schedule=two_backward"])
+
+
+@pytest.mark.parametrize("spoilt, turns, counts", [(1, "A AB AB", (2, 2)), (2, "AB AB AB", (3, 2))])
+def test_a_step_of_two_passes_begins_with_a_whichever_was_left_out(spoilt, turns, counts):
+    """Without a first gradient that is finite there was no step; of another B's turn is over."""
+    (p, q), T, passes = factors(*problem()), gradients(1)[0], []
+    optimizer = optimizer_of(p, q, AltLoRA(schedule="two_backward"))
+    optimizer.skip_nonfinite = True
+
+    def closure():
+        optimizer.zero_grad()
+        passes[-1] += "A" if q.requires_grad else "B"
+        bad = len("".join(passes)) == spoilt
+        (quadratic(p, q, T) * (torch.nan if bad else 1.0)).backward()
+
+    for _ in range(3):
+        passes.append("")
+        optimizer.step(closure)
+    assert passes == turns.split()
+    assert (optimizer.state[q]["step"], optimizer.state[p]["step"]) == counts
 
 
 @pytest.mark.parametrize("plus", [False, True])

@@ -145,12 +145,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "returns it. In a Trainer take schedule=alternate.",
             )
         taken = self.param_groups[0]["taken"]
-        losses = [self.pass_over(closure) for _ in range(passes)]
+        loss = self.pass_over(closure, first=True)
         self.skipped = self.param_groups[0]["taken"] == taken
-        return losses[0]
+        for _ in range(0 if self.skipped else passes - 1):
+            self.pass_over(closure, first=False)
+        return loss
 
-    def pass_over(self, closure: Callable[[], Any] | None) -> Any:
-        """One pass of a step: gradients, and the moves of what does not rest."""
+    def pass_over(self, closure: Callable[[], Any] | None, first: bool) -> Any:
+        """One pass of a step: gradients, and the moves of what does not rest. Left out for a
+        gradient that is not finite, the first counts for nothing, and a later one as a turn."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -159,8 +162,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         moving = buckets(self.entries())
         if self.projected is not None:
             self.projected.average(moving)
-        if not (self.skip_nonfinite and self.nonfinite(moving)):
+        left_out = self.skip_nonfinite and self.nonfinite(moving)
+        if not left_out:
             self.move(moving, penalties)
+        for group in [] if left_out and first else self.param_groups:
+            group["taken"] += 1
         if self.projected is not None:
             self.projected.clear()
             self.bind_hooks()
@@ -182,8 +188,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         paired = {e.name for pair in pairs for e in (pair.B, pair.A)}
         for bucket in moving:
             bucket.apply(leave=paired)
-        for group in self.param_groups:
-            group["taken"] += 1
 
     def entries(self) -> Iterator[Entry]:
         """Parameters with a gradient, or with a projected one from layer-wise hooks."""
