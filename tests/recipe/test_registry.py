@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Annotated, Any
 
@@ -105,6 +106,15 @@ def test_class_variables_are_read_as_they_are(entry):
 def test_every_field_is_explained(entry):
     missing = [f.name for f in entry.fields.values() if not f.doc]
     assert not missing
+
+
+def test_a_rate_that_a_field_decides_is_there_for_all_its_values(entry):
+    cls = registry.load(entry.name)
+    for scratch, rates in enumerate((cls.default_lr, cls.scratch_lr)):
+        conditions = rates.values() if isinstance(rates, Mapping) else ()
+        for name in {name for condition in conditions for name in condition}:
+            for value in typing.get_args(typing.get_type_hints(cls)[name]) or (False, True):
+                assert cls(**{name: value}).usual_lr(bool(scratch)) in rates
 
 
 def test_a_method_has_an_instance_slug_like_its_file(entry):

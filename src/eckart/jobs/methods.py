@@ -91,10 +91,15 @@ def facts(entry: Entry, entries: Mapping[str, Entry]) -> Iterator[tuple[str, str
 
 def rates(entry: Entry) -> str:
     """The learning rates that a training takes by default; empty for a method without its own."""
-    rate, scratch = (entry.declares.get(name) for name in ("default_lr", "scratch_lr"))
-    if rate is None:
-        return ""
-    return f"{rate:g}" + ("" if scratch is None else f", {scratch:g} from random weights")
+    rate, scratch = (spoken(entry.declares.get(name)) for name in ("default_lr", "scratch_lr"))
+    return f"{rate}, {scratch} from random weights" if scratch else rate
+
+
+def spoken(rates: Any) -> str:
+    """A learning rate, or several each with its condition; empty for None."""
+    if isinstance(rates, Mapping):
+        return ", ".join(told({f"{rate:g}": when for rate, when in rates.items()}))
+    return "" if rates is None else f"{rates:g}"
 
 
 def told(promises: Any) -> Iterator[str]:

@@ -62,7 +62,7 @@ def optimizer_for(
         "any": set(trained),
     }[update.wants]
     leading = {f"{s.module_path}.{s.param}": len(s.leading) for s in sites_of(model)}
-    rate = lr if lr is not None else (update.default_lr or USUAL_LR)
+    rate = lr if lr is not None else (update.usual_lr() or USUAL_LR)
     groups = arranged(trained, update, special, leading, pairs, rate)
     return LowRankOptimizer(groups, lr=rate, clip=clip, seed=seed)
 

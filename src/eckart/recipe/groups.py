@@ -23,9 +23,8 @@ def default_lr(recipe: Recipe, scratch: bool = False) -> float:
     `scratch`: the one for random weights, which move further than trained ones may.
     """
     assert recipe.weights is not None
-    update = recipe.update if recipe.update and recipe.update.default_lr is not None else None
-    whose = recipe.weights if update is None else update
-    rate = whose.scratch_lr if scratch and whose.scratch_lr is not None else whose.default_lr
+    own = recipe.update.usual_lr(scratch) if recipe.update else None
+    rate = recipe.weights.usual_lr(scratch) if own is None else own
     assert rate is not None
     return rate
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from eckart.optim import Rule
     from eckart.recipe.handle import Handle
 
+# A learning rate, or {rate: {field: value(s) for which it holds}} for one that a field decides.
+Rates = float | Mapping[float, Mapping[str, Any]] | None
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -150,6 +153,8 @@ class Method:
     needs: ClassVar[Any] = ()  # "gradients", "activations", ..., "horizon"; or as promises
     stages: ClassVar[tuple[Stage, ...]] = ()
     size: ClassVar[str] = "rank"  # the field, where it has it, that says how large it is
+    default_lr: ClassVar[Rates] = None  # None, of an update: the weights method's
+    scratch_lr: ClassVar[Rates] = None  # from random weights; None: the same
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -168,7 +173,14 @@ class Method:
         """What this configuration needs of data and horizon, conditions read field by field."""
         return {need for need in self.needs if self.declared(self.needs, need)}
 
-    def declared(self, declaration: Any, name: str) -> bool:
+    def usual_lr(self, scratch: bool = False) -> float | None:
+        """The learning rate that a training takes by default, `scratch`: from random weights."""
+        rates = self.default_lr if not scratch or self.scratch_lr is None else self.scratch_lr
+        if not isinstance(rates, Mapping):
+            return rates
+        return next(rate for rate in rates if self.declared(rates, rate))
+
+    def declared(self, declaration: Any, name: Any) -> bool:
         """Does a declaration, names or {name: {field: value(s)}}, hold for this one's fields?"""
         if name not in declaration:
             return False
@@ -211,8 +223,7 @@ class Weights(Method):
     offers: ClassVar[tuple[str, ...]] = ("pairs",)  # to update rules: "pairs", "matrices"
     peft_type: ClassVar[str | None] = None
     peft_shared: ClassVar[tuple[str, ...]] = ()  # tensors that PEFT keeps once, at the root
-    default_lr: ClassVar[float] = 1e-3
-    scratch_lr: ClassVar[float | None] = None  # from random weights; None: the same
+    default_lr: ClassVar[Rates] = 1e-3
 
     @property
     def trains_the_model(self) -> bool:
@@ -285,8 +296,6 @@ class Update(Method):
 
     axis: ClassVar[str] = "update"
     wants: ClassVar[Literal["any", "matrices", "pairs"]] = "any"
-    default_lr: ClassVar[float | None] = None  # None: the weights method's
-    scratch_lr: ClassVar[float | None] = None  # from random weights; None: the same
 
     def rule(self) -> Rule:
         """The parts for the parameters that the method is about."""

@@ -1,16 +1,20 @@
-"""DCT-AdamW: Adam in the directions of a fixed cosine basis that the gradient uses most.
+"""DCT-AdamW: Adam in those directions of a fixed cosine basis that the gradient uses most.
 
+    A = G + E                           E is 0 without error feedback
     S = A Q;  idx = the r columns of S with the largest sums of magnitudes, ascending
-    R = S[:, idx];   A = G + E,   E = A - R Q[:, idx]^T     (E only with error feedback)
-    moments follow their direction: kept where it stays, 0 where it is new
+    R = S[:, idx];   E = A - R Q[:, idx]^T
+    M, V: the moments of R; a direction that stays keeps its own, one that is new starts at 0
     W = (1 - lr wd) W - lr  M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)  Q[:, idx]^T
 
-There is no decomposition: one Q serves all matrices of a width, r integers are stored for
-each, and the subspace is chosen anew at every step. Take it where GaLore's decompositions
-cost too much or its subspace ages; `inner="trion"` is the same paper's Muon in these
-directions, for speed rather than memory. Take Fira for the rest of the gradient without an
-E of the weights' size, and another rule (or `every` > 1) where weights are sharded: a choice
-on the left gathers the whole gradient, as each of its coordinates is a sum over all rows.
+Nothing is decomposed: one Q serves all matrices of a width, each stores r integers, and the
+directions are chosen anew at every step. With inner=trion it is the paper's Trion instead:
+momentum of the weights' size, made orthogonal in r directions; that saves time, not memory.
+
+Take it where GaLore's decompositions cost too much: r directions of a 512 x 512 matrix are found
+in 2.5 ms, by an SVD in 36 (claims/dct_adamw.py). They hold less of the gradient, there 27 % where
+singular ones hold 88 %, and the loss is 1.98 nats where those give 1.90. Take Fira to move
+outside the subspace without an E of the weights' size, and another rule (or `every` > 1) where
+weights are sharded: a choice on the left gathers the whole gradient.
 
 Source: I. Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
 Optimization of Large Language Models", arXiv 2505.17967, Alg. 1 (DCT-AdamW). We differ from
@@ -56,8 +60,8 @@ class DCTAdamW(Update):
 
     inner: Literal["adam", "trion"] = "adam"
     """The rule in the chosen directions. trion keeps one momentum of the weights' size, chooses
-    by it and makes what it takes orthogonal; it has no second moment. Its learning rate is
-    about 0.02."""
+    by it and makes what it takes orthogonal; it has no second moment. Paper: a learning rate
+    of 0.02."""
 
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
     """Of trion: what stays of the used part of the momentum. Paper: 0.95."""
@@ -101,8 +105,8 @@ class DCTAdamW(Update):
     average."""
 
     wants: ClassVar = "matrices"
-    default_lr: ClassVar = 1e-4
-    scratch_lr: ClassVar = 1e-3
+    default_lr: ClassVar = {1e-4: {"inner": "adam"}, 1e-3: {"inner": "trion"}}
+    scratch_lr: ClassVar = {1e-3: {"inner": "adam"}, 0.02: {"inner": "trion"}}
     mission: ClassVar = True
     paper: ClassVar = Paper(
         "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large "
@@ -132,9 +136,6 @@ class DCTAdamW(Update):
             weight_decay=self.weight_decay,
             rounding=self.rounding,
         )
-
-    def plain(self) -> Rule:
-        return Rule(self.adam(), weight_decay=self.weight_decay, rounding=self.rounding)
 
     def adam(self) -> Adam:
         return Adam(

@@ -1,13 +1,15 @@
-"""Riemannian preconditioning: each factor's gradient divided by the other factor's size.
+"""Riemannian preconditioning: each factor's gradient times the other's inverse Gram matrix.
 
     gA' = (B^T B + d I)^-1 gA        gB' = gB (A A^T + d I)^-1
 
 and then SGD or Adam with gA', gB' in the gradients' place. For W = W0 + s B A and SGD this is
 scaled gradient descent: without damping W moves the same way however B A is split, so that
-neither a long A nor a short B decides how fast an adapter learns. AltLoRA adds to it momentum
-that is carried along with the factors, and moves one factor after the other. Take it where one
-learning rate should suit adapters of different sizes and ranks; take AltLoRA where momentum
-matters.
+neither a long A nor a short B decides how fast an adapter learns.
+
+Take it with SGD, or where one learning rate should suit adapters of different sizes and ranks.
+With SGD its loss in claims/riemannian.py is 1.52 nats, plain SGD's 1.55; with Adam it is that of
+Adam alone (1.48), and AdamW is simpler. AltLoRA adds momentum that is carried along with the
+factors, and moves one factor after the other.
 
 Source: F. Zhang and M. Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation
 Models", ICML 2024. As in PEFT, which has it as a wrapper around any optimizer, the scale s is
@@ -90,14 +92,8 @@ class Riemannian(Update):
     )
 
     def rule(self) -> Rule:
-        pair = Preconditioned(self.damping)
-        return Rule(self.inner_rule(), pair=pair, weight_decay=self.weight_decay)
-
-    def plain(self) -> Rule:
-        return Rule(self.inner_rule(), weight_decay=self.weight_decay)
-
-    def inner_rule(self) -> Inner:
-        return SGD() if self.inner == "sgd" else Adam(self.betas, self.eps)
+        inner = SGD() if self.inner == "sgd" else Adam(self.betas, self.eps)
+        return Rule(inner, pair=Preconditioned(self.damping), weight_decay=self.weight_decay)
 
     def cost(self, m: int, n: int) -> Cost:
         return Cost(state=0 if self.inner == "sgd" else 2 * m * n)
