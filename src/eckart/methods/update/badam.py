@@ -3,10 +3,12 @@
     every K steps:  the next block, in order or in an order shuffled anew for each round
     at each step:   AdamW on that block, whose moments started afresh; all else is frozen
 
-Block coordinate descent: at any time gradient and moments are those of one layer. Take it to
-fine-tune everything in the least memory; LISA trains several layers, drawn with repetition,
-and embeddings and head beside them. Embeddings, head and last norm stand still unless
-`train_rest` says otherwise, so it is no rule to pretrain with as it is.
+Block coordinate descent: at any time there are gradients and moments of one layer only. Take it
+to fine-tune everything in the least memory, in runs of many rounds: a block trains in one step
+of N. Take LoRA or LISA for short runs: after 200 steps on six blocks the loss in claims/badam.py
+is 1.63 nats, LoRA's of rank 8 1.48, and 1.44 where all is trained. LISA trains several layers,
+drawn at random, and embeddings and head beside them; here those and the last norm stand still
+unless `train_rest` says otherwise, so that it is no rule to pretrain with as it is.
 
 Source: Q. Luo et al., "BAdam: A Memory Efficient Full Parameter Optimization Method for Large
 Language Models", NeurIPS 2024, Alg. 1, and its code. We differ from it in three points: its

@@ -1,4 +1,4 @@
-"""Dion: momentum made orthogonal in r directions that follow it, the rest kept for later.
+"""Dion: momentum made orthogonal in r directions that follow it; the rest stays in the momentum.
 
     B += G
     P = orth(B Q^T);  R = P^T B         Q [r, n] of the last step; P [m, r], R [r, n]
@@ -6,12 +6,14 @@
     Q = R, each row divided by its length
     W = (1 - lr wd) W - lr sqrt(m / n) P Q
 
-Muon's update from a thin QR and three thin products instead of its large ones; what r
-directions cannot hold stays in the momentum. B is as large as the weights, so no memory is
-saved against Muon. Take it where Muon's products cost too much, and where weights are sharded:
-r columns and r rows of a matrix are all that is sent. Take sumo where memory is short, trion
-(dct-adamw) to be free of the QR. Vectors, embeddings and head follow AdamW, at `rest_lr` times
-the learning rate.
+Muon's update by a thin QR and three thin products instead of its large ones. B is as large as
+the weights, so no memory is saved against Muon. Vectors, embeddings and head follow AdamW, at
+`rest_lr` times the learning rate.
+
+Take it where weights are sharded: r columns and r rows of a matrix are all that is sent. On one
+machine take Muon as long as its products can be paid: at a quarter of the width Dion's loss in
+claims/dion.py is 1.97 nats, Muon's 1.64, Adam's 2.03. Take sumo where memory is short, trion
+(dct-adamw) to be free of the QR.
 
 Source: K. Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv 2504.05295, Alg. 1,
 and its simple code. We differ in four points: the first Q comes from the parameter's name,

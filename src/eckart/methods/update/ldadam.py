@@ -7,10 +7,11 @@
     R = A P'^T,  moments of R,  W -= lr N P'          Adam
     E = A - R P' + b1 / (1 - b1) (M P - M' P')        what gradient and momentum lose
 
-The subspace follows gradient and momentum smoothly, for two thin products and a thin QR a
-step. E is as large as the weights (less with `error_bits`), so memory is not what is saved:
-take it where Adam in few directions must converge as Adam does; take GaLore or DCT-AdamW
-without error feedback for memory, Fira for the rest of the gradient without an E.
+The subspace follows gradient and momentum smoothly, for two thin products and a thin QR a step.
+E is as large as the weights (less with `error_bits`). Take it where Adam in few directions must
+converge as Adam does: at a sixteenth of the width its loss in claims/ldadam.py is 1.84 nats,
+GaLore's 1.96, Adam's 2.03. Its state is 0.66 of Adam's there, so take GaLore, or DCT-AdamW
+without error feedback, where memory counts, and Fira for the rest of the gradient without an E.
 
 Source: T. Robert et al., "LDAdam: Adaptive Optimization from Low-Dimensional Gradient
 Statistics", ICLR 2025, Alg. 1. We differ from its code in five points: E has a buffer of its
