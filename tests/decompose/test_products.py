@@ -47,6 +47,20 @@ def test_rounding_is_at_most_twice_that_of_torch(shape, layout, seen):
     assert bool(seen) == torch.backends.mkldnn.is_available()
 
 
+@torch.no_grad()
+def test_stacks_are_multiplied_one_by_one(seen):
+    """[*, m, k] and [*, k, n], with one or two leading dimensions, and sums in place."""
+    A, B, C = torch.randn(2, 3, 128, 256), torch.randn(2, 3, 256, 128), torch.randn(3, 128, 128)
+    wanted = A.double() @ B.double()
+    # sums of 256 products of size 1 in fp32: 16 times the rounding of one, and room
+    torch.testing.assert_close(product(A, B).double(), wanted, rtol=0, atol=2e-4)
+    torch.testing.assert_close(product(A[0], B[0]).double(), wanted[0], rtol=0, atol=2e-4)
+    sums = 0.5 * C.double() + 2 * wanted[0]
+    add_product_(C, A[0], B[0], alpha=2.0, beta=0.5)
+    torch.testing.assert_close(C.double(), sums, rtol=0, atol=4e-4)
+    assert len(seen) == (12 if torch.backends.mkldnn.is_available() else 0)
+
+
 def test_small_double_and_differentiated_products_are_torch_s_own(seen):
     large = torch.randn(256, 256)
     with torch.no_grad():

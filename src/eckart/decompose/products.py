@@ -34,7 +34,7 @@ def fits(A: Tensor, B: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and A.is_cpu
         and A.dtype == B.dtype == torch.float32
-        and 2 <= A.dim() == B.dim() <= 3
+        and A.dim() == B.dim() >= 2
         and A.shape[:-2] == B.shape[:-2]
         and A.shape[-2:].numel() * B.shape[-1] >= LEAST
         and not torch.is_grad_enabled()
@@ -47,8 +47,9 @@ def product(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """A [*, m, k] times B [*, k, n], plus a bias [n]."""
     if not fits(A, B):
         return A @ B if bias is None else F.linear(A, B.mT, bias)
-    if A.dim() == 3:
-        return torch.stack([product(a, b, bias) for a, b in zip(A, B, strict=True)])
+    if A.dim() > 2:
+        pairs = zip(A.flatten(0, -3), B.flatten(0, -3), strict=True)
+        return torch.stack([product(*pair, bias) for pair in pairs]).view(*A.shape[:-1], -1)
     if A.shape[1] <= PIECE:
         return by_onednn(A, B, bias)
     pairs = zip(A.split(PIECE, 1), B.split(PIECE), strict=True)

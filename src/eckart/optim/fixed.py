@@ -103,9 +103,8 @@ class Selected(Subspace):
         Q = directions(self.kind, G.shape[axis], G.dtype, G.device)
         if axis == -1:
             return Products(product(G.flatten(0, -2), Q).view(G.shape), axis)
-        if G.shape[:-2].numel() == 1:  # not as a batched product of one
-            return Products(product(Q.mT, G.reshape(G.shape[-2:])).view(G.shape), axis)
-        return Products(Q.mT @ G, axis)
+        lines = G.reshape(-1, *G.shape[-2:])
+        return Products(product(Q.mT.expand(len(lines), -1, -1), lines).view(G.shape), axis)
 
     def turn(
         self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]

@@ -49,8 +49,8 @@ class Gram(Subspace):
     def find(self, search: Search) -> Found:
         G, (left, right) = search.G, self.ranks(*search.size)
         return parts(
-            lambda: top_eigenvectors(G @ G.mT, left),
-            lambda: top_eigenvectors(G.mT @ G, right).mT,
+            lambda: top_eigenvectors(product(G, G.mT), left),
+            lambda: top_eigenvectors(product(G.mT, G), right).mT,
             left,
             right,
         )

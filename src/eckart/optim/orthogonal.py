@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from eckart.decompose.products import product
 from eckart.errors import UsageError
 from eckart.optim.inner import Direction, Inner, each, wide
 from eckart.optim.part import State, Tensors, multiply_
@@ -91,8 +92,8 @@ def orthogonalised(R: Tensor, steps: int) -> Tensor:
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     for _ in range(steps):
-        C = X @ X.mT  # of the short side
-        X = 3.4445 * X + (-4.7750 * C + 2.0315 * C @ C) @ X
+        C = product(X, X.mT)  # of the short side
+        X = 3.4445 * X + product(-4.7750 * C + 2.0315 * product(C, C), X)
     return (X.mT if tall else X).to(R.dtype)
 
 
@@ -103,9 +104,9 @@ def orthogonalised_by(R: Tensor, C: Tensor, steps: int) -> Tensor:
     C, eye = C / length**2, torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     Q = eye / length
     for _ in range(steps):
-        step = 3.4445 * eye - 4.7750 * C + 2.0315 * C @ C
-        Q, C = Q @ step, step @ C @ step
-    return (wide(R) @ Q).to(R.dtype)
+        step = 3.4445 * eye - 4.7750 * C + 2.0315 * product(C, C)
+        Q, C = product(Q, step), product(product(step, C), step)
+    return product(wide(R), Q).to(R.dtype)
 
 
 def exactly_orthogonal(R: Tensor) -> Tensor:

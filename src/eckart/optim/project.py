@@ -156,7 +156,7 @@ def fix_signs(vectors: Tensor, dim: int) -> Tensor:
 def polish(Q: Tensor) -> Tensor:
     """One Newton-Schulz step to orthonormal columns: squares the error that a decomposition
     in this dtype left (1e-6 in fp32), for two thin products."""
-    return 1.5 * Q - 0.5 * Q @ (Q.mT @ Q)
+    return 1.5 * Q - 0.5 * product(Q, product(Q.mT, Q))
 
 
 def usable(energy: Tensor) -> Tensor:

@@ -162,7 +162,8 @@ def found_from_gradients(
         found = projector.find(search)
         return usable(found.pop("energy")), found
     ok = usable(rows.total(torch.linalg.vector_norm(G, dim=(-2, -1)).square()))
-    if projector.decomposes:  # a NaN would end a batched decomposition
+    # a NaN would end a batched decomposition; asking a CPU costs nothing and saves a copy of G
+    if projector.decomposes and not (G.is_cpu and bool(ok.all())):
         search = replace(search, G=torch.where(ok[..., None, None], G, 0))
     return ok, projector.find(search)
 

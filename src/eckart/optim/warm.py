@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from eckart.decompose.products import product
 from eckart.optim.inner import unit_rows
 from eckart.optim.project import Basis, Found, Search, Subspace, gaussian, polish
 
@@ -45,8 +46,8 @@ class Warm(Subspace):
         if search.first:
             Z = torch.stack([gaussian(Q.shape[-2], Q.shape[-1], seed) for seed in search.seeds])
             Q = Z.to(A.device, A.dtype).view(-1, *(1,) * (Q.dim() - 3), *Q.shape[-2:])
-        P = polish(torch.linalg.qr(rows.whole(A @ Q.mT))[0])
-        R = rows.total(rows.part(P).mT @ A)
+        P = polish(torch.linalg.qr(rows.whole(product(A, Q.mT)))[0])
+        R = rows.total(product(rows.part(P).mT, A))
         return {"warm": unit_rows(R), "left": P, "low": R}
 
     def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
