@@ -1,9 +1,5 @@
 """A training that is killed goes on as if nothing had happened; a torn checkpoint is none."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,13 +22,12 @@ from eckart.jobs.training.checkpoints import (
     whole,
 )
 from eckart.optim import LowRankOptimizer
-from eckart.recipe import Handle
-from tests.conftest import randomise
+from eckart.recipe import Handle, Recipe, attach
+from tests.conftest import randomise, tiny
 from tests.jobs.loops import LR, handle_of, logged, mixed
-from tests.laws.matrix import attached, slugs, steps
-from tests.processes import in_processes
+from tests.laws.matrix import attached, slugs, small, steps
+from tests.processes import in_a_fresh_one, in_processes
 
-ROOT = Path(__file__).parents[2]
 SAVES = {"save_strategy": "steps", "save_steps": 3}
 
 
@@ -55,15 +50,7 @@ def killed(
     recipes: str, folder: Path, kills: int, in_saves: int, seed: int
 ) -> dict[str, list[dict]]:
     """Train, kill, resume in processes of their own; by recipe, what came of each kill."""
-    words = [recipes, str(folder), str(kills), str(in_saves), str(seed)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.jobs.killed", *words],
-        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
+    return in_a_fresh_one("tests.jobs.killed", recipes, folder, kills, in_saves, seed)
 
 
 def check(by_recipe: dict[str, list[dict]]) -> None:
@@ -114,6 +101,41 @@ def test_a_checkpoint_holds_what_differs_and_resumes_exactly(cls, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     for name, tensor in whole.named_state().items():
         assert torch.equal(again.named_state()[name], tensor), name
+
+
+class SpoilAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        if state.global_step + 1 == self.step:
+            for p in (p for p in model.parameters() if p.grad is not None):
+                p.grad.fill_(torch.inf)
+
+
+def test_a_step_that_a_gradient_scaler_skips_stays_skipped_in_a_resumed_run(tmp_path):
+    """In none of the counts of the rule that takes turns. Accelerate makes a scaler for fp16, on
+    a GPU: here it is given one."""
+
+    def of(folder):
+        update = small("altlora", schedule="alternate", turn=2)
+        handle = attach(tiny("llama"), Recipe(weights=small("lora"), update=update))
+        training = mixed(handle, Trainer, tmp_path / folder, 7, 1, **SAVES)
+        training.accelerator.scaler = torch.amp.GradScaler("cpu", 64.0, growth_interval=2)
+        training.add_callback(SpoilAt(2))
+        return training
+
+    whole, stopped, resumed = of("a"), of("b"), of("b")
+    whole.train()
+    stopped.add_callback(StopAt(5))
+    stopped.train()
+    resumed.train(resume_from_checkpoint=True)
+    for training in (whole, resumed):
+        assert {group["taken"] for group in training.inner_optimizer.param_groups} == {6}
+        assert training.handle.events.step == 6 and training.state.global_step == 7
+    assert resumed.accelerator.scaler.state_dict() == whole.accelerator.scaler.state_dict()
+    for name, tensor in whole.handle.named_state().items():
+        assert torch.equal(resumed.handle.named_state()[name], tensor), name
 
 
 @pytest.mark.parametrize("length", [{}, {"max_steps": -1, "num_train_epochs": 0.5}])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from eckart.errors import UsageError
 from eckart.jobs.settings.settle import gradient_bytes
 from eckart.jobs.settings.tree import Train
 from eckart.jobs.training.trainer import Training
@@ -101,3 +102,13 @@ def test_hooks_end_with_the_training(tmp_path):
         "loss"
     ].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_gradient_scaler_is_refused(tmp_path):
+    """It would leave what is projected scaled. Accelerate makes one on a GPU, for fp16."""
+    dense: Any = registry.load("dense")
+    handle = attach(tiny("llama"), Recipe(weights=dense(), update=galore()))
+    trainer = mixed(handle, Trainer, tmp_path, STEPS, 1)
+    trainer.layerwise, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    with pytest.raises(UsageError, match="not seen by a gradient scaler"):
+        trainer.train()

@@ -103,6 +103,12 @@ class Training(Cutting):
     def attach_layerwise(self) -> None:
         """Free each gradient as it comes. DDP, which wraps the model later, leaves those that
         are projected to the optimizer: it averages what is left of them."""
+        if self.accelerator.scaler is not None:
+            raise UsageError(
+                "a gradient that is projected as it comes is not seen by a gradient scaler",
+                [("layerwise", "True"), ("fp16", "True")],
+                "Train with bf16=True, or leave layer-wise mode out.",
+            )
         several = self.args.world_size > 1 and not self.is_fsdp_enabled
         group = torch.distributed.group.WORLD if several else None
         self.optimizer.attach_layerwise(self.refresh_from, group)
