@@ -1,9 +1,12 @@
-"""Functions in gloo processes forked from this one: their results, or their deaths."""
+"""Functions in gloo processes forked from this one, modules in fresh ones: what came of them."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,6 +18,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+ROOT = Path(__file__).parents[1]
+
+
+def in_a_fresh_one(module: str, *words: object) -> Any:
+    """`python -m MODULE WORDS` here: the JSON of the line that begins with RESULT."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, words)],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))
 
 
 def in_processes(function: Callable[..., Any], *args: Any, count: int = 2) -> list[Any]:

@@ -1,9 +1,5 @@
 """What is written is read by a process of its own, with eckart and without it."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +8,8 @@ from safetensors.torch import save_file
 from eckart.io import dense, factored, native, peft
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import attached, logits, weights_methods
+from tests.processes import in_a_fresh_one
 
-ROOT = Path(__file__).parents[2]
 # Seconds for each architecture, so the default run has tied embeddings and fused experts alone.
 FEW, REST = ("gemma", "mixtral"), ("llama", "qwen", "gpt2", "bert", "t5", "vit")
 
@@ -33,18 +29,6 @@ def write(place: Path, slug: str) -> None:
         model.save_pretrained(place / "foreign")
 
 
-def loaded(folder: Path, who: str) -> dict[str, list]:
-    """What each form comes to in a fresh process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.laws.fresh", str(folder), who],
-        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
-
-
 @pytest.fixture(scope="module", params=[FEW, pytest.param(REST, marks=pytest.mark.slow)])
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
@@ -58,7 +42,7 @@ def written(request, tmp_path_factory):
 
 
 def test_without_eckart_ordinary_forms_load_and_all_else_is_refused(written):
-    found = loaded(written, "plain")
+    found = in_a_fresh_one("tests.laws.fresh", written, "plain")
     assert len({case.split("/")[1] for case in found}) == len(weights_methods())
     for case, answers in found.items():
         if case.endswith("foreign"):
@@ -70,7 +54,7 @@ def test_without_eckart_ordinary_forms_load_and_all_else_is_refused(written):
 
 
 def test_with_eckart_every_form_is_the_same_function(written):
-    found = loaded(written, "eckart")
+    found = in_a_fresh_one("tests.laws.fresh", written, "eckart")
     cases = len(list(written.iterdir())) * len(weights_methods())
     assert sum(case.endswith("native") for case in found) == cases
     for case, (answer,) in found.items():
