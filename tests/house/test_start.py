@@ -23,6 +23,13 @@ def test_quick_commands_load_nothing_heavy(words):
     assert loaded(code + "from eckart.cli import main; main()") == []
 
 
+@pytest.mark.parametrize("command", ["finetune", "estimate finetune", "bench"])
+def test_a_mistyped_key_is_answered_before_torch_is_loaded(command):
+    words = ["eckart", *command.split(), "m", "d.jsonl", "train.stepz=3"]
+    there = loaded(f"import sys; sys.argv = {words!r}\nfrom eckart.cli import main; main()")
+    assert "pydantic" in there and "torch" not in there
+
+
 def test_importing_the_package_loads_nothing_heavy():
     assert loaded("import eckart; eckart.EckartError; dir(eckart)") == []
 

@@ -39,12 +39,12 @@ def estimate(words: Any, config: Any, fit: str | None, json: bool) -> None:
     """Say what a job will take, before anything is loaded. Bytes by category, and time."""
     name, rest = running.job_words(words)
     options = {"fit": fit} if fit else {}
+    flags = {"json": json}
     document = running.call(
         "estimate",
-        lambda job: job.run(
-            running.to_job(name, rest, config, {"json": json}, options, partial=True)
-        ),
+        lambda module, job: module.run(job),
         json,
+        lambda: running.to_job(name, rest, config, flags, options, partial=True),
     )
     running.show(document, json)
 

@@ -32,7 +32,10 @@ def run_job(
     """Resolve a command's job, run it, print its document; `options` are its own flags."""
     as_json = bool(flags.get("json"))
     document = call(
-        command, lambda job: job.run(to_job(command, words, config, flags, options)), as_json
+        command,
+        lambda module, job: module.run(job),
+        as_json,
+        lambda: to_job(command, words, config, flags, options),
     )
     show(document, as_json)
     if code := int(document.get("exit") or 0):
@@ -83,10 +86,17 @@ def job_words(words: list[str] | None) -> tuple[str, list[str]]:
     return "finetune", [first, *rest]
 
 
-def call(module: str, action: Callable[[Any], Any], as_json: bool) -> Any:
-    """Run an action on a file of `jobs`; a Ctrl-C ends as Interrupted."""
+def call(
+    module: str, action: Callable[..., Any], as_json: bool, read: Callable[[], Any] | None = None
+) -> Any:
+    """Run an action on a file of `jobs`; a Ctrl-C ends as Interrupted.
+
+    The action also gets what `read` returns, which comes first: a mistyped word is answered
+    before torch is loaded.
+    """
     try:
-        return action(import_module(f"eckart.jobs.{module}"))
+        given = () if read is None else (read(),)
+        return action(import_module(f"eckart.jobs.{module}"), *given)
     except KeyboardInterrupt:
         leave(module, Interrupted("interrupted"), as_json)
     except EckartError as error:
