@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5Config
 
 from eckart.io.models import load_model, load_tokenizer
 from eckart.io.presets import PRESETS, Preset
@@ -84,3 +85,13 @@ def test_an_adapter_is_no_shape(tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
     ran = eckart("pretrain", tmp_path / "a", texts(tmp_path / "d.jsonl"), "-o", tmp_path / "r")
     assert ran.code == 2 and "pretraining starts from a shape" in ran.err
+
+
+def test_a_bare_configuration_of_an_encoder_decoder_is_enough(tmp_path):
+    T5Config(
+        vocab_size=300, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8
+    ).save_pretrained(tmp_path)
+    words = (tmp_path / "config.json", texts(tmp_path / "d.jsonl"), "train.steps=1")
+    ran = eckart("pretrain", *words, "-o", tmp_path / "run")
+    assert ran.code == 0, ran.err
+    assert load_model(tmp_path / "run" / "final").config.decoder_start_token_id is not None
