@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from eckart.decompose import products
 from eckart.kernels.low_rank import BLOCK, fused_linear_plus_low_rank
-from eckart.linear import LowRank, find_sites, install, kernels, linear_plus_low_rank
+from eckart.linear import LowRank, Pair, find_sites, install, kernels, linear_plus_low_rank
 
 NAMES = ("y", "dx", "dA", "dB")
 
@@ -32,7 +32,7 @@ def run(function, x, W, bias, A, B, dtype=None, moved=None):
     x, W, bias, A, B, *before = (t.clone() for t in tensors)
     for t in (x, A, B):
         t.requires_grad_()
-    y = function(x, W, bias, A, B, 0.5, tuple(before) or None)
+    y = function(x, W, bias, Pair(A, B, 0.5, tuple(before) or None))
     y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(torch.bfloat16).to(y.dtype))
     return dict(zip(NAMES, (y.detach(), x.grad, A.grad, B.grad), strict=True))
 
@@ -78,7 +78,7 @@ def test_error_is_that_of_torch_by_other_products_too(onednn):
 def test_without_gradients_a_term_of_nothing_leaves_the_bits_of_the_base(onednn):
     x, W, bias, A, B = inputs()
     with torch.no_grad():
-        found = fused_linear_plus_low_rank(x, W, bias, A, 0 * B, 0.5)
+        found = fused_linear_plus_low_rank(x, W, bias, Pair(A, 0 * B, 0.5))
     assert torch.equal(found, F.linear(x, W, bias))
 
 
@@ -97,14 +97,14 @@ def test_gradcheck():
     for t in (x, A, B):
         t.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, A, B: fused_linear_plus_low_rank(x, W, bias, A, B, 0.5), (x, A, B)
+        lambda x, A, B: fused_linear_plus_low_rank(x, W, bias, Pair(A, B, 0.5)), (x, A, B)
     )
 
 
 def test_second_derivatives_are_refused_not_wrong():
     x, W, bias, A, B = inputs(tokens=3)
     A.requires_grad_()
-    y = fused_linear_plus_low_rank(x, W, bias, A, B, 1.0)
+    y = fused_linear_plus_low_rank(x, W, bias, Pair(A, B, 1.0))
     (dA,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dA.sum().backward()
@@ -121,7 +121,7 @@ def test_it_keeps_one_input_and_one_thin_tensor():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        fused_linear_plus_low_rank(x, W, bias, A, B, 0.5)
+        fused_linear_plus_low_rank(x, W, bias, Pair(A, B, 0.5))
     own = sum(size for at, size in kept.items() if at not in {t.data_ptr() for t in (W, A, B)})
     assert own == 2 * x.numel() + 4 * x.shape[1] * A.shape[0]
 
@@ -150,10 +150,10 @@ def test_trained_bases_and_autocast_take_the_plain_form():
     W.requires_grad_()
     assert (
         "FusedLowRank"
-        not in type(fused_linear_plus_low_rank(x, W, bias, A, B, 1.0).grad_fn).__name__
+        not in type(fused_linear_plus_low_rank(x, W, bias, Pair(A, B, 1.0)).grad_fn).__name__
     )
     W.requires_grad_(False)
     A.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = fused_linear_plus_low_rank(x, W, bias, A, B, 1.0)
+        y = fused_linear_plus_low_rank(x, W, bias, Pair(A, B, 1.0))
     assert y.dtype == torch.bfloat16

@@ -120,14 +120,11 @@ def test_error_is_at_most_twice_the_plain_forms(dtype):
             [t.detach().clone().to(factors).requires_grad_() for t in (A, B)] for _, A, B in maps
         ]
         Ws = [W.double() if exact else W for W, _, _ in maps]
+        given = [(W, None, Pair(A, B, 0.5)) for W, (A, B) in zip(Ws, leaves, strict=True)]
         if joint:
-            pairs = [Pair(A, B, 0.5) for A, B in leaves]
-            ys = fused(inputs, [map_of(W, None, p) for W, p in zip(Ws, pairs, strict=True)])
+            ys = fused(inputs, [map_of(*one) for one in given])
         else:
-            ys = [
-                linear_plus_low_rank(inputs, W, None, A, B, 0.5)
-                for W, (A, B) in zip(Ws, leaves, strict=True)
-            ]
+            ys = [linear_plus_low_rank(inputs, *one) for one in given]
         torch.autograd.backward(ys, [draw(*y.shape, seed=4, dtype=dtype).to(y.dtype) for y in ys])
         return [*ys, inputs.grad, *(t.grad for pair in leaves for t in pair)]
 

@@ -1,21 +1,22 @@
-"""Frozen linear maps with low-rank terms, one or several of one input, in one autograd function.
+"""Frozen linear maps with low-rank terms, one or several with the same input, as one function.
 
     y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T - s_i (x A0_i^T) B0_i^T
 
-The plain form keeps x twice where the factors are fp32 and the base is bf16 (as it is, and
-cast), and writes three [t, m] temporaries. Here x is kept once, in its own dtype and only
-where an A is trained, with h = x A^T [t, r] where a B is; the scale is folded into thin
-tensors and the term is added into the base's result. Maps of one input share one product
-with all A and one dL/dx. Thin products run in the factors' dtype, a block of tokens at a time,
-so that casts stay in the cache; accuracy is that of the plain form or better. The base's own
-products of a training pass are `decompose.products`'s, which a CPU's vector units may quicken;
-a pass without gradients takes torch's, so that a fresh adapter gives the bits of its base.
+Memory: the plain form saves x twice where the factors are fp32 and the base is bf16 (as it is,
+and cast), and makes three [t, m] temporaries. Here x is saved once, in its own dtype and only
+where an A is trained, and h = x A^T [t, r] where a B is; the scale goes into thin tensors, and the
+term is added to the base's result in place. Maps with the same input share the product with all A
+and dL/dx. Thin products run in the factors' dtype, a block of tokens at a time, so that the casts
+stay in the cache; their accuracy is that of the plain form or better.
 
-A start doubles the thin products' rank k. They cost 2 k (m + n) for each token, in the forward
-pass and for dL/dx again; to make the matrix W + s (B A - B0 A0) costs 2 k m n for all of them. So
-where an fp32 pass has many tokens it is made, used and dropped in either direction, smaller than
-what its map is given and gives. Without a start the memory that it goes through costs as much as
-it saves; a bf16 matrix would round a small term away.
+Base: in a training pass its products are `decompose.products`'s, which are faster on some CPUs. A
+pass without gradients takes torch's own, so that a fresh adapter gives the bits of its base.
+
+Starts: one doubles the rank k of the thin products, which cost 2 k (m + n) for each token in the
+forward pass and again for dL/dx. To make the matrix W + s (B A - B0 A0) costs 2 k m n once. So
+where an fp32 pass has many tokens it is made, used and dropped in each direction; it is then
+smaller than the map's input and output. Without a start, writing and reading the matrix costs what
+is saved; in bf16 a small term would be rounded away.
 """
 
 from __future__ import annotations
@@ -56,24 +57,16 @@ def map_of(W: Tensor, bias: Tensor | None, pair: Pair) -> Map:
     return Map(W, bias, pair.A, pair.B, B0, A0, pair.scale)
 
 
-def fused_linear_plus_low_rank(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    start: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def fused_linear_plus_low_rank(x: Tensor, W: Tensor, bias: Tensor | None, pair: Pair) -> Tensor:
     """As `linear_plus_low_rank`; falls back to it where W is trained or autocast is on."""
-    one = map_of(W, bias, Pair(A, B, scale, start))
+    one = map_of(W, bias, pair)
     if not ordinary(x, *one[:-1]):
-        return linear_plus_low_rank(x, W, bias, A, B, scale, start)
+        return linear_plus_low_rank(x, W, bias, pair)
     return fused(x, [one])[0]
 
 
 def fused(x: Tensor, maps: Sequence[Map]) -> tuple[Tensor, ...]:
-    """All maps of x [.., n]: [.., m_i] each. Factors are of one dtype, all A trained or none."""
+    """The results [.., m_i] of maps of x [.., n]. Factors have one dtype; all A train, or none."""
     scales = tuple(one.scale for one in maps)
     tensors = [t for one in maps for t in one[:-1]]
     return FusedLowRank.apply(x, scales, torch.is_grad_enabled(), *tensors)
@@ -95,7 +88,7 @@ def ordinary(x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor | None)
 
 
 def unpack(scales: Sequence[float], tensors: Sequence[Any]) -> list[Map]:
-    """The maps from their tensors in a row."""
+    """The maps from a flat sequence of their tensors, six each."""
     columns = [tensors[i::6] for i in range(6)]
     return [
         Map(W, bias, A, B, B0, A0, scale)
@@ -104,10 +97,10 @@ def unpack(scales: Sequence[float], tensors: Sequence[Any]) -> list[Map]:
 
 
 def thin(one: Map) -> tuple[Tensor, Tensor]:
-    """down [k, n] and up [m, k] with up down = s (B A - B0 A0); the rows of A come first.
+    """down [k, n] and up [m, k] with up @ down = s (B A - B0 A0); the rows of A come first.
 
-    A start is subtracted factor by factor, s ((B - B0) A + B0 (A - A0)): zero while nothing has
-    moved, nothing is lost by a difference of rounded products, and two thin ones are enough.
+    A start is subtracted factor by factor, s ((B - B0) A + B0 (A - A0)): exactly zero while nothing
+    has moved, and a small move is not lost in the difference of two rounded products.
     """
     if one.A0 is None or one.B0 is None:
         return one.A, one.B * one.scale
@@ -116,7 +109,7 @@ def thin(one: Map) -> tuple[Tensor, Tensor]:
 
 
 def cheaper_folded(flat: Tensor, maps: Sequence[Map]) -> bool:
-    """Do matrices cost less than thin products, with a margin for the memory they go through?"""
+    """Does it cost less to put the terms into the matrices? With a margin for memory traffic."""
     if any(one.A0 is None for one in maps):
         return False
     narrow = {t.dtype for one in maps for t in (one.W, one.A)} - {torch.float32, torch.float64}
@@ -127,13 +120,13 @@ def cheaper_folded(flat: Tensor, maps: Sequence[Map]) -> bool:
 
 
 def folded(one: Map) -> Map:
-    """The map with its term in its matrix; A and B are what they were, for their gradients."""
+    """The map with its term added to its matrix; A and B stay, for their gradients."""
     down, up = thin(one)
     return one._replace(W=torch.addmm(one.W, up, down), B0=None, A0=None)
 
 
 def side_by_side(downs: Sequence[Tensor]) -> tuple[Tensor, list[slice]]:
-    """All in one [sum k, n], and which rows belong to which map."""
+    """Matrices [k_i, n] as one [sum k, n], and the rows of each."""
     edges = [0]
     for down in downs:
         edges.append(edges[-1] + down.shape[0])
@@ -150,7 +143,7 @@ def of_A(h: Tensor, maps: Sequence[Map], parts: Sequence[slice]) -> Tensor:
 
 
 def into_A(dh: Tensor, maps: Sequence[Map], parts: Sequence[slice]) -> Tensor:
-    """What reaches A of dL/dh [t, sum k], as A and as A - A0: [t, sum r]."""
+    """dL/d(x A^T) [t, sum r] from dL/dh [t, sum k]: with a start, A enters as A and as A - A0."""
     if all(one.A0 is None for one in maps):
         return dh
     halves = [dh[:, part].tensor_split(2, 1) for part in parts]
@@ -169,17 +162,17 @@ class FusedLowRank(torch.autograd.Function):
         kept = [t for one in maps for t in one._replace(bias=None)[:-1]]
         if fold := cheaper_folded(flat, maps):
             maps = [folded(one) for one in maps]
-        base = by_product if training else F.linear
+        base = training_linear if training else F.linear
         ys = [base(flat, one.W, one.bias) for one in maps]  # [t, m]
         downs, ups = zip(*map(thin, maps), strict=True)
         down, parts = side_by_side(downs)
-        low = within_sum(flat, down)
-        raised = [up.to(low).mT for up in ups]  # [k, m]
+        dtype = within_sum(flat, down)
+        ups_T = [up.to(dtype).mT for up in ups]  # [k, m]
         h = flat.new_empty(flat.shape[0], down.shape[0], dtype=down.dtype)  # [t, sum k]
         for rows in blocks(flat, flat.shape[1]):
             torch.mm(flat[rows].to(down.dtype), down.mT, out=h[rows])
-            for y, part, up in () if fold else zip(ys, parts, raised, strict=True):
-                add_product(y[rows], h[rows, part].to(low), up)
+            for y, part, up in () if fold else zip(ys, parts, ups_T, strict=True):
+                add_product(y[rows], h[rows, part].to(dtype), up)
         wanted = ctx.needs_input_grad[BEFORE:]
         # x for the gradient of an A, h for that of a B
         ctx.save_for_backward(
@@ -199,54 +192,52 @@ class FusedLowRank(torch.autograd.Function):
         used = [i for i, dy in enumerate(grads) if dy is not None]
         if not used:
             return (None,) * (BEFORE + len(tensors))
-        maps, dys = [every[i] for i in used], [grads[i] for i in used]
-        if ctx.fold:
-            maps = [folded(one) for one in maps]
-        dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [t, m]
+        maps = [folded(every[i]) if ctx.fold else every[i] for i in used]
+        dys = [grads[i].reshape(-1, grads[i].shape[-1]) for i in used]  # [t, m]
         flat = None if x is None else x.reshape(-1, x.shape[-1])  # [t, n]
-        columns = side_by_side([one.A for one in every])[1]  # of h
         downs, ups = zip(*map(thin, maps), strict=True)
         down, parts = side_by_side(downs)
+        A, parts_A = side_by_side([one.A for one in maps])
+        parts_h = side_by_side([one.A for one in every])[1]
         wide = emulated(dys[0]) and down.dtype == torch.float32
-        low = within_sum(dys[0], down)
+        dtype = within_sum(dys[0], down)
         dx = base_gradient(maps, dys, wide) if ctx.needs_input_grad[0] else None
-        A, own = side_by_side([one.A for one in maps])
         dA = None if flat is None else torch.zeros_like(A)
         dBs = [None if h is None else torch.zeros_like(one.B.mT) for one in maps]  # [r, m]
         for rows in blocks(dys[0], max(down.shape[1], *(one.W.shape[0] for one in maps))):
-            part_x = None
+            dx_rows = None  # of the base, in fp32
             if wide and dx is not None:
-                part_x = down.new_zeros(len(dx[rows]), down.shape[1])  # [block, n]
-            lows = []
+                dx_rows = down.new_zeros(len(dx[rows]), down.shape[1])  # [block, n]
+            dhs = []
             for i, one, up, dB, whole in zip(used, maps, ups, dBs, dys, strict=True):
                 dy = whole[rows].to(down.dtype)  # [block, m], one copy at a time
                 if dB is not None:
-                    dB.addmm_(h[rows, columns[i]].mT, dy, alpha=one.scale)
-                if part_x is not None:
-                    part_x.addmm_(dy, one.W.float())
-                lows.append(dy @ up)
-            dh = torch.cat(lows, -1)  # [block, sum k]
+                    dB.addmm_(h[rows, parts_h[i]].mT, dy, alpha=one.scale)
+                if dx_rows is not None:
+                    dx_rows.addmm_(dy, one.W.float())
+                dhs.append(dy @ up)
+            dh = torch.cat(dhs, -1)  # [block, sum k]
             if dA is not None and flat is not None:
                 dA.addmm_(into_A(dh, maps, parts).mT, flat[rows].to(down.dtype))
-            if part_x is not None and dx is not None:
-                dx[rows] = part_x.addmm_(dh, down).to(dx.dtype)
+            if dx_rows is not None and dx is not None:
+                dx[rows] = dx_rows.addmm_(dh, down).to(dx.dtype)
             elif dx is not None and not ctx.fold:
-                add_product(dx[rows], dh.to(low), down.to(low))
+                add_product(dx[rows], dh.to(dtype), down.to(dtype))
         found: list[Tensor | None] = [None] * (BEFORE + len(tensors))
         found[0] = None if dx is None else dx.view(ctx.shape)
-        for i, part, dB in zip(used, own, dBs, strict=True):
+        for i, part, dB in zip(used, parts_A, dBs, strict=True):
             found[BEFORE + 6 * i + 2] = None if dA is None else dA[part]
             found[BEFORE + 6 * i + 3] = None if dB is None else dB.mT.contiguous()
         return tuple(found)
 
 
-def by_product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-    """As F.linear."""
+def training_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """As F.linear, by the products of a training pass."""
     return product(x, W.mT, bias)
 
 
 def base_gradient(maps: Sequence[Map], dys: Sequence[Tensor], wide: bool) -> Tensor:
-    """dL/dx [t, n] of the frozen maps; empty where it will be computed in blocks, `wide`."""
+    """dL/dx [t, n] of the frozen maps; uninitialised where the blocks fill it, `wide`."""
     if wide:
         return dys[0].new_empty(dys[0].shape[0], maps[0].W.shape[1])
     dx = product(dys[0], maps[0].W)
@@ -271,7 +262,7 @@ class WideGradient(torch.autograd.Function):
 
 
 def blocks(flat: Tensor, width: int) -> list[slice]:
-    """Row slices: on the CPU, where copies of rows this wide are needed, few enough; else one."""
+    """Slices of rows whose copies, this wide, fit the cache of a CPU; one where none are made."""
     rows = size = flat.shape[0]
     if flat.device.type == "cpu" and flat.dtype != torch.float32:
         size = min(BLOCK, max(128, CACHED // width // 128 * 128))

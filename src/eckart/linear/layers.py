@@ -118,7 +118,7 @@ def linear_plus_term(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tens
         trained = W.requires_grad or (bias is not None and bias.requires_grad)
         whole = trained or layer.in_use().gain is not None
         return None if whole else term.with_base(x, W, bias)
-    return kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, bias, *pair)
+    return kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, bias, pair)
 
 
 class EmbeddingSum(Structured):

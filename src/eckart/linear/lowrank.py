@@ -178,25 +178,17 @@ def low_rank(
     return mm(h if scale == 1.0 else h * scale, B.mT)
 
 
-def linear_plus_low_rank(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    start: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """x W^T + bias + scale * (x A^T) B^T in W's dtype: the reference a kernel may take over.
+def linear_plus_low_rank(x: Tensor, W: Tensor, bias: Tensor | None, pair: Pair) -> Tensor:
+    """x W^T + bias + x (scale (B A - B0 A0))^T in W's dtype: the reference for a kernel.
 
-    x [*, t, n], W [m, n], A [r, n], B [m, r]; the product of a frozen `start` (B0, A0) is
-    subtracted. The thin products are computed in the factors' dtype, their sum with the
-    base in the base's.
+    x [*, t, n], W [m, n]. The thin products are computed in the factors' dtype, their sum with
+    the base in the base's.
     """
-    y, wide = F.linear(x, W, bias), x.to(A.dtype)
-    part = low_rank(wide, A, B, scale)
-    if start is not None:
-        part = part - low_rank(wide, start[1], start[0], scale)
+    y, wide = F.linear(x, W, bias), x.to(pair.A.dtype)
+    part = low_rank(wide, pair.A, pair.B, pair.scale)
+    if pair.start is not None:
+        B0, A0 = pair.start
+        part = part - low_rank(wide, A0, B0, pair.scale)
     return y + part.to(y.dtype)
 
 
@@ -232,7 +224,10 @@ class RowScaled(torch.autograd.Function):
 
 
 class RowScaledProduct(torch.autograd.Function):
-    """h B^T for an h [.., r] in which A alone is trained: both see each row times `factor`."""
+    """h B^T, where h [.., r] holds columns of A: dL/d(B A) has each row times `factor` [m].
+
+    A is reached through h alone, so both gradients are scaled here.
+    """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, B: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]

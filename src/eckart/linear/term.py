@@ -37,7 +37,7 @@ def by_expert(x: Tensor, offsets: list[int], run: Callable[[Tensor, int], Tensor
 
 
 class Pair(NamedTuple):
-    """scale * (B A - B0 A0): what a product fused with the base's needs to know of a term."""
+    """The factors of a term scale * (B A - B0 A0), for a product fused with the base's."""
 
     A: Tensor  # [r, n]
     B: Tensor  # [m, r]
