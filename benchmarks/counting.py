@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pairs import option
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,12 +73,6 @@ MODELS = {
     "1B": Llama(2048, 5504, 1, 512),
     "7B": Llama(4096, 11008, 1, 1024, turns=2, repeat=1),
 }
-
-
-def option(name: str) -> str:
-    """The word after this one on the command line, or none, ""."""
-    words = sys.argv[1:]
-    return words[words.index(name) + 1] if name in words[:-1] else ""
 
 
 def chosen(*usual: str) -> dict[str, Llama]:

@@ -15,8 +15,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from counting import chosen, option, state_bytes
-from pairs import versions, write
+from counting import chosen, state_bytes
+from pairs import option, versions, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counting import Llama, chosen, option
+from counting import Llama, chosen
 from optim_galore import galore_torch
-from pairs import judge, ratios, spread, take_turns, versions, write
+from pairs import judge, option, ratios, spread, take_turns, versions, write
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
