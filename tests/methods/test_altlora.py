@@ -249,7 +249,7 @@ def test_two_backward_passes_move_b_by_the_gradient_at_the_new_a(plus):
     torch.testing.assert_close(bias.detach(), c.detach(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("plus, rate", [(False, 0.1), (True, 1e-3)])
+@pytest.mark.parametrize("plus, rate", [(False, 0.1), (True, 3e-4)])
 def test_the_default_rate_follows_plus(plus, rate):
     recipe = Recipe(LoRA(), AltLoRA(plus=plus))
     assert default_lr(recipe) == rate

@@ -203,7 +203,7 @@ def test_hooks_refuse_what_needs_all_gradients():
         model(torch.ones(1, 6, dtype=F64)).sum().backward()
 
 
-@pytest.mark.parametrize("search", ["auto", "gram", "randomised", "iteration"])
+@pytest.mark.parametrize("search", ["auto", "gram", "randomised", "iteration", "dct"])
 def test_any_search_will_do(search):
     """Full rank at both: then all searches span the same, and directions do not matter to SGD."""
     grads = spectrum((9, 6), 8)

@@ -6,6 +6,7 @@ from torch import nn
 
 from eckart.methods.update.frugal import FRUGAL
 from eckart.optim import LowRankOptimizer
+from eckart.optim.fixed import directions
 from tests.methods.updates import (
     F64,
     check_resume,
@@ -17,13 +18,20 @@ from tests.methods.updates import (
     train,
 )
 
-KINDS = ["columns", "rows", "entries", "svd"]
+KINDS = ["columns", "rows", "entries", "svd", "dct"]
+
+
+def basis(state, kind, n=6):
+    """The directions of a matrix with n columns that Adam sees, as rows; none for coordinates."""
+    if kind == "dct":
+        return directions("dct2", n, F64, torch.device("cpu"))[:, state["index"].long()].T
+    return state["right"] if kind == "svd" else None
 
 
 def inside(G, state, kind):
     """The part of G that Adam sees, where it stands in G."""
-    if kind == "svd":
-        P = state["right"]
+    P = basis(state, kind)
+    if P is not None:
         return G @ P.T @ P
     index = state["index"].long()
     mask = torch.zeros_like(G)
@@ -37,17 +45,17 @@ def inside(G, state, kind):
 
 
 def by_the_paper(W, grads, states, method, kind, lr):
-    """Adam of masked gradients where they stand; for svd in the basis."""
+    """Adam of masked gradients where they stand; where there is a basis, in that."""
     (b1, b2), M, V, t = method.betas, 0.0, 0.0, 0
     for step, (G, state) in enumerate(zip(grads, states, strict=True)):
         if step % method.every == 0:
             M, V, t = 0.0, 0.0, 0  # the moments start afresh
         t += 1
-        part = inside(G, state, kind)
-        R = G @ state["right"].T if kind == "svd" else part
+        part, P = inside(G, state, kind), basis(state, kind)
+        R = part if P is None else G @ P.T
         M, V = b1 * M + (1 - b1) * R, b2 * V + (1 - b2) * R**2
         N = (M / (1 - b1**t)) / ((V / (1 - b2**t)).sqrt() + method.eps)
-        N = N @ state["right"] if kind == "svd" else N
+        N = N if P is None else N @ P
         rest = G - part
         step_outside = {"sign": rest.sign(), "sgd": rest, "none": 0.0}[method.outside]
         W = (1 - lr * method.weight_decay) * W

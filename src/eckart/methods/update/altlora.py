@@ -166,7 +166,7 @@ class AltLoRA(Update):
     """Share of a factor lost per step, times the learning rate. Runs: 1e-5."""
 
     wants: ClassVar = "pairs"
-    default_lr: ClassVar = {0.1: {"plus": False}, 1e-3: {"plus": True}}
+    default_lr: ClassVar = {0.1: {"plus": False}, 3e-4: {"plus": True}}
     mission: ClassVar = True
     paper: ClassVar = Paper(
         "AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation with "

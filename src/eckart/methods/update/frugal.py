@@ -33,6 +33,7 @@ from eckart.optim import (
     Projector,
     Refresh,
     Rule,
+    Selected,
 )
 from eckart.recipe.method import Cost, Paper, Update
 
@@ -47,9 +48,10 @@ class FRUGAL(Update):
     every: Annotated[int, Ge(1)] = 200
     """Steps between two subspaces of one matrix. Paper: 200."""
 
-    inside: Literal["columns", "rows", "entries", "svd", "blocks"] = "columns"
+    inside: Literal["columns", "rows", "entries", "svd", "dct", "blocks"] = "columns"
     """The subspace: random columns, rows or entries (randk) of each matrix, its leading
-    singular directions, or whole layers. Paper: all."""
+    singular directions, the cosine directions that it uses most (dct-adamw), or whole layers.
+    Paper: all but dct."""
 
     outside: Literal["sign", "sgd", "none"] = "sign"
     """What the rest of the gradient does: moves by its signs, by itself, or nothing. Paper:
@@ -104,8 +106,12 @@ class FRUGAL(Update):
     def plain(self) -> Rule:
         return Rule(Adam(self.betas, self.eps), weight_decay=self.weight_decay)
 
-    def projector(self, inside: Literal["columns", "rows", "entries", "svd"]) -> Projector:
-        return SVD(self.density) if inside == "svd" else Coordinates(self.density, inside)
+    def projector(self, inside: Literal["columns", "rows", "entries", "svd", "dct"]) -> Projector:
+        if inside == "svd":
+            return SVD(self.density)
+        if inside == "dct":
+            return Selected(self.density)
+        return Coordinates(self.density, inside)
 
     def cost(self, m: int, n: int) -> Cost:
         """With inside=blocks: while its block is inside; nothing at other times."""

@@ -1,4 +1,4 @@
-"""GaLore: train all weights, but let Adam see only a rank-r shadow of each gradient.
+"""GaLore: train all weights, but keep Adam's moments of a rank-r projection of each gradient.
 
     every T steps   U, s, Vt = svd(G);  P = the first r rows of Vt  (of U^T where m < n)
     R = G P^T                           [m, r]: the long side and r directions of the short
@@ -6,8 +6,10 @@
     W = (1 - lr wd) (W - lr sqrt(1 - b2^t) / (1 - b1^t) alpha N P)
 
 The weights stay dense and full of rank: each period of T steps moves them in another
-subspace. Take it to pretrain or to fine-tune everything when Adam's two moments do not fit;
-take LoRA when a few numbers per matrix will do.
+subspace. Take it to pretrain or to fine-tune everything when Adam's two moments do not fit: at
+a quarter of the width its state is 0.45 of Adam's and its loss in claims/galore.py 1.80 nats,
+Adam's 2.03. At a sixteenth (1.96) take Fira or LDAdam. Take LoRA when a few numbers per matrix
+will do.
 
 Source: J. Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
 Projection", ICML 2024, Alg. 2, and its code, which we follow where they disagree (a square
@@ -16,7 +18,7 @@ signs of singular vectors are fixed, so that runs repeat on other hardware; refr
 spread over the steps; a gradient that is zero or not finite changes no basis; and the state
 is tensors and numbers alone, so that a run resumes in the middle of a period.
 
-m out, n in, r rank; the learning rate is about ten times Adam's, alpha takes it back.
+m out, n in, r rank; the learning rate is about ten times Adam's, which alpha takes back.
 """
 
 from dataclasses import dataclass
