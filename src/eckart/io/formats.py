@@ -15,7 +15,8 @@ file holds is told by its columns:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -67,22 +68,20 @@ def format_of(row: Row, wanted: str = "auto") -> str:
 
     Raises UsageError for preference pairs, FileError where no format fits.
     """
-    columns = set(row.fields)
+    columns = columns_of(row)
     if {"chosen", "rejected"} <= columns:
         raise UsageError(
             "these are preference pairs, which no command trains on",
             [(row.where, "columns chosen and rejected")],
             "Use TRL's DPOTrainer with eckart.attach, as examples/dpo.py does.",
         )
-    if "conversations" in columns:
-        columns |= {"messages"}
     if wanted != "auto":
         if wanted not in FORMATS:
             fix = did_you_mean(wanted, list(FORMATS))
             raise UsageError("unknown data.format", [(f"data.format = {wanted}", "")], fix)
-        lost = [c for c in FORMATS[wanted] if c not in columns]
-        if lost:
-            raise FileError(f"the row has no {lost[0]}", [(row.where, spelled(row))])
+        for column in FORMATS[wanted]:
+            if column not in columns:
+                raise lacking(row, column)
         return wanted
     for name, needed in FORMATS.items():
         if set(needed) <= columns:
@@ -96,17 +95,28 @@ def format_of(row: Row, wanted: str = "auto") -> str:
 def require_alike(found: Sequence[Row], kind: str) -> None:
     """Raise FileError for the first row that lacks a column of the format of all."""
     for row in found:
-        columns = row.fields.keys() | ({"messages"} if "conversations" in row.fields else set())
-        lost = [c for c in FORMATS[kind] if c not in columns]
+        columns = columns_of(row)
+        lost = next((c for c in FORMATS[kind] if c not in columns), None)
+        if lost is None:
+            continue
         files = [PLACE.sub("", r.where) for r in (found[0], row)]
-        if lost and files[0] != files[1]:
-            raise FileError(
-                "these files have different columns",
-                [(r.where, spelled(r)) for r in (found[0], row)],
-                f"Type data=[{','.join(files)}]: each is then read by its own columns.",
-            )
-        if lost:
-            raise FileError(f"the row has no {lost[0]}", [(row.where, spelled(row))])
+        if files[0] == files[1]:
+            raise lacking(row, lost)
+        raise FileError(
+            "these files have different columns",
+            [(r.where, spelled(r)) for r in (found[0], row)],
+            f"Type data=[{','.join(files)}]: each is then read by its own columns.",
+        )
+
+
+def columns_of(row: Row) -> set[str]:
+    """A row's columns; `conversations` are messages by another name."""
+    return {*row.fields, *(["messages"] if "conversations" in row.fields else [])}
+
+
+def lacking(row: Row, column: str) -> FileError:
+    """The error for a row without a column that its format has."""
+    return FileError(f"the row has no {column}", [(row.where, spelled(row))])
 
 
 def spelled(row: Row) -> str:
@@ -117,7 +127,7 @@ def spelled(row: Row) -> str:
 def field(row: Row, name: str) -> str:
     """A text field. Raises FileError where the row lacks it or it is no text."""
     if name not in row.fields:
-        raise FileError(f"the row has no {name}", [(row.where, spelled(row))])
+        raise lacking(row, name)
     value = row.fields[name]
     if not isinstance(value, str):
         raise FileError(f"{name} is not text", [(row.where, f"{type(value).__name__}: {value!r}")])
@@ -133,12 +143,10 @@ def examples(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[li
     if kind == "text":
         return [[(field(row, "text"), True), (end, True)]]
     if kind == "prompt+completion" and isinstance(row.fields.get("prompt"), str):
-        found = [
-            [(field(row, "prompt"), False), (field(row, "completion"), True), (end, True)],
-        ]
-        if not row.fields["completion"].strip():
+        prompt, completion = field(row, "prompt"), field(row, "completion")
+        if not completion.strip():
             raise FileError("nothing to learn from", [(row.where, "completion is empty")])
-        return found
+        return [[(prompt, False), (completion, True), (end, True)]]
     found = conversation(messages_of(row, kind), tokenizer, row.where)
     if kind == "prompt+completion":  # of messages: the prompt's own answers are given, not learnt
         return found[-1:]
@@ -164,12 +172,7 @@ def pairs(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple
 
 def tagged(row: Row) -> list[tuple[str, str]]:
     """A row's tokens with their tags. Raises FileError where these are not as many."""
-    tokens, tags = row.fields.get("tokens"), row.fields.get("tags")
-    for name, value in (("tokens", tokens), ("tags", tags)):
-        if not isinstance(value, list) or not value:
-            kind = "an empty list" if value == [] else type(value).__name__
-            raise FileError(f"{name} is not a list", [(row.where, kind)])
-    assert isinstance(tokens, list) and isinstance(tags, list)
+    tokens, tags = listed(row, "tokens", "a list"), listed(row, "tags", "a list")
     if len(tokens) != len(tags):
         counts = f"{len(tokens)} tokens, {len(tags)} tags"
         raise FileError("tokens and tags are not as many", [(row.where, counts)])
@@ -215,11 +218,12 @@ def earlier(row: Row) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in pairs]
 
 
-def listed(row: Row, name: str) -> list[Any]:
+def listed(row: Row, name: str, what: str = "a list of messages") -> list[Any]:
+    """A field that is a list with something in it. FileError where it is none."""
     value = row.fields.get(name)
     if not isinstance(value, list) or not value:
         kind = "an empty list" if value == [] else type(value).__name__
-        raise FileError(f"{name} is not a list of messages", [(row.where, kind)])
+        raise FileError(f"{name} is not {what}", [(row.where, kind)])
     return value
 
 
@@ -266,9 +270,8 @@ def conversation(
         template = template.get("default", PLAIN)
 
     def render(upto: int, opening: bool = False) -> str:
-        if upto == 0 and not opening:
-            return ""
-        return written(template, messages[:upto], tokenizer, where, opening)
+        given = messages[:upto]
+        return written(template, given, tokenizer, where, opening) if given else ""
 
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not any(messages[i]["content"].strip() for i in answers):
@@ -276,26 +279,24 @@ def conversation(
         raise FileError("nothing to learn from", [(where, f"no assistant turn; roles {roles}")])
     if "{% generation" in template or "{%- generation" in template:
         return [marked(template, messages, tokenizer, where)]
+    turns = [answer_in(render, i, tokenizer.eos_token) for i in answers]
     whole = render(len(messages))
-    spans, nested = [], True
-    single = []
-    for i in answers:
-        after = render(i + 1)
-        before = common_start(opened(render, i), after)
-        if not after.startswith(render(i)):
-            before = common_start(render(i), after)
-        stop = len(after)
-        if tokenizer.eos_token and after.rstrip().endswith(tokenizer.eos_token):
-            stop = len(after.rstrip())  # generation ends with the end token, before any blank
-        spans.append((len(before), stop))
-        nested = nested and whole.startswith(after)
-        single.append([(before, False), (after[len(before) : stop], True)])
-    return [cut(whole, spans)] if nested else single
+    if all(whole.startswith(text) for text, _, _ in turns):
+        return [cut(whole, [(start, stop) for _, start, stop in turns])]
+    return [[(text[:start], False), (text[start:stop], True)] for text, start, stop in turns]
 
 
-def opened(render: Callable[..., str], upto: int) -> str:
-    """The text that generation is given before message `upto`."""
-    return render(upto, True) if upto else render(0)
+def answer_in(render: Callable[..., str], i: int, end: str | None) -> tuple[str, int, int]:
+    """The text up to and with message i, and where in it the answer begins and ends.
+
+    `render(n)` is the text of the first n messages, with `opening=True` as generation gets it.
+    """
+    text, before = render(i + 1), render(i)
+    given = render(i, opening=True) if text.startswith(before) else before
+    start, stop = len(common_start(given, text)), len(text)
+    if end and text.rstrip().endswith(end):
+        stop = len(text.rstrip())  # generation ends with the end token, before any blank
+    return text, start, stop
 
 
 def written(
@@ -305,36 +306,37 @@ def written(
     where: str,
     opening: bool = False,
 ) -> str:
-    """A chat template's text. Raises FileError with the template's own complaint."""
-    try:
+    """A chat template's text."""
+    with accepted(where):
         return str(
             tokenizer.apply_chat_template(
-                messages,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=opening,
+                messages, chat_template=template, tokenize=False, add_generation_prompt=opening
             )
         )
-    except Exception as fault:  # a template can raise anything
-        reason = str(fault).strip().splitlines()[0]
-        raise FileError("the chat template refuses this", [(where, reason)]) from fault
 
 
 def marked(
     template: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[Part]:
     """A conversation by a template that marks what is generated."""
-    try:
+    with accepted(where):
         texts, spans = render_jinja_template(
             conversations=[messages],
             chat_template=template,
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    except Exception as fault:
-        reason = str(fault).strip().splitlines()[0]
-        raise FileError("the chat template refuses this", [(where, reason)]) from fault
     return cut(texts[0], spans[0])
+
+
+@contextmanager
+def accepted(where: str) -> Iterator[None]:
+    """Turn what a chat template raises into a FileError with its own complaint."""
+    try:
+        yield
+    except Exception as fault:  # a template can raise anything
+        reason = next(iter(str(fault).strip().splitlines()), type(fault).__name__)
+        raise FileError("the chat template refuses this", [(where, reason)]) from fault
 
 
 def cut(text: str, spans: Sequence[tuple[int, int]]) -> list[Part]:
