@@ -16,7 +16,7 @@ from eckart.recipe.adapters import adapters_of, require_beside
 from eckart.recipe.coverage import cover
 from eckart.recipe.handle import ROOT, Handle
 from eckart.recipe.lock import lock
-from eckart.recipe.method import Update
+from eckart.recipe.recipe import conflict
 from eckart.recipe.targets import EVERYTHING, same_input
 
 
@@ -115,16 +115,13 @@ def install_at(handle: Handle, site: Site, parts: dict[str, nn.Module], drop: bo
 def declare_gradient_rule(handle: Handle, part: nn.Module, path: str) -> None:
     """Hand the update's row factor to factor pairs; UsageError where one is no plain pair."""
     update = handle.recipe.update
-    rule = update.branch_gradient() if isinstance(update, Update) else None
+    rule = None if update is None else update.branch_gradient()
     if update is None or rule is None or not isinstance(part, LowRank):
         return
     if not part.plain_pair:
-        raise UsageError(
-            "these two do not combine",
-            [
-                (f"update = {update.slug}", "needs trained factors B, A whose product is all"),
-                (f"weights = {handle.weights.slug}", f"has more than that at {path}"),
-            ],
+        raise conflict(
+            (f"update = {update.slug}", "needs trained factors B, A whose product is all"),
+            (f"weights = {handle.weights.slug}", f"has more than that at {path}"),
             f"Type weights=lora weights.init=kaiming update={update.slug}.",
         )
     part.branch_gradient = rule

@@ -9,7 +9,21 @@ from typing import Any
 
 from eckart.errors import UsageError
 from eckart.recipe import registry
-from eckart.recipe.method import Attention, Method, Objective, Precision, Update, Weights
+from eckart.recipe.method import AXES, Attention, Method, Objective, Precision, Update, Weights
+
+# What a rule wants -> what it does, what a weights method lacks that does not offer it, a way out.
+WANTED = {
+    "pairs": (
+        "moves factor pairs B, A together",
+        "trains no factor pairs that a rule may move",
+        "Type weights=lora update={update}, or update=adamw.",
+    ),
+    "matrices": (
+        "changes whole matrices",
+        "trains no whole matrix that a rule may change",
+        "Type weights=dense update={update}, or update=adamw.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -28,15 +42,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.objective, Objective):
             object.__setattr__(self, "objective", (self.objective,))
-        wanted = {
-            "weights": Weights,
-            "update": Update,
-            "precision": Precision,
-            "attention": Attention,
-        }
-        for axis, kind in wanted.items():
+        for axis in ("weights", "update", "precision", "attention"):
             value = getattr(self, axis)
-            if value is not None and not isinstance(value, kind):
+            if value is not None and not isinstance(value, AXES[axis]):
                 raise misplaced(axis, value)
         for value in self.objective:
             if not isinstance(value, Objective):
@@ -48,45 +56,22 @@ class Recipe:
         weights, update, precision = self.weights, self.update, self.precision
         if update is not None:
             update.rule()  # refuses parts that do not go together
-        trained = weights is not None and weights.base != "frozen"
-        if weights is not None and trained and precision is not None and precision.converts:
-            raise UsageError(
-                "these two do not combine",
-                [
-                    (f"precision = {precision.slug}", "holds the base in what is not trained"),
-                    (f"weights = {weights.slug}", f"its base is {weights.base}"),
-                ],
-                "Type precision=bf16, or weights=lora.",
-            )
+        if weights is not None and precision is not None:
+            refuse_unconvertible(weights, precision)
         if weights is None or update is None:
             return
-        if update.wants == "pairs" and "pairs" not in weights.offers:
-            raise UsageError(
-                "these two do not combine",
-                [
-                    (f"update = {update.slug}", "moves factor pairs B, A together"),
-                    (f"weights = {weights.slug}", "trains no factor pairs that a rule may move"),
-                ],
-                f"Type weights=lora update={update.slug}, or update=adamw.",
-            )
-        if update.wants == "matrices" and "matrices" not in weights.offers:
-            raise UsageError(
-                "these two do not combine",
-                [
-                    (f"update = {update.slug}", "changes whole matrices"),
-                    (f"weights = {weights.slug}", "trains no whole matrix that a rule may change"),
-                ],
-                f"Type weights=dense update={update.slug}, or update=adamw.",
+        if update.wants != "any" and update.wants not in weights.offers:
+            does, lacks, fix = WANTED[update.wants]
+            raise conflict(
+                (f"update = {update.slug}", does),
+                (f"weights = {weights.slug}", lacks),
+                fix.format(update=update.slug),
             )
         refuse_unasked(weights, update)
-        own = self.precision is not None and self.precision.mm() is not None
-        if own and self.precision is not None and update.branch_gradient() is not None:
-            raise UsageError(
-                "these two do not combine",
-                [
-                    (f"update = {update.slug}", "scales gradients in a pair's backward pass"),
-                    (f"precision = {self.precision.slug}", "has a backward pass of its own"),
-                ],
+        if precision is not None and precision.mm() and update.branch_gradient():
+            raise conflict(
+                (f"update = {update.slug}", "scales gradients in a pair's backward pass"),
+                (f"precision = {precision.slug}", "has a backward pass of its own"),
                 "Leave one of them out.",
             )
 
@@ -112,6 +97,22 @@ class Recipe:
                 )
 
 
+def conflict(one: tuple[str, str], other: tuple[str, str], fix: str, place: str = "") -> UsageError:
+    """The error for two choices that exclude each other; `place` is where in the model."""
+    at = f"     {place}" if place else ""
+    return UsageError(f"these two do not combine{at}", (one, other), fix)
+
+
+def refuse_unconvertible(weights: Weights, precision: Precision) -> None:
+    """Refuse a precision that converts the base into what cannot be trained, where it is."""
+    if precision.converts and weights.base != "frozen":
+        raise conflict(
+            (f"precision = {precision.slug}", "holds the base in what is not trained"),
+            (f"weights = {weights.slug}", f"its base is {weights.base}"),
+            "Type precision=bf16, or weights=lora.",
+        )
+
+
 def refuse_two_passes(recipe: Recipe) -> None:
     """Refuse, in a loop that calls step() without a closure, a rule that needs one."""
     update = recipe.update
@@ -130,13 +131,11 @@ def refuse_unasked(weights: Weights, update: Update | None, place: str = "") -> 
     if update is not None and wrong:
         has = ", ".join(f"{name} {getattr(weights, name)}" for name in wrong)
         wants = ", ".join(f"{name} {value}" for name, value in wrong.items())
-        raise UsageError(
-            f"these two do not combine{f'     {place}' if place else ''}",
-            [
-                (f"update = {update.slug}", f"asks for {wants}"),
-                (f"weights = {weights.slug}", f"has {has}"),
-            ],
+        raise conflict(
+            (f"update = {update.slug}", f"asks for {wants}"),
+            (f"weights = {weights.slug}", f"has {has}"),
             f"Type {' '.join(f'weights.{name}={value}' for name, value in wrong.items())}.",
+            place,
         )
 
 
