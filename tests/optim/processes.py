@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import UsageError
 from eckart.methods.update.altlora import AltLoRA
@@ -172,25 +173,41 @@ class Experts(nn.Module):
         return (x @ self.up.mT).tanh() @ self.down.mT
 
 
-def experts(rule, sharded):
-    """Ten steps of fused experts, which fully_shard splits by experts: weights, norms, state, and
-    the most elements that a collective of a step had."""
+class Convolutions(nn.Module):
+    """Rows are outputs in torch's and inputs in transformers' (GPT-2); neither 5 nor 7 divide by
+    two. As matrices they are 5 x 3, 7 x 20 and 7 x 9."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.line, self.plane, self.last = nn.Conv1d(1, 5, 3), nn.Conv2d(5, 7, 2), Conv1D(9, 7)
+        self.to(torch.float64)
+
+    def forward(self, x):
+        lines = self.line(x.unsqueeze(1)).tanh()  # [*, 5, 4]
+        return self.last(self.plane(lines.unflatten(-1, (2, 2))).tanh().flatten(1))
+
+
+def of_layers(kind, rule, sharded, steps=10):
+    """Steps of fused experts, which fully_shard splits by experts, or of convolutions:
+    weights, norms, state, and the most elements that a collective of a step had."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model, norms, most = Experts(), [], 0
+    model, norms, most = kind(), [], 0
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    group = {"params": list(model.named_parameters()), "leading": 1}
+    matrices = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
+    group = {"params": matrices, "leading": int(kind is Experts)}
     optimizer = LowRankOptimizer([group], 0.02, rule=RULES[rule], clip=0.5)
-    for x in data(10):
+    for x in data(steps):
         (10 * model(x.chunk(2)[dist.get_rank()] if sharded else x) ** 2).mean().backward()
         with Sent() as counter:
             optimizer.step()
         most = max([most, *(size for _, size in counter.calls)])
         optimizer.zero_grad()
         norms.append(float(optimizer.grad_norm))
-    weights = [whole(p.detach()) for p in model.parameters()]
+    weights = [whole(p.detach()) for _, p in matrices]
     return weights, norms, optimizer.named_state_dict(), most
 
 
@@ -403,7 +420,12 @@ if __name__ == "__main__":
         },
         "ddp": {rule: ddp(rule, False) for rule in ("both", "altlora, alternate", *registered())},
         "ddp, layer by layer": {rule: ddp(rule, True) for rule in ("galore", "both")},
-        "experts": {rule: experts(rule, True) for rule in matrices},
+        "experts": {rule: of_layers(Experts, rule, True) for rule in matrices},
+        "convolutions": {
+            rule: of_layers(Convolutions, rule, True, 5)
+            for rule in matrices
+            if not RULES[rule].projector.identity
+        },
         "sent": {name: sent(*wanted) for name, wanted in SENT.items()},
         "sent by rules": {
             slug: [or_refused(sent, rule, None, sizes) for sizes in (TALL, BROAD)]

@@ -15,10 +15,12 @@ from tests.optim.processes import (
     RULES,
     TALL,
     UNEVEN,
+    Convolutions,
+    Experts,
     data,
-    experts,
     given,
     network,
+    of_layers,
     optimizer_of,
     projecting,
     registered,
@@ -95,11 +97,21 @@ def test_each_process_moves_its_own_experts_and_sends_no_matrix(two, monkeypatch
     long gradients are, and whether a basis was found."""
     monkeypatch.setattr(storage, "SMALLEST", 1)
     for rule in two[0]["experts"]:
-        wanted = experts(rule, sharded=False)
+        wanted = of_layers(Experts, rule, sharded=False)
         for runs in two:
             *found, most = runs["experts"][rule]
             assert_same(found, wanted, 1e-7 if "8bit" in rule else 1e-9, rule)
             assert most <= 2, rule
+
+
+def test_convolutions_are_sharded_along_their_rows(two, monkeypatch):
+    """By all rules that project or know matrices; fp64, 5 steps."""
+    monkeypatch.setattr(storage, "SMALLEST", 1)
+    for rule in two[0]["convolutions"]:
+        wanted = of_layers(Convolutions, rule, False, 5)
+        for runs in two:
+            near = 1e-7 if "8bit" in rule else 1e-9
+            assert_same(runs["convolutions"][rule][:3], wanted, near, rule)
 
 
 def test_every_rule_runs_sharded_or_is_refused_with_a_sentence(two):

@@ -22,7 +22,7 @@ from eckart.optim.project import Basis, Chosen, Directions, add_up_, as_matrix, 
 from eckart.optim.refresh import refresh
 from eckart.optim.residual import limited
 from eckart.optim.rule import Rule
-from eckart.optim.sharded import Kind, Layout, is_sharded, layout_of, local, sum_
+from eckart.optim.sharded import Kind, Layout, is_sharded, local, sum_
 from eckart.optim.storage import rounded_by_chance
 
 
@@ -345,8 +345,7 @@ def entry_of(name: str, p: Tensor, group: Mapping[str, Any], state: State, seed:
             [(name, "sparse gradient")],
             "Build the embedding with sparse=False.",
         )
-    left, right = rule.sides(p.shape, leading)
-    layout = layout_of(name, p, leading, left, right)
+    layout = rule.layout(name, p, leading)
     if layout is not None:
         check_sharded(name, rule, layout)
     if not state:

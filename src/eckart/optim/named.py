@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eckart.errors import FileError
 from eckart.optim.part import State
-from eckart.optim.sharded import layout_of, whole
+from eckart.optim.sharded import whole
 
 Named = tuple[str, Tensor, dict[str, Any]]  # name, parameter, its group
 
@@ -102,7 +102,7 @@ def check_fits(name: str, entry: State, wanted: State) -> None:
 def placed(name: str, p: Tensor, group: Mapping[str, Any], entry: State) -> State:
     """A copy of a saved state, laid out as the parameter is."""
     rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
-    layout = layout_of(name, p, leading, *rule.sides(p.shape, leading))
+    layout = rule.layout(name, p, leading)
     copies = {key: copy_to(value, p) for key, value in entry.items()}
     if layout is None:
         return copies

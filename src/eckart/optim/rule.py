@@ -26,7 +26,7 @@ from eckart.optim.part import Part, State
 from eckart.optim.project import Identity, Projector, as_matrix
 from eckart.optim.refresh import Refresh
 from eckart.optim.residual import NormGrowth, Residual
-from eckart.optim.sharded import Kind, Layout, local
+from eckart.optim.sharded import Kind, Layout, layout_of, local
 from eckart.optim.source import Source
 
 KINDS: dict[str, Kind] = {  # of state tensors that are not laid out as R is
@@ -187,6 +187,11 @@ class Rule(Part):
             return False, False
         left, right = self.projector.ranks(shape[leading], prod(shape[leading + 1 :]))
         return left > 0, right > 0
+
+    def layout(self, name: str, p: Tensor, leading: int = 0) -> Layout | None:
+        """How a parameter that follows this rule lies on the processes."""
+        matrix = not self.projector.identity
+        return layout_of(name, p, leading, matrix, *self.sides(p.shape, leading))
 
     def kind(self, key: str) -> Kind:
         """How the state tensor of this name is laid out where the parameter is sharded."""

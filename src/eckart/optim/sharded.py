@@ -83,7 +83,7 @@ class Layout:
     leading: int
     left: bool
     right: bool
-    dims: int  # of R, or of G where nothing is projected
+    dims: int  # of R, or of G where it is no matrix
 
     def groups(self, *axes: str) -> Groups:
         """The process groups over which any of these axes is split."""
@@ -229,8 +229,11 @@ class Rows:
         return self.layout.gather(beside, shape, "left").movedim(-1, 0)
 
 
-def layout_of(name: str, p: Tensor, leading: int, left: bool, right: bool) -> Layout | None:
-    """The layout of a parameter; None where it is whole on this process."""
+def layout_of(
+    name: str, p: Tensor, leading: int, matrix: bool, left: bool, right: bool
+) -> Layout | None:
+    """The layout of a parameter, which is seen as it is or as a matrix; None where it is whole on
+    this process."""
     if not is_sharded(p):
         return None
     axes = []
@@ -240,7 +243,7 @@ def layout_of(name: str, p: Tensor, leading: int, left: bool, right: bool) -> La
             axes.append("nothing")
         elif dim <= leading:
             axes.append("rows" if dim == leading else "lead")
-        elif p.dim() == leading + 2 or not (left or right):
+        elif p.dim() == leading + 2 or not matrix:
             axes.append("columns")
         else:
             raise UsageError(
@@ -249,7 +252,7 @@ def layout_of(name: str, p: Tensor, leading: int, left: bool, right: bool) -> La
                 "Shard it along its outputs (dimension 0), or leave it out of update.targets.",
             )
     mesh, placements = p.device_mesh, tuple(p.placements)  # type: ignore[attr-defined]
-    dims = leading + 2 if left or right else p.dim()
+    dims = leading + 2 if matrix else p.dim()
     return Layout(mesh, tuple(axes), placements, leading, left, right, dims)
 
 
