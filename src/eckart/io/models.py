@@ -44,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "own_task",
     "recognise",
+    "recognise_result",
     "result_of",
 ]
 
@@ -62,7 +63,6 @@ class Source:
 def recognise(source: str | Path) -> Source:
     """Say what a path, hub id or preset's name is, reading no weights and no network.
 
-    A run stands for its `final/` folder, whose own kind `recognise` tells when asked again.
     Raises FileError where a path does not exist or is nothing that can be opened.
     """
     text = str(source)
@@ -111,6 +111,12 @@ def recognise(source: str | Path) -> Source:
         [(text, "no config.json, adapter_config.json, eckart.json or run.json")],
         "Type the folder that has one of them.",
     )
+
+
+def recognise_result(source: str | Path) -> Source:
+    """As `recognise`; of a run, what its `final/` is. FileError where it has none yet."""
+    found = recognise(source)
+    return recognise(result_of(found.path)) if found.kind == "run" else found
 
 
 def base_from(adapter: Path, base: Any) -> str | None:

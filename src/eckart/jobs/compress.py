@@ -14,7 +14,7 @@ from typing import Any
 
 from eckart.errors import UsageError
 from eckart.io import factored
-from eckart.io.models import folder_of, holds_tokenizer, load_model, own_task, recognise, result_of
+from eckart.io.models import folder_of, holds_tokenizer, load_model, own_task, recognise_result
 from eckart.io.opening import Opened
 from eckart.io.run import Run
 from eckart.io.tasks import TASKS
@@ -87,9 +87,7 @@ def refuse_adapter(job: Job) -> None:
 
 def model_of(job: Job) -> str:
     """The model to compress. UsageError for what is none, or is none yet."""
-    source = recognise(job.model or "")
-    if source.kind == "run":
-        source = recognise(result_of(source.path))
+    source = recognise_result(job.model or "")
     if source.kind in ("peft", "native"):
         raise UsageError(
             "this is an adapter, not a model",

@@ -21,7 +21,7 @@ from eckart.io import peft
 from eckart.io.export import export, reasons
 from eckart.io.folder import refuse_occupied, write_folder
 from eckart.io.heads import names_of, naming, outside, task_of_live
-from eckart.io.models import load_model, own_task, recognise
+from eckart.io.models import load_model, own_task, recognise_result
 from eckart.io.opening import ADAPTERS, Opened, on_base, open_model
 from eckart.io.tasks import TASKS
 from eckart.jobs.finetune import require_weights
@@ -135,9 +135,7 @@ def open_source(job: Job, to: str) -> Opened:
     """The source with its terms, on the base that it names or that is given."""
     require_weights(job)
     source, base = str(job.model), job.convert.base
-    found = recognise(source)
-    if found.kind == "run":
-        found = recognise(f"{found.path}/final")
+    found = recognise_result(source)
     if base and found.kind in ADAPTERS:
         opened = on_base(found, base)
     else:

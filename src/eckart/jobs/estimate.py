@@ -20,7 +20,7 @@ import torch
 
 from eckart.errors import FileError, OutOfRoom, UsageError, did_you_mean
 from eckart.io.headers import read_json
-from eckart.io.models import config_of, own_task, recognise
+from eckart.io.models import config_of, own_task, recognise, recognise_result
 from eckart.io.peft_read import method_of
 from eckart.io.tasks import TASKS
 from eckart.jobs import pretrain
@@ -220,9 +220,7 @@ def of_source(job: Job) -> tuple[Job, Any]:
             "eckart estimate needs a model",
             fix=f"Type eckart estimate {job.command} MODEL key=value",
         )
-    found = recognise(job.model)
-    if found.kind == "run":
-        found = recognise(f"{found.path}/final")
+    found = recognise_result(job.model)
     if found.kind in ("native", "peft"):
         if not found.base:
             raise FileError("the adapter names no base", [(found.path, "")])

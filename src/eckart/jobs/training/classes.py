@@ -13,7 +13,7 @@ import torch
 from eckart.errors import FileError, UsageError
 from eckart.io.formats import CLASSES, IMAGES
 from eckart.io.heads import names_of, naming
-from eckart.io.models import classes_known, described, load_model, own_task, recognise
+from eckart.io.models import classes_known, described, load_model, own_task, recognise_result
 from eckart.io.opening import ADAPTERS, Opened, open_model
 from eckart.io.tasks import TASKS, sees_images
 from eckart.jobs.settings.config import Job
@@ -62,9 +62,7 @@ def open_to_teach(
     Raises UsageError for an adapter that has no head, or one for other classes.
     """
     source, seed = job.model or "", job.train.seed
-    keeps, found = keeps_head(source, task, labels), recognise(source)
-    if found.kind == "run":
-        found = recognise(f"{found.path}/final")
+    keeps, found = keeps_head(source, task, labels), recognise_result(source)
     if found.kind in ADAPTERS:
         if not keeps:
             known = ", ".join(classes_known(source)) or "no head for classes"
@@ -111,9 +109,7 @@ def open_to_measure(
     seed: int,
 ) -> Opened:
     """A model to measure on classes. Raises FileError where its head does not know them."""
-    found = recognise(source)
-    if found.kind == "run":
-        return open_to_measure(f"{found.path}/final", task, labels, reader, dtype, seed)
+    found = recognise_result(source)
     if found.kind not in ADAPTERS or own_task(source) == task:
         if found.kind in ADAPTERS:
             opened = open_model(source, dtype, task, seed)
@@ -124,8 +120,8 @@ def open_to_measure(
                 "Fine-tune it on these labels first: eckart finetune MODEL DATA",
             )
         else:
-            model = load_model(source, dtype, task, seed, **padding(reader))
-            opened = Opened(model, None, source)
+            model = load_model(found.path, dtype, task, seed, **padding(reader))
+            opened = Opened(model, None, found.path)
         require_known(opened.model, labels)
         return opened
     if not found.base:
