@@ -34,6 +34,7 @@ from eckart.jobs.training.classes import open_to_measure, require_task
 from eckart.jobs.training.course import size_line
 from eckart.jobs.training.outcome import shown
 from eckart.jobs.training.screen import Screen, amount
+from eckart.report.text import aligned
 
 ASKED = ("prompt+completion", "instruction", "messages")  # formats where a whole answer counts
 NEEDS_SCIPY = "no intervals without scipy: type pip install 'eckart[claims]'"
@@ -245,10 +246,7 @@ def print_tables(screen: Screen, found: Mapping[str, Table]) -> None:
     for name, table in shown_rows.items():
         numbers = [said(h, *table.numbers[h]) for h in heads]
         cells.append([name, *numbers, f"{len(table.scores.loss):,}"])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    for i, row in enumerate(cells):
-        line = "   ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
-        screen.line("eval" if i == 0 else "", line, result=True)
+    screen.line("eval", aligned(cells), result=True)
     numbers_of_all = found["all"].numbers
     if "kl" not in numbers_of_all:
         return

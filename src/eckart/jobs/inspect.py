@@ -9,8 +9,7 @@ what differs between the two is judged (pairs.py). -o FILE draws it all as a pag
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -27,25 +26,28 @@ from eckart.decompose.spectra import (
     stable_rank,
 )
 from eckart.errors import UsageError
-from eckart.io.models import load_tokenizer, recognise
+from eckart.io.models import load_tokenizer, recognise_result
 from eckart.io.opening import Opened, open_model
 from eckart.jobs.finetune import require_weights
 from eckart.jobs.measuring.drift import of_text
 from eckart.jobs.measuring.heads import NORMS, TRIED, HeadReach, reaches
 from eckart.jobs.measuring.memory import parameter_count
-from eckart.jobs.pairs import all_sites, common_base, overlaps_by_role, pairs
-from eckart.jobs.pictures import draw, require_picture
+from eckart.jobs.pairs import all_sites, common_base, overlaps_by_role, pairs, whole
+from eckart.jobs.pictures import draw, grid, require_picture
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training import prepare, senses
 from eckart.jobs.training.outcome import shown
 from eckart.jobs.training.screen import Screen, amount
 from eckart.linear import Site, joint_factors
 from eckart.recipe import Handle
-from eckart.recipe.targets import sites_of
+from eckart.recipe.handle import handle_of
+from eckart.report.text import aligned
 
 RANKS = (1, 4, 16, 64)  # at which the energy is said
 LOW = 0.5  # of a random matrix' effective rank: below it a layer is called low-rank
 ENERGY = 0.9
+MEDIANS = ("stable_rank", "effective_rank", "share_of_random", "rank_90", "rank_90_random",
+           "relative_norm")  # fmt: skip
 SHADES = " .:-=+*#%@"  # of the picture: from low rank to as random as chance
 
 
@@ -97,7 +99,7 @@ def of_one(job: Job, screen: Screen) -> dict[str, Any]:
     opened = opened_with_terms(str(job.model))
     handle = opened.handle
     kind = "adapter" if handle and handle.weights.base == "frozen" else "model"
-    matrices = added(handle) if handle and kind == "adapter" else weights(opened, handle)
+    matrices = added(handle) if handle and kind == "adapter" else weights(opened)
     if not matrices:
         raise UsageError("there is no matrix to look at", [(str(job.model), kind)])
     count = parameter_count(opened.model, handle)
@@ -161,12 +163,8 @@ def of_pair(job: Job, screen: Screen) -> dict[str, Any]:
 def opened_with_terms(source: str) -> Opened:
     """The model; a factored one with the handle of its terms."""
     opened = open_model(source)
-    found = recognise(source)
-    if found.kind == "run":
-        found = recognise(f"{found.path}/final")
+    found = recognise_result(source)
     if found.kind == "factored":
-        from eckart.hf import handle_of
-
         opened = Opened(opened.model, handle_of(opened.model), found.path)
     opened.model.to(prepare.device()).eval()
     return opened
@@ -198,27 +196,17 @@ def spectrum_of_update(handle: Handle, site: Site) -> Tensor:
 
 
 @torch.no_grad()
-def weights(opened: Opened, handle: Handle | None) -> list[Matrix]:
+def weights(opened: Opened) -> list[Matrix]:
     """The matrices of a model, factored ones by what their terms stand for."""
-    sites = {site.path: site for site in sites_of(opened.model)}
-    if handle is not None:
-        sites = {**{p: handle.sites[p] for p in handle.attached}, **sites}
-    found = []
-    for path, site in sites.items():
-        if site.role.split(".")[0] in ("embedding", "head", "router", "conv", "other"):
-            continue
-        module: Any = site.module
-        W = module.merged(site.param).float() if handle and path in handle.attached else None
-        found.append(
-            matrix(site, torch.linalg.svdvals(site.weight(torch.float32) if W is None else W))
-        )
-    return found
+    return [
+        matrix(site, torch.linalg.svdvals(whole(opened, site).float()))
+        for site in all_sites(opened).values()
+        if site.role.split(".")[0] not in ("embedding", "head", "router", "conv", "other")
+    ]
 
 
 def matrix(site: Site, s: Tensor, relative: float | None = None) -> Matrix:
-    copies = 1
-    for extent in site.leading:
-        copies *= extent
+    copies = math.prod(site.leading)
     return Matrix(site.path, site.role, site.shape, copies, s.detach().cpu(), relative)
 
 
@@ -227,23 +215,17 @@ def by_role(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     roles: dict[str, list[Mapping[str, Any]]] = {}
     for numbers in found.values():
         roles.setdefault(numbers["role"], []).append(numbers)
-    keys = ("stable_rank", "effective_rank", "share_of_random", "rank_90", "rank_90_random")
+    return {role: medians(each) for role, each in sorted(roles.items())}
+
+
+def medians(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the numbers of several matrices."""
+    energies = [numbers["energy"] for numbers in each]
     return {
-        role: {
-            "matrices": len(each),
-            "shape": each[0]["shape"],
-            **{key: median(numbers[key] for numbers in each) for key in keys},
-            "energy": {
-                r: median(numbers["energy"][r] for numbers in each if r in numbers["energy"])
-                for r in each[0]["energy"]
-            },
-            **(
-                {"relative_norm": median(numbers["relative_norm"] for numbers in each)}
-                if "relative_norm" in each[0]
-                else {}
-            ),
-        }
-        for role, each in sorted(roles.items())
+        "matrices": len(each),
+        "shape": each[0]["shape"],
+        **{key: median(numbers[key] for numbers in each) for key in MEDIANS if key in each[0]},
+        "energy": {r: median(e[r] for e in energies if r in e) for r in energies[0]},
     }
 
 
@@ -264,8 +246,7 @@ def table(screen: Screen, roles: Mapping[str, Mapping[str, Any]], kind: str) -> 
         row += [f"{numbers['effective_rank']:.1f}", f"{numbers['rank_90']:.0f}{chance}"]
         row += [f"{last:.0%}"] + [percent(numbers["energy"].get(r)) for r in ranks]
         rows.append(row)
-    for i, line in enumerate(aligned(rows)):
-        screen.line("ranks" if i == 0 else "", line, result=True)
+    screen.line("ranks", aligned(rows), result=True)
     if kind == "model":
         screen.line("", "(in brackets, and `of random`: a random matrix of the same shape)")
 
@@ -277,8 +258,7 @@ def overlaps(screen: Screen, roles: Mapping[str, Mapping[str, float]]) -> None:
         sides = [f"{n[side]:.0%} ({n[f'{side}_by_chance']:.0%})" for side in ("left", "right")]
         ranks = [f"{n[f'effective_rank_{which}']:.1f}" for which in ("one", "other")]
         rows.append([role, f"{n['rank']:.0f}", *sides, f"{n['cosine']:+.2f}", *ranks])
-    for i, line in enumerate(aligned(rows)):
-        screen.line("shared" if i == 0 else "", line, result=True)
+    screen.line("shared", aligned(rows), result=True)
     screen.line("", "(share of the leading directions that both changes have; by chance)")
 
 
@@ -286,40 +266,24 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def aligned(rows: list[list[str]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        yield "   ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
-
-
 def picture(screen: Screen, found: Mapping[str, Mapping[str, Any]]) -> None:
     """A line for each role, a sign for each layer: the darker, the nearer to random."""
-    lines: dict[str, dict[int, list[float]]] = {}
-    low = []
-    for path, numbers in found.items():
-        number = re.search(r"(?:^|\.)(\d+)\.", path)
-        layer = int(number[1]) if number else 0
-        lines.setdefault(numbers["role"], {}).setdefault(layer, []).append(
-            numbers["share_of_random"]
-        )
-        if numbers["share_of_random"] < LOW:
-            low.append((numbers["share_of_random"], path))
-    width = max(len(role) for role in lines)
-    for i, (role, layers) in enumerate(sorted(lines.items())):
-        signs = "".join(
-            shade(median(layers[n])) if n in layers else " " for n in range(max(layers) + 1)
-        )
-        screen.line("layers" if i == 0 else "", f"{role:<{width}}  |{signs}|", result=True)
+    roles, _, values = grid(found, "share_of_random")
+    signs = [f"|{''.join(map(shade, row))}|" for row in values]
+    screen.line("layers", aligned(sorted(zip(roles, signs, strict=True)), "  "), result=True)
     screen.line("", f"(a sign a layer, first to last: '{SHADES}' from rank 0 to random)")
-    if low:
-        worst = ", ".join(path for _, path in sorted(low)[:3])
+    shares = sorted((numbers["share_of_random"], path) for path, numbers in found.items())
+    if low := [path for share, path in shares if share < LOW]:
+        worst = ", ".join(low[:3])
         screen.line("low", f"{len(low)} below {LOW:.0%} of random; lowest: {worst}", result=True)
     else:
         screen.line("low", f"no matrix is below {LOW:.0%} of a random one", result=True)
 
 
 def shade(share: float) -> str:
-    """The sign of a share from 0 to 1."""
+    """The sign of a share from 0 to 1; blank where a layer has no such matrix."""
+    if math.isnan(share):
+        return " "
     return SHADES[max(0, min(len(SHADES) - 1, int(share * len(SHADES))))]
 
 
@@ -374,8 +338,7 @@ def norms(screen: Screen, heads: Sequence[HeadReach]) -> None:
         easy = sum(h.regime != "hard" for h in layer)
         reach = f"{max(h.centred for h in layer):.2f}"
         rows.append([str(number), *tops, reach, best, f"{easy}/{len(layer)}"])
-    for i, line in enumerate(aligned(rows)):
-        screen.line("norms" if i == 0 else "", line, result=True)
+    screen.line("norms", aligned(rows), result=True)
     screen.line("", "(largest entries, |q| beside sqrt(ln L); reach: of logits, with centred keys;")
     screen.line("", "error: of a gradient by polynomials, relative, of the head where it is least)")
 

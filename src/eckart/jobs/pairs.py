@@ -25,6 +25,7 @@ from eckart.errors import EckartError, UsageError
 from eckart.io.models import load_model, recognise
 from eckart.io.opening import Opened
 from eckart.jobs.settings.words import read_file
+from eckart.jobs.training.observe import overlap
 from eckart.jobs.training.screen import Screen
 from eckart.linear import Site
 from eckart.recipe.fingerprint import fingerprint
@@ -83,19 +84,14 @@ def shared(D1: Tensor, D2: Tensor) -> dict[str, float] | None:
     (m, n) = D1.shape
     return {
         "rank": r,
-        "left": overlap(U1[:, :r], U2[:, :r]),
-        "right": overlap(V1[:r].mT, V2[:r].mT),
+        "left": overlap(U1[:, :r], U2[:, :r], "left"),
+        "right": overlap(V1[:r], V2[:r], "right"),
         "left_by_chance": r / m,
         "right_by_chance": r / n,
         "cosine": float((D1 * D2).sum() / (D1.norm() * D2.norm())),
         "effective_rank_one": float(effective_rank(s1)),
         "effective_rank_other": float(effective_rank(s2)),
     }
-
-
-def overlap(P: Tensor, Q: Tensor) -> float:
-    """|P^T Q|_F^2 / r of orthonormal columns [d, r]: 1 for one subspace, 0 for orthogonal ones."""
-    return float((P.mT @ Q).square().sum() / P.shape[-1])
 
 
 # --- what is compared ----------------------------------------------------------------------

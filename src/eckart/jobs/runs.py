@@ -11,6 +11,7 @@ from typing import Any
 from eckart.errors import FileError
 from eckart.io.run import is_open, read_metrics
 from eckart.recipe import registry
+from eckart.report.text import aligned
 
 ENDS = {0: "done", 4: "out of room", 5: "diverged", 130: "interrupted"}  # by exit code
 
@@ -27,7 +28,7 @@ def run(folder: str = "runs", as_json: bool = False) -> dict[str, Any]:
     found = [described(path) for path in runs_in(root)]
     found.sort(key=lambda each: each["changed"])
     if not as_json:
-        print("\n".join(table(found) if found else [f"no runs in {folder}"]))
+        print(table(found) if found else f"no runs in {folder}")
     return {"command": "runs", "exit": 0, "folder": folder, "runs": found}
 
 
@@ -94,7 +95,7 @@ def contest_of(facts: Mapping[str, Any]) -> str:
     return str((facts.get("options") or {}).get("methods", ""))
 
 
-def table(found: list[dict[str, Any]]) -> Iterator[str]:
+def table(found: list[dict[str, Any]]) -> str:
     """Aligned lines under a head."""
     rows = [("run", "command", "recipe", "steps", "held out", "state", "changed")]
     rows += [
@@ -109,9 +110,7 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
         )
         for each in found
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        yield "   ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
+    return aligned(rows)
 
 
 def score(each: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from eckart.report.figures import Curve, Figure, bars, curves, intervals
 from eckart.report.html import Section, Table, Text, html
+from eckart.report.text import fixed, significant
 
 Row = Mapping[str, Any]
 
@@ -20,7 +21,7 @@ def page(document: Mapping[str, Any]) -> str:
         Section("Learning rates", rates(document, rows)),
         Section("Seeds", seeds(document, rows)),
         Section("Costs", costs(rows)),
-        Section("What was held fixed", [fixed(document)]),
+        Section("What was held fixed", [held_fixed(document)]),
         Section("Recipes", [recipes(rows)]),
     ]
     title = f"{', '.join(r['name'] for r in rows[1:])} against {document['baseline']}"
@@ -39,8 +40,8 @@ def verdicts(metric: str, rows: Sequence[Row]) -> list[Figure | Table | Text]:
     head = ["method", "verdict", "better by", "from", "to", "p (Holm)", "visible from",
             f"test {metric}", "over seeds"]  # fmt: skip
     cells = [
-        [r["name"], r["verdict"], *paired(d), shown(d["p_corrected"], 2),
-         digits(d["smallest_visible"]), digits(test["mean"]), digits(test["sd"])]
+        [r["name"], r["verdict"], *paired(d), significant(d["p_corrected"], 2),
+         fixed(d["smallest_visible"]), fixed(test["mean"]), fixed(test["sd"])]
         for r in rows
         for d, test in [(r["differences"][metric], r["test"][metric])]
     ]  # fmt: skip
@@ -60,7 +61,7 @@ def beside(metric: str, rows: Sequence[Row]) -> list[Figure | Table | Text]:
     for other in (name for name in rows[0]["test"] if name != metric):
         head = ["method", f"test {other}", "from", "to", "over seeds", "better by", "from", "to"]
         cells = [
-            [r["name"], *map(digits, (test["mean"], *test["interval"], test["sd"])),
+            [r["name"], *map(fixed, (test["mean"], *test["interval"], test["sd"])),
              *paired(r["differences"][other])]
             for r in rows
             for test in [r["test"][other]]
@@ -84,7 +85,7 @@ def unit(metric: str) -> str:
 
 
 def paired(d: Row) -> list[str]:
-    return [digits(value, "+") for value in (d["mean"], *d["interval"])]
+    return [fixed(value, "+") for value in (d["mean"], *d["interval"])]
 
 
 def rates(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Table]:
@@ -99,8 +100,9 @@ def rates(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Tab
     head = ["method", "best lr", "at an edge", "basin, decades", "lost at its default lr",
             "lost at the baseline's lr", "diverged at", "runs"]  # fmt: skip
     cells = [
-        [r["name"], f"{r['lr']:.2g}", "yes" if r["at_edge"] else "no", shown(r["basin_decades"], 2),
-         digits(r["regret_at_default_lr"]), digits(r["regret_at_baseline_lr"]),
+        [r["name"], f"{r['lr']:.2g}", "yes" if r["at_edge"] else "no",
+         significant(r["basin_decades"], 2),
+         *map(fixed, (r["regret_at_default_lr"], r["regret_at_baseline_lr"])),
          ", ".join(f"{p['lr']:.2g}" for p in r["lr_curve"] if p["mean"] is None),
          str(r["trials"])]
         for r in rows
@@ -129,7 +131,7 @@ def seeds(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Tab
     ]
     ranking = document["ranking"]
     cells = [
-        [name, shown(rank, 3), f"{ranking['times_first'][name]} of {ranking['seeds']}"]
+        [name, significant(rank, 3), f"{ranking['times_first'][name]} of {ranking['seeds']}"]
         for name, rank in ranking["mean_rank"].items()
     ]
     tau = ranking["kendall_tau"]
@@ -165,7 +167,7 @@ def costs(rows: Sequence[Row]) -> list[Figure | Table]:
     ]
 
 
-def fixed(document: Mapping[str, Any]) -> Table:
+def held_fixed(document: Mapping[str, Any]) -> Table:
     return Table(["what", "value"], [[k, v] for k, v in document["held_fixed"].items()])
 
 
@@ -188,12 +190,3 @@ def fields_of(choice: Mapping[str, Any]) -> str:
 
     given = {k: v for k, v in choice.items() if k != "name" and v not in (None, "", (), [])}
     return ", ".join(f"{key}={typed(value)}" for key, value in given.items())
-
-
-def digits(value: float | None, sign: str = "") -> str:
-    """To the fourth place."""
-    return "" if value is None else f"{value:{sign}.4f}"
-
-
-def shown(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}g}"

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eckart.report.text import significant
+
 HEAD = """# What was confirmed, not seen and refuted
 
 Made by `eckart reproduce -o FOLDER` from the documents beside this page; not written by hand.
@@ -66,10 +68,10 @@ def row(verdict: str, s: Mapping[str, Any]) -> list[str]:
     low, high = s["interval"]
     return [
         s["statement"],
-        f"{digits(s['excess'])} {s['unit']}".strip(),
-        f"{digits(low)} to {digits(high)}",
-        digits(s["p_corrected"], 2),
-        digits(s["smallest_visible_difference"], 2),
+        f"{significant(s['excess'])} {s['unit']}".strip(),
+        f"{significant(low)} to {significant(high)}",
+        significant(s["p_corrected"], 2),
+        significant(s["smallest_visible_difference"], 2),
         f"**{verdict}**",
     ]
 
@@ -80,14 +82,10 @@ def arm(a: Mapping[str, Any]) -> list[str]:
     return [
         a["name"],
         "" if a["lr"] is None else f"{a['lr']:.2g}" + (" (edge)" if a["at_edge"] else ""),
-        digits(loss.get("mean")),
-        digits(loss.get("sd"), 2),
+        significant(loss.get("mean")),
+        significant(loss.get("sd"), 2),
         "" if trained is None else f"{trained:,.0f}",
     ]
-
-
-def digits(value: float | None, count: int = 4) -> str:
-    return "" if value is None else f"{value:.{count}g}"
 
 
 def table(head: Sequence[str], rows: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from eckart.io.folder import write_text
 from eckart.io.run import Run
+from eckart.report.text import aligned, fixed
 
 TIMED = ("seconds",)
 COLUMNS = (
@@ -88,7 +89,7 @@ def as_text(document: Mapping[str, Any]) -> str:
         rows.append(
             [
                 row["name"],
-                digits(test["mean"]) + sd,
+                fixed(test["mean"]) + sd,
                 with_interval(d, "+"),
                 "" if d["p_corrected"] is None else f"{d['p_corrected']:.2g}",
                 *(with_interval(row["test"][name]) for name in others),
@@ -99,18 +100,10 @@ def as_text(document: Mapping[str, Any]) -> str:
                 row["verdict"] + (f": {row['reason']}" if row["reason"] else ""),
             ]
         )
-    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
-    )
+    return aligned(rows, "  ")
 
 
 def with_interval(found: Mapping[str, Any], sign: str = "") -> str:
     """`0.8125 [0.7944, 0.8306]`; what is not known is left out."""
-    low, high = (digits(end, sign) for end in found["interval"])
-    return digits(found["mean"], sign) + (f" [{low}, {high}]" if low else "")
-
-
-def digits(value: float | None, sign: str = "") -> str:
-    """To the fourth place."""
-    return "" if value is None else f"{value:{sign}.4f}"
+    low, high = (fixed(end, sign) for end in found["interval"])
+    return fixed(found["mean"], sign) + (f" [{low}, {high}]" if low else "")

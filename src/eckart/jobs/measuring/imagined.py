@@ -9,6 +9,7 @@ cannot be built so; its `cost` says them then.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -349,9 +350,7 @@ def elements(weights: Weights, sites: list[Site]) -> tuple[int, int]:
     trained = frozen = shared = 0
     for site in sites:
         cost = weights.at(site).cost(*site.shape)
-        copies = 1
-        for extent in site.leading:
-            copies *= extent
+        copies = math.prod(site.leading)
         trained += copies * cost.parameters
         frozen += copies * cost.frozen
         shared = max(shared, cost.shared)
