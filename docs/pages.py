@@ -16,7 +16,7 @@ from eckart.recipe.registry import Entry
 
 RECORDED = Path(__file__).parent.parent / "benchmarks" / "results" / "claims"
 DOCUMENTS = [json.loads(file.read_text()) for file in sorted(RECORDED.glob("*.json"))]
-VERDICTS = {document["name"]: document["verdict"] for document in DOCUMENTS}
+CLAIMS = {document["name"]: document for document in DOCUMENTS}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -78,9 +78,9 @@ def page(entry: Entry, entries: dict[str, Entry]) -> Iterator[str]:
     yield f"        {entry.axis}={entry.name}\n"
     if entry.paper:
         yield f"Paper: [{entry.paper['title']}]({entry.paper['url']})\n"
-    if entry.name in VERDICTS:
-        found = VERDICTS[entry.name]
-        yield f"Its claim, on a small scale: [{found}](../claims.md#{entry.name}).\n"
+    if claim := CLAIMS.get(entry.name):
+        yield f"Its claim, on a small scale: [{claim['verdict']}](../claims.md#{entry.name})."
+        yield f"Losses there, each arm with its own best learning rate: {losses(claim)}.\n"
     if not entry.mission:
         yield f"Beyond the mission: {BEYOND}.\n"
     if said := rates(entry):
@@ -97,6 +97,12 @@ def page(entry: Entry, entries: dict[str, Entry]) -> Iterator[str]:
         kind = " ".join([field.type, field.bounds]).strip().replace("|", "\\|")
         text = " ".join(field.doc.split()).replace("|", "\\|")
         yield f"| `{entry.axis}.{field.name}` | {default} | {kind} | {text} |"
+
+
+def losses(claim: dict[str, Any]) -> str:
+    """What each arm of a claim's record ended with, in nats where it is text."""
+    arms = ((arm["name"], arm["quantities"].get("loss")) for arm in claim["evidence"]["arms"])
+    return "; ".join(f"{name} {loss['mean']:.3g}" for name, loss in arms if loss)
 
 
 def paragraphs(text: str) -> Iterator[str]:

@@ -92,7 +92,7 @@ def facts(entry: Entry, entries: Mapping[str, Entry]) -> Iterator[tuple[str, str
 def rates(entry: Entry) -> str:
     """The learning rates that a training takes by default; empty for a method without its own."""
     rate, scratch = (spoken(entry.declares.get(name)) for name in ("default_lr", "scratch_lr"))
-    return f"{rate}, {scratch} from random weights" if scratch else rate
+    return f"{rate}; from random weights {scratch}" if scratch else rate
 
 
 def spoken(rates: Any) -> str:
