@@ -5,6 +5,7 @@ wrong, the facts (one line each, aligned), and what to type. Its class fixes the
 of the command line.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from typing import Any
@@ -96,9 +97,9 @@ def plain(word: str) -> str:
 
 
 def contains(a: str, b: str) -> bool:
-    """Is one word a part or an abbreviation of the other (peft-run, attn), by letters enough?"""
+    """Does one word begin, end or abbreviate the other (peft-run, attn), by letters enough?"""
     short, long = sorted((a, b), key=len)
-    if short in long:
+    if re.search(rf"\b{re.escape(short)}|{re.escape(short)}\b", long):
         return len(short) >= 3 or 2 * len(short) >= len(long) > 0
     rest = iter(long)
     return len(short) >= 4 and short[0] == long[0] and all(letter in rest for letter in short)

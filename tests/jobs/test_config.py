@@ -316,6 +316,10 @@ def test_combinations_are_refused_before_anything_is_loaded():
         ("rank=8", "Did you mean weights.rank?"),
         ("seed=8", "Did you mean train.seed?"),
         ("trian.lr=8", "Did you mean train.lr?"),
+        ("checkpoint.interval=5", "Here it is train.save_every: type train.save_every=5."),
+        ("optim=adamw_torch", "Here it is update=adamw."),
+        ("logging_steps=5", "Leave it out: there is nothing to set here."),
+        ("deepspeed=a.json", "All keys: eckart config schema"),
         ("eval.steps=8", "Here it is eval.every: type eval.every=8."),
         ("train.banana=8", "Keys of train: steps, epochs, batch_size,"),  # nothing is near
         ("ranking=8", "Did you mean weights.rank?"),

@@ -55,6 +55,14 @@ ELSEWHERE = {
     "lora-ga": "weights=lora weights.init=gradient",
     **{start: f"weights=lora weights.init={start}" for start in ("pissa", "olora", "eva")},
     **dict.fromkeys(("adam", "adamw-torch"), "update=adamw"),
+    **dict.fromkeys(
+        ["adam8bit", "adamw8bit", "adamw-8bit", "adamw-bnb-8bit", "paged-adamw-8bit"],
+        "update=galore update.inner=adam8bit: a projected Adam has moments in 8 bits",
+    ),
+    "galore-adamw-8bit": "update=galore update.inner=adam8bit",
+    "galore-adafactor": "update=galore update.inner=adafactor",
+    "galore-adamw-layerwise": "update=galore train.layerwise=true",
+    "q-galore": "update=galore update.inner=adam8bit update.basis_dtype=int4 update.adaptive=0.4",
     **dict.fromkeys(("fp16", "float16", "half", "bfloat16"), "precision=bf16"),
     **dict.fromkeys(("8bit", "8-bit", "4bit", "nf4"), "precision=int8"),
 }
@@ -162,9 +170,14 @@ def spelled(name: str) -> str:
     return name.strip().replace("_", "-").lower()
 
 
+def elsewhere(name: str) -> str | None:
+    """What to type for a name that other tools have for a choice; None for any other word."""
+    return ELSEWHERE.get(spelled(name))
+
+
 def meant(name: str, axis: str | None, entries: Mapping[str, Entry]) -> str:
     """What to type for a name that no method has; empty where nothing is near."""
-    if said := ELSEWHERE.get(spelled(name)):
+    if said := elsewhere(name):
         return f"Here it is {said}."
     parts = [entry for word in re.split("[+,]", name) if (entry := entries.get(spelled(word)))]
     if len(parts) > 1:

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from eckart.errors import UsageError, nearest
 from eckart.jobs.settings.merge import AXES, EXCLUSIVE, Given, merge, says_something
+from eckart.jobs.settings.theirs import SILENT
 from eckart.jobs.settings.tree import SECTIONS
 from eckart.jobs.settings.words import COMMAND_LINE, HABITS, SWITCHES, Key, Setting, read_words
 from eckart.recipe import registry
@@ -120,10 +121,14 @@ def from_habit(setting: Setting, known: Sequence[str]) -> str:
         return f"A method is named: type {slug.axis}={slug.name}."
     if word in SWITCHES:
         return f"Here it is {SWITCHES[word]}."
+    if word in SILENT:
+        return "Leave it out: there is nothing to set here."
     key = HABITS.get(word) or HABITS.get("_".join(setting.key))
     if key is None:
         return ""
     axis, _, name = key.partition(".")
+    if axis in AXES and not name and (typed := registry.elsewhere(setting.text)):
+        return f"Here it is {typed}."
     if axis not in AXES or not name or key in known:
         return f"Here it is {key}: type {key}={setting.text}."
     have = [e.name for e in entries.values() if e.axis == axis and name in e.fields]
