@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 from pairs import option
@@ -85,9 +86,12 @@ def chosen(*usual: str) -> dict[str, Llama]:
     return {name: MODELS[name] for name in names}
 
 
-def first_basis(G: Tensor, rank: int, side: Literal["left", "right"]) -> Tensor:
-    """The directions [m, r] or [r, n] of G [m, n] that GaLore and Fira start from."""
-    found: Tensor = Leading(rank, side).find(Search(G[None], {}, [0], True, (*G.shape,)))[side][0]
+def first_basis(place: int, G: Tensor, rank: int, side: Literal["left", "right"]) -> Tensor:
+    """The directions [m, r] or [r, n] of G [m, n] that GaLore and Fira start from where it is the
+    gradient of the parameter in this place."""
+    seed = crc32(f"0/0.{place}/0".encode())  # as our optimizer seeds its name at step 0
+    search = Search(G[None], {}, [seed], True, (*G.shape,))
+    found: Tensor = Leading(rank, side).find(search)[side][0]
     return found
 
 

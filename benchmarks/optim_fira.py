@@ -33,11 +33,12 @@ class Published:
 
     @torch.no_grad()
     def step(self) -> None:
-        for W, s in zip(self.params, self.states, strict=True):
+        for i, (W, s) in enumerate(zip(self.params, self.states, strict=True)):
             assert W.grad is not None
             G, right = W.grad, W.shape[0] >= W.shape[1]
             if not s:
-                s["P"] = first_basis(G, self.rank, "right" if right else "left").contiguous()
+                side = "right" if right else "left"
+                s["P"] = first_basis(i, G, self.rank, side).contiguous()
                 s["M"] = torch.zeros_like(self.down(G, s["P"], right))
                 s["V"], s["t"], s["norm"] = torch.zeros_like(s["M"]), 0, None
             R = self.down(G, s["P"], right)

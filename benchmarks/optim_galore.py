@@ -15,6 +15,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -46,9 +47,12 @@ def ours(params: list[nn.Parameter], rank: int) -> Callable[[], object]:
 
 
 def theirs(params: list[nn.Parameter], AdamW: type, rank: int) -> Callable[[], object]:
-    """Its first bases are found as ours are: an SVD of a large matrix takes a minute."""
+    """Its bases are ours: an SVD of a large matrix takes a minute."""
     projector: Any = sys.modules["galore_torch.galore_projector"].GaLoreProjector
-    projector.get_orthogonal_matrix = lambda self, G, rank, type: first_basis(G, rank, type)
+    places = count()  # each parameter asks once, in their order
+    projector.get_orthogonal_matrix = lambda self, *given, type: first_basis(
+        next(places), *given, type
+    )
     group = {"params": params, "rank": rank, "update_proj_gap": NEVER}
     group |= {"scale": 0.25, "proj_type": "std"}
     return AdamW([group], lr=0.01, no_deprecation_warning=True).step
