@@ -11,20 +11,23 @@ from eckart.io.noise import (
     Noise,
     Noised,
     continued,
-    drawn,
     masked,
     noise_for,
     partition,
     spans,
 )
-from eckart.io.packing import IGNORE, Shuffled, ragged
+from eckart.io.packing import IGNORE, Shuffled, drawn, ragged
 
 VOCAB, MASK_ID, FIRST = 1000, 7, 0
 
 
+def draws(length, *key):
+    return drawn(3 * length, *key).reshape(3, -1)
+
+
 def holes(row: int, length: int = 200, seed: int = 0, epoch: int = 0) -> dict[str, np.ndarray]:
     ids = text(row, length)
-    return masked(ids, ids == FIRST, MASK_ID, VOCAB, drawn(length, seed, epoch, row))
+    return masked(ids, ids == FIRST, MASK_ID, VOCAB, draws(length, seed, epoch, row))
 
 
 def text(row: int, length: int) -> np.ndarray:
@@ -81,7 +84,7 @@ def test_holes_depend_on_seed_epoch_and_row_alone():
     assert (one["labels"] == again["labels"]).all()
     assert (one["input_ids"] == again["input_ids"]).all()
     others = [
-        masked(text(3, 200), text(3, 200) == FIRST, MASK_ID, VOCAB, drawn(200, *key))["labels"]
+        masked(text(3, 200), text(3, 200) == FIRST, MASK_ID, VOCAB, draws(200, *key))["labels"]
         for key in ((6, 2, 3), (5, 3, 3), (5, 2, 4))
     ]
     assert all((one["labels"] != other).any() for other in others)
@@ -93,7 +96,7 @@ def test_a_text_can_be_put_together_from_source_and_target(length, sentinels):
     names = list(range(5000, 5000 + sentinels))
     for row in range(20):
         ids = text(row, length)
-        found = spans(ids, names, [9], drawn(length, 0, 0, row))
+        found = spans(ids, names, [9], draws(length, 0, 0, row))
         source, target = found["input_ids"].tolist(), found["labels"].tolist()
         assert source[-1] == target[-1] == 9 and target[0] == names[0]
         said: dict[int, list[int]] = {}
@@ -112,14 +115,14 @@ def test_a_text_can_be_put_together_from_source_and_target(length, sentinels):
 
 def test_a_partition_has_its_parts_and_its_sum():
     for row in range(50):
-        sizes = partition(30, 7, drawn(30, 0, 0, row)[0])
+        sizes = partition(30, 7, draws(30, 0, 0, row)[0])
         assert len(sizes) == 7 and sum(sizes) == 30 and min(sizes) >= 1
 
 
 def test_a_text_without_sentinels_is_cut_in_its_middle_half():
     places = set()
     for row in range(300):
-        found = continued(text(row, 40), [9], drawn(40, 0, 0, row))
+        found = continued(text(row, 40), [9], draws(40, 0, 0, row))
         joined = [*found["input_ids"][:-1].tolist(), *found["labels"][:-1].tolist()]
         assert joined == text(row, 40).tolist()
         places.add(len(found["input_ids"]) - 1)

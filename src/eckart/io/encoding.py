@@ -29,7 +29,7 @@ class Batch:
 
 
 class Encoder:
-    """A tokenizer, asked so that every token knows whether it is learnt.
+    """Rows to token ids, each with whether it is learnt.
 
     The parts are encoded one by one, so that a prompt has the ids it has in generation.
     Tokenizers that change a text's beginning (SentencePiece's space) are given the whole, and
@@ -60,10 +60,13 @@ class Encoder:
                 self.add(batch, given_ids(row, len(self.tokenizer)), row, kind)
             return batch
         for at in range(0, len(found), 512):
-            made = [(row, parts) for row in found[at : at + 512] for parts in self.parts(row, kind)]
-            for (row, parts), encoded in zip(
-                made, self.encode([p for _, p in made], kind), strict=True
-            ):
+            made = [
+                (row, parts)
+                for row in found[at : at + 512]
+                for parts in examples(row, kind, self.tokenizer)
+            ]
+            encoded_parts = self.encode([parts for _, parts in made], kind)
+            for (row, parts), encoded in zip(made, encoded_parts, strict=True):
                 batch.bytes += sum(
                     len(t.encode("utf-8", "surrogatepass"))
                     for t, trained in parts
@@ -71,9 +74,6 @@ class Encoder:
                 )
                 self.add(batch, encoded, row, kind)
         return batch
-
-    def parts(self, row: Row, kind: str) -> list[list[Part]]:
-        return examples(row, kind, self.tokenizer)
 
     def labelled(self, found: Sequence[Row]) -> Batch:
         """Encode the texts of classified rows, cut off at seq_len."""
@@ -129,9 +129,9 @@ class Encoder:
             labels = [IGNORE if i == IGNORE else number[words[i][1]] for i in first]
             batch.cut_off += len(ids) > self.room
             batch.tokens += self.take(batch, ids[: self.room])
-            framed = [IGNORE] * len(self.before) + labels[: self.room] + [IGNORE] * len(self.after)
-            batch.targets.append(np.array(framed, np.int32))
-            batch.learnt += sum(label != IGNORE for label in framed)
+            target = np.array(self.unlearnt_ends(labels[: self.room]), np.int32)
+            batch.targets.append(target)
+            batch.learnt += int((target != IGNORE).sum())
         return batch
 
     def pieces_of_words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -147,8 +147,11 @@ class Encoder:
     def words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
         """The same between the tokenizer's own first and last tokens."""
         ids, first = self.pieces_of_words(words)
-        around = [IGNORE] * len(self.before), [IGNORE] * len(self.after)
-        return self.before + ids + self.after, around[0] + first + around[1]
+        return self.before + ids + self.after, self.unlearnt_ends(first)
+
+    def unlearnt_ends(self, labels: list[int]) -> list[int]:
+        """Labels between those of the tokenizer's own first and last tokens."""
+        return [IGNORE] * len(self.before) + labels + [IGNORE] * len(self.after)
 
     @property
     def room(self) -> int:

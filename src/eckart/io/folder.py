@@ -200,11 +200,10 @@ def abandoned(path: Path) -> bool:
     if where != machine():
         return False
     try:
-        os.kill(int(pid), 0)
+        with suppress(PermissionError):  # somebody else's process, and there
+            os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
     return False
 
 

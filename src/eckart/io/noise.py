@@ -12,7 +12,6 @@ holes, and so do all processes. Every row has something to find.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from eckart.errors import FileError
-from eckart.io.packing import IGNORE
+from eckart.io.packing import IGNORE, drawn
 
 SHARE = 0.15  # of the tokens are learnt
 MASKED, OTHER = 0.8, 0.1  # of these become the mask, and another token
@@ -170,7 +169,8 @@ class Noised(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         number = int(self.numbers[i])
         ids = np.asarray(self.rows[number]["input_ids"], np.int32)
-        return dict(self.noise(ids, drawn(len(ids), self.seed, self.epoch, number)))
+        draws = drawn(3 * len(ids), self.seed, self.epoch, number).reshape(3, -1)
+        return self.noise(ids, draws)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
@@ -179,10 +179,3 @@ class Noised(Dataset[dict[str, Any]]):
         """Some of the rows, with the holes that they have here."""
         chosen = [self.numbers[i] for i in indices]
         return Noised(self.rows, self.noise, self.seed, self.epoch, chosen)
-
-
-def drawn(length: int, seed: int, epoch: int, row: int) -> np.ndarray:
-    """[3, length] uint64 of their own for each row. Philox's raw numbers never change."""
-    digest = hashlib.sha256(f"{seed}\0{epoch}\0{row}".encode()).digest()
-    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
-    return np.asarray(generator.random_raw(3 * length)).reshape(3, length)

@@ -178,12 +178,17 @@ def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
 
 
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A shuffle of n rows that depends on (n, seed, epoch) and nothing else. [n] int64
+    """A shuffle of n rows that depends on (n, seed, epoch) and nothing else. [n] int64"""
+    return np.argsort(drawn(n, seed, epoch), kind="stable")
+
+
+def drawn(count: int, *key: int) -> np.ndarray:
+    """So many uint64 numbers, a function of the key. [count]
 
     Philox's raw numbers are the same in every version of numpy; its permutations need not be.
     """
-    key = int.from_bytes(hashlib.sha256(f"{seed}\0{epoch}".encode()).digest()[:16], "little")
-    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
 
 
 class Shuffled(Sampler[int]):

@@ -28,6 +28,7 @@ from eckart.io.formats import (
     PAIRS,
     PLAIN,
     UNITS,
+    examples,
     format_of,
     require_alike,
     shown,
@@ -340,4 +341,4 @@ def example_of(row: Row, kind: str, encoder: Encoder, holed: bool = False) -> st
         return " ".join(f"{token}«{tag}»" for token, tag in tagged(row))[:800]
     if kind == "text+label":
         return f"{row.fields['text'][:800]} «{label(row)}»"
-    return shown(encoder.parts(row, kind)[0])
+    return shown(examples(row, kind, encoder.tokenizer)[0])
