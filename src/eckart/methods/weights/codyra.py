@@ -5,10 +5,11 @@
     per step of the sparse half:   w <- shrink(w, kappa)           components with w = 0 are out
     after each task:               S = {i: w_i != 0} joins the past; B = 0, A and w drawn anew
 
-For fine-tuning one model on task after task without replay: the fewer components a task keeps,
-the less it overwrites. Each matrix finds its own rank. Inference costs nothing extra once
-merged. Take LoRA for a single task. An "adaptive rank" should be reported beside random
-pruning to the same ranks: as published, survival is decided mostly by the random first w.
+Take it to fine-tune one model on task after task without replay: the fewer components a task
+keeps, the less it overwrites, and each matrix finds its own rank. After four texts in a row the
+mean loss is 2.57 nats in claims/codyra.py, with a fixed rank of 16 2.73, of 1 2.82. Merged, it
+costs nothing at inference. Take LoRA for a single task. As published, a component survives mostly
+by its random first w; report an "adaptive rank" beside random pruning to the same ranks.
 
     importance  gate        kappa on |w|: as published
                 normalised  kappa on |w_i| |b_i| |a_i|, the size of the component's own update;

@@ -1,9 +1,10 @@
-"""DoRA: learn a matrix's row lengths and its direction apart.
+"""DoRA: LoRA for the directions of a matrix's rows, and a trained length for each row.
 
     y = (g / c) * ((W + s B A) x),   c_i = |(W + s B A)_i|,   g [m] trained, g = |W_i| at first
 
 c counts as a constant in the backward pass, as in the paper. Take it when LoRA at a low rank
-stalls and the time is there: gains over a well-tuned LoRA are small.
+stalls and longer steps do no harm; take LoRA first, since tuned both end alike (1.48 nats at rank 8
+in claims/dora.py).
 
 Source: S.-Y. Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, eq. 5 and 11.
 The norm is computed without the product B A,

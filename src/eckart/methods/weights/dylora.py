@@ -3,9 +3,10 @@
     y = W x + (alpha / b) B[:, :b] A[:b] x      b drawn anew for each step, one for all layers
 
 After training the adapter is cut to any rank (`use_rank`, or active_rank=) and each cut is a
-plain LoRA with that rank and alpha. Take it when several sizes of one adapter are served, or
-when small ranks must be good. For one rank found afterwards try the free way first: train
-LoRA and order its components by singular values (`in_order`), which costs no training.
+plain LoRA with that rank and alpha. Take it when several small ranks of one adapter are served.
+For one rank train LoRA at that rank (1.59 nats at rank 1 in claims/dylora.py, DyLoRA 1.65). For
+larger ranks train LoRA and order its components by singular values (`in_order`), which costs no
+training: such a cut is worse at rank 1 (1.70) and no worse from rank 4 on (1.55, DyLoRA 1.56).
 
 A component that is not part of a step does not move in it: no momentum, no decay, and its
 bias correction counts its own steps. Each unit of components is therefore a parameter of its

@@ -9,8 +9,9 @@ After the share eta of the run only r^2 numbers per matrix are trained, whatever
 factor that sees x is ever trained: the backward pass keeps A x, r numbers per token, where
 LoRA keeps x. Take it when activations and optimizer state fill the memory and r can be
 large (128 costs 16 k numbers per matrix); take LoRA when the file is what must be small,
-since A and B are stored all the same. eta = 0 with init=svd_zero is LoRA-XS, which is worth
-trying first: it tells whether the thaw of B buys anything.
+since A and B are stored all the same, or when the loss counts: 1.48 nats at rank 8 in
+claims/lamda.py, LaMDA 1.54 at rank 24. There 1.58 is reached without training B at all (eta = 0,
+which with init=svd_zero is LoRA-XS), and 1.49 by training it to the end (eta = 1).
 
 The two factors start at the leading part of W, and that start is subtracted. A never moves,
 so the difference has rank r and is an ordinary LoRA, and W itself is not touched.

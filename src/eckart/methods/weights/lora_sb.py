@@ -9,9 +9,11 @@
 r^2 trained numbers per matrix, whatever its size: tiny optimizer state and traffic. The file
 and the frozen memory are LoRA's, r (m + n). With orthonormal bases a plain gradient step on
 R moves W by -lr B B^T G A^T A, the best step there is in the span of (B, A), so no scale has
-to be tuned. Take it for many cheap tasks or a very small optimizer state, with a learning
-rate about ten times LoRA's; where file and activations count, compare it with LoRA of rank 1.
-core=zero keeps the subspace and starts at the base, R = 0.
+to be tuned. core=zero keeps the subspace and starts at the base, R = 0.
+
+Take it for a very small optimizer state, with a learning rate about ten times LoRA's. Where file
+and activations count take LoRA of rank 1: in claims/lora_sb.py that ends at 1.59 nats with 5,120
+numbers, LoRA-SB at 1.60 with 3,584, and at 1.64 or 1.65 with bases of W or at random.
 
 Source: K. Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet for
 Extremely Efficient Low-Rank Fine-Tuning", 2024, eq. 9 to 11 and Alg. 1; LoRA-XS (init=xs,

@@ -7,9 +7,11 @@
     then       y = W x + s B A x                         a plain LoRA of the original model
 
 E is a 0/1 selection of kept rows. Take it where the base does not fit the device that trains
-but does fit the one that serves; take LoRA wherever the base fits. The premise is that large
-models are redundant, so a small model suffers sooner. Judge by the held-out loss of the WHOLE
-model: the pruned one's says little.
+but does fit the one that serves; take LoRA wherever the base fits, and where a smaller model of
+the family exists LoRA on that. The premise is that large models are redundant; a small one is not:
+with half of it pruned and aligned, claims/loram.py goes from 1.84 to 1.62 nats, LoRA on the whole
+to 1.44 and on a smaller model to 1.48. Judge by the held-out loss of the WHOLE model: the pruned
+one's says little.
 
 Coupled units are pruned together: an MLP channel is a row of gate and of up and a column of
 down; a KV head is its rows of k and v, and for each query head that reads it rows of q and

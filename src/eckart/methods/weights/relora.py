@@ -12,7 +12,8 @@ the first steps with what is left short. Embeddings, norms and head are trained 
 
 The paper needs a start of full rank: some thousand steps of plain training first (train with
 weights=dense, then go on from its result). Take it to pretrain where gradients and moments of
-whole matrices do not fit; take GaLore where the gradients do.
+whole matrices do not fit; take GaLore where the gradients do, and LoRA for a short training: in
+200 steps one adapter of rank 4 did as well as four (1.47 nats in claims/relora.py).
 
 Source: V. Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", 2023, Alg. 1.
 We differ from its code in two points: both moments of an element are kept or forgotten
