@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lora_vs_peft import ALPHA, MAPS, RANK, ROWS, TOKENS, base, kept_bytes
+from lora_vs_peft import ALPHA, MAPS, RANK, base, kept_bytes, tokens
 from pairs import RESULTS, interval, judge, ratios, take_turns, versions, write
 from peft import LoraConfig, MissConfig, RandLoraConfig, get_peft_model
 from torch import nn
@@ -66,14 +66,8 @@ OURS: dict[str, Any] = {
     "block-lora row": eckart.BlockLoRA(rank=RANK, blocks=2, form="row"),
     "block-lora grid": eckart.BlockLoRA(rank=RANK, blocks=2, form="grid"),
 }
-
-
 AIMS = {"bfloat16": (1.1, 0.7), "float32": (1.0, 1.0)}
 TURNS = {torch.bfloat16: 31 if BF16_ON_CPU else 3, torch.float32: 31}  # emulated it is slow
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(0, 512, (ROWS, TOKENS), generator=torch.Generator().manual_seed(2))
 
 
 def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:

@@ -104,14 +104,32 @@ def problem(shapes: list[tuple[int, int]]) -> list[torch.nn.Parameter]:
     return params
 
 
-def beside(ours: Any, theirs: Any, params: tuple[list[Any], list[Any]]) -> dict[str, Any]:
-    """What is no time, of two optimizers that have taken the same steps on parameters of their
-    own: operations of a step more, bytes of state, how far the weights are apart before it.
+class Published:
+    """An algorithm as its paper has it, one matrix after another: a subclass has its `move`."""
 
-    `theirs` offers `step` and a list of `states`.
-    """
-    pairs = zip(*params, strict=True)
-    gap = max(float((x - y).detach().abs().max()) for x, y in pairs)
+    def __init__(self, params: list[torch.nn.Parameter], rank: int):
+        self.params, self.rank = params, rank
+        self.states: list[dict[str, Any]] = [{} for _ in params]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for place, (W, state) in enumerate(zip(self.params, self.states, strict=True)):
+            self.move(place, W, state)
+
+    def move(self, place: int, W: torch.nn.Parameter, s: dict[str, Any]) -> None:
+        """Change the matrix in this place by its gradient, and its state."""
+        raise NotImplementedError
+
+
+def apart(a: list[torch.nn.Parameter], b: list[torch.nn.Parameter]) -> float:
+    """The largest difference between weights that took the same steps."""
+    return max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def beside(ours: Any, theirs: Published, params: tuple[list[Any], list[Any]]) -> dict[str, Any]:
+    """What is no time, of two optimizers that have taken the same steps on parameters of their
+    own: operations of a step more, bytes of state, how far the weights are apart before it."""
+    gap = apart(*params)
     return {
         "operations": {"eckart": launches(ours.step), "published": launches(theirs.step)},
         "state_bytes": {

@@ -8,6 +8,7 @@ never slower, never more bytes.
 """
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,12 +24,17 @@ from eckart.recipe import Recipe, attach
 MAPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
 RANK, ALPHA, ROWS, TOKENS = 16, 32, 4, 128
+PREFIX = "base_model.model."  # of names in a PEFT model
 
 
 def base(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=512, num_hidden_layers=2, tie_word_embeddings=True, **SHAPE)
     return LlamaForCausalLM(config).to(dtype)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 512, (ROWS, TOKENS), generator=torch.Generator().manual_seed(2))
 
 
 def eckart_model(model: nn.Module) -> nn.Module:
@@ -50,10 +56,7 @@ def fill(model: nn.Module) -> None:
 
 
 def key(named: tuple[str, Any]) -> str:
-    name = named[0].removeprefix("base_model.model.")
-    return name.replace(".lora_A.default.weight", ".lora.A").replace(
-        ".lora_B.default.weight", ".lora.B"
-    )
+    return re.sub(r"\.lora_([AB])\.default\.weight$", r".lora.\1", named[0].removeprefix(PREFIX))
 
 
 def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
@@ -96,7 +99,7 @@ def compare(dtype: torch.dtype) -> dict[str, Any]:
     model = base(dtype)
     ours, theirs = eckart_model(copy.deepcopy(model)), peft_model(copy.deepcopy(model))
     fill(ours), fill(theirs)
-    ids = torch.randint(0, 512, (ROWS, TOKENS), generator=torch.Generator().manual_seed(2))
+    ids = tokens()
     gap = (ours(input_ids=ids).logits - theirs(input_ids=ids).logits).abs().max().item()
     seconds = take_turns({"eckart": step(ours, ids), "peft": step(theirs, ids)}, pairs=31)
     return {

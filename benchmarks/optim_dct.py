@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import Llama, beside, chosen, problem
+from counting import Llama, Published, beside, chosen, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 
 from eckart.decompose.products import add_product_, product
@@ -25,35 +25,29 @@ from eckart.optim.fixed import directions
 LR, EPS = 0.001, 1e-8
 
 
-class Published:
-    """Algorithm 1 of the paper without error feedback, one matrix after another."""
+class PublishedDCTAdamW(Published):
+    """Algorithm 1 of the paper without error feedback."""
 
-    def __init__(self, params: list[torch.nn.Parameter], rank: int):
-        self.params, self.rank = params, rank
-        self.states: list[dict[str, Any]] = [{} for _ in params]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for W, s in zip(self.params, self.states, strict=True):
-            assert W.grad is not None
-            right = W.shape[0] >= W.shape[1]
-            G = W.grad if right else W.grad.T  # [long, short]
-            Q = directions("dct2", G.shape[1], G.dtype, G.device)
-            S = G @ Q
-            index = S.abs().sum(0).topk(self.rank).indices.sort().values
-            R, P = S[:, index], Q[:, index]
-            if not s:
-                s["M"], s["V"], s["t"] = torch.zeros_like(R), torch.zeros_like(R), 0
-            else:
-                turn = Q[:, s["index"]].T @ P
-                s["M"], s["V"] = s["M"] @ turn, (s["V"] @ turn).abs()
-            s["index"] = index
-            s["t"] += 1
-            s["M"].mul_(0.9).add_(R, alpha=0.1)
-            s["V"].mul_(0.999).addcmul_(R, R, value=0.001)
-            N = (s["M"] / (1 - 0.9 ** s["t"])) / ((s["V"] / (1 - 0.999 ** s["t"])).sqrt() + EPS)
-            U = N @ P.T
-            W.add_(U if right else U.T, alpha=-LR)
+    def move(self, place: int, W: torch.nn.Parameter, s: dict[str, Any]) -> None:
+        assert W.grad is not None
+        right = W.shape[0] >= W.shape[1]
+        G = W.grad if right else W.grad.T  # [long, short]
+        Q = directions("dct2", G.shape[1], G.dtype, G.device)
+        S = G @ Q
+        index = S.abs().sum(0).topk(self.rank).indices.sort().values
+        R, P = S[:, index], Q[:, index]
+        if not s:
+            s["M"], s["V"], s["t"] = torch.zeros_like(R), torch.zeros_like(R), 0
+        else:
+            turn = Q[:, s["index"]].T @ P
+            s["M"], s["V"] = s["M"] @ turn, (s["V"] @ turn).abs()
+        s["index"] = index
+        s["t"] += 1
+        s["M"].mul_(0.9).add_(R, alpha=0.1)
+        s["V"].mul_(0.999).addcmul_(R, R, value=0.001)
+        N = (s["M"] / (1 - 0.9 ** s["t"])) / ((s["V"] / (1 - 0.999 ** s["t"])).sqrt() + EPS)
+        U = N @ P.T
+        W.add_(U if right else U.T, alpha=-LR)
 
 
 def products(params: list[torch.nn.Parameter], rank: int) -> Callable[[], None]:
@@ -82,7 +76,7 @@ def compared(name: str, model: Llama) -> dict[str, Any]:
     a, b, c, d = (problem(model.shapes()) for _ in range(4))
     ours = LowRankOptimizer(a, lr=LR, rule=DCTAdamW(rank=rank).rule())
     plain = LowRankOptimizer(d, lr=LR, rule=DCTAdamW(rank=rank, route="matmul").rule())
-    theirs = Published(b, rank)
+    theirs = PublishedDCTAdamW(b, rank)
     for i in range(3):  # gradients that change, so that the directions do
         torch.manual_seed(i)
         for p, q, r in zip(a, b, d, strict=True):

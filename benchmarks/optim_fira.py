@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import Llama, beside, chosen, first_basis, problem
+from counting import Llama, Published, beside, chosen, first_basis, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import Tensor
 
@@ -24,40 +24,34 @@ from eckart.optim import LowRankOptimizer
 NEVER, LR, SCALE, GAMMA, EPS = 10**9, 0.01, 0.25, 1.01, 1e-6
 
 
-class Published:
-    """Algorithm 1 of the paper with its code's scaling, one matrix after another."""
+class PublishedFira(Published):
+    """Algorithm 1 of the paper with its code's scaling."""
 
-    def __init__(self, params: list[torch.nn.Parameter], rank: int):
-        self.params, self.rank = params, rank
-        self.states: list[dict[str, Any]] = [{} for _ in params]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for i, (W, s) in enumerate(zip(self.params, self.states, strict=True)):
-            assert W.grad is not None
-            G, right = W.grad, W.shape[0] >= W.shape[1]
-            if not s:
-                side = "right" if right else "left"
-                s["P"] = first_basis(i, G, self.rank, side).contiguous()
-                s["M"] = torch.zeros_like(self.down(G, s["P"], right))
-                s["V"], s["t"], s["norm"] = torch.zeros_like(s["M"]), 0, None
-            R = self.down(G, s["P"], right)
-            s["t"] += 1
-            s["M"].mul_(0.9).add_(R, alpha=0.1)
-            s["V"].mul_(0.999).addcmul_(R, R, value=0.001)
-            N = s["M"] / (s["V"].sqrt() + EPS)
-            size = LR * (1 - 0.999 ** s["t"]) ** 0.5 / (1 - 0.9 ** s["t"])
-            dim = 1 if right else 0
-            phi = N.norm(dim=dim) / (R.norm(dim=dim) + 1e-8)
-            rest = G - SCALE * self.up(R, s["P"], right)
-            S = rest * (phi[:, None] if right else phi[None, :])
-            norm = S.norm()
-            if s["norm"] is not None:
-                q = max(norm / (s["norm"] + 1e-8), GAMMA) / GAMMA  # the host waits here
-                S = S / q
-                norm = norm / q
-            s["norm"] = norm
-            W.add_(SCALE * self.up(N, s["P"], right) + S, alpha=-size)
+    def move(self, place: int, W: torch.nn.Parameter, s: dict[str, Any]) -> None:
+        assert W.grad is not None
+        G, right = W.grad, W.shape[0] >= W.shape[1]
+        if not s:
+            side = "right" if right else "left"
+            s["P"] = first_basis(place, G, self.rank, side).contiguous()
+            s["M"] = torch.zeros_like(self.down(G, s["P"], right))
+            s["V"], s["t"], s["norm"] = torch.zeros_like(s["M"]), 0, None
+        R = self.down(G, s["P"], right)
+        s["t"] += 1
+        s["M"].mul_(0.9).add_(R, alpha=0.1)
+        s["V"].mul_(0.999).addcmul_(R, R, value=0.001)
+        N = s["M"] / (s["V"].sqrt() + EPS)
+        size = LR * (1 - 0.999 ** s["t"]) ** 0.5 / (1 - 0.9 ** s["t"])
+        dim = 1 if right else 0
+        phi = N.norm(dim=dim) / (R.norm(dim=dim) + 1e-8)
+        rest = G - SCALE * self.up(R, s["P"], right)
+        S = rest * (phi[:, None] if right else phi[None, :])
+        norm = S.norm()
+        if s["norm"] is not None:
+            q = max(norm / (s["norm"] + 1e-8), GAMMA) / GAMMA  # the host waits here
+            S = S / q
+            norm = norm / q
+        s["norm"] = norm
+        W.add_(SCALE * self.up(N, s["P"], right) + S, alpha=-size)
 
     def down(self, G: Tensor, P: Tensor, right: bool) -> Tensor:
         return G @ P.T if right else P.T @ G
@@ -94,7 +88,7 @@ def compared(name: str, model: Llama) -> dict[str, Any]:
     rank = model.rank
     a, b, c = (problem(model.shapes()) for _ in range(3))
     rule = Fira(rank=rank, every=NEVER, stagger=False).rule()
-    ours, theirs = LowRankOptimizer(a, lr=LR, rule=rule), Published(b, rank)
+    ours, theirs = LowRankOptimizer(a, lr=LR, rule=rule), PublishedFira(b, rank)
     for _ in range(2):  # the first step finds the bases
         ours.step(), theirs.step()
     facts = beside(ours, theirs, (a, b))

@@ -19,7 +19,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from counting import Llama, chosen, first_basis, problem
+from counting import Llama, apart, chosen, first_basis, problem
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import nn
 
@@ -84,7 +84,7 @@ def compared(name: str, model: Llama, AdamW: type) -> dict[str, object]:
     thin = products(c, model.rank)
     step(), other()  # the first step finds the bases
     step(), other()
-    gap = max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
+    gap = apart(a, b)
     contenders = {"products": thin, "eckart": step, "galore_torch": other}
     seconds = take_turns(contenders, model.turns, model.repeat)
     return {

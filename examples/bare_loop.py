@@ -49,4 +49,4 @@ def main(source: str = "", steps: int = 60, out: str = "out/bare_loop") -> list[
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(*sys.argv[1:2], **({"steps": int(sys.argv[2])} if sys.argv[2:] else {}))
+    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))

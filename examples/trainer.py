@@ -53,4 +53,4 @@ def main(source: str = "", steps: int = 60, out: str = "out/trainer") -> list[fl
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], **({"steps": int(sys.argv[2])} if sys.argv[2:] else {}))
+    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
