@@ -12,6 +12,11 @@ CASES = {
         "unknown command finetun     command line\n"
         "Did you mean eckart finetune? All commands: eckart --help\n",
     ),
+    "a command of other tools": (
+        "merge runs/0001",
+        "unknown command merge     command line\n"
+        "Here it is eckart convert RUN --to dense -o FOLDER. All commands: eckart --help\n",
+    ),
     "a command below config": (
         "config shw",
         "unknown command shw     command line\n"

@@ -130,7 +130,8 @@ def field(row: Row, name: str) -> str:
         raise lacking(row, name)
     value = row.fields[name]
     if not isinstance(value, str):
-        raise FileError(f"{name} is not text", [(row.where, f"{type(value).__name__}: {value!r}")])
+        said = "null" if value is None else f"{type(value).__name__}: {value!r}"
+        raise FileError(f"{name} is not text", [(row.where, said)])
     return value
 
 

@@ -37,7 +37,8 @@ def checked(setting: Setting, hint: Any, default: Any, more: str) -> Any:
         wrong = "out of range" if out else "of the wrong type"
     if wrong:
         words = nearest(setting.text, choices(hint)) if isinstance(value, str) else []
-        advice = f"Did you mean {words[0]}?" if words else f"Leave it out for {written(default)}."
+        usual = "" if default is None else f" for {written(default)}"
+        advice = f"Did you mean {words[0]}?" if words else f"Leave it out{usual}."
         raise UsageError(
             f"{setting.name} is {wrong}" if not choices(hint) else f"no such {setting.name}",
             [(f"{setting.name} = {setting.text}", setting.place), ("allowed", expected(hint))],

@@ -13,6 +13,11 @@ from eckart.errors import EckartError, UsageError, nearest
 
 PLACE = "command line"
 KINDS = {"valid integer": "a whole number", "valid number": "a number"}  # the parser's words
+ELSEWHERE = {  # commands of other tools -> what to type
+    **dict.fromkeys(("train", "sft"), "finetune MODEL DATA"),
+    **dict.fromkeys(("merge", "export", "fuse"), "convert RUN --to dense -o FOLDER"),
+    **dict.fromkeys(("chat", "infer", "inference"), "generate MODEL -p TEXT"),
+}
 
 
 def mistyped(fault: Any, words: Sequence[str], commands: Any) -> EckartError:
@@ -51,9 +56,12 @@ def of_words(fault: Any, command: str) -> EckartError:
     if rest:
         typed = rest.split("'")[1]
         commands = list(getattr(fault.ctx.command, "commands", ()))
-        otherwise = f"All commands: {command} --help"
-        close = f"Did you mean {command} {near[0]}? " if (near := nearest(typed, commands)) else ""
-        return UsageError(f"unknown command {typed}     {PLACE}", fix=close + otherwise)
+        hint = f"Here it is eckart {ELSEWHERE[typed]}. " if typed in ELSEWHERE else ""
+        if not hint and (near := nearest(typed, commands)):
+            hint = f"Did you mean {command} {near[0]}? "
+        return UsageError(
+            f"unknown command {typed}     {PLACE}", fix=f"{hint}All commands: {command} --help"
+        )
     _, _, rest = fault.message.partition("unexpected extra argument")
     if rest:
         first = rest[rest.rindex("(") + 1 :].rstrip(")").split()[0]
