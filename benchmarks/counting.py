@@ -10,7 +10,6 @@ from typing import Any, Literal
 from zlib import crc32
 
 import torch
-from pairs import option
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,6 +73,17 @@ MODELS = {
     "1B": Llama(2048, 5504, 1, 512),
     "7B": Llama(4096, 11008, 1, 1024, turns=2, repeat=1),
 }
+
+
+def option(name: str) -> str:
+    """The word after this one on the command line, or none, ""."""
+    words = sys.argv[1:]
+    return words[words.index(name) + 1] if name in words[:-1] else ""
+
+
+def titled(name: str) -> str:
+    """The name of a result, with the models where the command line names them."""
+    return "-".join(filter(None, (name, option("--model"))))
 
 
 def chosen(*usual: str) -> dict[str, Llama]:

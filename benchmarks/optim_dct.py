@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import Llama, Published, beside, chosen, problem
+from counting import Llama, Published, beside, chosen, problem, titled
 from pairs import judge, ratios, spread, take_turns, versions, write
 
 from eckart.decompose.products import add_product_, product
@@ -115,7 +115,7 @@ def main() -> None:
               run["operations"], "operations a step;", run["state_bytes"], "bytes of state;",
               f"{run['products_flops']:.3g} FLOPs")  # fmt: skip
     what = "DCT-AdamW step, T = 1, Llama blocks, fp32, one thread, CPU seconds"
-    write("optim_dct", {"what": what, "runs": runs, "versions": versions()})
+    write(titled("optim_dct"), {"what": what, "runs": runs, "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import Llama, Published, beside, chosen, first_basis, problem
+from counting import Llama, Published, beside, chosen, first_basis, problem, titled
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def main() -> None:
         print("            ", run["operations"], "operations a step;", run["state_bytes"],
               "bytes of state; products of", f"{run['products_flops']:.3g} FLOPs")  # fmt: skip
     what = "Fira step without refresh, Llama blocks, fp32, one thread, CPU seconds"
-    write("optim_fira", {"what": what, "runs": runs, "versions": versions()})
+    write(titled("optim_fira"), {"what": what, "runs": runs, "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from counting import Llama, apart, chosen, first_basis, problem
+from counting import Llama, apart, chosen, first_basis, problem, titled
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import nn
 
@@ -112,7 +112,9 @@ def main() -> None:
         most: Any = run["galore_torch_over_products"]
         print(f"             the products alone would be {most['median']:.3f} times as fast")
     what = "GaLore step without refresh, Llama blocks, fp32, one thread, CPU seconds"
-    write("optim_galore", {"what": what, "runs": runs, "versions": versions("galore-torch")})
+    write(
+        titled("optim_galore"), {"what": what, "runs": runs, "versions": versions("galore-torch")}
+    )
 
 
 if __name__ == "__main__":

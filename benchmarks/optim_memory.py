@@ -15,8 +15,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from counting import chosen, state_bytes
-from pairs import option, versions, write
+from counting import chosen, option, state_bytes, titled
+from pairs import versions, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
@@ -109,7 +109,7 @@ def main() -> None:
               f"{'refused' if by_layer is None else f'{by_layer / 1024:,.0f}':>10}")  # fmt: skip
     what = "bytes of state and of gradients alive at once, blocks of a Llama, fp32"
     facts = {"what": what, "model": NAME, **asdict(SHAPE)}
-    write("optim_memory", {**facts, "rules": rows, "versions": versions()})
+    write(titled("optim_memory"), {**facts, "rules": rows, "versions": versions()})
 
 
 if __name__ == "__main__":

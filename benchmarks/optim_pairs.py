@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import Llama, chosen, launches, problem, state_bytes
+from counting import Llama, chosen, launches, problem, state_bytes, titled
 from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import nn
 
@@ -142,7 +142,7 @@ def main() -> None:
     for run in runs:
         report(run)
     what = "steps on a Llama block's factor pairs, fp32, one thread, CPU seconds"
-    write("optim_pairs", {"what": what, "runs": runs, "versions": versions()})
+    write(titled("optim_pairs"), {"what": what, "runs": runs, "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counting import Llama, chosen
+from counting import Llama, chosen, option, titled
 from optim_galore import galore_torch
-from pairs import judge, option, ratios, spread, take_turns, versions, write
+from pairs import judge, ratios, spread, take_turns, versions, write
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,7 +142,9 @@ def main() -> None:
             else:
                 print(f"             {way}: {ratio['median']:.2f} times the speed of a full SVD")
     what = "a new right basis of rank r, fp32, one thread, CPU seconds"
-    write("optim_refresh", {"what": what, "runs": runs, "versions": versions("galore-torch")})
+    write(
+        titled("optim_refresh"), {"what": what, "runs": runs, "versions": versions("galore-torch")}
+    )
 
 
 if __name__ == "__main__":

@@ -89,17 +89,8 @@ def judge(name: str, value: float, aim: float, at_least: bool = True, remark: st
     return met
 
 
-def option(name: str) -> str:
-    """The word after this one on the command line, or none, ""."""
-    words = sys.argv[1:]
-    return words[words.index(name) + 1] if name in words[:-1] else ""
-
-
 def write(name: str, result: Mapping[str, Any]) -> None:
-    """Keep the figures in results/NAME.json when --write is among the words: those of models
-    that were named on the command line in results/NAME-MODELS.json."""
+    """Keep the figures in results/NAME.json when --write is among the words."""
     if "--write" in sys.argv:
         RESULTS.mkdir(exist_ok=True)
-        named = option("--model")
-        name = f"{name}-{named}" if named else name
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
