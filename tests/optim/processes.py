@@ -90,6 +90,7 @@ VECTORS |= {name: update.plain() for name, update in registered().items()}
 
 UNEVEN = ((6, 5), (5, 9), (9, 7), (7, 1))
 TALL = ((4, 5), (5, 9), (9, 11), (11, 11))  # all are projected on the right
+THIN = ((6, 30), (30, 7))  # of an exact left basis these send less than themselves
 BROAD = ((6, 299), (299, 200), (200, 101))  # two on the left, too large to be mistaken
 
 
@@ -174,17 +175,17 @@ class Experts(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Rows are outputs in torch's and inputs in transformers' (GPT-2); neither 5 nor 7 divide by
-    two. As matrices they are 5 x 3, 7 x 20 and 7 x 9."""
+    """Rows are outputs in torch's and inputs in transformers' (GPT-2); neither 13 nor 7 divide by
+    two. As matrices they are 13 x 3, 7 x 52 and 7 x 9."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.line, self.plane, self.last = nn.Conv1d(1, 5, 3), nn.Conv2d(5, 7, 2), Conv1D(9, 7)
+        self.line, self.plane, self.last = nn.Conv1d(1, 13, 3), nn.Conv2d(13, 7, 2), Conv1D(9, 7)
         self.to(torch.float64)
 
     def forward(self, x):
-        lines = self.line(x.unsqueeze(1)).tanh()  # [*, 5, 4]
+        lines = self.line(x.unsqueeze(1)).tanh()  # [*, 13, 4]
         return self.last(self.plane(lines.unflatten(-1, (2, 2))).tanh().flatten(1))
 
 
@@ -279,7 +280,8 @@ ROUNDED_LR = 1e-3
 
 
 class Sent(TorchDispatchMode):
-    """The collectives inside it: (name, elements) of each."""
+    """The collectives inside it: (name, elements) of each; where each of two processes sends the
+    other half of what it has, that half."""
 
     def __init__(self):
         super().__init__()
@@ -289,8 +291,10 @@ class Sent(TorchDispatchMode):
         bookkeeping = "wait" in func.__name__ or "wrap" in func.__name__
         if func.namespace in ("c10d", "_c10d_functional") and not bookkeeping:
             flat = torch.utils._pytree.tree_leaves(args)
-            elements = sum(t.numel() for t in flat if isinstance(t, torch.Tensor))
-            self.calls.append((func.__name__.split(".")[0], elements))
+            name = func.__name__.split(".")[0]
+            sizes = [t.numel() for t in flat if isinstance(t, torch.Tensor)]
+            halved = name == "alltoall_base_"  # what comes, then what goes
+            self.calls.append((name, sizes[1] // 2 if halved else sum(sizes)))
         return func(*args, **(kwargs or {}))
 
 
@@ -322,6 +326,7 @@ SENT = {  # without staggering, bases are due at steps 0 and 5
     "right, iteration": (Rule(Adam(), Iteration(2, "right"), RARE), None),
     "right, clipped": (Rule(Adam(), SVD(2, "right"), RARE), 1.0),
     "left": (Rule(Adam(), SVD(2, "left"), RARE), None),
+    "left, thin": (Rule(Adam(), SVD(2, "left"), RARE), None, THIN),
     "adamw": (Rule(Adam()), None),
     "adafactor": (Rule(Adafactor()), None),
     "orthogonal": (Rule(Orthogonal()), None),

@@ -19,6 +19,7 @@ from eckart.optim.fixed import Moves
 from eckart.optim.project import (
     Basis,
     Chosen,
+    Enough,
     Found,
     Projector,
     Search,
@@ -62,8 +63,8 @@ class Gaussian(Subspace):
         place = torch.arange(math.prod(shape), device=search.G.device).view(shape) + search.matrix
         return {"seed": torch.stack([seed + place for seed in search.seeds])}
 
-    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
-        return True
+    def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
+        return "rows"
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Coordinates(Projector):
         draws = [drawn(size, r, last, seed)[search.matrix :] for seed in search.seeds]
         return {"index": torch.stack(draws).view(*shape, r).to(search.G.device)}
 
-    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
-        return True
+    def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
+        return "rows"
 
     def turn(
         self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]

@@ -19,7 +19,7 @@ from torch import Tensor
 from eckart.decompose.products import CACHED, product
 from eckart.errors import UsageError
 from eckart.optim.part import CHUNK, Tensors
-from eckart.optim.project import Basis, Found, Search, Subspace, Turn, gaussian
+from eckart.optim.project import Basis, Enough, Found, Search, Subspace, Turn, gaussian
 
 FAST = 256  # a CPU's transform of so many takes a third of the product's time, of 1024 a seventh
 Kind = Literal["dct2", "dct3", "hadamard", "random"]
@@ -87,10 +87,15 @@ class Selected(Subspace):
         score = search.rows.total(S.sizes(self.norm))  # [k, *, n]
         order = score.sort(dim=-1, descending=True, stable=True).indices
         index = order[..., : left or right].sort(-1).values
-        return {"index": index, "low": S.picked(index), "energy": score.sum(-1)}
+        low = S.picked(index)
+        if left:
+            low = search.rows.whole(low.mT).mT
+        return {"index": index, "low": low, "energy": score.sum(-1)}
 
-    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
-        return self.ranks(*size)[0] == 0  # else each coordinate is a sum over all rows
+    def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
+        """On the left a coordinate is a sum over all rows. m n / p + r n + m numbers are sent by
+        each of p processes where gathering G sends m n, and each transforms its columns alone."""
+        return "columns" if self.ranks(*size)[0] else "rows"
 
     def coordinates(self, G: Tensor, axis: int) -> Products | Transforms:
         """Q^T G (axis -2) or G Q (axis -1) of G [k, *, m, n]."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eckart.decompose.products import product
 from eckart.optim.project import (
+    Enough,
     Found,
     Search,
     Subspace,
@@ -76,8 +77,8 @@ class Randomised(Subspace):
             right,
         )
 
-    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
-        return True
+    def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
+        return "rows"
 
     def columns(self, search: Search, rank: int, on_left: bool) -> Tensor:
         """About the r leading singular vectors of one side, as columns [k, *, m or n, r].
@@ -136,7 +137,7 @@ class Leading(Subspace):
     def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
         return self.way(size).from_gram(first, size)
 
-    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+    def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
         return self.way(size).from_shards(first, size)
 
 
@@ -152,8 +153,8 @@ class Iteration(Subspace):
     def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
         return first
 
-    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
-        return not first
+    def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
+        return "all" if first else "rows"
 
     def find(self, search: Search) -> Found:
         if search.first:

@@ -14,7 +14,7 @@ from eckart.errors import UsageError
 from eckart.optim.inner import Direction, Inner, each, wide
 from eckart.optim.part import State, Tensors, multiply_
 from eckart.optim.project import Turn
-from eckart.optim.sharded import Split, sum_
+from eckart.optim.sharded import Split, sum_symmetric_
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Orthogonal(Inner):
         M = self.averaged(R, states)
         turned = [m.mT if split.columns else m for m in M]  # [*, shards of a, b]
         grams = [r.mT @ r for r in (wide(r) for r in turned)]  # [*, b, b]
-        sum_(grams, split.rows or split.columns)
+        sum_symmetric_(grams, split.rows or split.columns)
         N = [
             exactly_by(r, C) if self.exact else orthogonalised_by(r, C, self.steps)
             for r, C in zip(turned, grams, strict=True)

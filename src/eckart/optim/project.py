@@ -26,6 +26,7 @@ from eckart.optim.sharded import Rows
 
 Found = dict[str, Tensor]  # state tensors of a projector
 Draw = Callable[[], Tensor]
+Enough = Literal["rows", "columns", "all"]  # of a gradient that is sharded along its rows
 Side = Literal["auto", "reverse", "left", "right", "both"]
 
 
@@ -168,13 +169,13 @@ def usable(energy: Tensor) -> Tensor:
 class Search:
     """What a projector has to find new bases from, for k matrices of one shape."""
 
-    G: Tensor  # [k, *, m, n] in fp32 or fp64, finite; rows may be those of this shard alone
+    G: Tensor  # [k, *, m, n] in fp32 or fp64, finite; maybe a share of the rows, or columns
     old: Mapping[str, Tensor]  # the state tensors so far [k, *, ...]
     seeds: list[int]  # k numbers from names and steps, for what is drawn
     first: bool  # the old basis says nothing yet
     size: tuple[int, int]  # m and n of the whole matrices
     matrix: int = 0  # the number of G's first [m, n] among those of its parameter
-    rows: Rows = field(default_factory=Rows)  # which of them G has
+    rows: Rows = field(default_factory=Rows)  # which of them, or of G^T's, there are in G
 
     def across(self, Z: Tensor, from_left: bool) -> Tensor:
         """G^T Z of Z [k, *, m, b], of which this process needs its own rows alone, or G Z of
@@ -236,22 +237,22 @@ class Projector(Part):
         right = old["right"] @ new["right"].mT if "right" in old else None
         return Rotation(Basis(left, right))
 
-    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
-        """Can a search, the first one or a later one, do with shards of the rows?"""
-        return False
+    def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
+        """What of G does each process need for a search, the first one or a later one: a share of
+        the rows, a share of the columns, or all?"""
+        return "all"
 
     def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
-        """Is the right basis, the first one or a later one, a function of G^T G alone?"""
+        """Are G's leading singular vectors the basis that a search finds?"""
         return False
 
     def unsplit(self) -> tuple[str, ...]:
         """Which axes of a sharded parameter, "rows" or "columns", must be whole."""
         return ()
 
-    def find_right(self, C: Tensor, rank: int) -> Found:
-        """New state tensors of a right basis [*, r, n] from the Gram matrices C = G^T G
-        [*, n, n] in fp64, where they are a function of it."""
-        raise NotImplementedError
+    def stored(self, found: Found) -> Found:
+        """The state tensors of a basis that is given as left [*, m, r] or right [*, r, n]."""
+        return found
 
     def low(self, W: Tensor) -> Tensor:
         """An empty tensor of the shape and dtype of W's low-rank gradient."""
@@ -320,9 +321,6 @@ class Subspace(Projector):
             return eye.expand(*lead, rows, columns).clone()
 
         return parts(lambda: unit(m, left), lambda: unit(right, n), left, right)
-
-    def find_right(self, C: Tensor, rank: int) -> Found:
-        return {"right": top_eigenvectors(C, rank).mT}
 
 
 def share(of: float, size: int) -> int:

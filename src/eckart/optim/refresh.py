@@ -7,12 +7,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from eckart.decompose.products import CACHED
 from eckart.optim.part import CHUNK, Part, State, Tensors, counted, stacked
-from eckart.optim.project import Basis, Directions, Found, Search, usable
-from eckart.optim.sharded import Groups, Layout, Rows, local, sum_
+from eckart.optim.project import (
+    Basis,
+    Directions,
+    Found,
+    Search,
+    fix_signs,
+    polish,
+    top_eigenvectors,
+    usable,
+)
+from eckart.optim.sharded import Groups, Layout, Rows, columns_of, local, sum_, sum_symmetric_
 
 if TYPE_CHECKING:
     from eckart.optim.bucket import Entry
@@ -82,7 +92,7 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
     names = [name for name in projector.names if name in entries[0].state]
     old = {name: torch.stack([all_rows(e, name) for e in entries]) for name in names}
     size = entries[0].size
-    if layout is not None and layout.gram_suffices and projector.from_gram(first, size):
+    if layout is not None and projector.from_gram(first, size) and by_gram(layout, entries[0]):
         ok, found = found_from_gram(entries, layout)
     else:
         ok, found = found_from_gradients(entries, layout, old, first)
@@ -149,13 +159,19 @@ def found_from_gradients(
 ) -> tuple[Tensor, Found]:
     """Which gradients can give a basis, bool [k, *], and the bases of all.
 
-    Gradients are gathered where they are sharded, unless shards of rows are enough.
+    Gradients are gathered where they are sharded, unless shares of them are enough.
     """
     projector, size = entries[0].rule.projector, entries[0].size
-    rows = Rows()
-    if layout is not None and not layout.groups("columns") and projector.from_shards(first, size):
+    enough, rows = projector.from_shards(first, size), Rows()
+    if layout is None or layout.groups("columns"):
+        enough = "all"
+    elif enough == "rows":
         rows = Rows(layout, size[0])
+    elif enough == "columns" and len(layout.groups("rows")) == 1:
+        rows = Rows(layout, size[1])
     G = stacked([e.sought if rows.layout else e.whole_sought for e in entries])  # [k, *, m, n]
+    if rows.layout is not None and enough == "columns":
+        G = columns_of(G, rows.layout, size[0])
     G = G.to(torch.promote_types(G.dtype, torch.float32))
     search = Search(G, old, [e.seed for e in entries], first, size, entries[0].first_matrix, rows)
     if projector.measures:
@@ -168,18 +184,48 @@ def found_from_gradients(
     return ok, projector.find(search)
 
 
+def by_gram(layout: Layout, entry: Entry) -> bool:
+    """Is less sent than all of G, where leading singular vectors are found from a Gram matrix?
+
+    G is split along its m rows over p processes. Each sends (p - 1) / p times so many numbers:
+
+        gathering G               m n
+        on the right              n (n + 1)            a sum of half of G^T G
+        on the left,   m > n      n (n + 1) + m r      the same, and G V is gathered
+        on the left,   m <= n     m n / p + m (m + 1)  a sum of half of G G^T: `columns_of`
+
+    On the right it is always so; for both sides, or split along its columns, G is gathered.
+    """
+    (m, n), (left, right) = entry.size, entry.rule.projector.ranks(*entry.size)
+    rows = layout.groups("rows")
+    if layout.groups("columns") or (left and right):
+        return False
+    if right:
+        return True
+    if m > n:
+        return n * (n + 1) + m * left < m * n
+    return len(rows) == 1 and m * n / dist.get_world_size(rows[0]) + m * (m + 1) < m * n
+
+
 def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found]:
-    """The same from C = sum over shards of G^T G: n x n numbers travel.
+    """The same from the eigenvectors of a summed Gram matrix, as `by_gram` says.
 
     In fp64, since the Gram matrix squares the condition number.
     """
-    G = torch.stack([e.sought for e in entries]).double()  # [k, m of this shard, n]
+    projector, (m, n) = entries[0].rule.projector, entries[0].size
+    left, right = projector.ranks(m, n)
+    G = torch.stack([e.sought for e in entries])  # [k, *, m of this shard, n]
+    if left and m <= n:
+        G = columns_of(G, layout, m).mT  # [k, *, n of this process, m]
+    G = G.double()
     C = G.mT @ G
-    sum_([C], layout.groups("rows"))
+    sum_symmetric_([C], layout.groups("rows"))
     ok = usable(C.diagonal(dim1=-2, dim2=-1).sum(-1))
-    C = torch.where(ok[..., None, None], C, 0)
-    projector = entries[0].rule.projector
-    return ok, projector.find_right(C, projector.ranks(*entries[0].size)[1])
+    V = top_eigenvectors(torch.where(ok[..., None, None], C, 0), left or right)
+    if left and m > n:  # G V = U S
+        U = torch.linalg.qr(Rows(layout, m).whole(torch.where(ok[..., None, None], G, 0) @ V))[0]
+        V = fix_signs(polish(U), -2)
+    return ok, projector.stored({"left": V} if left else {"right": V.mT})
 
 
 def renew_moments(entries: list[Entry], kept: list[int], old: Found, new: Found) -> None:

@@ -8,8 +8,9 @@ is projected:
     norms           over every sharded side that is not projected
     row and column  sums over the other dimension's shards
     means
-    a new basis     of sharded rows: from the summed Gram matrix (right side), or from products
-                    with a few directions, which are summed and gathered; else G is gathered
+    a new basis     of sharded rows: from a summed Gram matrix, from products with a few
+                    directions, which are summed and gathered, or, on the left, from all rows
+                    of a share of the columns (`columns_of`); else G is gathered
 
 Where experts are split, each process finds the bases of its own (`Layout.own`).
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -115,11 +117,6 @@ class Layout:
         placements = tuple(Replicate() if axis == "lead" else p for axis, p in splits)
         axes = tuple("nothing" if axis == "lead" else axis for axis in self.axes)
         return replace(self, axes=axes, placements=placements)
-
-    @property
-    def gram_suffices(self) -> bool:
-        """Can a new basis be found from G^T G, summed over the shards of the rows?"""
-        return self.right and not self.left and not self.groups("columns")
 
     @property
     def dims_of_low(self) -> set[int]:
@@ -229,6 +226,28 @@ class Rows:
         return self.layout.gather(beside, shape, "left").movedim(-1, 0)
 
 
+def columns_of(t: Tensor, layout: Layout, m: int) -> Tensor:
+    """All rows of a share of the columns, [*, m, b], of matrices t [*, a, n] that are split along
+    m rows; shares are as `Rows` of n would be. Of p processes each sends a p-th of what it would
+    in gathering the matrices, and has as much less to do then."""
+    (group,) = layout.groups("rows")
+    *lead, a, n = t.shape
+    rows, columns = (shares(size, dist.get_world_size(group)) for size in (m, n))
+    b, stack = columns[dist.get_rank(group)], prod(lead)
+    sent = torch.cat([part.reshape(-1) for part in t.split(columns, -1)])
+    sizes = [stack * rows_there * b for rows_there in rows]
+    found = t.new_empty(sum(sizes))
+    dist.all_to_all_single(found, sent, sizes, [stack * a * there for there in columns], group)
+    parts = zip(found.split(sizes), rows, strict=True)
+    return torch.cat([part.view(*lead, rows_there, b) for part, rows_there in parts], -2)
+
+
+def shares(size: int, count: int) -> list[int]:
+    """How a DTensor of this length is split: all parts but the last ones are as long."""
+    most = -(-size // count)
+    return [max(0, min(most, size - i * most)) for i in range(count)]
+
+
 def layout_of(
     name: str, p: Tensor, leading: int, matrix: bool, left: bool, right: bool
 ) -> Layout | None:
@@ -267,3 +286,15 @@ def sum_(tensors: Tensors, groups: Groups, mean: bool = False) -> None:
             flat /= dist.get_world_size(group)
     for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(piece.view_as(t))
+
+
+def sum_symmetric_(tensors: Tensors, groups: Groups) -> None:
+    """The same for symmetric matrices [*, n, n], of each of which n (n + 1) / 2 numbers travel."""
+    if not groups:
+        return
+    places = [torch.triu_indices(*t.shape[-2:], device=t.device).unbind() for t in tensors]
+    upper = [t[..., i, j] for t, (i, j) in zip(tensors, places, strict=True)]
+    sum_(upper, groups)
+    for t, (i, j), half in zip(tensors, places, upper, strict=True):
+        t[..., i, j] = half
+        t[..., j, i] = half

@@ -20,7 +20,7 @@ from torch import Tensor
 from eckart.errors import UsageError
 from eckart.optim.inner import Adam, Direction, Inner
 from eckart.optim.part import State, Tensors
-from eckart.optim.project import Basis, Found, Projector, Search, Subspace, Turn
+from eckart.optim.project import Basis, Enough, Found, Projector, Search, Subspace, Turn
 
 BLOCK = 256
 SMALLEST = 4096  # elements; below it nothing is worth saving, as in bitsandbytes
@@ -210,14 +210,14 @@ class Packed(Projector):
         plain = {side: t for side, t in old.items() if t is not None}
         return pack_basis(self.inner.find(replace(search, old=plain)))
 
-    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
+    def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
         return self.inner.from_shards(first, size)
 
     def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
         return self.inner.from_gram(first, size)
 
-    def find_right(self, C: Tensor, rank: int) -> Found:
-        return pack_basis(self.inner.find_right(C, rank))
+    def stored(self, found: Found) -> Found:
+        return pack_basis(found)
 
     def turn(
         self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eckart.decompose.products import product
 from eckart.optim.inner import unit_rows
-from eckart.optim.project import Basis, Found, Search, Subspace, gaussian, polish
+from eckart.optim.project import Basis, Enough, Found, Search, Subspace, gaussian, polish
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,5 @@ class Warm(Subspace):
         R = rows.total(product(rows.part(P).mT, A))
         return {"warm": unit_rows(R), "left": P, "low": R}
 
-    def from_shards(self, first: bool, size: tuple[int, int]) -> bool:
-        return True
+    def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
+        return "rows"
