@@ -273,8 +273,7 @@ def test_scale_and_dropout_are_refused():
 
 def test_a_precision_with_products_of_its_own_is_refused():
     class Rounded(Precision):
-        def mm(self):
-            return lambda x, w: x @ w
+        multiplies = True
 
     recipe = (LoRA(rank=4, alpha=4.0), ALLoRA(), Rounded())
     assert "has a backward pass of its own" in message(*recipe)

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 
 from eckart.errors import EckartError, FileError, UsageError
 from eckart.io.export import load
+from eckart.linear import Structured
 from eckart.methods.objective.distill import Distill
 from eckart.methods.objective.orthogonality import Orthogonality
 from eckart.methods.update.adamw import AdamW
@@ -38,10 +39,13 @@ def counting_mm(x, w):
 
 @dataclass(frozen=True)
 class Counting(Precision):
-    """A precision whose product leaves a trace."""
+    """A precision whose product leaves a trace, at all maps of the blocks but two."""
 
-    def mm(self):
-        return counting_mm
+    multiplies: ClassVar = True
+
+    def mm(self, site):
+        inside = site.role[:4] in ("attn", "mlp.") and site.role != "mlp.down"
+        return counting_mm if inside else None
 
 
 @dataclass(frozen=True)
@@ -62,21 +66,29 @@ class Scheduled(LoRA):
         yield Event("note", lambda step: step % 2 == 0, note, when="before")
 
 
-@pytest.mark.parametrize("weights", [LoRA(rank=2), DoRA(rank=2)])
-def test_a_precision_computes_the_products_of_sites_and_terms(weights):
+@pytest.mark.parametrize(
+    ("weights", "terms"),
+    [(LoRA(rank=2), 12), (DoRA(rank=2), 12), (LoRA(rank=2, targets=("attn.q",)), 2), (Dense(), 0)],
+)
+def test_a_precision_computes_the_products_of_maps_and_terms(weights, terms):
     counting_mm.calls = []
     model = tiny("llama", torch.float64)
+    before = {name: type(module) for name, module in model.named_modules()}
     handle = attach(model, Recipe(weights=weights, precision=Counting()))
     model.to(torch.float64)
     randomise(handle)
     y = logits(model, batch_for("llama"))
-    shapes = {w for _, w in counting_mm.calls}
-    assert (32, 32) in shapes and (32, 2) in shapes and (2, 48) in shapes
-    assert len(counting_mm.calls) == 14 * 3  # base, A and B of each map
-    for path in handle.attached:
-        handle.sites[path].module._sum.mm = torch.matmul
+    shapes = [w for _, w in counting_mm.calls]
+    assert shapes.count((32, 32)) == 2 * 2 and shapes.count((32, 48)) == 2 * 2  # q, o; gate, up
+    assert shapes.count((32, 2)) == terms  # A of each term
+    assert len(shapes) == 12 + 2 * terms  # all maps but the two that it leaves alone, A and B
+    for module in model.modules():
+        if isinstance(module, Structured):
+            module._sum.mm = torch.matmul
     # the same numbers by another order of sums, in fp64
     torch.testing.assert_close(logits(model, batch_for("llama")), y, rtol=0, atol=1e-12)
+    handle.remove()
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_events_run_at_the_optimizers_steps_and_reset_moments():

@@ -58,6 +58,7 @@ class Handle:
         self.originals: dict[str, Tensor] = {}  # stored layout, for bases that were changed
         self.required = {name: p.requires_grad for name, p in model.named_parameters()}
         self.attached: dict[str, list[str]] = {}
+        self.bare: list[Site] = []  # sums of a matrix alone, made for a precision
         self.shared: dict[str, nn.Module] = {}  # children of the root that terms refer to
         self.events = EventHook(recipe.choices, model, self.terms, seed)
         self.coverage = Coverage()  # what the recipe reaches, once its parts are in
@@ -314,13 +315,16 @@ class Handle:
 
     def detach(self) -> None:
         """Undo the class changes and, with the last adapter, the lock and the freezing."""
-        for path in list(self.attached):
-            site = self.sites[path]
-            uninstall(site.module, site.param, [self.child(path, n) for n in self.attached[path]])
+        own = [
+            (self.sites[p], [self.child(p, n) for n in names]) for p, names in self.attached.items()
+        ]
+        for site, names in (*own, *((site, []) for site in self.bare)):
+            uninstall(site.module, site.param, names)
             if not isinstance(site.module, Structured):
                 for other in site.tied_modules:
                     uninstall(other)
         self.attached.clear()
+        self.bare.clear()
         for name in self.shared:
             delattr(self.model, name + self.suffix)
         self.shared.clear()

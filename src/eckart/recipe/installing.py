@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from eckart.errors import UsageError
-from eckart.linear import LowRank, Site, Term, install
+from eckart.linear import LowRank, Site, Structured, Term, install
 from eckart.linear.peers import make_peers
 from eckart.linear.sites import as_stored, quantised
 from eckart.recipe.adapters import adapters_of, require_beside
@@ -17,7 +17,7 @@ from eckart.recipe.coverage import cover
 from eckart.recipe.handle import ROOT, Handle
 from eckart.recipe.lock import lock
 from eckart.recipe.recipe import conflict
-from eckart.recipe.targets import EVERYTHING, same_input
+from eckart.recipe.targets import EVERYTHING, refuse_unreachable, same_input, sites_of
 
 
 def install_parts(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
@@ -128,14 +128,25 @@ def declare_gradient_rule(handle: Handle, part: nn.Module, path: str) -> None:
 
 
 def set_products(handle: Handle) -> None:
-    """Let the precision compute the products of the sites and of their terms."""
-    mm = handle.recipe.precision.mm() if handle.recipe.precision is not None else None
-    if mm is None:
+    """Let the precision compute the products of maps and of their terms.
+
+    A map without terms becomes a sum of its matrix alone.
+    """
+    precision, terms = handle.recipe.precision, handle.terms()
+    if precision is None or not precision.multiplies:
         return
-    for path, by_name in handle.terms().items():
-        module: Any = handle.sites[path].module
+    everything = {site.path: site for site in sites_of(handle.model)}
+    for path, site in {**everything, **handle.sites}.items():  # a dropped matrix is in one alone
+        mm = precision.mm(site)
+        if mm is None:
+            continue
+        module: Any = site.module
+        if not isinstance(module, Structured):
+            refuse_unreachable(handle.model, [site])
+            install(site, {})
+            handle.bare.append(site)
         module._sum.mm = mm
-        for term in by_name.values():
+        for term in terms.get(path, {}).values():
             term.mm = mm
 
 

@@ -330,6 +330,7 @@ class Precision(Method):
     axis: ClassVar[str] = "precision"
     dtype: ClassVar[str] = "float32"  # of the frozen base; what is trained stays fp32
     converts: ClassVar[bool] = False  # the frozen base itself, into what cannot be trained
+    multiplies: ClassVar[bool] = False  # in its own way, forwards and backwards: see `mm`
 
     def convert(self, sites: Sequence[Site]) -> None:
         """Put the frozen matrices into the format, in place, before terms are built.
@@ -337,8 +338,12 @@ class Precision(Method):
         `sites` are all maps of the model; those that are in it already stay as they are.
         """
 
-    def mm(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """The product x [*, t, n] by w [n, m]; None where the plain one is meant."""
+    def mm(self, site: Site) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The product x [*, t, n] by w [n, m] of one map and of its terms; None for the plain one.
+
+        Every map of the model is asked about, with terms or without. Thin factors come as w, too;
+        of convolutions and embeddings they alone do. Fused experts share one product.
+        """
         return None
 
 

@@ -68,7 +68,7 @@ class Recipe:
                 fix.format(update=update.slug),
             )
         refuse_unasked(weights, update)
-        if precision is not None and precision.mm() and update.branch_gradient():
+        if precision is not None and precision.multiplies and update.branch_gradient():
             raise conflict(
                 (f"update = {update.slug}", "scales gradients in a pair's backward pass"),
                 (f"precision = {precision.slug}", "has a backward pass of its own"),
