@@ -128,6 +128,8 @@ def test_what_only_attach_can_do_is_refused():
         "Use eckart.attach, or an update that acts on the step alone (apply=update)."
     )
     assert "the model trains none" in refusal(tiny("llama"), eckart.LoRAPro())
+    assert "Give the base without PEFT" in refusal(adapted(), eckart.GaLore())
+    assert "Give the model itself" in refusal(adapted().parameters(), eckart.GaLore())
     attached = tiny("llama")
     attach(attached, Recipe(eckart.LoRA(rank=4)))
     assert "Take handle.optimizer()" in refusal(attached, eckart.LoRAPro())

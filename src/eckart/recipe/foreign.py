@@ -45,11 +45,23 @@ def optimizer_for(
     Raises UsageError where nothing is trained, where a rule for pairs finds none, and for
     what only `eckart.attach` can do.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            "an optimizer is made for a model, whose modules say what is a matrix or a pair",
+            [("model", f"is of type {type(model).__name__}")],
+            "Give the model itself in place of its parameters.",
+        )
     if not isinstance(update, Update):
         raise misplaced("update", update)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     refuse(model, update, trained)
-    pairs = list(peft_pairs(model)) if update.wants == "pairs" else []
+    pairs = list(peft_pairs(model))
+    if update.wants == "matrices" and pairs and update.targets == Update.targets:
+        raise UsageError(
+            f"{update.slug} changes whole matrices, and the model trains factor pairs",
+            [(type(model).__name__, f"{len(pairs)} pairs of PEFT")],
+            "Give the base without PEFT, or take a rule for pairs such as eckart.LoRAPro().",
+        )
     if update.wants == "pairs" and not pairs:
         raise UsageError(
             f"{update.slug} moves factor pairs, and the model trains none",
