@@ -71,6 +71,8 @@ def test_initial_values_depend_on_seed_and_name_alone(kind):
     assert all(torch.equal(one[name], deeper[name]) for name in one if "c_proj" not in name)
     random = [name for name in one if one[name].float().std() > 0]
     assert random and not any(torch.equal(one[name], other[name]) for name in random)
+    layers = [(name, name.replace(".0.", ".1.")) for name in random if ".0." in name]
+    assert layers and not any(torch.equal(one[a], one[b]) for a, b in layers)
 
 
 def test_gpt2_projections_keep_their_smaller_spread():

@@ -352,6 +352,13 @@ def test_an_adapter_on_one_end_of_a_tied_pair_is_refused(tmp_path):
     assert "both ends of a tied pair" in refused(tmp_path, tiny.gemma())
 
 
+def test_a_head_that_is_not_its_embedding_transposed_is_refused(tmp_path):
+    method = dataclasses.replace(METHODS["lora"], targets=AND_TOKENS)
+    ours.save(attached(tiny.gemma(), method), tmp_path / "a")
+    edit(tmp_path / "a", lambda t: t["base_model.model.lm_head.lora_A.weight"].add_(1))
+    assert "lm_head.lora_A.weight has no place" in refused(tmp_path / "a", tiny.gemma())
+
+
 def test_another_embedding_in_the_file_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
