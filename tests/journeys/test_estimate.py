@@ -148,10 +148,10 @@ def test_what_does_not_fit_is_said_with_what_would_help(place, monkeypatch):
     assert ran.code == 0 and "does NOT fit: 0.4 MB free of 0.5 MB" in ran.out
     tried = ran.out[ran.out.index("try") :].splitlines()
     assert [line[9:].split("   saves ")[0] for line in tried] == [
-        "train.batch_size=1 train.accumulate=8",
         "train.checkpointing=true",
-        "weights=lora",
-    ]
+        "train.batch_size=4 train.accumulate=2",
+        "data.seq_len=24",
+    ], "what a training that ran out of memory says"
 
 
 def test_a_compression_is_as_small_as_it_is_said_to_be(place, tmp_path):

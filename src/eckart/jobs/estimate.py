@@ -34,6 +34,7 @@ from eckart.jobs.settings.config import Choice, Job
 from eckart.jobs.training import prepare, senses
 from eckart.jobs.training.classes import keeps_head, require_task
 from eckart.jobs.training.outcome import recipe_of, shown
+from eckart.jobs.training.remedies import SHOWN, remedies
 from eckart.jobs.training.screen import Screen, amount, in_bits
 from eckart.recipe import Recipe, registry
 
@@ -86,7 +87,10 @@ def run(job: Job) -> dict[str, Any]:
     shape = f"{rows} images" if pictures else f"{rows} rows of {length} tokens"
     say(screen, job, shape, parts, peak, (free, total), per_step, found.trainable, speed)
     if not fits:
-        remedies(screen, job, found, parts, length)
+        less = found.activations(rows, length, checkpointing=True)
+        ways = remedies(job, parts, less)[:SHOWN]
+        said = "\n".join(f"{words}   saves {in_words(saved)}" for words, saved in ways)
+        screen.line("try", said, result=True)
     return {
         "command": "estimate",
         "exit": 0,
@@ -334,36 +338,19 @@ def say(
     shape += f", {split} times a step" if split != 1 else ""
     why = [job.settled.get(f"train.{key}", "") for key in ("batch_size", "checkpointing")]
     screen.line("batch", "; ".join([shape, *dict.fromkeys(w for w in why if w)]))
-    for i, (name, part) in enumerate(parts.items()):
-        note = "   recomputed" if name == "activations" and job.train.checkpointing else ""
-        screen.line("" if i else "memory", f"{name:<12}{in_words(part):>10}{note}", result=True)
     free, total = memory
     whole = sum(parts.values())
     verdict = "fits" if max(whole, peak) <= free else "does NOT fit"
-    text = f"{in_words(whole):>10}   {verdict}: {in_words(free)} free of {in_words(total)}"
-    screen.line("", f"{'together':<12}{text}", result=True)
-    text = f"{in_words(peak):>10}   in a pass, with what is dropped again"
-    screen.line("", f"{'at once':<12}{text}", result=True)
+    notes = {
+        "activations": "recomputed" if job.train.checkpointing else "",
+        "together": f"{verdict}: {in_words(free)} free of {in_words(total)}",
+        "at once": "in a pass, with what is dropped again",
+    }
+    rows = {**parts, "together": whole, "at once": peak}
+    said = [f"{k:<12}{in_words(v):>10}   {notes.get(k, '')}".rstrip() for k, v in rows.items()]
+    screen.line("memory", "\n".join(said), result=True)
     typical, fastest, slowest = speed.seconds(per_step, trained)
     screen.line("work", f"{per_step / 1e12:.3g} TFLOP a step", result=True)
     interval = f"{digits(typical)} s a step ({digits(fastest)} to {digits(slowest)})"
     screen.line("time", f"{interval}; by {speed.of} on this machine", result=True)
     screen.line("", HELD, result=True)
-
-
-def remedies(screen: Screen, job: Job, found: Imagined, parts: dict[str, int], length: int) -> None:
-    """What would help most, with the bytes that each saves."""
-    saved: list[tuple[int, str]] = []
-    size = int(job.train.batch_size)
-    if size > 1:
-        one = found.activations(1, length, bool(job.train.checkpointing))
-        saved.append((parts["activations"] - one, f"train.batch_size=1 train.accumulate={size}"))
-    if not job.train.checkpointing:
-        less = found.activations(size, length, True)
-        saved.append((parts["activations"] - less, "train.checkpointing=true"))
-    weights: Any = job.choices["weights"].method
-    if weights.base == "trained":
-        trained = parts["gradients"] + parts["state"]
-        saved.append((trained, f"weights={registry.DEFAULTS['weights']}"))
-    for i, (less, words) in enumerate(sorted(saved, reverse=True)):
-        screen.line("" if i else "try", f"{words}   saves {in_words(less)}", result=True)
