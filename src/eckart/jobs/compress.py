@@ -68,9 +68,7 @@ def run(job: Job) -> dict[str, Any]:
         scores["after"] = measured(job, model, data)
         factored.save(handle, run.final, overwrite=True, tokenizer=reader)
         found = document(job, screen, handle, scores, begun, run)
-        run.record(
-            **{k: v for k, v in found.items() if k not in ("run", "exit")}, format="factored"
-        )
+        outcome.record(run, found, "factored")
     report(screen, found)
     return found
 

@@ -178,11 +178,11 @@ def placed(
 def say(screen: Screen, found: list[Proposal], left: list[str], limit: int) -> None:
     """A line for each that fits, and how many do not."""
     width = max(len(p.words) for p in found)
-    for i, p in enumerate(found):
-        numbers = f"{in_words(p.bytes):>10}   {digits(p.seconds):>7} s a step"
-        screen.line(
-            "fits" if i == 0 else "", f"{p.words:<{width}}{numbers}   {p.reason}", result=True
-        )
+    lines = [
+        f"{p.words:<{width}}{in_words(p.bytes):>10}   {digits(p.seconds):>7} s a step   {p.reason}"
+        for p in found
+    ]
+    screen.line("fits", "\n".join(lines), result=True)
     too_large = f"; too large: {', '.join(left)}" if left else ""
     screen.line(
         "", f"{len(found)} of {len(found) + len(left)} fit into {in_words(limit)}{too_large}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eckart.claims import Task
 from eckart.errors import UsageError
@@ -32,6 +32,7 @@ from eckart.jobs import finetune, pretrain
 from eckart.jobs.lab.bare_loop import Bench
 from eckart.jobs.lab.materials import digest, warm_cosine
 from eckart.jobs.lab.trials import described, own_source, source_of_rooms
+from eckart.jobs.measuring.devices import on_device
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import build, refuse_unknown, suited
 from eckart.jobs.settings.job import Choice, Job
@@ -236,8 +237,7 @@ class UserLab(Bench):
 
     def collated(self, indices: Sequence[int]) -> dict[str, Any]:
         data = self.ground.data
-        batch = data.collate([data.train[i] for i in indices])
-        return {k: v.to(prepare.device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return on_device(data.collate([data.train[i] for i in indices]), prepare.device())
 
     def rate(self, step: int, steps: int) -> float:
         train = dataclasses.replace(self.job.train, steps=steps)

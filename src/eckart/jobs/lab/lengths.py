@@ -112,20 +112,20 @@ def pace(c: Contestant, rows: int) -> float:
 
 def most_rows(c: Contestant, limit: float) -> int:
     """The largest power of two of rows whose batch fits into the limit."""
-    (fixed, one), (_, two) = bytes_of(c, 1), bytes_of(c, 2)
-    if fixed + one > limit:
+    needed = line(lambda rows: bytes_of(c, rows))
+    if needed.of(1) > limit:
         raise OutOfRoom(
             "a contestant does not fit into the budget",
-            [(c.name, f"{(fixed + one) / 1e6:,.1f} MB with one row"),
+            [(c.name, f"{needed.of(1) / 1e6:,.1f} MB with one row"),
              ("--budget", f"{limit / 1e6:,.1f} MB")],
-            f"Type --budget bytes={(fixed + one) / 1e6:.0f}MB or more, or leave it out.",
+            f"Type --budget bytes={needed.of(1) / 1e6:.0f}MB or more, or leave it out.",
         )  # fmt: skip
-    fits = line({1: one, 2: two}.__getitem__).rows_within(limit - fixed)
+    fits = needed.rows_within(limit)
     return 1 << (min(fits, len(ground(c.job).data.train)).bit_length() - 1)
 
 
-def bytes_of(c: Contestant, rows: int) -> tuple[int, int]:
-    """Bytes of tensors before a run: whatever the batch, and kept for a batch of so many rows."""
+def bytes_of(c: Contestant, rows: int) -> int:
+    """Bytes of tensors in a step on so many rows, as they are known before a run."""
     lab = UserLab(c.job, 0, default_lr(c.recipe), 100, rows)
     model = lab.model()
     handle = attach(
@@ -134,7 +134,7 @@ def bytes_of(c: Contestant, rows: int) -> tuple[int, int]:
     )  # fmt: skip
     fixed = sum(model_bytes(handle).values()) + state_bytes(handle.optimizer())
     fixed += sum(size(p) for p in handle.trainable().values())
-    return fixed, activation_bytes(handle.model, lab.batch(0))
+    return fixed + activation_bytes(handle.model, lab.batch(0))
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def trained(c: Contestant) -> int:
 @cache
 def peak(c: Contestant, rows: int) -> int:
     """Bytes of tensors in a step."""
-    return sum(bytes_of(c, rows))
+    return bytes_of(c, rows)
 
 
 def targeted(c: Contestant) -> list[Site]:

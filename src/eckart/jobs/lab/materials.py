@@ -10,8 +10,6 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -158,9 +156,3 @@ def warm_cosine(step: int, steps: int, warmup: float, floor: float = 0.0) -> flo
         return (step + 1) / rise
     along = (step - rise) / max(1, steps - rise)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, along)))
-
-
-def shrunk(task: Task, **changes: Any) -> Task:
-    """The task with other values for some of its fields."""
-    values: Mapping[str, Any] = {f.name: getattr(task, f.name) for f in fields(task)}
-    return Task(**{**values, **changes})

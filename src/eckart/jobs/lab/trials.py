@@ -28,7 +28,7 @@ from eckart.claims import Arm, Budget, Claim, Task
 from eckart.io.presets import build_model
 from eckart.io.text import cache_folder
 from eckart.jobs.lab.bare_loop import Bench
-from eckart.jobs.lab.materials import config_for, corpus, digest, shrunk, start_model
+from eckart.jobs.lab.materials import config_for, corpus, digest, start_model
 
 QUICK_STEPS, QUICK_PRETRAINING, QUICK_ROWS = 6, 10, 16
 TIMED = 6  # steps, the first of which warms up
@@ -98,7 +98,7 @@ def task_of(claim: Claim, arm: Arm, budget: Budget) -> Task:
     task = arm.task or (claim.full if budget == "full" and claim.full else claim.task)
     if budget != "quick":
         return task
-    return shrunk(
+    return dataclasses.replace(
         task,
         steps=min(task.steps, QUICK_STEPS),
         pretraining_steps=min(task.pretraining_steps, QUICK_PRETRAINING),

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eckart.errors import UsageError
+from eckart.jobs.measuring.devices import model_device
 from eckart.linear.sites import quantised
 from eckart.recipe import Handle
 
@@ -190,10 +191,6 @@ def line(measure: Callable[[int], int]) -> Line:
     """The line through the bytes of one row and of two."""
     one, two = measure(1), measure(2)
     return Line(2 * one - two, two - one)
-
-
-def model_device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def room(device: torch.device) -> tuple[int, int]:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eckart.jobs.measuring.devices import model_device, on_device
+
 IGNORE = -100  # a label that does not count
 BYTES = 2**28  # of logits that may live at once
 
@@ -87,8 +89,8 @@ def score_batch(
     shifted: bool,
 ) -> np.ndarray:
     """The six sums of `Scores` for each row of a batch, [6, b]."""
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    device = model_device(model)
+    inputs = on_device(batch, device)
     labels: Tensor = inputs["labels"] if is_answered(model) else inputs.pop("labels")
     shifted = shifted and labels.ndim == 2
     labels = labels[:, 1:] if shifted else labels  # [b], one label a row, or [b, t]

@@ -174,7 +174,7 @@ class Checkpointing(Trainer):
         # Sharded tensors are gathered by all processes; the first one writes.
         tensors = whole(self.handle.named_state())
         moments, numbers = apart(self.inner_optimizer.named_state_dict())
-        generators = everyone(generator_state())
+        generators = from_all_processes(generator_state())
         if self.args.should_save:
             state = {
                 "structure": self.handle.structure(),
@@ -278,7 +278,7 @@ def placed(tensors: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[st
     }
 
 
-def everyone(value: Any) -> list[Any]:
+def from_all_processes(value: Any) -> list[Any]:
     """One plain value of each process, in order of rank, on every process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]

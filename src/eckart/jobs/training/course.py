@@ -92,7 +92,7 @@ def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) 
         form = write(run, handle, data.keeping(reader))
         found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
         memory = found["memory"] = {"estimated": parts, "measured": fitted.memory}
-        run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+        outcome.record(run, found, form)
         after_it = observe.gone_on(handle.model, reader, begun, screen)
         if launch.is_first():
             said = observe.samples(begun, reader, wrote, after_it)
@@ -135,15 +135,8 @@ def staged_course(
         }
     with launch.shared(lambda: outcome.open_run(job, first, {}, 0)) as run:
         begun = time.monotonic()
-        shared = Course(
-            job,
-            job.recipe(),
-            run.folder / "stages",
-            lambda: original().to(place),
-            tasks,
-            lambda model, data: prepare.calibration(job, model, data),
-            screen,
-        )
+        folder = run.folder / "stages"
+        shared = Course(job, folder, lambda: original().to(place), tasks, screen)
         before = scores(shared, opened.model)
         work, measured = carry_out(shared)
         after = scores(shared, work.model)
@@ -162,7 +155,7 @@ def staged_course(
             "after": continual.overall(after) or None,
         }
         found["stream"] = continual.summary(before, [row["held_out"] for row in measured])
-        run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+        outcome.record(run, found, form)
         if launch.is_first():
             write_page(run, job, handle, memory, metrics_of(shared))
     for name in (name for name in tasks if before[name]):

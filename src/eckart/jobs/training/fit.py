@@ -30,11 +30,12 @@ from eckart.errors import Diverged, Interrupted, is_out_of_memory
 from eckart.io.run import Run
 from eckart.io.tasks import TASKS
 from eckart.io.text import Data
-from eckart.jobs.measuring.memory import Kept, held_state_bytes, model_bytes, model_device
+from eckart.jobs.measuring.devices import model_device
+from eckart.jobs.measuring.memory import Kept, held_state_bytes, model_bytes
 from eckart.jobs.settings.config import Job
 from eckart.jobs.settings.settle import gradient_bytes, warmup_steps
 from eckart.jobs.training import held_out
-from eckart.jobs.training.checkpoints import everyone, load_model_state
+from eckart.jobs.training.checkpoints import from_all_processes, load_model_state
 from eckart.jobs.training.observe import Observer
 from eckart.jobs.training.remedies import out_of_memory
 from eckart.jobs.training.screen import Progress, Screen
@@ -298,7 +299,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.asked = any(everyone(self.asked))  # one process may hear of it a step before another
+        self.asked = any(from_all_processes(self.asked))  # a signal may reach one a step earlier
         if self.asked:
             control.should_save = control.should_training_stop = True
 

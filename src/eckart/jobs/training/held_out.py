@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eckart.io.data import Data
 from eckart.io.tasks import TASKS
+from eckart.jobs.measuring.devices import model_device, on_device
 
 IGNORE = -100  # a label that does not count
 RISING = ("accuracy",)  # metrics of which more is better
@@ -76,9 +77,9 @@ def names(data: Data) -> tuple[str, ...]:
 def summed(model: nn.Module, rows: Any, data: Data, batch_size: int) -> dict[str, float]:
     """Summed loss, and how many tokens (or examples) it is over."""
     total = {"loss": 0.0, "count": 0.0, "right": 0.0}
-    device = next(model.parameters()).device
+    device = model_device(model)
     for batch in batches(rows, data, batch_size):
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        inputs = on_device(batch, device)
         outputs = model(**inputs)
         labels = inputs["labels"]  # of text to go on from the first is never learnt
         counted = int((labels != IGNORE).sum())

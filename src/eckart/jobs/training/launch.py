@@ -75,15 +75,15 @@ def wait_for_all() -> None:
 def shared(opened: Any) -> Iterator[Run]:
     """A run that rank 0 opens (by calling `opened`) and all ranks know the folder of."""
     if not is_first():
-        yield Follower(Path(told("")))
+        yield Follower(Path(broadcast("")))
         return
     with opened() as run:
-        told(str(run.folder))
+        broadcast(str(run.folder))
         yield run
 
 
-def told(word: str) -> str:
-    """What rank 0 says, on every rank."""
+def broadcast(word: str) -> str:
+    """Rank 0's word, on every rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return word
     said = [word]

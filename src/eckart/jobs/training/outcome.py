@@ -134,6 +134,11 @@ def document(
     }
 
 
+def record(run: Run, found: Mapping[str, Any], form: str) -> None:
+    """Keep the document in run.json; how the run ended is written when it ends."""
+    run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
+
+
 def say_nothing_gained(
     screen: Screen, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 
 from eckart.errors import FileError, UsageError
 from eckart.io.data import Data
@@ -16,12 +16,12 @@ from eckart.io.heads import outside
 from eckart.io.opening import Opened, open_model
 from eckart.io.packing import order
 from eckart.io.run import latest_checkpoint
+from eckart.jobs.measuring.devices import model_device, on_device
 from eckart.jobs.measuring.memory import (
     Line,
     activation_bytes,
     line,
     model_bytes,
-    model_device,
     room,
     state_bytes,
 )
@@ -179,12 +179,8 @@ def calibration(job: Job, model: nn.Module, data: Data) -> list[dict[str, Any]]:
     count, rows = CALIBRATION
     chosen = order(len(data.train), job.train.seed, -1)[: count * rows].tolist()
     groups = [chosen[i : i + rows] for i in range(0, len(chosen), rows)]
-    return [on_device(data.collate([data.train[i] for i in group]), model) for group in groups]
-
-
-def on_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     place = model_device(model)
-    return {k: v.to(place) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return [on_device(data.collate([data.train[i] for i in group]), place) for group in groups]
 
 
 # --- memory --------------------------------------------------------------------------------
@@ -222,7 +218,7 @@ def bytes_of_rows(model: Any, data: Data, count: int, checkpointing: bool) -> in
     rows = [data.train[i] for i in range(min(len(data.train), senses.FIRST))]
     lengths = data.lengths(rows)
     longest = rows[lengths.index(max(lengths))]
-    batch = on_device(data.collate([longest] * count), model)
+    batch = on_device(data.collate([longest] * count), model_device(model))
     if not checkpointing:
         return activation_bytes(model, batch)
     model.activation_checkpointing_enable()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from eckart.io.heads import outside
 from eckart.io.run import METRICS, SPECTRA, Run, latest_checkpoint, read_lines
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.io.text import Data
-from eckart.jobs.measuring.memory import Line, described, model_device, room
+from eckart.jobs.measuring.devices import model_device
+from eckart.jobs.measuring.memory import Line, described, room
 from eckart.jobs.measuring.norms import hold_statistics
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
@@ -67,12 +68,15 @@ class Course:
     """What all stages share. `original` loads the model anew; `data` holds each task's own."""
 
     job: Job
-    recipe: Recipe
     folder: Path
     original: Callable[[], nn.Module]
     data: Mapping[str, Data]
-    batches: Callable[[nn.Module, Data], list[dict[str, Any]]]
-    screen: Screen = field(default_factory=Screen)
+    screen: Screen
+
+    @property
+    def weights(self) -> Any:
+        """The method that declares the stages."""
+        return self.job.choices["weights"].method
 
 
 def places(stages: Sequence[Stage], tasks: Sequence[str]) -> list[Place]:
@@ -103,8 +107,7 @@ def check(stages: Sequence[Stage]) -> None:
 
 def carry_out(course: Course) -> tuple[Work, list[dict[str, Any]]]:
     """Do all stages that are not done; the model after the last, and the tasks' numbers."""
-    assert course.recipe.weights is not None
-    found = places(course.recipe.weights.stages, list(course.data))
+    found = places(course.weights.stages, list(course.data))
     work: Work | None = None
     measured: list[dict[str, Any]] = []
     for place in found:
@@ -113,9 +116,10 @@ def carry_out(course: Course) -> tuple[Work, list[dict[str, Any]]]:
             work = None  # loaded where the next stage asks for it
         else:
             work = start(course, found, place, work)
-            work = (
-                train(course, found, place, work) if is_training(place) else operate(course, work)
-            )
+            if is_training(place):
+                work = train(course, found, place, work)
+            else:
+                work = operate(course, work)
             if launch.is_first():
                 save(folder, work, scores(course, work.model) if place.last else {})
             launch.wait_for_all()
@@ -152,7 +156,7 @@ def start(course: Course, found: list[Place], place: Place, work: Work | None) -
         task=place.task,
         read=read,
         output={},
-        batches=lambda: course.batches(model, data),
+        batches=lambda: prepare.calibration(course.job, model, data),
     )
 
 
@@ -166,8 +170,8 @@ def task_data(course: Course, task: str) -> Data:
 
 def operate(course: Course, work: Work) -> Work:
     """A one-shot operation of the method."""
-    assert course.recipe.weights is not None
-    return course.recipe.weights.operate(work)
+    after: Work = course.weights.operate(work)
+    return after
 
 
 def train(course: Course, found: list[Place], place: Place, work: Work) -> Work:
@@ -228,7 +232,7 @@ def carried(course: Course, job: Job, work: Work, data: Data, checkpoint: Path |
 
 def recipe_of(course: Course, stage: Stage) -> Recipe:
     """The job's recipe; a stage that trains the base itself has it as it is, not quantised."""
-    recipe = course.recipe
+    recipe = course.job.recipe()
     if stage.train == "terms" or recipe.precision is None or not recipe.precision.converts:
         return recipe
     return dataclasses.replace(recipe, precision=None)
