@@ -12,40 +12,22 @@ from eckart.methods.weights.lora import LoRA
 from eckart.optim import LowRankOptimizer, Stacks
 from eckart.recipe.groups import default_lr
 from tests import tiny
-
-F64 = torch.float64
-M, N, R, S = 9, 7, 3, 1.7
-
-
-def problem(seed=0, shapes=((M, R), (R, N))):
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(s, generator=g, dtype=F64) for s in shapes)
-
-
-def gradients(steps, shape=(M, N), seed=7):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=g, dtype=F64) for _ in range(steps)]
-
-
-def optimizer_of(B, A, method, lr=0.01, scale=S, **options):
-    groups = [{"params": [("B", B), ("A", A)], "pairs": [("B", "A", scale)], **options}]
-    return LowRankOptimizer(groups, lr=lr, rule=method.rule())
-
-
-def factors(B, A):
-    return nn.Parameter(B.clone()), nn.Parameter(A.clone())
-
-
-def train(method, B, A, grads, lr=0.01, after=lambda optimizer, step: optimizer):
-    """B and A after steps in which dL/dW is given."""
-    p, q = factors(B, A)
-    optimizer = optimizer_of(p, q, method, lr)
-    for step, G in enumerate(grads):
-        optimizer = after(optimizer, step)
-        p.grad = S * G @ q.detach().mT if p.requires_grad else None
-        q.grad = S * p.detach().mT @ G if q.requires_grad else None
-        optimizer.step()
-    return p.detach(), q.detach(), optimizer
+from tests.methods.pairs import (
+    F64,
+    M,
+    N,
+    R,
+    S,
+    check_cost,
+    check_experts,
+    check_learns,
+    check_resume,
+    factors,
+    gradients,
+    optimizer_of,
+    problem,
+    train,
+)
 
 
 def by_the_paper(B, A, grads, method, lr):
@@ -289,63 +271,19 @@ def test_a_step_of_two_passes_begins_with_a_whichever_was_left_out(spoilt, turns
 
 @pytest.mark.parametrize("plus", [False, True])
 def test_cost_is_what_is_stored(plus):
-    B, A = problem()
-    method = AltLoRA(plus=plus)
-    *_, optimizer = train(method, B, A, gradients(1))
-    held = [v for state in optimizer.state.values() for v in state.values()]
-    measured = sum(v.numel() for v in held if isinstance(v, torch.Tensor))
-    assert measured == method.cost(M, R).state + method.cost(R, N).state
-    assert measured <= 3 * R * (M + N)
+    check_cost(AltLoRA(plus=plus), (M, R), (R, N))
 
 
 @pytest.mark.parametrize("schedule", ["joint", "alternate"])
 def test_resumes_bit_for_bit(schedule):
-    B, A = problem()
-    method = AltLoRA(plus=True, schedule=schedule, turn=2)
-
-    def anew(optimizer, step):
-        if step != 5:
-            return optimizer
-        saved, (p, q) = optimizer.named_state_dict(), optimizer.param_groups[0]["params"]
-        for t in (p, q):
-            t.requires_grad_(True)
-        other = optimizer_of(p, q, method)
-        other.load_named_state_dict(saved)
-        return other
-
-    whole, cut = (train(method, B, A, gradients(9), after=f) for f in (lambda o, s: o, anew))
-    assert torch.equal(whole[0], cut[0]) and torch.equal(whole[1], cut[1])
+    check_resume(AltLoRA(plus=True, schedule=schedule, turn=2))
 
 
 def test_experts_move_one_by_one():
-    B, A = problem()
-    B3, A3 = torch.stack([B, 2 * B]), torch.stack([A, A - 1])
-    p, q = factors(B3, A3)
-    optimizer = optimizer_of(p, q, AltLoRA(plus=True), leading=1)
-    grads = [torch.stack([G, -G]) for G in gradients(3)]
-    for G in grads:
-        p.grad, q.grad = S * G @ q.detach().mT, S * p.detach().mT @ G
-        optimizer.step()
-    for i in range(2):
-        b, a, _ = train(AltLoRA(plus=True), B3[i], A3[i], [G[i] for G in grads])
-        torch.testing.assert_close(p[i].detach(), b, rtol=0, atol=1e-12)
-        torch.testing.assert_close(q[i].detach(), a, rtol=0, atol=1e-12)
+    check_experts(AltLoRA(plus=True))
 
 
 @pytest.mark.parametrize("plus, schedule, lr", [(False, "joint", 0.5), (True, "alternate", 1e-2)])
 def test_trains_an_adapter_from_zero(plus, schedule, lr):
-    model = tiny.llama()
     update = AltLoRA(plus=plus, schedule=schedule, damping_mode="rel", damping=1e-3)
-    handle = attach(model, Recipe(weights=LoRA(rank=2), update=update))
-    trained = set(handle.trainable())
-    optimizer = handle.optimizer(lr=lr)
-    ids = torch.randint(tiny.VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
-    losses = []
-    for _ in range(12):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
-        assert set(handle.trainable()) == trained
-    assert losses[-1] < losses[0] - 0.02
+    check_learns(update, lr, by=0.02)

@@ -9,15 +9,28 @@ from eckart.methods.update.lora_pro import LoRAPro, adjusted
 from eckart.methods.weights.lora import LoRA
 from eckart.optim import LowRankOptimizer
 from tests import tiny
-
-F64 = torch.float64
-M, N, R = 9, 7, 3
+from tests.methods.pairs import (
+    F64,
+    M,
+    N,
+    R,
+    S,
+    check_cost,
+    check_experts,
+    check_learns,
+    check_resume,
+    factors,
+    feed,
+    gradients,
+    optimizer_of,
+    train,
+)
 
 
 def problem(seed=0, r=R, m=M, n=N):
     g = torch.Generator().manual_seed(seed)
     B, A, G = (torch.randn(s, generator=g, dtype=F64) for s in ((m, r), (r, n), (m, n)))
-    s = torch.tensor(1.7, dtype=F64)
+    s = torch.tensor(S, dtype=F64)
     return B, A, G, s, s * G @ A.T, s * B.T @ G  # with gB, gA
 
 
@@ -110,24 +123,6 @@ def test_relative_damping_bounds_the_move_where_b_is_tiny():
         assert hA.isfinite().all() and hA.norm() < most
 
 
-def optimizer_of(B, A, s, method, lr, **options):
-    groups = [{"params": [("B", B), ("A", A)], "pairs": [("B", "A", float(s))], **options}]
-    return LowRankOptimizer(groups, lr=lr, rule=method.rule())
-
-
-def factors(B, A):
-    return nn.Parameter(B.clone()), nn.Parameter(A.clone())
-
-
-def set_gradients(B, A, G, s):
-    B.grad, A.grad = s * G @ A.detach().T, s * B.detach().T @ G
-
-
-def gradients(steps, shape=(M, N)):
-    g = torch.Generator().manual_seed(7)
-    return [torch.randn(shape, generator=g, dtype=F64) for _ in range(steps)]
-
-
 def by_the_paper(B, A, s, grads, lr, adam, wd, delta=1e-8):
     """Alg. 1 with dense inverses and a Kronecker solve for X."""
 
@@ -162,31 +157,24 @@ def test_follows_the_papers_algorithm(inner, zero, monkeypatch):
     monkeypatch.setattr("eckart.methods.update.lora_pro.CACHED", 4 * N)  # more than one piece
     B, A, _, s, _, _ = problem()
     B = torch.zeros_like(B) if zero else B
-    p, q = factors(B, A)
-    optimizer = optimizer_of(p, q, s, LoRAPro(inner=inner, weight_decay=0.1), 0.01)
-    for G in gradients(4):
-        set_gradients(p, q, G, s)
-        optimizer.step()
+    p, q, _ = train(LoRAPro(inner=inner, weight_decay=0.1), B, A, gradients(4))
     wanted = by_the_paper(B, A, s, gradients(4), 0.01, inner == "adam", 0.1)
     # eigendecompositions against dense inverses of matrices near 1e-4 I where B left zero
-    torch.testing.assert_close(p.detach(), wanted[0], rtol=0, atol=1e-8)
-    torch.testing.assert_close(q.detach(), wanted[1], rtol=0, atol=1e-8)
+    torch.testing.assert_close(p, wanted[0], rtol=0, atol=1e-8)
+    torch.testing.assert_close(q, wanted[1], rtol=0, atol=1e-8)
 
 
 def test_factored_moments_are_adam_on_adjusted_gradients():
     B, A, _, s, _, _ = problem()
-    p, q = factors(B, A)
-    optimizer = optimizer_of(p, q, s, LoRAPro(moment_space="factored"), 0.01)
+    p, q, _ = train(LoRAPro(moment_space="factored"), B, A, gradients(5))
     r1, r2 = factors(B, A)
     reference = torch.optim.AdamW([r1, r2], 0.01, weight_decay=0)
     for G in gradients(5):
-        set_gradients(p, q, G, s)
-        optimizer.step()
-        gB, gA = s * G @ r2.detach().T, s * r1.detach().T @ G
-        r1.grad, r2.grad = adjusted(r1.detach(), r2.detach(), gB, gA, s)
+        feed(r1, r2, G)
+        r1.grad, r2.grad = adjusted(r1.detach(), r2.detach(), r1.grad, r2.grad, s)
         reference.step()
-    torch.testing.assert_close(p.detach(), r1.detach(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(q.detach(), r2.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(p, r1.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(q, r2.detach(), rtol=0, atol=1e-12)
 
 
 def test_pairs_of_many_shapes_move_as_if_alone():
@@ -201,35 +189,20 @@ def test_pairs_of_many_shapes_move_as_if_alone():
     optimizer = LowRankOptimizer([{"params": params, "pairs": pairs}], 0.01, rule=LoRAPro().rule())
     for G in range(3):
         for i, (p, q) in enumerate(together):
-            set_gradients(p, q, gradients(3, (len(p), q.shape[1]))[G], scales[i])
+            feed(p, q, gradients(3, (len(p), q.shape[1]))[G], scales[i])
         optimizer.step()
     for i, (B, A, *_) in enumerate(made):
         p, q = factors(B, A)
-        alone = optimizer_of(p, q, scales[i], LoRAPro(), 0.01)
+        alone = optimizer_of(p, q, LoRAPro(), scale=scales[i])
         for G in gradients(3, (len(B), A.shape[1])):
-            set_gradients(p, q, G, scales[i])
+            feed(p, q, G, scales[i])
             alone.step()
         torch.testing.assert_close(together[i][0], p, rtol=0, atol=1e-12)
         torch.testing.assert_close(together[i][1], q, rtol=0, atol=1e-12)
 
 
 def test_experts_move_one_by_one():
-    B, A, _, s, _, _ = problem()
-    B3, A3 = torch.stack([B, 2 * B]), torch.stack([A, A - 1])
-    p, q = factors(B3, A3)
-    optimizer = optimizer_of(p, q, s, LoRAPro(), 0.01, leading=1)
-    grads = [torch.stack([G, -G]) for G in gradients(3)]
-    for G in grads:
-        p.grad, q.grad = s * G @ q.detach().mT, s * p.detach().mT @ G
-        optimizer.step()
-    for i in range(2):
-        b, a = factors(B3[i], A3[i])
-        alone = optimizer_of(b, a, s, LoRAPro(), 0.01)
-        for G in grads:
-            set_gradients(b, a, G[i], s)
-            alone.step()
-        torch.testing.assert_close(p[i].detach(), b.detach(), rtol=0, atol=1e-12)
-        torch.testing.assert_close(q[i].detach(), a.detach(), rtol=0, atol=1e-12)
+    check_experts(LoRAPro())
 
 
 def test_factors_of_two_groups_have_their_own_rates():
@@ -242,7 +215,7 @@ def test_factors_of_two_groups_have_their_own_rates():
             {"params": [("A", q)]},
         ]
         optimizer = LowRankOptimizer(groups, 0.01, rule=LoRAPro().rule())
-        set_gradients(p, q, gradients(1)[0], s)
+        feed(p, q, gradients(1)[0])
         optimizer.step()
         found.append((p.detach() - B, q.detach() - A))
     torch.testing.assert_close(found[1][0], 4 * found[0][0], rtol=0, atol=1e-12)
@@ -253,7 +226,7 @@ def test_a_factor_without_a_partner_follows_adamw():
     B, A, _, s, _, _ = problem()
     p, q = factors(B, A)
     q.requires_grad_(False)
-    optimizer = optimizer_of(p, q, s, LoRAPro(), 0.01)
+    optimizer = optimizer_of(p, q, LoRAPro())
     r = nn.Parameter(B.clone())
     reference = torch.optim.AdamW([r], 0.01, weight_decay=0)
     for G in gradients(3):
@@ -265,51 +238,18 @@ def test_a_factor_without_a_partner_follows_adamw():
 
 @pytest.mark.parametrize("moment_space", ["full", "factored"])
 def test_resumes_bit_for_bit(moment_space):
-    B, A, _, s, _, _ = problem()
-    method = LoRAPro(moment_space=moment_space)
-    whole, cut = factors(B, A), factors(B, A)
-    a, b = (optimizer_of(*pair, s, method, 0.01) for pair in (whole, cut))
-    for step, G in enumerate(gradients(8)):
-        if step == 4:
-            saved = b.named_state_dict()
-            b = optimizer_of(*cut, s, method, 0.01)
-            b.load_named_state_dict(saved)
-        for pair, optimizer in ((whole, a), (cut, b)):
-            set_gradients(*pair, G, s)
-            optimizer.step()
-    assert torch.equal(whole[0], cut[0]) and torch.equal(whole[1], cut[1])
+    check_resume(LoRAPro(moment_space=moment_space))
 
 
 def test_cost_is_what_is_stored():
-    B, A, _, s, _, _ = problem()
-    for method in (LoRAPro(), LoRAPro(moment_space="factored"), LoRAPro(inner="sgd")):
-        p, q = factors(B, A)
-        optimizer = optimizer_of(p, q, s, method, 0.01)
-        set_gradients(p, q, gradients(1)[0], s)
-        optimizer.step()
-        held = [v for state in optimizer.state.values() for v in state.values()]
-        measured = sum(v.numel() for v in held if isinstance(v, torch.Tensor))
-        if method.moment_space == "full":
-            assert measured == method.cost(M, N).state
-        else:
-            assert measured == method.cost(M, R).state + method.cost(R, N).state
+    check_cost(LoRAPro(), (M, N))
+    for method in (LoRAPro(moment_space="factored"), LoRAPro(inner="sgd")):
+        check_cost(method, (M, R), (R, N))
 
 
 def test_it_moves_nearer_to_the_gradient_than_lora_does():
-    """cos(E, G), on a model: by definition no less than that of the plain gradients."""
-    model = tiny.llama()
-    handle = attach(model, Recipe(weights=LoRA(rank=2), update=LoRAPro(inner="sgd")))
-    optimizer = handle.optimizer(lr=0.05)
-    assert sum(len(g["pairs"]) for g in optimizer.param_groups) == len(handle.sites)
-    ids = torch.randint(tiny.VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
+    """cos(E, G): by definition no less than that of the plain gradients. And it learns."""
+    check_learns(LoRAPro(inner="sgd"), lr=0.05, by=0)
     for seed in range(5):
         B, A, G, s, gB, gA = problem(seed)
         plain, full = moved(B, A, gB, gA, s), moved(B, A, *adjusted(B, A, gB, gA, s), s)
@@ -334,7 +274,7 @@ def test_moments_of_bf16_factors_are_fp32():
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         p, q = factors(B.bfloat16().to(dtype), A.bfloat16().to(dtype))
-        optimizer = optimizer_of(p, q, s, LoRAPro(), 0.01)
+        optimizer = optimizer_of(p, q, LoRAPro())
         G = gradients(1)[0]
         p.grad, q.grad = (t.bfloat16().to(dtype) for t in (s * G @ A.T, s * B.T @ G))
         optimizer.step()
@@ -342,23 +282,3 @@ def test_moments_of_bf16_factors_are_fp32():
         found.append([t for t in held if isinstance(t, torch.Tensor)])
     assert {t.dtype for t in found[0]} == {torch.float32} and len(found[0]) == 2
     assert all(map(torch.equal, *found))
-
-
-def test_works_on_pefts_modules():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    model = peft.get_peft_model(tiny.llama(), config)
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    pairs = [(n, n.replace("lora_B", "lora_A"), 2.0) for n, _ in named if "lora_B" in n]
-    assert len(pairs) == 4
-    groups = [{"params": named, "pairs": pairs}]
-    optimizer = LowRankOptimizer(groups, lr=1e-3, rule=LoRAPro().rule())
-    ids = torch.randint(tiny.VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0] - 0.05

@@ -2,37 +2,23 @@
 
 import pytest
 import torch
-from torch import nn
 
-from eckart import Recipe, attach
 from eckart.methods.update.adamw import AdamW
 from eckart.methods.update.lora_rite import LoRARITE, escaped, inverse_root
-from eckart.methods.weights.lora import LoRA
-from eckart.optim import LowRankOptimizer
-from tests import tiny
-
-F64 = torch.float64
-M, N, R, S = 9, 7, 3, 1.7
-
-
-def problem(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(s, generator=g, dtype=F64) for s in ((M, R), (R, N)))
-
-
-def gradients(steps, seed=7):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(M, N, generator=g, dtype=F64) for _ in range(steps)]
-
-
-def train(method, B, A, grads, lr=0.02):
-    p, q = nn.Parameter(B.clone()), nn.Parameter(A.clone())
-    groups = [{"params": [("B", p), ("A", q)], "pairs": [("B", "A", S)]}]
-    optimizer = LowRankOptimizer(groups, lr=lr, rule=method.rule())
-    for G in grads:
-        p.grad, q.grad = S * G @ q.detach().mT, S * p.detach().mT @ G
-        optimizer.step()
-    return p.detach(), q.detach(), optimizer
+from tests.methods.pairs import (
+    F64,
+    M,
+    N,
+    R,
+    S,
+    check_cost,
+    check_experts,
+    check_learns,
+    check_resume,
+    gradients,
+    problem,
+    train,
+)
 
 
 class Half:
@@ -121,49 +107,13 @@ def test_from_b_zero_only_b_moves_at_first():
 
 
 def test_resumes_bit_for_bit_and_costs_what_it_says():
-    B, A = problem()
-    method = LoRARITE()
-    whole = train(method, B, A, gradients(9))
-    p, q, optimizer = train(method, B, A, gradients(9)[:5])
-    b, a = nn.Parameter(p.clone()), nn.Parameter(q.clone())
-    groups = [{"params": [("B", b), ("A", a)], "pairs": [("B", "A", S)]}]
-    again = LowRankOptimizer(groups, lr=0.02, rule=method.rule())
-    again.load_named_state_dict(optimizer.named_state_dict())
-    for G in gradients(9)[5:]:
-        b.grad, a.grad = S * G @ a.detach().mT, S * b.detach().mT @ G
-        again.step()
-    assert torch.equal(whole[0], b) and torch.equal(whole[1], a)
-    held = [v for state in optimizer.state.values() for v in state.values()]
-    measured = sum(v.numel() for v in held if isinstance(v, torch.Tensor))
-    assert measured == method.cost(M, R).state + method.cost(R, N).state
+    check_resume(LoRARITE())
+    check_cost(LoRARITE(), (M, R), (R, N))
 
 
 def test_experts_move_one_by_one():
-    B, A = problem()
-    B3, A3 = torch.stack([B, 2 * B]), torch.stack([A, A - 1])
-    p, q = nn.Parameter(B3.clone()), nn.Parameter(A3.clone())
-    groups = [{"params": [("B", p), ("A", q)], "pairs": [("B", "A", S)], "leading": 1}]
-    optimizer = LowRankOptimizer(groups, lr=0.02, rule=LoRARITE().rule())
-    for G in gradients(3):
-        G = torch.stack([G, -G])
-        p.grad, q.grad = S * G @ q.detach().mT, S * p.detach().mT @ G
-        optimizer.step()
-    for i, sign in enumerate((1, -1)):
-        b, a, _ = train(LoRARITE(), B3[i], A3[i], [sign * G for G in gradients(3)])
-        torch.testing.assert_close(p[i].detach(), b, rtol=0, atol=1e-12)
-        torch.testing.assert_close(q[i].detach(), a, rtol=0, atol=1e-12)
+    check_experts(LoRARITE())
 
 
 def test_trains_an_adapter_from_zero():
-    model = tiny.llama()
-    handle = attach(model, Recipe(LoRA(rank=2), LoRARITE()))
-    optimizer = handle.optimizer(lr=1e-2)
-    ids = torch.randint(tiny.VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
-    losses = []
-    for _ in range(12):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0] - 0.1
+    check_learns(LoRARITE(), lr=1e-2, by=0.1)

@@ -2,35 +2,35 @@
 
 import pytest
 import torch
-from torch import nn
 
 from eckart.methods.update.altlora import AltLoRA
 from eckart.methods.update.riemannian import Riemannian, preconditioned
 from eckart.optim import LowRankOptimizer, Stacks
 from tests import tiny
+from tests.methods.pairs import (
+    F64,
+    M,
+    N,
+    R,
+    S,
+    check_cost,
+    check_experts,
+    check_resume,
+    problem,
+    train,
+)
 
-F64 = torch.float64
-M, N, R = 9, 7, 3
-
-
-def problem(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((M, R), (R, N), (M, N), (R, R))
-    return tuple(torch.randn(s, generator=g, dtype=F64) for s in shapes)
+SHAPES = ((M, R), (R, N), (M, N), (R, R))  # of B, A, G and a change T of how B A is split
 
 
 def moved(B, A, G, lr, method):
     """How B A changes in one step."""
-    p, q = nn.Parameter(B.clone()), nn.Parameter(A.clone())
-    groups = [{"params": [("B", p), ("A", q)], "pairs": [("B", "A", 1.0)]}]
-    optimizer = LowRankOptimizer(groups, lr=lr, rule=method.rule())
-    p.grad, q.grad = G @ A.T, B.T @ G
-    optimizer.step()
-    return p.detach() @ q.detach() - B @ A, p.detach(), q.detach()
+    p, q, _ = train(method, B, A, [G / S], lr)
+    return p @ q - B @ A, p, q
 
 
 def test_to_first_order_the_matrix_moves_by_both_projections():
-    B, A, G, _ = problem()
+    B, A, G, _ = problem(shapes=SHAPES)
     F, gB = (Stacks([t[None]], tall=True) for t in (B, G @ A.T))
     E, gA = (Stacks([t[None]], tall=False) for t in (A, B.T @ G))
     (hB,), (hA,) = (h.tensors[0] for h in preconditioned(F, E, gB, gA, 0.0))
@@ -41,7 +41,7 @@ def test_to_first_order_the_matrix_moves_by_both_projections():
 
 @pytest.mark.parametrize("inner, invariant", [("sgd", True), ("adam", False)])
 def test_the_split_does_not_matter_with_sgd(inner, invariant):
-    B, A, G, T = problem()
+    B, A, G, T = problem(shapes=SHAPES)
     T = torch.eye(R, dtype=F64) + 0.3 * T
     method = Riemannian(damping=0.0, inner=inner)
     one = moved(B, A, G, 1e-2, method)[0]
@@ -51,7 +51,7 @@ def test_the_split_does_not_matter_with_sgd(inner, invariant):
 
 def test_altlora_without_momentum_is_this_but_for_the_new_a():
     """The same A; B differs by lr times what lr did to A, so to second order."""
-    B, A, G, _ = problem()
+    B, A, G, _ = problem(shapes=SHAPES)
     alt = AltLoRA(betas=(0.0, 0.999), damping=1e-3, scale_grad=False)
     gaps = []
     for lr in (1e-3, 1e-4):
@@ -98,20 +98,14 @@ def test_steps_are_those_of_peft(inner):
 
 
 def test_from_b_zero_a_stays():
-    B, A, G, _ = problem()
+    B, A, G, _ = problem(shapes=SHAPES)
     _, p, q = moved(torch.zeros_like(B), A, G, 1e-2, Riemannian(damping=0.0))
     assert torch.equal(q, A) and p.isfinite().all() and p.abs().max() > 0
 
 
-def test_cost_is_what_is_stored():
-    B, A, G, _ = problem()
-    for inner in ("adam", "sgd"):
-        method = Riemannian(inner=inner)
-        p, q = nn.Parameter(B.clone()), nn.Parameter(A.clone())
-        groups = [{"params": [("B", p), ("A", q)], "pairs": [("B", "A", 1.0)]}]
-        optimizer = LowRankOptimizer(groups, lr=1e-2, rule=method.rule())
-        p.grad, q.grad = G @ A.T, B.T @ G
-        optimizer.step()
-        held = [v for state in optimizer.state.values() for v in state.values()]
-        measured = sum(v.numel() for v in held if isinstance(v, torch.Tensor))
-        assert measured == method.cost(M, R).state + method.cost(R, N).state
+@pytest.mark.parametrize("inner", ["adam", "sgd"])
+def test_it_costs_what_it_says_resumes_and_moves_experts_one_by_one(inner):
+    method = Riemannian(inner=inner)
+    check_cost(method, (M, R), (R, N))
+    check_resume(method)
+    check_experts(method)
