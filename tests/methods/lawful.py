@@ -21,6 +21,11 @@ from tests.laws.matrix import logits, steps
 F64 = torch.float64
 
 
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal numbers in fp64, the same ones for a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
 def carried(method: Weights, architecture: str, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model with the method, its handle and a batch."""
     model, batch = tiny(architecture, dtype), cast(batch_for(architecture), dtype)

@@ -14,13 +14,9 @@ from eckart.methods.weights.lora import LoRA
 from eckart.recipe import Recipe, attach
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits, steps
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 
 F64 = torch.float64
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 @pytest.mark.parametrize("form", ["arms", "row", "grid"])

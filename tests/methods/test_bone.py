@@ -26,14 +26,10 @@ from eckart.methods.weights.bone import (
 from eckart.recipe import Recipe, attach
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 
 F64 = torch.float64
 SHAPES = [(7, 12), (8, 12), (8, 13), (12, 4)]  # n a multiple of r = 4 and not; n = r
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def by_entries(M, m, n):

@@ -26,14 +26,10 @@ from eckart.methods.weights.codyra import (
 from eckart.recipe import Recipe, attach, attach_from
 from tests.conftest import batch_for, cast, randomise, tiny
 from tests.laws.matrix import logits, steps
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 from tests.processes import in_processes
 
 F64 = torch.float64
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 FORMS = [

@@ -10,12 +10,9 @@ from eckart.linear import LowRank, find_sites, install
 from eckart.methods.weights import dora
 from eckart.methods.weights.dora import DoRA, Magnitude, row_norms
 from eckart.recipe import Recipe, attach
+from tests.methods.lawful import draw
 
 F64 = torch.float64
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def layer_with(B, A, s, g, W, bias=None):

@@ -17,13 +17,9 @@ from eckart.methods.weights.dylora import DyLoRA, Nested, Ranks, in_order, neste
 from eckart.recipe import Recipe, attach, attach_from
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits, steps
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 
 F64 = torch.float64
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 FORMS = [{"frozen": True}, {"unit": 2, "draw": "geometric"}, {"active_rank": 2}]

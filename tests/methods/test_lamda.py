@@ -29,13 +29,9 @@ from eckart.recipe import Recipe, attach, attach_from
 from tests.conftest import batch_for, randomise, tiny
 from tests.jobs.loops import SEED, mixed
 from tests.laws.matrix import logits, steps
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 
 F64 = torch.float64
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 FORMS = [{"init": "svd_zero"}, {"init": "code", "alpha": 4.0}, {"eta": 0.0}, {"eta": 1.0}]

@@ -10,39 +10,8 @@ from eckart.methods.update.lisa import LISA
 from eckart.methods.weights.dense import Dense
 from eckart.optim import LowRankOptimizer
 from tests import tiny
+from tests.methods.blocks import D, Model, N, V, active, gradient, optimizer_of
 from tests.methods.updates import PlainAdam
-
-N, D, V = 6, 4, 11  # blocks, width, vocabulary
-
-
-class Model(nn.Module):
-    """Embedding, N residual blocks, norm, head."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(V, D, dtype=torch.float64)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(D, D, dtype=torch.float64), nn.Tanh()) for _ in range(N)
-        )
-        self.norm = nn.LayerNorm(D, dtype=torch.float64)
-        self.head = nn.Linear(D, V, bias=False, dtype=torch.float64)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.head(self.norm(x))
-
-
-def batch(step):
-    g = torch.Generator().manual_seed(step)
-    return torch.randint(V, (2, 5), generator=g), torch.randint(V, (10,), generator=g)
-
-
-def gradient(model, step):
-    ids, targets = batch(step)
-    nn.functional.cross_entropy(model(ids).flatten(0, 1), targets).backward()
 
 
 def train(model, optimizer, steps, see=lambda step: None):
@@ -51,14 +20,6 @@ def train(model, optimizer, steps, see=lambda step: None):
         see(step)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def optimizer_of(model, method, lr=0.01, **kwargs):
-    return LowRankOptimizer(model.named_parameters(), lr, rule=method.rule(), **kwargs)
-
-
-def active(model):
-    return tuple(i for i, layer in enumerate(model.layers) if layer[0].weight.requires_grad)
 
 
 def copy(model):

@@ -16,14 +16,10 @@ from eckart.methods.weights.loldu import DEAD, LDU, LoLDU, alive, ldu, pivot_row
 from eckart.recipe import attach_from
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits, steps
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 
 F64 = torch.float64
 SHAPES = [(12, 20), (20, 12), (14, 14)]
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def decomposed(W, r):

@@ -18,14 +18,10 @@ from eckart.recipe.calibrate import gather_activations
 from eckart.recipe.targets import sites_of
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 
 F64 = torch.float64
 M, N, R, S = 7, 9, 3, 0.5
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def site_with(G=None, m=M, n=N):

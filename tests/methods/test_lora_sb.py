@@ -19,13 +19,9 @@ from eckart.recipe.calibrate import gather_gradients
 from eckart.recipe.targets import sites_of
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits, steps
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 
 F64 = torch.float64
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def site_with(G, eta=0.01, leading=()):

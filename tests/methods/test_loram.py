@@ -21,14 +21,10 @@ from eckart.recipe.coupled import groups
 from eckart.recipe.targets import sites_of
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits, steps
-from tests.methods.lawful import assert_lawful
+from tests.methods.lawful import assert_lawful, draw
 
 F64 = torch.float64
 FAMILIES = ["llama", "qwen", "gemma"]  # two query heads per KV head; biases; tied, h = 8
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def method(**fields):

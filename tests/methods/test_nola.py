@@ -22,14 +22,10 @@ from eckart.methods.weights.nola import NOLA, Combination, frozen_start, quantis
 from eckart.recipe import Recipe, attach
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 
 F64 = torch.float64
 M, N, R, K = 7, 9, 3, 5
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def term_with(A, B, k, m=M, n=N, r=R, **options):

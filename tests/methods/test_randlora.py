@@ -18,16 +18,12 @@ from eckart.methods.weights.randlora import RandLoRA, ScaledBases
 from eckart.recipe import Recipe, attach
 from tests.conftest import batch_for, randomise, tiny
 from tests.laws.matrix import logits
-from tests.methods.lawful import assert_lawful, carried
+from tests.methods.lawful import assert_lawful, carried, draw
 
 F64 = torch.float64
 SHAPES = [(11, 7), (7, 11), (8, 8)]  # tall, wide, square; r = 3 divides neither side
 ORDERS = ["compat", "paper"]
 R = 3
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def bases(d, D, shared_a=True, r=R):
