@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig
+from tests.conftest import tiny
 
 from eckart.errors import FileError, UsageError
 from eckart.io.images import read, read_images
@@ -117,18 +117,7 @@ def test_pixels_are_fitted_to_the_model():
 def test_a_vit_trains_on_a_batch():
     pytest.importorskip("sklearn")
     data = read_images("digits", 8, 1)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        num_labels=10,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForImageClassification.from_config(config)
+    model = tiny("vit").train()
     batch = data.collate([data.train[i] for i in range(32)])
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []

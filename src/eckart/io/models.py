@@ -51,6 +51,12 @@ __all__ = [
 Kind = Literal["model", "peft", "native", "run", "config", "preset", "factored", "hub", "kohya"]
 
 
+ADAPTER_FILES: tuple[tuple[Kind, str, str], ...] = (  # and the key of their base
+    ("native", "eckart.json", "base"),
+    ("peft", "adapter_config.json", "base_model_name_or_path"),
+)
+
+
 @dataclass(frozen=True)
 class Source:
     """What stands behind a name: `path` as it is to be opened, `base` what an adapter is for."""
@@ -73,42 +79,43 @@ def recognise(source: str | Path) -> Source:
         if looks_like_hub_id(text):
             return Source("hub", text)
         raise missing(path)
-    if path.is_file():
-        if path.suffix == ".json":
-            return Source("config", str(path))
-        if path.suffix in PICKLES:
-            raise refused(path)
-        if path.suffix == ".safetensors":
-            if found := named_by_kohya(path):
-                return found
-            raise FileError(
-                "a model is a folder, not one file",
-                [(text, "weights without their config.json")],
-                f"Type {path.parent} if its config.json lies beside it.",
-            )
-        raise FileError(
-            "this is no model",
-            [(text, "a file")],
-            "MODEL comes first: a model's folder or hub id. Then DATA.",
-        )
+    return file_as_source(path) if path.is_file() else folder_as_source(path)
+
+
+def file_as_source(path: Path) -> Source:
+    """A configuration or an adapter in kohya's names. FileError for any other file."""
+    if path.suffix == ".json":
+        return Source("config", str(path))
+    if path.suffix in PICKLES:
+        raise refused(path)
+    if path.suffix != ".safetensors":
+        fix = "MODEL comes first: a model's folder or hub id. Then DATA."
+        raise FileError("this is no model", [(str(path), "a file")], fix)
+    if found := named_by_kohya(path):
+        return found
+    raise FileError(
+        "a model is a folder, not one file",
+        [(str(path), "weights without their config.json")],
+        f"Type {path.parent} if its config.json lies beside it.",
+    )
+
+
+def folder_as_source(path: Path) -> Source:
+    """What a folder holds, by the names of its files. FileError where it is no model."""
     if (path / "run.json").is_file():
         return Source("run", str(path))
-    if (path / "eckart.json").is_file():
-        return Source(
-            "native", str(path), base_from(path, read_json(path / "eckart.json").get("base"))
-        )
-    if (path / "adapter_config.json").is_file():
-        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        return Source("peft", str(path), base_from(path, base))
-    if (path / "config.json").is_file():
-        if read_json(path / "config.json").get("model_type") == "eckart":
+    for kind, file, key in ADAPTER_FILES:
+        if (path / file).is_file():
+            return Source(kind, str(path), base_from(path, read_json(path / file).get(key)))
+    if (path / CONFIG).is_file():
+        if read_json(path / CONFIG).get("model_type") == "eckart":
             return Source("factored", str(path))
         return Source("model" if weight_files(path) or pickles_in(path) else "config", str(path))
     if found := named_by_kohya(path):
         return found
     raise FileError(
         "this folder holds no model",
-        [(text, "no config.json, adapter_config.json, eckart.json or run.json")],
+        [(str(path), "no config.json, adapter_config.json, eckart.json or run.json")],
         "Type the folder that has one of them.",
     )
 
@@ -261,8 +268,7 @@ def load_model(
         found.path.partition("@")[0] if found.kind == "hub" else str(folder)
     )
     drawn = {name for name, _ in model.named_parameters() if name.startswith(starts(new_head))}
-    if drawn | set(report["missing_keys"]):
-        fill(model, drawn | set(report["missing_keys"]), seed)
+    fill(model, drawn | set(report["missing_keys"]), seed)
     return model
 
 

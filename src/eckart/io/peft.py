@@ -8,7 +8,7 @@ alpha = r everywhere. In: `peft_read.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,17 +196,7 @@ def describe(handle: Handle, entries: Mapping[str, Entry]) -> dict[str, Any]:
     for site in tied:
         modules += site.ties if site not in by_peft else []
     all_modules = [path for path, _ in handle.model.named_modules()]
-    per_site = {path: dict(config) for path, (_, config) in entries.items()}
-    for site in tied:  # PEFT looks the tied head up in the patterns under its own name
-        per_site |= {path: dict(per_site[site.path]) for path in site.ties}
-    try:
-        config = to_patterns(per_site)
-    except ValueError as fault:
-        raise UsageError("PEFT has one value for all sites", [(str(fault), "")]) from fault
-    config |= {key: plain_number(config[key]) for key in PATTERNS if key in config}
-    for pattern in PATTERNS.values():
-        if pattern in config:
-            config[pattern] = {k: plain_number(v) for k, v in config[pattern].items()}
+    config = patterned(entries, tied)
     if experts:  # PEFT refuses dropout there; it acts in training alone
         config["lora_dropout"] = 0.0
         raw = [name for name, _ in handle.model.named_parameters()]
@@ -228,6 +218,23 @@ def describe(handle: Handle, entries: Mapping[str, Entry]) -> dict[str, Any]:
         "target_modules": short_names(modules, all_modules),
         **config,
     }
+
+
+def patterned(entries: Mapping[str, Entry], tied: Sequence[Site]) -> dict[str, Any]:
+    """The entries of all sites as one config, with patterns where ranks and alphas differ."""
+    per_site = {path: config for path, (_, config) in entries.items()}
+    for site in tied:  # PEFT looks the tied head up in the patterns under its own name
+        per_site |= dict.fromkeys(site.ties, per_site[site.path])
+    try:
+        config = to_patterns(per_site)
+    except ValueError as fault:
+        raise UsageError("PEFT has one value for all sites", [(str(fault), "")]) from fault
+    for key, pattern in PATTERNS.items():
+        if key in config:
+            config[key] = plain_number(config[key])
+        if pattern in config:
+            config[pattern] = {k: plain_number(v) for k, v in config[pattern].items()}
+    return config
 
 
 def task_of(model: nn.Module) -> str | None:
