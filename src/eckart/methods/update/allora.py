@@ -116,7 +116,7 @@ class ALLoRA(Update):
     """Share of a factor lost per step, times the learning rate; no row factor on it."""
 
     wants: ClassVar = "pairs"
-    default_lr: ClassVar = 1e-3
+    default_lr: ClassVar = {1e-3: {"inner": "adam"}, 1.0: {"inner": "sgd"}}
     mission: ClassVar = True
     paper: ClassVar = Paper(
         "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws",

@@ -196,7 +196,7 @@ class LoRAPro(Update):
     """Share of a factor lost per step, times the learning rate. Paper: 0."""
 
     wants: ClassVar = "pairs"
-    default_lr: ClassVar = 1e-4  # that of full training, which it follows. Code: 2e-5
+    default_lr: ClassVar = {1e-4: {"inner": "adam"}, 0.1: {"inner": "sgd"}}  # as full training
     mission: ClassVar = True
     paper: ClassVar = Paper(
         "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?",

@@ -84,7 +84,7 @@ class Riemannian(Update):
     """Share of a factor lost per step, times the learning rate."""
 
     wants: ClassVar = "pairs"
-    default_lr: ClassVar = 1e-3
+    default_lr: ClassVar = {1e-3: {"inner": "adam"}, 0.3: {"inner": "sgd"}}
     paper: ClassVar = Paper(
         "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models",
         "https://arxiv.org/abs/2402.02347",
