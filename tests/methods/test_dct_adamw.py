@@ -9,7 +9,8 @@ from torch import nn
 from eckart.errors import UsageError
 from eckart.methods.update.dct_adamw import DCTAdamW
 from eckart.optim import SGD, Adam, ErrorFeedback, LowRankOptimizer, Refresh, Rule, Selected
-from tests.methods.updates import F64, check_hooks, start
+from tests.methods import updates
+from tests.methods.updates import F64, check_experts, check_hooks, check_resume, start
 
 
 def gradients(shape, steps, seed=0, dtype=F64):
@@ -19,16 +20,9 @@ def gradients(shape, steps, seed=0, dtype=F64):
     return [(trend + torch.randn(shape, generator=g, dtype=F64)).to(dtype) for _ in range(steps)]
 
 
-def train(rule, W, grads, lr=0.05):
-    p = nn.Parameter(W.clone())
-    optimizer = LowRankOptimizer([("w", p)], lr=lr, rule=rule)
-    states = []
-    for G in grads:
-        p.grad = G.clone()
-        optimizer.step()
-        kept = optimizer.state[p].items()
-        states.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kept})
-    return p.detach(), states
+def train(rule, W, grads):
+    path, states = updates.train(rule, W, grads)
+    return path[-1], states
 
 
 def dct(n):
@@ -196,24 +190,9 @@ def test_cost_is_what_is_stored(shape, error_bits):
 
 
 @pytest.mark.parametrize("error_bits", [32, 4])
-@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
-def test_a_resumed_run_is_the_uninterrupted_one(dtype, error_bits):
-    grads = gradients((9, 7), 12, dtype=dtype)
-    rule = DCTAdamW(rank=3, error_feedback=True, error_bits=error_bits, age_correct=True).rule()
-    wanted, states = train(rule, start((9, 7)).to(dtype), grads)
-    p = nn.Parameter(start((9, 7)).to(dtype))
-    optimizer = LowRankOptimizer([("w", p)], lr=0.05, rule=rule)
-    for step, G in enumerate(grads):
-        if step == 6:
-            saved = optimizer.named_state_dict()
-            optimizer = LowRankOptimizer([("w", p)], lr=0.05, rule=rule)
-            optimizer.load_named_state_dict(saved)
-        p.grad = G.clone()
-        optimizer.step()
-    assert torch.equal(p.detach(), wanted)
-    assert optimizer.state[p]["step"] == 12
-    for key, value in states[-1].items():
-        assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), key
+def test_a_resumed_run_is_the_uninterrupted_one(error_bits):
+    fields = {"error_feedback": True, "error_bits": error_bits, "age_correct": True}
+    check_resume(DCTAdamW(rank=3, **fields).rule(), stop=6)
 
 
 def test_hooks_make_the_same_steps():
@@ -221,17 +200,8 @@ def test_hooks_make_the_same_steps():
 
 
 def test_experts_choose_one_by_one():
-    each = [gradients((8, 5), 6, seed=i) for i in range(3)]
     rule = DCTAdamW(rank=2, error_feedback=True, age_correct=True).rule()
-    W = start((3, 8, 5))
-    p = nn.Parameter(W.clone())
-    optimizer = LowRankOptimizer([{"params": [("w", p)], "leading": 1}], lr=0.05, rule=rule)
-    for row in zip(*each, strict=True):
-        p.grad = torch.stack(row)
-        optimizer.step()
-    for i in range(3):
-        wanted, _ = train(rule, W[i], each[i])
-        torch.testing.assert_close(p[i].detach(), wanted, rtol=0, atol=1e-13)
+    check_experts(rule, [gradients((8, 5), 6, seed=i) for i in range(3)])
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (7, 9)])

@@ -11,19 +11,13 @@ from eckart.errors import UsageError
 from eckart.methods.update.fira import Fira
 from eckart.methods.update.galore import GaLore
 from eckart.optim import SGD, SVD, LowRankOptimizer, Refresh, Rescaled, Rule
-from tests.methods.updates import F64, check_hooks, spectrum, start
+from tests.methods import updates
+from tests.methods.updates import F64, check_experts, check_hooks, check_resume, spectrum, start
 
 
-def train(rule, W, grads, lr=0.05, **kwargs):
-    p = nn.Parameter(W.clone())
-    optimizer = LowRankOptimizer([("w", p)], lr=lr, rule=rule, **kwargs)
-    path, limits = [], []
-    for G in grads:
-        p.grad = G.clone()
-        optimizer.step()
-        path.append(p.detach().clone())
-        limits.append(float(optimizer.state[p].get("limiter", torch.tensor(0.0))))
-    return path, limits
+def train(rule, W, grads):
+    path, states = updates.train(rule, W, grads)
+    return path, [float(state.get("limiter", 0.0)) for state in states]
 
 
 def by_the_paper(W, grads, method, lr):
@@ -168,21 +162,9 @@ def test_state_is_galores_and_one_number(shape):
     assert Fira(rank=3).cost(*shape).state == measured == GaLore(rank=3).cost(*shape).state + 1
 
 
-@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
 @pytest.mark.parametrize("stop", [7, 10])
-def test_a_resumed_run_is_the_uninterrupted_one(stop, dtype):
-    grads, rule = spectrum((9, 6), 20, dtype=dtype), Fira(rank=3, every=7).rule()
-    wanted, _ = train(rule, start((9, 6)).to(dtype), grads)
-    p = nn.Parameter(start((9, 6)).to(dtype))
-    optimizer = LowRankOptimizer([("w", p)], lr=0.05, rule=rule)
-    for step, G in enumerate(grads):
-        if step == stop:
-            saved = optimizer.named_state_dict()
-            optimizer = LowRankOptimizer([("w", p)], lr=0.05, rule=rule)
-            optimizer.load_named_state_dict(saved)
-        p.grad = G.clone()
-        optimizer.step()
-    assert torch.equal(p.detach(), wanted[-1])
+def test_a_resumed_run_is_the_uninterrupted_one(stop):
+    check_resume(Fira(rank=3, every=7).rule(), stop)
 
 
 def test_hooks_make_the_same_steps():
@@ -218,14 +200,4 @@ def test_both_sides_are_refused():
 
 
 def test_experts_are_limited_one_by_one():
-    each = [spectrum((8, 5), 8, seed=i) for i in range(3)]
-    rule = Fira(rank=2, every=3).rule()
-    W = start((3, 8, 5))
-    p = nn.Parameter(W.clone())
-    optimizer = LowRankOptimizer([{"params": [("w", p)], "leading": 1}], lr=0.05, rule=rule)
-    for row in zip(*each, strict=True):
-        p.grad = torch.stack(row)
-        optimizer.step()
-    for i in range(3):
-        path, _ = train(rule, W[i], each[i])
-        torch.testing.assert_close(p[i].detach(), path[-1], rtol=0, atol=1e-13)
+    check_experts(Fira(rank=2, every=3).rule(), [spectrum((8, 5), 8, seed=i) for i in range(3)])

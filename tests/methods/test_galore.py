@@ -8,18 +8,13 @@ from torch import nn
 
 from eckart.methods.update.galore import GaLore
 from eckart.optim import SGD, SVD, Adam, LowRankOptimizer, Refresh, Rule
-from tests.methods.updates import F64, spectrum, start
+from tests.methods import updates
+from tests.methods.updates import F64, check_experts, spectrum, start
 
 
-def train(rule, W, grads, lr=0.05, name="w", **kwargs):
-    p = nn.Parameter(W.clone())
-    optimizer = LowRankOptimizer([(name, p)], lr=lr, rule=rule, **kwargs)
-    path = []
-    for G in grads:
-        p.grad = G.clone()
-        optimizer.step()
-        path.append(p.detach().clone())
-    return path, optimizer.state[p]
+def train(rule, W, grads):
+    path, states = updates.train(rule, W, grads)
+    return path, states[-1]
 
 
 def by_the_paper(W, grads, rank, every, lr, alpha, betas, eps, wd):
@@ -362,16 +357,5 @@ def test_channels_last_convolutions_are_updated_too():
 
 
 def test_experts_are_projected_one_by_one():
-    e, shape = 3, (8, 5)
-    each = [spectrum(shape, 8, seed=i) for i in range(e)]
-    grads = [torch.stack(row) for row in zip(*each, strict=True)]
-    W = start((e, *shape))
     rule = GaLore(rank=2, every=3, weight_decay=0.1).rule()
-    p = nn.Parameter(W.clone())
-    optimizer = LowRankOptimizer([{"params": [("w", p)], "leading": 1}], lr=0.05, rule=rule)
-    for G in grads:
-        p.grad = G.clone()
-        optimizer.step()
-    for i in range(e):
-        path, _ = train(rule, W[i], each[i])
-        torch.testing.assert_close(p[i].detach(), path[-1], rtol=0, atol=1e-13)
+    check_experts(rule, [spectrum((8, 5), 8, seed=i) for i in range(3)])

@@ -68,6 +68,15 @@ def check_resume(rule, stop, shape=(9, 6)):
             assert torch.equal(torch.as_tensor(others[-1][key]), torch.as_tensor(value)), key
 
 
+def check_experts(rule, each):
+    """Stacked matrices move as each of them alone. each: the gradients of every one."""
+    W = start((len(each), *each[0][0].shape))
+    path, _ = train(rule, W, [torch.stack(row) for row in zip(*each, strict=True)], leading=1)
+    for i, grads in enumerate(each):
+        alone, _ = train(rule, W[i], grads)
+        torch.testing.assert_close(path[-1][i], alone[-1], rtol=0, atol=1e-13)
+
+
 def check_zero(rule, shape=(9, 6)):
     """Zero gradients at the start leave the decay alone, and later nothing that is not finite."""
     zero, lr = torch.zeros(shape, dtype=F64), 0.05
