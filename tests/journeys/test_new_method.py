@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -55,12 +54,47 @@ class Half(Weights):
         return Cost(parameters=self.rank * m, frozen=self.rank * n)
 '''
 
+BRANCH = '''
+"""Branch: a trained matrix and a narrow nonlinear branch beside it.
+
+    y = W x + B silu(A x)        all trained, B zero at first
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge
+
+from eckart.linear import LowRank
+from eckart.recipe import Weights
+
+
+@dataclass(frozen=True)
+class Branch(Weights):
+    """Trains everything."""
+
+    rank: Annotated[int, Ge(1)] = 4
+    """r, the width of the branch."""
+
+    base: ClassVar = "trained"
+    rest: ClassVar = "trained"
+    offers: ClassVar = ("matrices",)
+    promises: ClassVar = ("starts_at_base",)
+
+    def build_one(self, site):
+        (m, n), r = site.shape, self.rank
+        A = torch.randn(*site.leading, r, n, generator=site.generator) / n**0.5
+        return {"branch": LowRank(torch.zeros(*site.leading, m, r), A, phi="silu")}
+'''
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("new")
     (folder / "methods" / "weights").mkdir(parents=True)
-    (folder / "methods" / "weights" / "half.py").write_text(textwrap.dedent(METHOD).lstrip())
+    for name, text in {"half": METHOD, "branch": BRANCH}.items():
+        (folder / "methods" / "weights" / f"{name}.py").write_text(text.lstrip())
     model_folder(folder / "m")
     texts(folder / "d.jsonl")
     return folder
@@ -144,3 +178,13 @@ def test_it_converts_to_a_dense_model(whole_run, place):
     merged, adapted = open_model(place / "dense").model, open_model(place / "run").model
     # fp32 rounding of merged weights of order 0.1 through two layers
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=2e-6)
+
+
+def test_one_that_trains_the_matrix_beside_a_branch_says_what_its_maps_are_not(place):
+    words = ["method=branch", "weights.targets=[attn]", "train.steps=2", "-o", place / "branched"]
+    ran = eckart("pretrain", place / "m", place / "d.jsonl", *words)
+    assert ran.code == 0, ran.err
+    seen = eckart("inspect", place / "branched", "--json")
+    assert set(seen.document["roles"]) == {"mlp.gate", "mlp.up", "mlp.down"}
+    refused = eckart("convert", place / "branched", "--to", "dense", "-o", place / "folded")
+    assert refused.code == 2 and "_proj.branch is not a linear map" in refused.err

@@ -98,10 +98,15 @@ def shared(D1: Tensor, D2: Tensor) -> dict[str, float] | None:
 
 
 def all_sites(opened: Opened) -> dict[str, Site]:
-    """The sites of a model, those that carry terms among them."""
-    handle = opened.handle
-    carried = {path: handle.sites[path] for path in handle.attached} if handle else {}
-    return {site.path: site for site in sites_of(opened.model)} | carried
+    """The maps of a model that are a matrix, with terms or without: all but those with a term
+    that is not linear."""
+    sites = {site.path: site for site in sites_of(opened.model)}
+    if opened.handle is not None:
+        for path, terms in opened.handle.terms().items():
+            sites[path] = opened.handle.sites[path]
+            if not all(term.linear for term in terms.values()):
+                del sites[path]
+    return sites
 
 
 def whole(opened: Opened, site: Site) -> Tensor:
