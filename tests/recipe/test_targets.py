@@ -240,6 +240,12 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
+class BesideTrained(LoRA):
+    """A branch beside a matrix that is trained, too."""
+
+    base = "trained"
+
+
 @pytest.mark.parametrize(
     ("model", "target", "said"),
     [
@@ -251,9 +257,10 @@ class Standardised(nn.Conv2d):
     ],
 )
 def test_a_layer_whose_terms_would_not_run_as_they_should_is_refused(model, target, said):
-    with pytest.raises(UsageError) as error:
-        attach(model(), Recipe(weights=LoRA(rank=2, targets=(target,))))
-    assert said in str(error.value)
+    for method in (LoRA, BesideTrained):
+        with pytest.raises(UsageError) as error:
+            attach(model(), Recipe(weights=method(rank=2, targets=(target,))))
+        assert said in str(error.value)
 
 
 def test_a_product_written_by_hand_is_as_good_as_torchs_own():

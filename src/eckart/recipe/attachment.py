@@ -112,7 +112,6 @@ def attach_from(
     missing = [path for path in structure["sites"] if path not in here]
     if missing:
         raise FileError("the model has no such map", [(path, "") for path in missing[:8]])
-    refuse_unreachable(model, [here[path] for path in structure["sites"]])
     wanted = {**structure["sites"], **dict.fromkeys(structure["changed"], None)}
     sites = (
         {p: here[p] for p in wanted} if wanted else {s.path: s for s in choose_all(recipe, here)}
@@ -195,7 +194,7 @@ def choose(model: nn.Module, weights: Weights, seed: int) -> list[Site]:
     everything = sites_of(model, seed)
     targets = [t for t in weights.targets if t != EVERYTHING]
     sites = everything if EVERYTHING in weights.targets else select(everything, targets)
-    if weights.base != "trained":
+    if weights.base != "trained":  # before any work; where that may have no terms, as they go in
         refuse_unreachable(model, sites)
     taken = [s.path for s in sites if isinstance(s.module, Structured) and weights.base != "frozen"]
     if taken:

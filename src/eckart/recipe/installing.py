@@ -108,6 +108,7 @@ def install_at(handle: Handle, site: Site, parts: dict[str, nn.Module], drop: bo
     for part in parts.values():
         part.to(device=site.raw.device).train(site.module.training)
         declare_gradient_rule(handle, part, site.path)
+    refuse_unreachable(handle.model, [site])
     install(site, {name + handle.suffix: part for name, part in parts.items()}, drop)
     handle.attached[site.path] = list(parts)
 
