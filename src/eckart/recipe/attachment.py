@@ -17,7 +17,7 @@ from eckart.linear import Horizon, Part, Site, Structured
 from eckart.linear.sites import HOOKED
 from eckart.recipe import registry
 from eckart.recipe.adapters import DEFAULT, require_free
-from eckart.recipe.calibrate import Batch, gather_activations, gather_gradients
+from eckart.recipe.calibrate import GATHERED, Batch
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.groups import default_lr
 from eckart.recipe.handle import FORMAT, ROOT, Handle
@@ -247,7 +247,6 @@ def calibrate(
             if steps is None if of_steps else not batches:
                 lost = "steps= is missing" if of_steps else "calibration= has no batches"
                 raise UsageError(f"{method.slug} needs {need}", [("attach(...)", lost)])
-    if "gradients" in recipe.needs:
-        gather_gradients(model, sites, batches)
-    if "activations" in recipe.needs:
-        gather_activations(model, sites, batches)
+    for need, gather in GATHERED.items():
+        if need in recipe.needs:
+            gather(model, sites, batches)

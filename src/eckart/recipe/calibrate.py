@@ -118,6 +118,13 @@ def gather_activations(
             check_finite(site.activations, site.path, "activation")
 
 
+GATHERED: dict[str, Callable[[nn.Module, Sequence[Site], Sequence[Batch]], None]] = {
+    "gradients": gather_gradients,
+    "activations": gather_activations,
+}
+"""What a method may need of data -> what writes it into the sites."""
+
+
 def real_tokens(model: nn.Module, site: Site, batch: Batch) -> Tensor | None:
     """Which tokens of a site's input are no padding, bool [b, t]; None where nothing says so.
 

@@ -393,7 +393,6 @@ class Compress(Weights):
 
     axis: ClassVar[str] = "compress"
     base: ClassVar[Literal["frozen", "trained", "dropped"]] = "dropped"
-    sequential: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
