@@ -18,6 +18,7 @@ from eckart.optim.project import (
     Found,
     Search,
     fix_signs,
+    parts,
     polish,
     top_eigenvectors,
     usable,
@@ -193,18 +194,18 @@ def by_gram(layout: Layout, entry: Entry) -> bool:
         on the right              n (n + 1)            a sum of half of G^T G
         on the left,   m > n      n (n + 1) + m r      the same, and G V is gathered
         on the left,   m <= n     m n / p + m (m + 1)  a sum of half of G G^T: `columns_of`
+        on both,       m <= n     the same + n r       and G^T U is gathered
 
-    On the right it is always so; for both sides, or split along its columns, G is gathered.
+    On the right alone it is always so, and split along its columns G is gathered.
     """
     (m, n), (left, right) = entry.size, entry.rule.projector.ranks(*entry.size)
     rows = layout.groups("rows")
-    if layout.groups("columns") or (left and right):
-        return False
-    if right:
-        return True
+    if layout.groups("columns") or not left:
+        return not layout.groups("columns")
     if m > n:
         return n * (n + 1) + m * left < m * n
-    return len(rows) == 1 and m * n / dist.get_world_size(rows[0]) + m * (m + 1) < m * n
+    p = dist.get_world_size(rows[0]) if len(rows) == 1 else 1
+    return m * n / p + m * (m + 1) + n * right < m * n
 
 
 def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found]:
@@ -215,17 +216,21 @@ def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found
     projector, (m, n) = entries[0].rule.projector, entries[0].size
     left, right = projector.ranks(m, n)
     G = torch.stack([e.sought for e in entries])  # [k, *, m of this shard, n]
-    if left and m <= n:
+    turned = left > 0 and m <= n
+    if turned:
         G = columns_of(G, layout, m).mT  # [k, *, n of this process, m]
     G = G.double()
     C = G.mT @ G
     sum_symmetric_([C], layout.groups("rows"))
     ok = usable(C.diagonal(dim1=-2, dim2=-1).sum(-1))
-    V = top_eigenvectors(torch.where(ok[..., None, None], C, 0), left or right)
-    if left and m > n:  # G V = U S
-        U = torch.linalg.qr(Rows(layout, m).whole(torch.where(ok[..., None, None], G, 0) @ V))[0]
-        V = fix_signs(polish(U), -2)
-    return ok, projector.stored({"left": V} if left else {"right": V.mT})
+    # a NaN would end a batched decomposition
+    C, G = (torch.where(ok[..., None, None], t, 0) for t in (C, G))
+    near = far = top_eigenvectors(C, left or right)
+    if right if turned else left:  # of the other side: G V = U S
+        lines = Rows(layout, n if turned else m).whole(G @ near)
+        far = fix_signs(polish(torch.linalg.qr(lines)[0]), -2)
+    U, V = (near, far) if turned else (far, near)
+    return ok, projector.stored(parts(lambda: U, lambda: V.mT, left, right))
 
 
 def renew_moments(entries: list[Entry], kept: list[int], old: Found, new: Found) -> None:
