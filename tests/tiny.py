@@ -76,10 +76,15 @@ def logits(model, tokens=None):
     return model.eval()(input_ids=ids() if tokens is None else tokens).logits
 
 
-@torch.no_grad()
 def train_by_chance(handle, seed=7):
     """Give every trained tensor other values than it started with, none of them zero."""
+    move(handle.trainable().values(), seed)
+
+
+@torch.no_grad()
+def move(tensors, seed=7):
+    """The same for any tensors."""
     generator = torch.Generator().manual_seed(seed)
-    for tensor in handle.trainable().values():
+    for tensor in tensors:
         noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
         tensor.add_(0.1 * noise)

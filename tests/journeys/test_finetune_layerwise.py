@@ -8,21 +8,13 @@ from safetensors.torch import load_file
 
 from eckart.io.run import read_metrics
 from eckart.jobs.training.fit import RunTraining
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart
 from tests.journeys.test_finetune_processes import environment, interrupted_after
 
 __all__ = ["environment"]  # a fixture of every test here
 
 GALORE = ["update=galore", "update.rank=4", "update.every=4", "train.steps=8", "train.save_every=4",
           "train.best=false"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layerwise")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
-    return folder
 
 
 def words(place, out, *more):

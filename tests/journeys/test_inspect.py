@@ -13,14 +13,12 @@ from eckart.io.opening import open_model
 from eckart.jobs.measuring.drift import of_text
 from eckart.jobs.measuring.heads import reaches
 from tests.journeys.adapters import adapter
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart, model_folder, workplace
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inspect")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
+    folder = workplace(tmp_path_factory.mktemp("inspect"))
     adapter(folder / "lora", folder / "m", "lora", rank=3)
     adapter(folder / "dora", folder / "m", "dora", rank=3)
     adapter(folder / "wide", folder / "m", "lora", rank=5)

@@ -13,18 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from eckart.io.run import latest_checkpoint, read_metrics
-from tests.journeys.runs import eckart, model_folder, texts
+from tests.journeys.runs import eckart
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["method=lora", "weights.dropout=0.1", "train.steps=24", "train.save_every=4"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    model_folder(folder / "m")
-    texts(folder / "d.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

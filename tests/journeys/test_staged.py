@@ -5,15 +5,13 @@ import json
 import pytest
 
 from eckart.io.corpora import bytes_tokenizer
-from tests.journeys.runs import eckart, labels, model_folder, texts
+from tests.journeys.runs import eckart, labels, texts, workplace
 from tests.tiny import bert
 
 
 @pytest.fixture
 def place(tmp_path):
-    model_folder(tmp_path / "m")
-    texts(tmp_path / "d.jsonl")
-    return tmp_path
+    return workplace(tmp_path)
 
 
 def test_a_dry_run_names_the_stages_and_trains_nothing(place):
