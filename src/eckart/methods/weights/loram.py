@@ -42,10 +42,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eckart.errors import FileError, UsageError
 from eckart.linear import LowRank, Site, seeded_generator
+from eckart.linear.bits import packed, unpacked
 from eckart.linear.factored import fresh_pair
 from eckart.linear.narrow import narrow, spread, units
 from eckart.recipe import (
@@ -165,22 +165,10 @@ class Masked(LowRank):
         return None
 
     def pack(self, name: str, tensor: Tensor) -> Tensor | None:
-        return eight_in_a_byte(tensor) if name == "mask" else None
+        return packed(tensor.flatten(), 1) if name == "mask" else None
 
     def unpack(self, name: str, held: Tensor, shape: torch.Size) -> Tensor:
-        return from_bytes(held, shape)
-
-
-def eight_in_a_byte(mask: Tensor) -> Tensor:
-    """bool [m, n] -> uint8 [ceil(m n / 8)], the first one in the lowest bit."""
-    bits = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def from_bytes(held: Tensor, shape: torch.Size) -> Tensor:
-    """The mask that `eight_in_a_byte` was given."""
-    bits = held[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
-    return bits.flatten()[: shape.numel()].view(shape).bool()
+        return unpacked(held, 1, shape.numel()).view(shape).bool()
 
 
 def thinned(model: nn.Module) -> Iterator[Site]:

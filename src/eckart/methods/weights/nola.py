@@ -33,10 +33,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eckart.linear import Site, by_expert, low_rank
 from eckart.linear.basis import Drawn, RandomBasis, combined, uniform
+from eckart.linear.bits import packed, unpacked
 from eckart.linear.factored import Factored
 from eckart.linear.remembered import Remembered
 from eckart.recipe import Cost, Paper, Weights
@@ -73,19 +73,13 @@ def rounded(c: Tensor, bits: int) -> Tensor:
 
 def in_bytes(codes: Tensor, step: Tensor, bits: int) -> Tensor:
     """Codes [*, k] and step [*, 1] in fp32 as a file holds them: uint8 [*, k bits / 8 + 4]."""
-    half = 2 ** (bits - 1)
-    codes = (codes.short() + half).to(torch.uint8)
-    if bits == 4:  # two in a byte, the first one in the lower half
-        pairs = F.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2))
-        codes = pairs[..., 0] | (pairs[..., 1] << 4)
+    codes = packed(codes.short() + 2 ** (bits - 1), bits)
     return torch.cat([codes, step.float().view(torch.uint8)], -1)
 
 
 def from_bytes(held: Tensor, bits: int, k: int) -> Tensor:
     """The coefficients [*, k] in fp32 whose codes and step `in_bytes` was given."""
-    codes, step = held[..., :-4], held[..., -4:].clone().view(torch.float32)
-    if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :k]
+    codes, step = unpacked(held[..., :-4], bits, k), held[..., -4:].clone().view(torch.float32)
     return (codes.short() - 2 ** (bits - 1)) * step
 
 
