@@ -41,7 +41,11 @@ def place(tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "run_job", read)
     answer = SimpleNamespace(**dict.fromkeys(("run", "show", "validate", "schema"), done))
-    monkeypatch.setattr(running, "call", lambda module, action, as_json: action(answer))
+
+    def call(module, action, as_json, read=None):
+        return action(answer, *([read()] if read else []))
+
+    monkeypatch.setattr(running, "call", call)
 
 
 def done(*_, **__):
