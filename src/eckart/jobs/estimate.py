@@ -11,6 +11,7 @@ does in one layer of the model (speed.py). With --fit SIZE: which recipes would 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -79,28 +80,20 @@ def run(job: Job) -> dict[str, Any]:
     peak = found.peak(
         rows, length, bool(job.train.checkpointing), min(2, int(job.train.accumulate))
     )
-    fits = max(peak, sum(parts.values())) <= free
+    whole = sum(parts.values())
     update = job.recipe().update
     rule = update.rule() if update else None
     speed = measured(config, dtype, place, rows, length, rule, found.rank)
-    pictures = TASKS[task].sees == "images"
-    shape = f"{rows} images" if pictures else f"{rows} rows of {length} tokens"
-    say(screen, job, shape, parts, peak, (free, total), per_step, found.trainable, speed)
-    if not fits:
-        less = found.activations(rows, length, checkpointing=True)
-        ways = remedies(job, parts, less)[:SHOWN]
-        said = "\n".join(f"{words}   saves {in_words(saved)}" for words, saved in ways)
-        screen.line("try", said, result=True)
-    return {
+    document = {
         "command": "estimate",
         "exit": 0,
         "of": job.command,
         "recipe": recipe_of(job),
         "memory": parts,
-        "estimated_memory_bytes": sum(parts.values()),
+        "estimated_memory_bytes": whole,
         "peak_bytes": peak,
         "free_bytes": free,
-        "fits": fits,
+        "fits": max(peak, whole) <= free,
         "by_formula": found.by_formula,
         "parameters": {
             "total": found.parameters,
@@ -112,6 +105,14 @@ def run(job: Job) -> dict[str, Any]:
         "seconds": seconds_of(per_step, found.trainable, speed),
         "warnings": list(screen.warnings),
     }
+    shape = f"{rows} images" if TASKS[task].sees == "images" else f"{rows} rows of {length} tokens"
+    say(screen, job, shape, document, total)
+    if not document["fits"]:
+        less = found.activations(rows, length, checkpointing=True)
+        ways = remedies(job, parts, less)[:SHOWN]
+        said = "\n".join(f"{words}   saves {in_words(saved)}" for words, saved in ways)
+        screen.line("try", said, result=True)
+    return document
 
 
 def require_data(job: Job) -> None:
@@ -322,35 +323,28 @@ def full() -> Any:
 # --- what is said --------------------------------------------------------------------------
 
 
-def say(
-    screen: Screen,
-    job: Job,
-    shape: str,
-    parts: dict[str, int],
-    peak: int,
-    memory: tuple[int, int],
-    per_step: int,
-    trained: int,
-    speed: Speed,
-) -> None:
+def say(screen: Screen, job: Job, shape: str, found: Mapping[str, Any], total: int) -> None:
     """The batch, each category, the sum against what is there, the work and time of a step."""
     split = job.train.accumulate
     shape += f", {split} times a step" if split != 1 else ""
     why = [job.settled.get(f"train.{key}", "") for key in ("batch_size", "checkpointing")]
     screen.line("batch", "; ".join([shape, *dict.fromkeys(w for w in why if w)]))
-    free, total = memory
-    whole = sum(parts.values())
-    verdict = "fits" if max(whole, peak) <= free else "does NOT fit"
+    verdict = "fits" if found["fits"] else "does NOT fit"
     notes = {
         "activations": "recomputed" if job.train.checkpointing else "",
-        "together": f"{verdict}: {in_words(free)} free of {in_words(total)}",
-        "at once": "in a pass, with what is dropped again",
+        "together": f"{verdict}: {in_words(found['free_bytes'])} free of {in_words(total)}",
+        "at once": "in a pass, temporary tensors included",
     }
-    rows = {**parts, "together": whole, "at once": peak}
+    rows = found["memory"] | {
+        "together": found["estimated_memory_bytes"],
+        "at once": found["peak_bytes"],
+    }
     said = [f"{k:<12}{in_words(v):>10}   {notes.get(k, '')}".rstrip() for k, v in rows.items()]
     screen.line("memory", "\n".join(said), result=True)
-    typical, fastest, slowest = speed.seconds(per_step, trained)
-    screen.line("work", f"{per_step / 1e12:.3g} TFLOP a step", result=True)
-    interval = f"{digits(typical)} s a step ({digits(fastest)} to {digits(slowest)})"
-    screen.line("time", f"{interval}; by {speed.of} on this machine", result=True)
-    screen.line("", HELD, result=True)
+    screen.line("work", f"{found['flops']['per_step'] / 1e12:.3g} TFLOP a step", result=True)
+    seconds = found["seconds"]
+    fastest, slowest = map(digits, seconds["interval"])
+    interval = f"{digits(seconds['per_step'])} s a step ({fastest} to {slowest})"
+    screen.line(
+        "time", f"{interval}; by {seconds['measured']} on this machine\n{HELD}", result=True
+    )
