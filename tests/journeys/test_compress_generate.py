@@ -36,7 +36,7 @@ def test_factored_folder_is_the_compressed_model(compressed, place):
 
 def test_what_is_left_is_not_gone_on_with_but_told_what_is(compressed, place):
     run = eckart("finetune", place / "small", place / "d.jsonl")
-    assert run.code == 2 and "a model of thin matrices is not gone on with\n" in run.err
+    assert run.code == 2 and "a model of thin matrices cannot be fine-tuned\n" in run.err
     assert "heal.steps=300" in run.err and "--to dense" in run.err
     run = eckart("compress", place / "small", "keep=0.5")
     assert run.code == 2 and "made of thin matrices already" in run.err and "--to dense" in run.err

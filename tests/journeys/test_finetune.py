@@ -159,7 +159,7 @@ def test_an_adapter_is_gone_on_with(first_run, place, tmp_path):
 def test_another_method_on_an_adapter_is_refused(first_run, place, tmp_path):
     ran = eckart("finetune", place / "run", place / "d.jsonl", "method=dora", "-o", tmp_path / "r")
     assert ran.code == 2
-    assert "an adapter is gone on with by its own method" in ran.err
+    assert "an adapter is trained further by its own method" in ran.err
     assert "eckart convert" in ran.err and not (tmp_path / "r").exists()
 
 

@@ -17,7 +17,7 @@ from eckart.jobs.training.workers import hush
 
 
 class Commands(TyperGroup):
-    """All commands. Words and options that none of them takes are said as all errors are."""
+    """All commands. Unknown words and options are reported as every other error is."""
 
     def main(
         self,
@@ -46,7 +46,7 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """One command; what it takes is said once, in the first line of its help."""
+    """One command; its arguments stand in the usage line of its help alone."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [self.options_metavar or ""]
@@ -145,7 +145,7 @@ Show = Annotated[
 def common(
     version: Version = False, install: Install = False, show: Show = False, help: Help = False
 ) -> None:
-    """These flags answer by themselves, before any command."""
+    """Flags of the program itself: each prints something and exits."""
 
 
 def main() -> None:

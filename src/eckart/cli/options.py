@@ -25,7 +25,7 @@ def parameter(name: str, kind: Any, about: Any, default: Any = None) -> Paramete
 
 
 def word(name: str, kind: Any, default: Any = None, completion: Any = None) -> Parameter:
-    """What is typed without a flag. The usage line has it, so no list of arguments does."""
+    """A positional argument. It stands in the usage line, and in no list of its own."""
     about = typer.Argument(
         metavar=name.upper(), hidden=True, show_default=False, autocompletion=completion
     )
@@ -33,7 +33,7 @@ def word(name: str, kind: Any, default: Any = None, completion: Any = None) -> P
 
 
 def completed(context: typer.Context, incomplete: str) -> list[Any]:
-    """What a word of a job may be. The shell names files by itself where this is empty."""
+    """Completions of a job's next word; where there are none, the shell completes file names."""
     from eckart.jobs.settings.completion import completions
 
     typed = [str(word) for word in context.params.get("words") or ()]
@@ -41,7 +41,7 @@ def completed(context: typer.Context, incomplete: str) -> list[Any]:
 
 
 def named(incomplete: str) -> list[str]:
-    """Methods whose names begin so."""
+    """Method names with this prefix."""
     from eckart.jobs.settings.completion import method_names
 
     return [name for name in method_names() if name.startswith(incomplete)]

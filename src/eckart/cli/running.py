@@ -69,7 +69,7 @@ def to_job(
 
 
 def job_words(words: list[str] | None) -> tuple[str, list[str]]:
-    """COMMAND and the rest; finetune where a file is checked by itself.
+    """The command and the words after it; finetune where the first word names none.
 
     Raises UsageError for a first word that is meant for a command and is none.
     """
@@ -123,7 +123,7 @@ def say(command: str, error: EckartError, as_json: bool) -> int:
 
 
 def as_error(fault: Exception) -> EckartError:
-    """What was not foreseen: no room left, or a fault of ours with its traceback in a file."""
+    """An unexpected exception: out of memory or disk, or a bug, with its traceback in a file."""
     if is_out_of_memory(fault):
         return OutOfRoom("out of memory", fix="Type a smaller train.batch_size or data.seq_len.")
     if isinstance(fault, OSError) and fault.errno == errno.ENOSPC:

@@ -184,7 +184,7 @@ def with_metrics(job: Job, metric: str, known: tuple[str, ...]) -> Job:
 
 
 def open_run(job: Job, options: Options) -> Run:
-    """The bench's folder, new or gone on with."""
+    """The bench's folder, new or resumed."""
     if job.flags.resume:
         found = Run.resume(job.flags.resume)
     else:

@@ -1,6 +1,6 @@
 """`eckart finetune MODEL DATA`: teach a model, an adapter or a run from data.
 
-An adapter (or a run that made one) is gone on with. The result is PEFT's files where the
+An adapter (or a run that made one) is trained further. The result is PEFT's files where the
 method has them, a plain transformers model where the model itself was trained.
 """
 
@@ -64,7 +64,7 @@ def open_base(job: Job, reader: senses.Reader) -> Opened:
     )
     if made := handle_of(opened.model):
         raise UsageError(
-            "a model of thin matrices is not gone on with",
+            "a model of thin matrices cannot be fine-tuned",
             [(str(job.model), f"made by {made.weights.slug}")],
             "Train it while it is compressed: eckart compress MODEL DATA heal.steps=300. "
             f"Or fold it: eckart convert {job.model} --to dense -o FOLDED",

@@ -2,7 +2,7 @@
 
 Tune places them, tries again what a lost node has taken, and keeps its own result folder
 (`tensorboard --logdir`, `tune.ExperimentAnalysis`). What has ended is decided by the trials'
-own files, as without Ray, so a bench may be begun on a cluster and gone on with at home.
+own files, as without Ray, so a bench may be begun on a cluster and resumed at home.
 Model and data must be under the same path on every node; numbers are kept where it was started.
 """
 

@@ -39,7 +39,7 @@ from eckart.jobs.settings.job import Choice, Job
 from eckart.jobs.settings.merge import Given
 from eckart.jobs.settings.words import read_words
 from eckart.jobs.training import classes, prepare, senses
-from eckart.jobs.training.held_out import names, summed, told
+from eckart.jobs.training.held_out import from_sums, names, summed
 from eckart.recipe import Recipe, registry
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.registry import DEFAULTS, FULL
@@ -256,7 +256,7 @@ class UserLab(Bench):
         try:
             at_once, halves = max(self.rows, EVALUATED), split(data.evaluation)
             choosing, test = (
-                told({n: summed(model, rows, data, at_once) for n, rows in half.items()}, data)
+                from_sums({n: summed(model, rows, data, at_once) for n, rows in half.items()}, data)
                 for half in halves
             )
         finally:
@@ -337,6 +337,6 @@ class BenchTrial:
             "rows": self.rows,
             "training": [train.schedule, train.warmup, train.clip],
             "turns": TURNS,
-            "source": [source_of_rooms(), own_source(UserLab), own_source(told)],
+            "source": [source_of_rooms(), own_source(UserLab), own_source(from_sums)],
             "torch": torch.__version__,
         }

@@ -270,7 +270,7 @@ def built(mode: FakeTensorMode, wanted: Wanted) -> Handle:
             site.activations = torch.zeros(CALIBRATION_TOKENS, site.shape[1])
         parts = weights.build(sites)
         handle = Handle(model, recipe, {site.path: site for site in sites}, also_train=head)
-        with where_they_are(parts):
+        with kept_in_place(parts):
             install_parts(handle, parts)
         for site in sites:
             site.gradient = site.activations = None
@@ -286,19 +286,17 @@ def route_evenly(model: nn.Module) -> None:
             install(site, {})
 
 
-class where_they_are:
-    """Parts stay on their device inside the block: fake parameters cannot be moved in place."""
-
-    def __init__(self, parts: Mapping[str, Mapping[str, nn.Module]]):
-        self.parts = [part for by_name in parts.values() for part in by_name.values()]
-
-    def __enter__(self) -> None:
-        for part in self.parts:
-            part.__dict__["to"] = lambda *args, part=part, **kwargs: part
-
-    def __exit__(self, *fault: object) -> None:
-        for part in self.parts:
-            del part.__dict__["to"]
+@contextmanager
+def kept_in_place(parts: Mapping[str, Mapping[str, nn.Module]]) -> Iterator[None]:
+    """Make `to` of these parts do nothing inside the block: fake parameters cannot be moved."""
+    modules = [part for by_name in parts.values() for part in by_name.values()]
+    for module in modules:
+        module.__dict__["to"] = lambda *args, module=module, **kwargs: module
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["to"]
 
 
 # --- where numbers decide the sizes --------------------------------------------------------

@@ -23,7 +23,7 @@ BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def checked(setting: Setting, hint: Any, default: Any, more: str) -> Any:
-    """The setting's value as the type has it. Raises UsageError naming key, place and range.
+    """The setting's value, converted to the type. Raises UsageError naming key, place and range.
 
     `default` is what leaving the key out would give; `more` says where all keys are listed.
     """

@@ -1,4 +1,4 @@
-"""What a shell may put for a word that was begun: keys, methods, choices and presets.
+"""Completions for the shell: keys, methods, choices and presets.
 
 Reads the registry and the tree of keys alone, so that a press of the tab key costs neither
 torch nor a method. The places of MODEL and DATA belong to the shell's own file names.
@@ -25,7 +25,7 @@ def method_names() -> list[str]:
 
 
 def completions(command: str, typed: Sequence[str], begun: str) -> list[str]:
-    """What may stand for the word `begun`, after the words `typed`; whole words, sorted.
+    """Completions of the word `begun` after the words `typed`, sorted.
 
     Bash takes `method=lo` for three words; then the part behind the `=` is answered alone.
     """
@@ -56,7 +56,7 @@ def joined(words: Sequence[str]) -> list[Any]:
 
 
 def chosen(words: Sequence[str]) -> dict[str, registry.Entry]:
-    """The method on each axis that these words name; the usual one of the others."""
+    """The method that these words choose on each axis, else the axis' default."""
     entries = registry.methods()
     found = {axis: entries[name] for axis, name in registry.DEFAULTS.items() if name in entries}
     for word in words:
@@ -105,7 +105,7 @@ def choices(kind: Any) -> Iterator[str]:
 
 
 def literals(text: str) -> list[str]:
-    """The same of a type that is written as text."""
+    """As `choices`, of a type given as source text."""
     if text == "bool":
         return ["false", "true"]
     nodes = ast.walk(ast.parse(text, mode="eval"))

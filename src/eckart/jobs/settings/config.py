@@ -207,7 +207,7 @@ def choice(given: Given, axis: str, entries: Entries) -> Choice:
 
 
 def suited(choices: Mapping[str, Choice], said: set[str], settled: dict[str, str]) -> Choice:
-    """The weights, where nobody spoke about a field, as the update asks for; says which."""
+    """The weights with what the update asks for, in fields that were not given; says which."""
     from eckart.recipe.recipe import fitted
 
     choice, update = choices["weights"], choices["update"]

@@ -1,4 +1,4 @@
-"""Words and options that no command takes: what the parser found, said as all errors are.
+"""Errors of the command-line parser (unknown words, options, missing values) as UsageErrors.
 
 The parser's faults are known by what they carry, so that no room but the command line has to
 know the parser.

@@ -142,15 +142,15 @@ class Checkpointing(Trainer):
             raise FileError("no whole checkpoint to resume from", [(str(self.run_folder), "")])
         return str(found)
 
-    def is_of_the_end(self, folder: Path) -> bool:
-        """Has the training this checkpoint's steps and no more? Trainer would take another."""
+    def is_last(self, folder: Path) -> bool:
+        """Was this checkpoint saved at the training's last step? Trainer would take one more."""
         done, args = TrainerState.load_from_json(str(folder / TRAINER)), self.args
         if args.max_steps > 0:
             return bool(done.global_step >= args.max_steps)
         return bool((done.epoch or 0) >= args.num_train_epochs)
 
-    def take_up(self, folder: Path) -> TrainOutput:
-        """Model, optimizer and step as the training that saved this checkpoint ended."""
+    def restore(self, folder: Path) -> TrainOutput:
+        """The model, optimizer and step with which a finished training saved this checkpoint."""
         self.state = TrainerState.load_from_json(str(folder / TRAINER))
         load_model_state(self.handle, folder)
         self.create_optimizer_and_scheduler(self.state.max_steps)

@@ -1,7 +1,7 @@
 """Models with a head for classes: which head a job's data needs, and how it is opened.
 
-A head that knows all classes of the data is gone on with, under its own numbers; for other
-classes there is a new one, drawn from the seed.
+A head that knows all classes of the data is kept, with its own numbering; else a new one is
+drawn from the seed.
 """
 
 from __future__ import annotations

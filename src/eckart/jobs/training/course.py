@@ -65,10 +65,10 @@ def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) 
     if not job.flags.resume:
         before = held_out.measure(opened.model, data, 8, job.eval.metrics)
     begun = None if job.flags.dry_run else observe.beginnings(data)
-    wrote = observe.gone_on(opened.model, reader, begun, screen) if before else []
+    wrote = observe.continued(opened.model, reader, begun, screen) if before else []
     job = settle.horizon(job, len(data.train), job.recipe())
     prepare.require_unfinished(job)
-    handle = prepare.carry(job, opened, data)
+    handle = prepare.attached(job, opened, data)
     screen.line("method", str(handle.coverage), method_name(job))
 
     job, parts = prepare.into_memory(job, handle, data)
@@ -93,7 +93,7 @@ def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) 
         found = outcome.document(job, screen, parameters, estimate, run, fitted, before, after)
         memory = found["memory"] = {"estimated": parts, "measured": fitted.memory}
         outcome.record(run, found, form)
-        after_it = observe.gone_on(handle.model, reader, begun, screen)
+        after_it = observe.continued(handle.model, reader, begun, screen)
         if launch.is_first():
             said = observe.samples(begun, reader, wrote, after_it)
             write_page(run, job, handle, memory, samples=said)

@@ -164,8 +164,8 @@ class Cutting(Checkpointing):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer's, going on after each cut."""
         checkpoint = self.whole_checkpoint(resume_from_checkpoint)
-        if checkpoint is not None and self.is_of_the_end(Path(checkpoint)):
-            return self.take_up(Path(checkpoint))
+        if checkpoint is not None and self.is_last(Path(checkpoint)):
+            return self.restore(Path(checkpoint))
         if checkpoint is not None:
             self.cut_before_resuming(Path(checkpoint))
         output = super().train(checkpoint, **kwargs)

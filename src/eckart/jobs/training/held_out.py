@@ -19,7 +19,7 @@ from eckart.jobs.measuring.devices import model_device, on_device
 
 IGNORE = -100  # a label that does not count
 RISING = ("accuracy",)  # metrics of which more is better
-FOLLOWING = ("perplexity", "bits_per_byte")  # from the loss alone: they order nothing anew
+FOLLOWING = ("perplexity", "bits_per_byte")  # functions of the loss: they rank models as it does
 POOL = 8  # batches among which rows are sorted
 
 
@@ -27,7 +27,7 @@ POOL = 8  # batches among which rows are sorted
 def measure(
     model: nn.Module, data: Data, batch_size: int, metrics: Sequence[str]
 ) -> dict[str, Any]:
-    """What `told` says of all held-out rows, the metrics asked for alone; empty without rows."""
+    """The loss and these metrics on all held-out rows; empty without rows."""
     was_training = model.training
     model.eval()
     try:
@@ -36,12 +36,12 @@ def measure(
         }
     finally:
         model.train(was_training)
-    found = told(sums, data)
+    found = from_sums(sums, data)
     return {name: found[name] for name in found if name in ("loss", "sources", *metrics)}
 
 
-def told(sums: Mapping[str, Mapping[str, float]], data: Data) -> dict[str, Any]:
-    """All that the sums of each source say of its rows; empty where nothing was counted.
+def from_sums(sums: Mapping[str, Mapping[str, float]], data: Data) -> dict[str, Any]:
+    """All metrics from the sums over each source; empty where nothing was counted.
 
     loss in nats per token that is learnt; with more than one source also `sources`: {name:
     loss}. For classes, tags and hidden words also `accuracy`, the share of first choices that

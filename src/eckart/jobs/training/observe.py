@@ -5,7 +5,7 @@
                   those of full training
     overlaps      at a refresh of a basis: |P_old^T P_new|^2 / r, the share of it that stays;
                   of chosen coordinates or columns the share that is chosen again
-    samples       the same held-out beginnings gone on with, before and after
+    samples       continuations of the same held-out beginnings, before and after training
 
 Update norms stand in metrics.jsonl, spectra and overlaps in spectra.jsonl, a line for each step
 that has some: a resumed run goes on with them.
@@ -69,7 +69,7 @@ class Observer(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        step, every = state.global_step, max(1, state.max_steps // TIMES)
+        step, every = state.global_step, -(-state.max_steps // TIMES)
         due = step % every == 0 or step == state.max_steps
         if due and (found := self.learned(whole=args.world_size == 1)):
             kept = {path: rounded(values[:VALUES]) for path, values in found.items()}
@@ -134,7 +134,7 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 def beginnings(data: Data) -> Tensor | None:
-    """Beginnings of held-out rows, token ids [prompts, t]; None where nothing is gone on with."""
+    """Beginnings of held-out rows, token ids [prompts, t]; None where the task writes no text."""
     rows = next(iter(data.evaluation.values()), None)
     if data.task != "causal" or rows is None or not len(rows):
         return None
@@ -144,7 +144,7 @@ def beginnings(data: Data) -> Tensor | None:
 
 
 @torch.no_grad()
-def gone_on(model: Any, tokenizer: Any, begun: Tensor | None, screen: Screen) -> list[str]:
+def continued(model: Any, tokenizer: Any, begun: Tensor | None, screen: Screen) -> list[str]:
     """What the model adds to each beginning, the likeliest tokens; empty where it cannot."""
     if begun is None or torch.distributed.is_initialized() or not hasattr(model, "generate"):
         return []

@@ -69,8 +69,8 @@ def dtype_of(job: Job) -> torch.dtype:
 # --- attaching -----------------------------------------------------------------------------
 
 
-def carry(job: Job, opened: Opened, data: Data) -> Handle:
-    """The recipe on the model: rebuilt from a checkpoint, gone on with, or new."""
+def attached(job: Job, opened: Opened, data: Data) -> Handle:
+    """The recipe attached: rebuilt from a checkpoint, continued from an adapter, or new."""
     recipe, model = job.recipe(), opened.model
     hold_statistics(model)
     checkpoint = resume_from(job)
@@ -79,7 +79,7 @@ def carry(job: Job, opened: Opened, data: Data) -> Handle:
             opened.handle.remove()
         handle = rebuilt(model, checkpoint, recipe)
     elif opened.handle is not None:
-        handle = gone_on(opened.handle, job, recipe)
+        handle = continued(opened.handle, job, recipe)
     else:
         handle = attach(
             model,
@@ -155,11 +155,11 @@ def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:
     return handle
 
 
-def gone_on(adapter: Handle, job: Job, recipe: Recipe) -> Handle:
+def continued(adapter: Handle, job: Job, recipe: Recipe) -> Handle:
     """An adapter that was loaded, now with the job's other axes. UsageError for another method."""
     if "weights.name" in job.given and job.choices["weights"].name != adapter.weights.slug:
         raise UsageError(
-            "an adapter is gone on with by its own method",
+            "an adapter is trained further by its own method",
             [
                 (f"{job.model}", f"made by {adapter.weights.slug}"),
                 (f"weights = {job.choices['weights'].name}", "asked for"),

@@ -12,7 +12,7 @@ NOISY = ("torchao", "torch.utils._pytree")
 
 
 def hush() -> None:
-    """Let libraries keep what concerns nobody here to themselves."""
+    """Silence warnings of libraries that no user here can act on."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
