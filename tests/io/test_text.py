@@ -297,6 +297,9 @@ def test_another_encoding_can_be_named(tmp_path, letters):
         plainly(tmp_path / "a.txt", letters)
     data = plainly({"path": tmp_path / "a.txt", "encoding": "latin-1"}, letters)
     assert letters.decode(data.train[0]["input_ids"]) == "café<|end|>"
+    (tmp_path / "b.jsonl").write_text('{"text": "café"}\n', "utf-16")
+    again = plainly({"path": tmp_path / "b.jsonl", "encoding": "utf-16"}, letters)
+    assert again.train["input_ids"] == data.train["input_ids"]
 
 
 def test_a_glob_in_another_encoding_is_named_as_it_was_typed(tmp_path, letters):
