@@ -78,7 +78,7 @@ class LowRank(Term):
     def plain_pair(self) -> bool:
         """Is it s B A and nothing else, with both factors trained? Row factors are for these."""
         others = (self.R, self.B0, self.phi or None)
-        return all(o is None for o in others) and {"A", "B"} <= set(self._parameters)
+        return all(other is None for other in others) and {"A", "B"} <= set(self._parameters)
 
     @property
     def row_factor(self) -> Tensor | None:

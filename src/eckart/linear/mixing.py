@@ -45,12 +45,12 @@ class Mix:
     rows: Tensor | None = None  # int64 [b]: the branch of each row
 
 
-Run = Callable[[Term, Any], Tensor]  # how a term meets a layer's input
+Run = Callable[[Term, Any], Tensor]  # how a kind of layer applies a term to its input
 Change = Callable[[Branch, Tensor, Tensor], Tensor]  # (branch, x, p) -> what it adds to p
 
 
 def gained(mix: Mix) -> bool:
-    """Does one of the branches scale rows?"""
+    """Has one of the branches a gain?"""
     return any(branch.gain is not None for branch in mix.branches)
 
 

@@ -1,4 +1,4 @@
-"""Maps that lose some of their rows or columns, and thin factors that get them back."""
+"""Linear layers without some of their rows or columns, and factors put back to full size."""
 
 from __future__ import annotations
 

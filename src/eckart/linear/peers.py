@@ -1,4 +1,4 @@
-"""Maps that a model gives one and the same input: q, k, v; gate, up."""
+"""Peers: maps to which a model gives the same input (q, k, v; gate, up)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from eckart.linear.structured import Structured
 
 
 class Peers:
-    """Maps of one input, and results that wait to be taken.
+    """Maps of the same input, and results computed for all of them that wait to be taken.
 
-    Results are for the very tensor that they were computed from, unchanged since.
+    A result is given out for the very tensor that it was computed from, unchanged since.
     """
 
     def __init__(self, members: Sequence[nn.Module]):
@@ -28,9 +28,7 @@ class Peers:
         return {"members": self.members}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.members = state["members"]
-        self.common = None
-        self.forget()
+        Peers.__init__(self, **state)
 
     def forget(self) -> None:
         """Drop results that nobody took."""
@@ -51,16 +49,16 @@ class Peers:
 
 @dataclass
 class Common:
-    """What follows from one input alone, and how many members have yet to ask for it."""
+    """A value that depends on the input alone, and how many members have yet to ask for it."""
 
     input: weakref.ref[Tensor]
-    key: tuple[Hashable, int]  # what it is, and the version of the input
+    key: tuple[Hashable, int]  # which value it is, and the version of the input
     value: Tensor
     left: int
 
 
 def once(peers: Peers | None, x: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """Make what follows from x alone for the first member that asks, and drop it after the last."""
+    """A value that depends on x alone: made for the first member that asks, dropped at the last."""
     if peers is None or torch.compiler.is_compiling() or x.is_inference():
         return make()
     known, named = peers.common, (key, x._version)

@@ -1,4 +1,4 @@
-"""Products of activations in bf16 with matrices that are held in fp32, and the other way round.
+"""In which dtype bf16 activations and fp32 factors are multiplied.
 
 A product in bf16 accumulates in fp32 and rounds its result once, as the sum that it enters is
 rounded anyway. It takes a quarter of an fp32 product's time where the processor knows bf16, and
@@ -37,7 +37,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def within_sum(x: Tensor, factor: Tensor) -> torch.dtype:
-    """What a product of thin factors is computed in where a sum in x's dtype takes it in."""
+    """The dtype for a product of thin factors that is added to a result in x's dtype."""
     narrow = x.dtype == torch.bfloat16 and not emulated(x)
     return x.dtype if narrow else torch.promote_types(x.dtype, factor.dtype)
 
@@ -51,7 +51,9 @@ def add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:
-    """A function's new result y for x [.., n] as [.., m]; no view, which a model that adds to its
-    layers' results in place (Falcon) could not change."""
+    """y [t, m], which an autograd function made from x [.., n], as [.., m].
+
+    Not as a view: a model that adds to its layers' results in place (Falcon) could not change it.
+    """
     found: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
     return found

@@ -16,9 +16,9 @@ class Remembered(Generic[T]):
 
     It is used again while the tensors hold the same numbers. Those are compared with a copy:
     torch's version counters miss writes through `.data` and what FSDP gathers. `frozen`
-    tensors, too large for a copy, are compared by place and version, `scalars` as they are.
-    Nothing is remembered while compiling or under torch.func, of tensors without numbers of their
-    own, or of those on an accelerator, where a comparison would make the host wait in every pass.
+    tensors, too large for a copy, are compared by address and version, `scalars` by value.
+    Nothing is remembered while compiling or under torch.func, nor of fake, sharded or inference
+    tensors, nor on an accelerator, where a comparison would make the host wait in every pass.
     A copy or a pickle forgets.
     """
 

@@ -52,9 +52,9 @@ class Site:
     """One place where a map lives, before or after terms are attached to it.
 
     `path` names the module (and the parameter, for fused experts), `matrix_shape` is
-    (*, m, n) and stays known when the matrix is dropped. `ties` are the paths of modules
-    that use the same matrix. `gradient` [*, m, n] and `activations` [t, n] are there for
-    methods that need them, `horizon` is whenever terms are built.
+    (*, m, n) and stays known when the matrix is dropped. `ties` are the paths of other modules
+    that use the same matrix. While terms are built, `horizon` is set, and `gradient` [*, m, n]
+    and `activations` [t, n] where the method needs them.
     """
 
     path: str
@@ -126,7 +126,7 @@ def qualified_name(cls: type) -> str:
 
 
 def quantised(tensor: Any) -> bool:
-    """Is this a weight in the format of another package, whose values are not its elements?"""
+    """Is this a quantised weight of another package, whose elements are codes?"""
     cls = type(tensor)
     return cls not in (Tensor, nn.Parameter) and cls.__module__.split(".")[0] in QUANTISERS
 
@@ -190,8 +190,10 @@ def as_stored(matrix: Tensor, module: Any, kind: str) -> Tensor:
 
 
 def reads_past_module(parent: nn.Module, name: str) -> str:
-    """How this child's weight is read without calling the child, so that terms on it would be
-    skipped; empty where it is not."""
+    """Why terms on this child would be skipped: its parent reads its weight instead of calling it.
+
+    In words for an error; empty where the child is called.
+    """
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return "reads its weight without calling it"
     fused = isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2")
@@ -201,10 +203,9 @@ def reads_past_module(parent: nn.Module, name: str) -> str:
             "until torch.backends.mha.set_fastpath_enabled(False)"
         )
     if hasattr(parent, "A_log"):  # a state space, which scans in one function
-        within = ("x_proj", "out_proj") if find_spec("mamba_ssm") else ()
         if name == "dt_proj":
             return "reads its weight without calling it"
-        if name in within:
+        if name in ("x_proj", "out_proj") and find_spec("mamba_ssm"):
             return "reads its weight without calling it in training, since mamba_ssm is installed"
     return ""
 

@@ -24,7 +24,7 @@ def plain_mm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def alike(*tensors: Tensor) -> bool:
-    """Are they of one dtype, with autocast off? Then their sums can be taken before products."""
+    """Have they one dtype, and is autocast off? Then matrices may be added before a product."""
     off = not torch.is_autocast_enabled(tensors[0].device.type)
     return off and len({t.dtype for t in tensors}) == 1
 
