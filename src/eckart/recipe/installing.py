@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from eckart.errors import UsageError
-from eckart.linear import LowRank, Site, Structured, Term, install
+from eckart.linear import LowRank, Site, Structured, install
 from eckart.linear.peers import make_peers
 from eckart.linear.sites import as_stored, quantised
 from eckart.recipe.adapters import adapters_of, require_beside
@@ -48,7 +48,7 @@ def take_back(handle: Handle, before: Mapping[str, nn.Parameter]) -> None:
 
 def put_in(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
     """What `install_parts` does, without a way back."""
-    weights, drop = handle.weights, handle.weights.base == "dropped"
+    weights = handle.weights
     if weights.rest == "frozen" and EVERYTHING not in weights.targets:
         for parameter in handle.model.parameters():
             parameter.requires_grad_(False)
@@ -57,22 +57,11 @@ def put_in(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None
         handle.model.add_module(name + handle.suffix, module)
         handle.shared[name] = module
     for path, by_name in parts.items():
-        if path == ROOT:
-            continue
-        site = handle.sites[path]
-        if drop and site.ties:
-            raise UsageError(
-                "a tied matrix cannot be replaced",
-                [(path, f"tied with {', '.join(site.ties)}")],
-                "Leave it out of weights.targets.",
-            )
-        install_at(handle, site, dict(by_name), drop and bool(by_name))
-    if weights.base == "trained":
+        if path != ROOT:
+            install_at(handle, handle.sites[path], dict(by_name))
+    if weights.base in ("trained", "rewritten"):
         for site in handle.sites.values():
-            site.raw.requires_grad_(True)
-    if weights.base == "rewritten":
-        for site in handle.sites.values():
-            site.raw.requires_grad_(False)
+            site.raw.requires_grad_(weights.base == "trained")
     for name in handle.also_train:
         handle.model.get_submodule(name).requires_grad_(True)
     for path, by_term in handle.terms().items():
@@ -89,28 +78,38 @@ def put_in(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None
         handle.model.__dict__["resize_token_embeddings"] = refuse_resizing
 
 
-def install_at(handle: Handle, site: Site, parts: dict[str, nn.Module], drop: bool) -> None:
-    """One site: a changed base first (its original kept), then the terms."""
+def install_at(handle: Handle, site: Site, parts: dict[str, nn.Module]) -> None:
+    """One site: a changed base first, then the terms, which stand for a base that is dropped."""
     dense = parts.pop("dense", None)
     if dense is not None:
-        assert isinstance(dense, Term)
-        if quantised(site.raw):
-            raise UsageError(
-                "a quantised base cannot be changed",
-                [(site.path, f"{handle.weights.slug} writes into it")],
-                "Type precision=bf16, or another method.",
-            )
-        handle.originals[site.path] = site.raw.detach().clone()
-        changed = as_stored(dense.dense(), site.module, site.kind)
-        site.raw.data.copy_(changed)
+        change_base(handle, site, dense)
     if not parts:
         return
+    drop = handle.weights.base == "dropped"
+    if drop and site.ties:
+        raise UsageError(
+            "a tied matrix cannot be replaced",
+            [(site.path, f"tied with {', '.join(site.ties)}")],
+            "Leave it out of weights.targets.",
+        )
     for part in parts.values():
         part.to(device=site.raw.device).train(site.module.training)
         declare_gradient_rule(handle, part, site.path)
     refuse_unreachable(handle.model, [site])
     install(site, {name + handle.suffix: part for name, part in parts.items()}, drop)
     handle.attached[site.path] = list(parts)
+
+
+def change_base(handle: Handle, site: Site, dense: Any) -> None:
+    """Write another matrix into a site; the original is kept. UsageError where it is quantised."""
+    if quantised(site.raw):
+        raise UsageError(
+            "a quantised base cannot be changed",
+            [(site.path, f"{handle.weights.slug} writes into it")],
+            "Type precision=bf16, or another method.",
+        )
+    handle.originals[site.path] = site.raw.detach().clone()
+    site.raw.data.copy_(as_stored(dense.dense(), site.module, site.kind))
 
 
 def declare_gradient_rule(handle: Handle, part: nn.Module, path: str) -> None:
