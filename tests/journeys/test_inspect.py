@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from eckart.decompose.spectra import effective_rank
+from eckart.io.corpora import bytes_tokenizer
 from eckart.io.models import load_model, load_tokenizer
 from eckart.io.opening import open_model
 from eckart.jobs.measuring.drift import of_text
 from eckart.jobs.measuring.heads import reaches
+from tests import tiny
 from tests.journeys.adapters import adapter
-from tests.journeys.runs import eckart, model_folder, workplace
+from tests.journeys.runs import eckart, labels, model_folder, workplace
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +189,21 @@ def test_two_adapters_of_one_base_share_what_they_share(place):
     assert "effective, one" in out and "by chance" not in out  # the note goes to stderr
     itself = eckart("inspect", place / "dora", "--against", place / "m", "--json").document
     assert itself["changed"] == 14 and itself["overlaps"] == {}
+
+
+def test_classifiers_are_compared_with_the_encoder_that_they_began_as(tmp_path):
+    model = tiny.bert(vocab_size=257)
+    model.save_pretrained(tmp_path / "classifier")
+    model.bert.save_pretrained(tmp_path)
+    bytes_tokenizer().save_pretrained(tmp_path)
+    data = labels(tmp_path / "d.jsonl")
+    for seed in (1, 2):
+        words = ("train.steps=2", f"train.seed={seed}", "-o", tmp_path / str(seed))
+        assert eckart("finetune", tmp_path, data, *words).code == 0
+    found = eckart("inspect", tmp_path, "--against", tmp_path / "classifier", "--json").document
+    assert found["changed"] == 0 and found["unchanged"] > 14  # the heads are in one alone
+    found = eckart("inspect", tmp_path / "1", "--against", tmp_path / "2", "--json").document
+    assert found["one_base"] and "attn.q" in found["overlaps"]
 
 
 def update(folder, path):

@@ -130,8 +130,7 @@ def of_pair(job: Job, screen: Screen) -> dict[str, Any]:
     names = str(job.model), str(job.options["against"])
     one, other = (opened_with_terms(name) for name in names)
     base = common_base(names, (one, other), screen)
-    found = pairs(one, other, base)
-    count, same = len(all_sites(one)), len(all_sites(one)) - len(found)
+    found, count = pairs(one, other, base)
     screen.line("pair", f"{len(found)} of {count} matrices differ", " against ".join(names))
     matrices = {pair.site.path: matrix(pair.site, pair.s, pair.relative).numbers for pair in found}
     for pair in found:
@@ -149,7 +148,7 @@ def of_pair(job: Job, screen: Screen) -> dict[str, Any]:
         "kind": "pair",
         "one_base": base is not None,
         "changed": len(found),
-        "unchanged": same,
+        "unchanged": count - len(found),
         "roles": roles,
         "overlaps": lie,
         "matrices": matrices,

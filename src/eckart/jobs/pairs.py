@@ -11,7 +11,7 @@ r directions hold 90 % of the energy of the change that needs fewer, 16 at most.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -44,34 +44,41 @@ class Pair:
     shared: Mapping[str, float] | None = None
 
 
-def pairs(one: Opened, other: Opened, base: Any | None) -> list[Pair]:
-    """Every matrix that differs; UsageError where the models are not of one shape."""
-    theirs = all_sites(other)
+def pairs(one: Opened, other: Opened, base: Mapping[str, Site] | None) -> tuple[list[Pair], int]:
+    """Every matrix that differs, and how many were compared.
+
+    UsageError where the models are not of one shape. Of two classes of model (an encoder, and a
+    classifier made from it) what both have is compared: the rest is a head.
+    """
+    mine, theirs = all_sites(one), all_sites(other)
+    heads = type(one.model) is not type(other.model) and mine.keys() & theirs.keys()
+    both = {name: site for name, site in mine.items() if not heads or name in theirs}
     found = []
-    for path, site in all_sites(one).items():
-        if path not in theirs or theirs[path].shape != site.shape:
-            there = f"{theirs[path].shape[0]} x {theirs[path].shape[1]}" if path in theirs else "-"
+    for name, site in both.items():
+        if name not in theirs or theirs[name].shape != site.shape:
+            there = f"{theirs[name].shape[0]} x {theirs[name].shape[1]}" if name in theirs else "-"
             raise UsageError(
                 "these two are not of one shape",
-                [(path, f"{site.shape[0]} x {site.shape[1]} against {there}")],
+                [(site.path, f"{site.shape[0]} x {site.shape[1]} against {there}")],
                 "Compare checkpoints of the same model.",
             )
-        if pair := compared(site, whole(one, site), whole(other, theirs[path]), base):
+        start = base.get(name) if base else None
+        if pair := compared(site, whole(one, site), whole(other, theirs[name]), start):
             found.append(pair)
-    return found
+    return found, len(both)
 
 
 @torch.no_grad()
-def compared(site: Site, W1: Tensor, W2: Tensor, base: Any | None) -> Pair | None:
-    """One matrix; None where it is the same in both. W1, W2 [*, m, n] fp64."""
+def compared(site: Site, W1: Tensor, W2: Tensor, start: Site | None) -> Pair | None:
+    """One matrix; None where it is the same in both. W1, W2 [*, m, n] fp64; `start` the base's."""
     change = W2 - W1
     if not bool(change.any()):
         return None
     s = torch.linalg.svdvals(change.float()).cpu()
     relative = float(change.norm() / W1.norm().clamp_min(1e-30))
-    if base is None or W1.ndim != 2:
+    if start is None or start.shape != site.shape or W1.ndim != 2:
         return Pair(site, s, relative)
-    W0 = at_base(base, site).to(W1)
+    W0 = start.weight(torch.float64)
     return Pair(site, s, relative, shared(W1 - W0, W2 - W0))
 
 
@@ -98,15 +105,21 @@ def shared(D1: Tensor, D2: Tensor) -> dict[str, float] | None:
 
 
 def all_sites(opened: Opened) -> dict[str, Site]:
-    """The maps of a model that are a matrix, with terms or without: all but those with a term
-    that is not linear."""
+    """The maps of a model that are a matrix, with terms or without, by name below any head: all
+    but those with a term that is not linear."""
     sites = {site.path: site for site in sites_of(opened.model)}
     if opened.handle is not None:
         for path, terms in opened.handle.terms().items():
             sites[path] = opened.handle.sites[path]
             if not all(term.linear for term in terms.values()):
                 del sites[path]
-    return sites
+    return below_head(opened.model, sites.values())
+
+
+def below_head(model: Any, sites: Iterable[Site]) -> dict[str, Site]:
+    """Sites by the names they have in the model without a head (encoder.*, not bert.encoder.*)."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return {site.path.removeprefix(prefix): site for site in sites}
 
 
 def whole(opened: Opened, site: Site) -> Tensor:
@@ -117,12 +130,6 @@ def whole(opened: Opened, site: Site) -> Tensor:
     module: Any = site.module
     matrix: Tensor = module.merged(site.param)
     return matrix
-
-
-def at_base(base: Any, site: Site) -> Tensor:
-    """The base's matrix at a site, fp64."""
-    found: Tensor = base[site.path].weight(torch.float64)
-    return found
 
 
 def base_of(source: str, opened: Opened) -> str | None:
@@ -151,7 +158,7 @@ def common_base(
     if fingerprint(first) != fingerprint(second):
         return None
     device = next(both[0].model.parameters()).device
-    return {site.path: site for site in sites_of(first.to(device))}
+    return below_head(first, sites_of(first.to(device)))
 
 
 # --- by role -------------------------------------------------------------------------------
