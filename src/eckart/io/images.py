@@ -30,7 +30,7 @@ from eckart.io.sources import DataSource, held_out_share, sources_of
 
 CACHE_VERSION = 1  # raised when the same images would be fitted differently
 KEPT = 4 * 10**9  # bytes of fitted pixels up to which a source is kept
-BRIGHTEST = 4.0  # times the range that a factor is for; some models have -1 to 1 by 1 / 127.5
+BRIGHTEST = 4.0  # a factor that brings 255 above it is not for bytes: 1/255 gives 1, 1/127.5 2
 USUAL = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # ranges in which people keep pixels
 
 

@@ -14,14 +14,14 @@ from eckart.io.headers import unfit
 from eckart.io.peft_layout import meant, saved_whole
 from eckart.recipe.vocabulary import ends, rows_of, tied_ends
 
-ROWS = "token_adapter.trainable_tokens_delta"  # new rows, whatever PEFT's name says
-BELOW = "token_adapter.base_layer.weight"  # what they were put into, where that was resized
+ROWS = "token_adapter.trainable_tokens_delta"  # the rows themselves, although PEFT says delta
+BELOW = "token_adapter.base_layer.weight"  # the embedding, which is saved where it was resized
 
 
 def take_vocabulary(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor], int | None]:
-    """Config, tensors and rows of an embedding that was resized or trained whole; None elsewhere.
+    """Config and tensors with whole embeddings, and how many rows these have: None, if unchanged.
 
     PEFT writes such an embedding under `modules_to_save`, beside its own wrappings, or without
     a word in the config, and a tied head once more.
@@ -59,8 +59,7 @@ def with_token_rows(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors with whole embeddings, of which PEFT trained the rows of some tokens.
 
-    The function is the same. All rows are the adapter's then: a run that goes on from it trains
-    them all.
+    The adapter computes the same, but holds all rows: a run that goes on from it trains them all.
     """
     asked = config.get("trainable_token_indices")
     if not asked:

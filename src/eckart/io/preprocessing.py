@@ -30,6 +30,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright the eye finds red, gree
 CUBIC = 3  # PIL's number for bicubic; bilinear (2) is the other that image classifiers use
 USUAL = 224  # height and width where nothing says them
 UNCROPPED = 384  # from this size on ConvNeXt's processors warp instead of cutting out
+KNOWN = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 ORDINARY = {  # of a processor that transformers builds for what we did
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,
@@ -232,9 +233,6 @@ def from_file(facts: Mapping[str, Any], channels: int, file: Path) -> Preprocess
         edge = edge or found.height
         return replace(found, shorter=int(edge / float(facts["crop_pct"])))
     return found
-
-
-KNOWN = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
 def sides(size: Any) -> tuple[int, int]:

@@ -282,15 +282,15 @@ def recognised(source: DataSource, format: str, first: int | None) -> tuple[str,
     return kind, found
 
 
-PART = 40  # letters, on average, below which the last parts of documents measure nothing
+PART = 40  # letters: held-out last parts that are shorter on average measure nothing
 
 
 def split(found: Sequence[Row], kind: str, share: float) -> tuple[list[Row], list[Row]]:
     """Rows to learn from and rows held out, by the hash of their names or contents.
 
     Documents too few to hold whole ones out are cut instead, the last part of each, where
-    that is long enough to say something. Of any other rows at least one is held out where
-    there are two.
+    that is long enough to say something. Of two or more rows of another kind at least one is
+    held out.
     """
     if not share:
         return list(found), []
