@@ -7,14 +7,15 @@
     W = (1 - lr wd) W - lr  M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)  Q[:, idx]^T
 
 Nothing is decomposed: one Q serves all matrices of a width, each stores r integers, and the
-directions are chosen anew at every step. With inner=trion it is the paper's Trion instead:
-momentum of the weights' size, made orthogonal in r directions; that saves time, not memory.
+directions are chosen anew at every step. fira (search=dct) and frugal (inside=dct) can use them,
+too. With inner=trion it is the paper's Trion instead: momentum of the weights' size, made
+orthogonal in r directions; that saves time, not memory.
 
 Take it where GaLore's decompositions cost too much: r directions of a 512 x 512 matrix are found
 in 2.5 ms, by an SVD in 36 (claims/dct_adamw.py). They hold less of the gradient, there 27 % where
 singular ones hold 88 %, and the loss is 1.98 nats where those give 1.90. Take Fira to move
-outside the subspace without an E of the weights' size, and another rule (or `every` > 1) where
-weights are sharded: a choice on the left gathers the whole gradient.
+outside the subspace without an E of the weights' size. Where weights are sharded a choice on the
+left sends columns of the gradient from process to process: take a larger `every` there.
 
 Source: I. Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
 Optimization of Large Language Models", arXiv 2505.17967, Alg. 1 (DCT-AdamW). We differ from
