@@ -19,7 +19,7 @@ by its random first w; report an "adaptive rank" beside random pruning to the sa
 
 Source: H. Lu et al., "Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual
 Learning Vision-Language Models with Dynamic Rank-Selective LoRA", 2024, eq. 5 to 7.
-We differ in four points, all by default and all to be undone by a field. The soft threshold is
+We differ in four points, of which fields undo the first three. The soft threshold is
 the paper's; the code's (shrink=official) also zeroes what it has just brought below kappa. The
 threshold reaches its last level whatever the number of steps (schedule=even). Gates start at
 1 and not at N(0, 1) (gates=normal), and are weighed by their components. W is not
