@@ -18,6 +18,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -38,7 +39,7 @@ from eckart.jobs.lab.contest import (
 )
 from eckart.jobs.lab.judge import number
 from eckart.jobs.lab.lengths import Length
-from eckart.jobs.lab.runner import Quantities, Runner, going_on, runner
+from eckart.jobs.lab.runner import Quantities, Runner, going_on
 from eckart.jobs.lab.standing import Record, as_loss, ranking, table
 from eckart.jobs.lab.sweep import Plan, lr_at, sampled, wanted
 from eckart.jobs.lab.tables import as_text, write
@@ -221,7 +222,7 @@ def compare(
     at_once = lengths.at_once(1 if options.ray else options.processes, entered, planned)
     if at_once.reason:
         screen.line("at once", f"{at_once.count}, not {options.processes}: {at_once.reason}")
-    with board, runner(at_once.count, board.ended, options.ray) as trials:
+    with board, closing(Runner(at_once.count, board.ended, options.ray)) as trials:
         start = trials({"untouched": trial(entered[0].name, 0, 0.0)})["untouched"]
         search(records, options, job.train.seed, trial, trials)
         report(records, options, job, trial, trials)

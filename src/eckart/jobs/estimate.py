@@ -292,6 +292,7 @@ def compressed(job: Job, config: Any, place: torch.device, screen: Screen) -> di
 
     method = sized(job)
     dtype = getattr(torch, str(getattr(config, "dtype", None) or "float32").removeprefix("torch."))
+    full: Any = registry.load(registry.FULL)
     whole = imagine(config, Recipe(weights=full()), dtype, place)
     found = imagine(config, Recipe(weights=method), dtype, place)
     after = found.weights + found.factors
@@ -313,11 +314,6 @@ def compressed(job: Job, config: Any, place: torch.device, screen: Screen) -> di
         "parameters": {"before": whole.parameters, "after": found.parameters},
         "warnings": list(screen.warnings),
     }
-
-
-def full() -> Any:
-    """The method that trains the matrices themselves."""
-    return registry.load(registry.FULL)()
 
 
 # --- what is said --------------------------------------------------------------------------

@@ -177,6 +177,7 @@ class Table:
         found = {"loss": mean_and_interval(s.loss, s.count)}
         loss, (low, high) = found["loss"]
         if self.unit == "token":
+            exp = held_out.perplexity
             found["perplexity"] = exp(loss), (exp(low), exp(high))
             if self.bytes:
                 per_byte = s.count.sum() / self.bytes / math.log(2)
@@ -204,10 +205,6 @@ def mean_and_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tupl
     """A ratio of sums over rows, and its interval; NaN ends without scipy."""
     ends = intervals.interval(sums, counts) if intervals.available() else (math.nan, math.nan)
     return float(sums.sum() / counts.sum()), ends
-
-
-def exp(x: float) -> float:
-    return math.exp(min(x, 700.0))  # e^709 is the largest double
 
 
 def metrics_of(data: Data) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from eckart.io.folder import write_json, write_text
 from eckart.io.run import versions
 from eckart.jobs.lab.bare_loop import start_of
 from eckart.jobs.lab.judge import NO_VERDICT, Judgement, judge, number
-from eckart.jobs.lab.runner import Quantities, Runner, Trial, going_on, runner
+from eckart.jobs.lab.runner import Quantities, Runner, Trial, going_on
 from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, wanted
 from eckart.jobs.lab.trials import ClaimTrial, step_seconds, task_of
 from eckart.jobs.training.screen import clock
@@ -85,7 +86,7 @@ def run(
     begun, documents = time.monotonic(), []
     at_once = processes or (1 if budget == "quick" else min(2, os.cpu_count() or 1))
     again = command(slugs, budget) + (f" -o {out}" if out else "")
-    with going_on(again), runner(at_once) as trials:
+    with going_on(again), closing(Runner(at_once)) as trials:
         for slug, claim in chosen:
             document = tested(slug, claim, budget, trials, quiet=json)
             documents.append(document)

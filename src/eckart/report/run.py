@@ -5,11 +5,15 @@ Every part is left out where its facts are: a run of ten steps has a page too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from math import exp, log, nan
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import nan
 from statistics import median
 from typing import Any
 
+import torch
+
+from eckart.decompose import rank_for_energy
+from eckart.decompose.spectra import effective_rank, stable_rank
 from eckart.report.figures import Curve, Figure, bars, curves, heat
 from eckart.report.html import Section, Table, Text, html
 
@@ -143,7 +147,7 @@ def learned(
             steps = sorted(spectra)
             by_step = [grouped(spectra[step], named) for step in steps]
             over = [
-                Curve(r, steps, [effective_rank(at.get(r, ())) for at in by_step]) for r in by_role
+                Curve(r, steps, effective_ranks(at.get(r, ()) for at in by_step)) for r in by_role
             ]
             found.append(curves("Effective rank", over, "step", "effective rank"))
         found += by_place(last, named)
@@ -164,7 +168,13 @@ SPECTRAL = ("effective rank", "stable rank", f"rank for {ENERGY:.0%}")
 
 def numbers_of(values: Sequence[float]) -> tuple[float, float, int]:
     """What `SPECTRAL` names, of one matrix."""
-    return effective_rank(values), stable_rank(values), at_energy(values)
+    s = torch.tensor(values, dtype=torch.float64)
+    return float(effective_rank(s)), float(stable_rank(s)), rank_for_energy(s, ENERGY)
+
+
+def effective_ranks(spectra: Iterable[Sequence[float]]) -> list[float]:
+    """Of each matrix; 0 for one without values."""
+    return [float(effective_rank(torch.tensor(s, dtype=torch.float64))) for s in spectra]
 
 
 def matrices_of(last: Spectra) -> Table:
@@ -205,7 +215,7 @@ def by_place(last: Spectra, named: Mapping[str, str]) -> list[Figure]:
     for site, values in last.items():
         layer = next((int(part) for part in site.split(".") if part.isdigit()), None)
         if layer is not None:
-            cells.setdefault(named[site], {})[layer] = effective_rank(values)
+            cells.setdefault(named[site], {})[layer] = effective_ranks([values])[0]
     layers = sorted({layer for row in cells.values() for layer in row})
     if len(cells) < 2 or not layers:
         return []
@@ -247,31 +257,6 @@ def grouped(spectra: Spectra, named: Mapping[str, str]) -> dict[str, list[float]
 def relative(values: Sequence[float]) -> list[float]:
     """As shares of the largest; what is zero but for rounding is left out of a log plot."""
     return [v / values[0] if v > 1e-7 * values[0] else nan for v in values]
-
-
-def effective_rank(values: Sequence[float]) -> float:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
-    total = sum(values)
-    if total <= 0:
-        return 0.0
-    shares = [v / total for v in values if v > 0]
-    return exp(-sum(p * log(p) for p in shares))
-
-
-def stable_rank(values: Sequence[float]) -> float:
-    """Squared Frobenius over squared spectral norm."""
-    top = max(values, default=0.0)
-    return sum(v * v for v in values) / top**2 if top > 0 else 0.0
-
-
-def at_energy(values: Sequence[float], share: float = ENERGY) -> int:
-    """How many leading values hold a share of the sum of squares."""
-    total, held = sum(v * v for v in values), 0.0
-    for count, v in enumerate(values, 1):
-        held += v * v
-        if held >= share * total:
-            return count if total > 0 else 0
-    return len(values)
 
 
 def reached(coverage: Mapping[str, Mapping[str, int]]) -> list[Figure | Table]:

@@ -83,7 +83,7 @@ def kept(trial: Trial) -> Quantities | None:
 
 
 class Runner:
-    """Does trials; finished ones survive any end of the program."""
+    """Does trials; finished ones survive any end of the program. `close` ends its workers."""
 
     def __init__(self, processes: int = 1, progress: Progress | None = None, on_ray: bool = False):
         self.processes, self.progress, self.on_ray = processes, progress, on_ray
@@ -146,18 +146,6 @@ class Runner:
         if self.cluster is not None:
             self.cluster.close()
             self.cluster = None
-
-
-@contextmanager
-def runner(
-    processes: int = 1, progress: Progress | None = None, on_ray: bool = False
-) -> Iterator[Runner]:
-    """A Runner whose workers are gone when the block ends."""
-    it = Runner(processes, progress, on_ray)
-    try:
-        yield it
-    finally:
-        it.close()
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def of_text(
     length, most = min(length, context or length), max(1, ROWS * LENGTH // length)
     data = read([], tokenizer, length, packing=False, eval=list(sources) or TEXT)
     found = [row for rows in data.evaluation.values() for row in rows]
-    rows = [CHOICES.get(task, as_it_is)(found[i]) for i in spread(len(found), most)]
+    rows = [CHOICES.get(task, dict)(found[i]) for i in spread(len(found), most)]
     lengths = [len(row["input_ids"]) for row in rows]
     return Sample(rows, data.collate, ", ".join(data.evaluation), lengths, task not in CHOICES)
 
@@ -76,10 +76,6 @@ def spread(count: int, most: int = ROWS) -> list[int]:
     """At most so many places, evenly over `count`."""
     places = np.linspace(0, count - 1, min(most, count)).round().astype(int)
     return [int(i) for i in places]
-
-
-def as_it_is(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    return row
 
 
 # A label at every place where a model with classes has a choice; which one makes no difference.

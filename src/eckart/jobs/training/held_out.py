@@ -56,13 +56,17 @@ def from_sums(sums: Mapping[str, Mapping[str, float]], data: Data) -> dict[str, 
     if TASKS[data.task].chosen:
         found["accuracy"] = sum(s["right"] for s in sums.values()) / count
     if not data.labels:
-        found["perplexity"] = math.exp(min(loss, 700.0))  # e^709 is the largest double
+        found["perplexity"] = perplexity(loss)
         text = sum(s["count"] * data.bytes_per_token.get(name, 0.0) for name, s in sums.items())
         if text:
             found["bits_per_byte"] = loss * count / math.log(2) / text
     if len(sums) > 1:
         found["sources"] = {name: s["loss"] / s["count"] for name, s in sums.items()}
     return found
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # e^709 is the largest double
 
 
 def names(data: Data) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -55,14 +55,8 @@ class Progress(TrainerCallback):
     steps alone.
     """
 
-    def __init__(
-        self,
-        per_step: tuple[float, str],
-        memory: Callable[[], int],
-        out: TextIO | None = None,
-    ):
-        self.out = out or sys.stderr
-        self.live = self.out.isatty()
+    def __init__(self, per_step: tuple[float, str], memory: Callable[[], int]):
+        self.out, self.live = sys.stderr, sys.stderr.isatty()
         self.per_step, self.memory = per_step, memory
         self.bytes: int | None = None
         self.loss: float | None = None

@@ -116,7 +116,7 @@ def carry_out(course: Course) -> tuple[Work, list[dict[str, Any]]]:
             work = None  # loaded where the next stage asks for it
         else:
             work = start(course, found, place, work)
-            if is_training(place):
+            if place.stage.kind == "train":
                 work = train(course, found, place, work)
             else:
                 work = operate(course, work)
@@ -129,10 +129,6 @@ def carry_out(course: Course) -> tuple[Work, list[dict[str, Any]]]:
             measured.append({"after": place.task, "held_out": after})
     work = work or load(course, found[-1])
     return work, measured
-
-
-def is_training(place: Place) -> bool:
-    return place.stage.kind == "train"
 
 
 def start(course: Course, found: list[Place], place: Place, work: Work | None) -> Work:
@@ -252,7 +248,7 @@ def train_only(handle: Handle, what: str) -> None:
 
 def moments_before(course: Course, found: list[Place], place: Place) -> dict[str, Any]:
     """The optimizer's state at the end of the training before this one."""
-    before = [p for p in found if p.number < place.number and is_training(p)]
+    before = [p for p in found if p.number < place.number and p.stage.kind == "train"]
     checkpoint = latest_checkpoint(course.folder / before[-1].name) if before else None
     if checkpoint is None:
         return {}
