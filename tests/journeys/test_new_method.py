@@ -3,6 +3,7 @@
 No other line of the package changes; here the folder is a temporary one.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -11,9 +12,12 @@ import sys
 import pytest
 import torch
 
+from eckart.io.export import export, load
 from eckart.io.opening import open_model
-from eckart.recipe import registry
+from eckart.recipe import Recipe, attach, registry
+from tests.conftest import batch_for, tiny
 from tests.journeys.runs import eckart, model_folder, texts
+from tests.laws.matrix import steps
 from tests.tiny import logits
 
 METHOD = '''
@@ -88,12 +92,43 @@ class Branch(Weights):
         return {"branch": LowRank(torch.zeros(*site.leading, m, r), A, phi="silu")}
 '''
 
+REST = '''
+"""Rest: the leading part of each matrix is trained, what is left of it becomes the base.
+
+    y = (W - B A) x + B A x        B A the truncated SVD of W
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge
+
+from eckart.decompose import balanced, truncated_svd
+from eckart.linear import Dense, LowRank
+from eckart.recipe import Weights
+
+
+@dataclass(frozen=True)
+class Rest(Weights):
+    """Trains the leading part."""
+
+    rank: Annotated[int, Ge(1)] = 4
+    """r, the rank of that part."""
+
+    promises: ClassVar = ("restores_base", "merges")
+
+    def build_one(self, site):
+        W = site.weight()
+        B, A = balanced(*truncated_svd(W, self.rank))
+        return {"dense": Dense(W - B @ A), "leading": LowRank(B, A)}
+'''
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("new")
     (folder / "methods" / "weights").mkdir(parents=True)
-    for name, text in {"half": METHOD, "branch": BRANCH}.items():
+    for name, text in {"half": METHOD, "branch": BRANCH, "rest": REST}.items():
         (folder / "methods" / "weights" / f"{name}.py").write_text(text.lstrip())
     model_folder(folder / "m")
     texts(folder / "d.jsonl")
@@ -188,3 +223,19 @@ def test_one_that_trains_the_matrix_beside_a_branch_says_what_its_maps_are_not(p
     assert set(seen.document["roles"]) == {"mlp.gate", "mlp.up", "mlp.down"}
     refused = eckart("convert", place / "branched", "--to", "dense", "-o", place / "folded")
     assert refused.code == 2 and "_proj.branch is not a linear map" in refused.err
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_one_that_changes_the_base_gives_it_back(architecture, place, tmp_path):
+    model, batch = tiny(architecture, torch.float64), batch_for(architecture)
+    base, outputs = copy.deepcopy(model.state_dict()), logits(model)
+    handle = attach(model, Recipe(weights=registry.load("rest")()))
+    # fp64: the matrix is what it was but for the rounding of a difference
+    torch.testing.assert_close(logits(model), outputs, rtol=0, atol=1e-12)
+    steps(handle, handle.optimizer(lr=1e-2), [batch] * 2)
+    outputs = logits(model)
+    export(handle, tmp_path / "rest", format="native")
+    again = load(tmp_path / "rest", tiny(architecture, torch.float64))
+    assert torch.equal(logits(again.model), outputs)
+    assert all(torch.equal(t, base[name]) for name, t in again.remove().state_dict().items())
+    torch.testing.assert_close(logits(handle.merge()), outputs, rtol=0, atol=1e-12)
