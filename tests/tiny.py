@@ -14,6 +14,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from eckart.recipe import Recipe, attach
+
 VOCAB = 64
 SHAPE = {
     "vocab_size": VOCAB,
@@ -74,6 +76,13 @@ def ids(batch=2, length=9, seed=5):
 @torch.no_grad()
 def logits(model, tokens=None):
     return model.eval()(input_ids=ids() if tokens is None else tokens).logits
+
+
+def attached(model, method, **options):
+    """A handle of the method on the model, every trained tensor moved from its start."""
+    handle = attach(model, Recipe(weights=method), **options)
+    train_by_chance(handle)
+    return handle
 
 
 def train_by_chance(handle, seed=7):

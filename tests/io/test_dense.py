@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import tiny
+from tests.tiny import attached
 from transformers import AutoModelForCausalLM
 
 import eckart
@@ -20,12 +21,6 @@ METHODS = {
     "dense": eckart.Dense(),
     "lowrank": eckart.LowRank(),
 }
-
-
-def attached(model, method, **options):
-    handle = eckart.attach(model, eckart.Recipe(weights=method), **options)
-    tiny.train_by_chance(handle)
-    return handle
 
 
 @pytest.mark.parametrize("kind", tiny.MODELS)

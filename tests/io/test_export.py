@@ -3,17 +3,12 @@
 import pytest
 import torch
 from tests import tiny
+from tests.tiny import attached
 
 import eckart
 from eckart.errors import FileError, UsageError
 from eckart.io.corpora import bytes_tokenizer
 from eckart.io.export import WRITERS, possible
-
-
-def attached(model, method):
-    handle = eckart.attach(model, eckart.Recipe(weights=method))
-    tiny.train_by_chance(handle)
-    return handle
 
 
 @pytest.fixture

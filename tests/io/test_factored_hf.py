@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import tiny
+from tests.tiny import attached
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,12 +36,6 @@ METHODS = {
     "pissa": eckart.LoRA(rank=4, init="pissa"),
     "lowrank": eckart.LowRank(),
 }
-
-
-def attached(model, method, **options):
-    handle = eckart.attach(model, eckart.Recipe(weights=method), **options)
-    tiny.train_by_chance(handle)
-    return handle
 
 
 def assert_same_logits(a, b):

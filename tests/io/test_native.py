@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.tiny import attached
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
@@ -23,12 +24,6 @@ METHODS = {
     "dense": eckart.Dense(),
     "lowrank": eckart.LowRank(share=0.5),
 }
-
-
-def attached(model, method, **options):
-    handle = eckart.attach(model, eckart.Recipe(weights=method), **options)
-    tiny.train_by_chance(handle)
-    return handle
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.tiny import attached
 from torch import nn
 
 import eckart
@@ -36,12 +37,6 @@ CASES = [
         and (kind == "mixtral" or (kind in ("gemma", "gpt2") and targets == AND_TOKENS))
     )
 ]
-
-
-def attached(model, method, **options):
-    handle = eckart.attach(model, eckart.Recipe(weights=method), **options)
-    tiny.train_by_chance(handle)
-    return handle
 
 
 def in_stock_peft(model, folder):

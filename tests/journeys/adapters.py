@@ -7,15 +7,13 @@ from typing import Any
 
 from eckart.io.export import export
 from eckart.io.models import load_model, load_tokenizer
-from eckart.recipe import Handle, Recipe, attach, registry
-from tests.tiny import train_by_chance
+from eckart.recipe import Handle, registry
+from tests.tiny import attached
 
 
 def handle_on(base: Path, slug: str, **fields: Any) -> Handle:
     """A method's terms on a base, every trained tensor moved from its start."""
-    handle = attach(load_model(base), Recipe(weights=registry.load(slug)(**fields)))
-    train_by_chance(handle)
-    return handle
+    return attached(load_model(base), registry.load(slug)(**fields))
 
 
 def adapter(folder: Path, base: Path, slug: str, form: str = "native", **fields: Any) -> Path:
