@@ -8,7 +8,7 @@ from eckart import Recipe, attach
 from eckart.errors import UsageError
 from eckart.methods.update.lisa import LISA
 from eckart.methods.weights.dense import Dense
-from eckart.optim import LowRankOptimizer
+from eckart.optim import LowRankOptimizer, storage
 from tests import tiny
 from tests.methods.blocks import D, Model, N, V, active, gradient, optimizer_of
 from tests.methods.updates import PlainAdam
@@ -113,19 +113,26 @@ def test_without_the_rest_only_blocks_move():
     assert moved and all(name.startswith("layers") for name in moved)
 
 
-def test_the_sequence_is_a_function_of_the_seed_and_survives_a_resume():
+@pytest.mark.parametrize("inner", ["adam", "adam8bit"])
+def test_the_sequence_is_a_function_of_the_seed_and_survives_a_resume(inner, monkeypatch):
+    monkeypatch.setattr(storage, "SMALLEST", 1)  # else nothing here would be stored in 8 bits
+    method = LISA(blocks=2, every=3, inner=inner)
+
     def sequence(seed, stop=None):
         model = Model()
-        optimizer = optimizer_of(model, LISA(blocks=2, every=3), seed=seed)
+        optimizer = optimizer_of(model, method, seed=seed)
         found = []
         for step in range(18):
             if step == stop:  # in the middle of a period
                 saved = optimizer.named_state_dict()
                 for p in model.parameters():
                     p.requires_grad_(True)
-                optimizer = optimizer_of(model, LISA(blocks=2, every=3), seed=seed)
+                optimizer = optimizer_of(model, method, seed=seed)
                 optimizer.load_named_state_dict(saved)
             train(model, optimizer, [step], lambda _: found.append(active(model)))
+        state = optimizer.state[model.head.weight].values()
+        eight = [v for v in state if isinstance(v, torch.Tensor) and v.dtype == torch.uint8]
+        assert bool(eight) == (inner == "adam8bit")
         return found, copy(model)
 
     (whole, end), (resumed, other) = sequence(1), sequence(1, stop=7)

@@ -24,7 +24,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
-from eckart.optim import Adam, Blocks, Rule
+from eckart.optim import Adam, Blocks, EightBit, Rule
 from eckart.recipe.method import Cost, Paper, Update
 
 
@@ -57,6 +57,10 @@ class LISA(Update):
     block_weights: tuple[float, ...] = ()
     """How likely each block is to be drawn, in any unit. Paper: all alike."""
 
+    inner: Literal["adam", "adam8bit"] = "adam"
+    """The rule of what trains: Adam, or Adam with its moments in 8 bits (32 where a tensor has
+    fewer than 4096 elements)."""
+
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the first and of the second moment. Paper: Adam's."""
 
@@ -84,8 +88,9 @@ class LISA(Update):
     )
 
     def rule(self) -> Rule:
+        adam = Adam(self.betas, self.eps, state_dtype=self.state_dtype)
         return Rule(
-            Adam(self.betas, self.eps, state_dtype=self.state_dtype),
+            EightBit(adam) if self.inner == "adam8bit" else adam,
             blocks=Blocks(
                 count=self.blocks,
                 every=self.every,
@@ -102,4 +107,4 @@ class LISA(Update):
 
     def cost(self, m: int, n: int) -> Cost:
         """While its block trains; nothing at other times."""
-        return Cost(state=2 * m * n)
+        return Cost(state=self.rule().state_elements(m, n))
