@@ -46,7 +46,8 @@ class GaLore(Update):
 
     rank: Annotated[int, Ge(1)] = 128
     """Directions of the short side that are kept. Paper: 128 (60M parameters), 256, 512,
-    1024 (7B) to pretrain; 4 to 8 to fine-tune. Cut to min(m, n)."""
+    1024 (7B) to pretrain; 4 to 8 to fine-tune. Cut to min(m, n). Above two thirds of that a
+    square matrix has more state than with Adam: see skip_if_no_saving."""
 
     every: Annotated[int, Ge(1)] = 200
     """Steps between two decompositions of one matrix. Paper: 200; 500 for 7B and GLUE."""
