@@ -1,10 +1,10 @@
 """Matrices into factors: truncated, whitened, by budget."""
 
+from eckart.decompose.ranks import rank_for_energy
 from eckart.decompose.svd import (
     balanced,
     fix_signs,
     product_svd,
-    rank_for_energy,
     recompress,
     truncated_svd,
     working,

@@ -20,6 +20,17 @@ def tail_errors(s: Tensor) -> Tensor:
     return (left / left[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
 
 
+def rank_for_energy(s: Tensor, energy: float) -> int:
+    """The smallest rank whose singular values [k] hold this share of the squared sum.
+
+    0 where all are zero.
+    """
+    held = s.double().square().cumsum(-1)
+    if not held[-1]:
+        return 0
+    return int((held / held[-1] < energy - 1e-12).sum()) + 1
+
+
 def smallest_rank(good: Callable[[int], bool], most: int) -> int | None:
     """The smallest rank from 1 to `most` that is good, given that larger ones are no worse.
 

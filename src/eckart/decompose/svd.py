@@ -54,14 +54,3 @@ def recompress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]
     """The best rank-r factors of a product B A without forming it, and all its singular values."""
     U, s, Vt = product_svd(B, A)
     return *balanced(U[..., :rank], s[..., :rank], Vt[..., :rank, :]), s
-
-
-def rank_for_energy(s: Tensor, energy: float) -> int:
-    """The smallest rank whose singular values [k] hold this share of the squared sum.
-
-    0 where all are zero.
-    """
-    held = s.double().square().cumsum(-1)
-    if not held[-1]:
-        return 0
-    return int((held / held[-1] < energy - 1e-12).sum()) + 1
