@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -47,12 +47,12 @@ class Adapters:
         self.choose({handle.name: 1.0})
 
     def leave(self, handle: Handle) -> None:
-        """One less; those in use beside it stay in use. Freezing is undone with the last.
+        """One less; the others in use stay in use. The last one to leave undoes the freezing.
 
-        A handle remembers which parameters were trained before it came; what this one
-        remembers goes to the next.
+        A handle remembers which parameters were trained before it was attached; the next one
+        takes over what this one remembers.
         """
-        if self.handles.get(handle.name) is not handle:  # it failed on its way in, or has left
+        if self.handles.get(handle.name) is not handle:  # it was never entered, or has left
             self.choose(self.weights)
             return
         names = list(self.handles)
@@ -72,20 +72,17 @@ class Adapters:
         self.weights = {name: w for name, w in weights.items() if name in self.handles}
         self.rows = tuple(rows)
         kinds = list(dict.fromkeys(rows))
-        for path in dict.fromkeys(path for h in self.handles.values() for path in h.attached):
-            module, param = next(
-                (h.sites[path].module, h.sites[path].param)
-                for h in self.handles.values()
-                if path in h.attached
-            )
+        sites = {path: h.sites[path] for h in self.handles.values() for path in h.attached}
+        for path, site in sites.items():
+            module: Any = site.module
             if rows:
                 branches = [self.branch(name, path) for name in kinds]
                 index = torch.tensor([kinds.index(name) for name in rows])
                 index = index.to(next(module.parameters()).device)
-                put_in_use(module, param, branches, index)  # type: ignore[arg-type]
+                put_in_use(module, site.param, branches, index)
             else:
                 chosen = [self.branch(name, path, w) for name, w in self.weights.items()]
-                put_in_use(module, param, [b for b in chosen if b.terms])  # type: ignore[arg-type]
+                put_in_use(module, site.param, [b for b in chosen if b.terms])
 
     def branch(self, name: str | None, path: str, weight: float = 1.0) -> Branch:
         """An adapter's part at one site; without terms where it has none there."""
