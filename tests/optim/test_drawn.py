@@ -21,8 +21,8 @@ from eckart.optim import (
     Rule,
     Whole,
 )
-from eckart.optim.bucket import check_sharded
 from eckart.optim.drawn import drawn, normals
+from eckart.optim.entry import check_sharded
 from eckart.optim.orthogonal import exactly_by, exactly_orthogonal
 from eckart.optim.project import Basis, Chosen, add_up_, down
 from eckart.optim.sharded import Layout

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from eckart.errors import UsageError
-from eckart.optim.bucket import Bucket, Entry
+from eckart.optim.bucket import Bucket
+from eckart.optim.entry import Entry, spoilt
 from eckart.optim.project import as_matrix
 from eckart.optim.refresh import refresh
-from eckart.optim.sharded import local, sum_
+from eckart.optim.sharded import sum_
 
 
 class Projected:
@@ -56,7 +57,7 @@ class Projected:
     def absorb(self, entry: Entry, skip_nonfinite: bool = False) -> None:
         """Take the parameter's gradient in, unless it must be kept until the step."""
         if entry.rule.needs_gradient:
-            if not (skip_nonfinite and spoilt(entry)):  # else the step finds it and skips
+            if not (skip_nonfinite and spoilt([entry])):  # else the step finds it and skips
                 self.move(entry)
             return
         if entry.state["due"] <= entry.state["step"]:
@@ -105,14 +106,6 @@ class Projected:
             if bucket.entries[0].projected:
                 tensors = [e.gradient if e.low is None else e.low for e in bucket.entries]
                 sum_(tensors, (self.average_over,), mean=True)
-
-
-def spoilt(entry: Entry) -> bool:
-    """Is a gradient not finite, on any process? One host read."""
-    bad = local(entry.gradient).isfinite().all().logical_not().float()
-    if entry.layout is not None:
-        sum_([bad], entry.layout.every)
-    return bool(bad)
 
 
 def peak_gradient_bytes(groups: Iterable[dict[str, Any]], refresh_from: str) -> int:

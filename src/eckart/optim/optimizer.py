@@ -19,12 +19,12 @@ from torch import Tensor
 from eckart.errors import UsageError
 from eckart.optim import named
 from eckart.optim.blocks import Blocks
-from eckart.optim.bucket import Bucket, Entry, buckets, entry_of
+from eckart.optim.bucket import Bucket, buckets, clip_
+from eckart.optim.entry import Entry, entry_of, spoilt
 from eckart.optim.layerwise import Projected, check_layerwise
 from eckart.optim.pair import Pair, move_pairs, prepare
 from eckart.optim.part import State
 from eckart.optim.rule import Rule, check_same
-from eckart.optim.sharded import local, sum_
 
 Penalty = Callable[[], Mapping[Tensor, Tensor]]
 
@@ -162,8 +162,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         moving = buckets(self.entries())
         if self.projected is not None:
             self.projected.average(moving)
-        left_out = self.skip_nonfinite and self.nonfinite(moving)
-        if not left_out:
+        left_out = self.skip_nonfinite and spoilt([e for bucket in moving for e in bucket.entries])
+        if left_out:
+            self.grad_norm = torch.full((), torch.nan)
+        else:
             self.move(moving, penalties)
         for group in [] if left_out and first else self.param_groups:
             group["taken"] += 1
@@ -204,28 +206,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 continue
             entry = entry_of(name, p, group, self.state[p], self.seed)
             if self.projected is not None and entry.projected and p.grad is not None:
-                self.projected.absorb(
-                    entry, self.skip_nonfinite
-                )  # what came before its hook was bound
+                self.projected.absorb(entry, self.skip_nonfinite)  # came before its hook was bound
                 if p.grad is None and name not in kept:
                     continue  # and was moved at once
             entry.low = kept.get(name)
             yield entry
-
-    def nonfinite(self, moving: list[Bucket]) -> bool:
-        """Is any gradient not finite, on any process? Sets `grad_norm` to NaN if so."""
-        if not moving:
-            return False
-        entries = [e for bucket in moving for e in bucket.entries]
-        found = [local(e.gradient) if e.low is None else e.low for e in entries]
-        bad = torch.stack([t.isfinite().all().logical_not().to(found[0].device) for t in found])
-        total = bad.any().float()
-        groups = dict.fromkeys(g for e in entries if e.layout is not None for g in e.layout.every)
-        sum_([total], tuple(groups))
-        if not total:
-            return False
-        self.grad_norm = torch.full_like(total, float("nan"))
-        return True
 
     def add_penalty(self, penalty: Penalty) -> None:
         """Add the gradient {parameter: tensor} that `penalty()` returns, at every step and
@@ -439,29 +424,3 @@ class LowRankOptimizer(torch.optim.Optimizer):
 def is_projected(p: Tensor, group: Mapping[str, Any]) -> bool:
     """Does this parameter's rule project it?"""
     return not group["rule"].on(p.shape, group["leading"]).projector.identity
-
-
-def clip_(moving: list[Bucket], bound: float) -> Tensor:
-    """Scale all gradients as applied so that their norm is at most `bound`; the norm before.
-
-    sqrt(sum over groups of clip_weight * squared norm), in fp32 at least. The arithmetic is
-    that of torch.nn.utils.clip_grad_norm_; shards are summed with one collective per mesh.
-    """
-    if not moving:
-        return torch.zeros(())
-    device = moving[0].low[0].device
-    norms: dict[Any, list[Tensor]] = defaultdict(list)
-    for bucket in moving:
-        layout = bucket.entries[0].layout
-        norms[() if layout is None else layout.split].append(bucket.norms().to(device))
-    for groups, found in norms.items():
-        if groups:
-            squares = torch.cat(found) ** 2
-            sum_([squares], groups)
-            norms[groups] = [squares.sqrt()]
-    total = torch.linalg.vector_norm(torch.cat([n for found in norms.values() for n in found]))
-    if bound != float("inf"):
-        factor = (bound / (total + 1e-6)).clamp(max=1.0)
-        for bucket in moving:
-            bucket.scale_(factor)
-    return total

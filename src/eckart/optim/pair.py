@@ -26,7 +26,7 @@ from eckart.optim.part import CHUNK, Part, Tensors
 from eckart.optim.sharded import local, whole
 
 if TYPE_CHECKING:
-    from eckart.optim.bucket import Entry
+    from eckart.optim.entry import Entry
 
 
 Moments = dict[str, Tensor]

@@ -26,7 +26,7 @@ from eckart.optim.project import (
 from eckart.optim.sharded import Groups, Layout, Rows, columns_of, local, sum_, sum_symmetric_
 
 if TYPE_CHECKING:
-    from eckart.optim.bucket import Entry
+    from eckart.optim.entry import Entry
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from eckart.optim.project import Subspace, add_up_
 from eckart.optim.sharded import sum_
 
 if TYPE_CHECKING:
-    from eckart.optim.bucket import Entry
+    from eckart.optim.entry import Entry
 
 
 @dataclass(frozen=True)

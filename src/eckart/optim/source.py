@@ -13,7 +13,7 @@ from eckart.optim.project import add_up_
 from eckart.optim.storage import pack_rows, unpack_rows
 
 if TYPE_CHECKING:
-    from eckart.optim.bucket import Entry
+    from eckart.optim.entry import Entry
 
 
 @dataclass(frozen=True)
