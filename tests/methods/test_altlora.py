@@ -6,10 +6,12 @@ from torch import nn
 
 from eckart import Recipe, attach
 from eckart.errors import UsageError
+from eckart.jobs.methods import rates
 from eckart.jobs.settings.config import resolve
 from eckart.methods.update.altlora import AltLoRA, carrier, projection
 from eckart.methods.weights.lora import LoRA
 from eckart.optim import LowRankOptimizer, Stacks
+from eckart.recipe import registry
 from eckart.recipe.groups import default_lr
 from tests import tiny
 from tests.methods.pairs import (
@@ -237,6 +239,7 @@ def test_the_default_rate_follows_plus(plus, rate):
     assert default_lr(recipe) == rate
     handle = attach(tiny.llama(), recipe)
     assert {group["lr"] for group in handle.optimizer().param_groups} == {rate}
+    assert f"{rate:g} (plus={str(plus).lower()})" in rates(registry.find("altlora"))
 
 
 def test_two_backward_passes_need_a_closure():
