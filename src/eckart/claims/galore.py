@@ -1,4 +1,4 @@
-"""GaLore: a small model of code from random weights, Adam seeing a shadow of each gradient.
+"""GaLore: a small model of code from random weights, Adam on a projection of each gradient.
 
 Source: J. Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
 Projection", ICML 2024, Table 2 (GaLore near full-rank training, LoRA far behind) and the

@@ -34,7 +34,7 @@ from eckart.recipe.method import Paper, Update
 
 @dataclass(frozen=True)
 class APOLLO(Update):
-    """Scaled gradient descent; the scale of each line is measured in a random subspace."""
+    """Scaled gradient descent; the scale of each row is measured in a random subspace."""
 
     rank: Annotated[int, Ge(1)] = 256
     """Random directions of the short side. Paper: a quarter of the width. Cut to min(m, n)."""
@@ -46,7 +46,7 @@ class APOLLO(Update):
     """The update is multiplied by its root. Paper: 1; 128 at rank 1."""
 
     phi: Literal["line", "matrix"] = "line"
-    """One factor per line of the long side, or one per matrix (at rank 1)."""
+    """One factor per line, a row or where m < n a column, or one per matrix (at rank 1)."""
 
     gamma: Annotated[float, Gt(1)] | None = 1.01
     """Largest growth of the update's norm from step to step; none for no limit. Paper:

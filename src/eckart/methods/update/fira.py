@@ -54,7 +54,7 @@ class Fira(Update):
     (paper)."""
 
     phi: Literal["line", "matrix"] = "line"
-    """One scaling factor per line of the long side (paper), or one per matrix."""
+    """One scaling factor per line, a row or where m < n a column (paper), or one per matrix."""
 
     phi_max: Annotated[float, Gt(0)] | None = None
     """Largest scaling factor, for lines whose gradient vanishes while momentum does not.
