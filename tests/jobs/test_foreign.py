@@ -41,6 +41,8 @@ use_galore: true
 galore_target: mlp,self_attn
 galore_rank: 128
 galore_update_interval: 50
+galore_layerwise: true
+pure_bf16: true
 dataset: d
 max_steps: 30
 num_train_epochs: 3.0
@@ -119,6 +121,7 @@ def test_llama_factory_with_galore(tmp_path):
     update = job.choices["update"].method
     assert update.slug == "galore" and update.targets == ("mlp", "attn")
     assert (update.rank, update.every) == (128, 50)
+    assert job.train.layerwise and job.choices["precision"].name == "bf16"
     assert (job.train.steps, job.train.epochs) == (30, None), "steps win over epochs there"
     assert any("train.schedule has no such choice" in line for line in left)
 

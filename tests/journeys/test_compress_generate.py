@@ -56,12 +56,13 @@ def test_without_eckart_transformers_refuses_the_folder(compressed, place):
 def test_healing_brings_the_loss_down(place):
     run = eckart(
         "compress", place / "m", place / "d.jsonl", "rank=2", "heal.steps=15",
-        "heal.train.lr=1e-2", "-o", place / "healed",
+        "heal.train.lr=1e-2", "-o", place / "is healed",
     )  # fmt: skip
     assert run.code == 0, run.err
-    scores = json.loads((place / "healed" / "run.json").read_text())["eval"]
+    assert f"next     eckart generate '{place}/is healed' -p" in run.out  # as a shell takes it
+    scores = json.loads((place / "is healed" / "run.json").read_text())["eval"]
     assert scores["after"]["loss"] < scores["compressed"]["loss"] - 0.05
-    reloaded = load_model(place / "healed")
+    reloaded = load_model(place / "is healed")
     assert any("factors" in n for n, _ in reloaded.named_parameters())
 
 

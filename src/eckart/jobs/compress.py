@@ -199,4 +199,4 @@ def report(screen: Screen, found: dict[str, Any]) -> None:
     screen.line(
         "done", f"{gained}factored: {LOADING.format(TASKS[task].auto)}", folder, result=True
     )
-    screen.line("next", outcome.asking(folder, task), result=True)
+    screen.line("next", outcome.asking(found["run"], task), result=True)

@@ -169,8 +169,8 @@ def optimizer(found: Found, setting: Setting) -> None:
 
 
 def half(found: Found, setting: Setting) -> None:
-    """bf16: true or auto, fp16: true."""
-    entry = registry.methods().get(setting.key[0])
+    """bf16: true or auto, pure_bf16: true, fp16: true."""
+    entry = registry.methods().get(setting.key[0].removeprefix("pure_"))
     if setting.value not in (True, "true", "auto", "full"):
         return
     if entry is None:
@@ -265,6 +265,7 @@ SPECIAL: dict[str, Callable[[Found, Setting], None]] = {
     "load_in_8bit": quantised_base,
     "quantization_bit": quantised_base,
     "bf16": half,
+    "pure_bf16": half,
     "fp16": half,
     "stage": stage,
     "max_steps": steps,

@@ -7,6 +7,7 @@ progress and listen to Ctrl-C, and what an error of the loop means to a person.
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import threading
 import time
@@ -334,7 +335,7 @@ def interrupted(job: Job, run: Run, step: int) -> Interrupted:
     return Interrupted(
         f"interrupted at step {step}; a checkpoint is saved",
         [("checkpoint", str(run.latest()))],
-        f"Go on: eckart {job.command} --resume {run.folder}",
+        f"Go on: eckart {job.command} --resume {shlex.quote(str(run.folder))}",
     )
 
 
@@ -349,7 +350,7 @@ def last_good(fault: Diverged, run: Run, job: Job, step: int) -> Diverged:
     if found is None:
         fact, fix = "none was saved before", f"Start again with a lower rate: {lower}"
     else:
-        again = f"eckart {job.command} --resume {run.folder} {lower}"
+        again = f"eckart {job.command} --resume {shlex.quote(str(run.folder))} {lower}"
         fact, fix = str(found), f"Go on with a lower rate: {again}"
     return Diverged(fault.what, [*fault.facts, ("last good checkpoint", fact)], fix)
 

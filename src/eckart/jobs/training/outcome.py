@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,8 @@ def following(screen: Screen, run: str, form: str) -> None:
 
 def asking(model: str, task: str) -> str:
     """What to type to see what a model says."""
+    if not (TASKS[task].language or TASKS[task].classes):  # an encoder says nothing by itself
+        return f"eckart inspect {shown(model)}"
     prompt = "TEXT" if TASKS[task].sees == "text" else "IMAGE"
     return f"eckart generate {shown(model)} -p {prompt}"
 
@@ -181,4 +184,4 @@ def asking(model: str, task: str) -> str:
 def shown(folder: str) -> str:
     """A path as one would type it from here."""
     relative = os.path.relpath(folder)
-    return folder if relative.startswith("..") else relative
+    return shlex.quote(folder if relative.startswith("..") else relative)
