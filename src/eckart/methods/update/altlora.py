@@ -147,7 +147,8 @@ class AltLoRA(Update):
     """d, added to B^T B and A A^T where they are inverted. Runs of the paper: 1e-5."""
 
     damping_mode: Literal["abs", "rel"] = "abs"
-    """Damping as it is (code), or times the mean eigenvalue, which is safer where B is tiny."""
+    """Damping as it is (code), or times the mean eigenvalue, which is safer where B is tiny: try
+    rel with damping=1e-2 where AltLoRA+ stalls; rates of 1e-3 may then serve it."""
 
     scale_grad: bool = True
     """Divide by s^2, which makes h the projection it stands for; the code leaves it to the
