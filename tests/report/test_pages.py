@@ -247,6 +247,7 @@ def test_many_layers_have_no_number_in_their_cells():
 def test_a_run_without_facts_has_a_page():
     found = page({}, [])
     assert "<h1>run</h1>" in found and not outline(found).figures
+    assert "Medians by role" in page({}, [], spectra={1: {"0.q": [], "1.q": [1.0]}}), "rank 0"
 
 
 def test_a_flat_or_empty_curve_is_drawn():

@@ -168,7 +168,7 @@ SPECTRAL = ("effective rank", "stable rank", f"rank for {ENERGY:.0%}")
 
 def numbers_of(values: Sequence[float]) -> tuple[float, float, int]:
     """What `SPECTRAL` names, of one matrix."""
-    s = torch.tensor(values, dtype=torch.float64)
+    s = torch.tensor(values or [0.0], dtype=torch.float64)  # of rank 0 there are no values
     return float(effective_rank(s)), float(stable_rank(s)), rank_for_energy(s, ENERGY)
 
 
