@@ -93,7 +93,7 @@ CASES = {
     ),
     "a key of another command": (
         "finetune m d.jsonl compress.keep=0.5",
-        "compress.keep says nothing to finetune     command line\n"
+        "eckart finetune does not read compress.keep     command line\n"
         "  compress.keep = 0.5    a key of compress\n"
         "  eckart finetune reads  model, data, out, track, weights, update, precision, attention, "
         "objective, train, eval\n"
@@ -101,21 +101,21 @@ CASES = {
     ),
     "a key of trainings to measure by": (
         "eval m d.jsonl train.batch_size=2 train.steps=3",
-        "train.steps says nothing to eval     command line\n"
+        "eckart eval does not read train.steps     command line\n"
         "  train.steps = 3    a key of finetune, pretrain, compress, bench\n"
         "  eckart eval reads  model, data, precision, eval.metrics, train.batch_size, train.seed\n"
         "Leave it out.\n",
     ),
     "a key of trainings to write by": (
         "generate m train.seed=1 data.seq_len=9 -p x",
-        "data.seq_len says nothing to generate     command line\n"
+        "eckart generate does not read data.seq_len     command line\n"
         "  data.seq_len = 9       a key of finetune, pretrain, compress, bench, eval\n"
         "  eckart generate reads  model, train.seed\n"
         "Leave it out.\n",
     ),
     "a key of a training's course for a comparison": (
         "bench m d.jsonl --methods dora train.patience=2",
-        "train.patience says nothing to bench     command line\n"
+        "eckart bench does not read train.patience     command line\n"
         "  train.patience = 2  a key of finetune, pretrain, compress\n"
         "  eckart bench reads  model, data, out, eval.metrics, train.steps, train.epochs, "
         "train.batch_size, train.accumulate, train.schedule, train.warmup, train.clip, train.seed\n"

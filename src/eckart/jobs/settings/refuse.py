@@ -160,7 +160,7 @@ def refuse_unread(words: Sequence[str], command: str) -> None:
         left = command == "bench" and is_among(key, CONTESTED)
         if command in READS and readers and command not in readers and not left:
             raise UsageError(
-                f"{setting.name} says nothing to {command}     {setting.place}",
+                f"eckart {command} does not read {setting.name}     {setting.place}",
                 [
                     (f"{setting.name} = {setting.text}", f"a key of {', '.join(readers)}"),
                     (f"eckart {command} reads", ", ".join(READS[command])),
