@@ -81,21 +81,26 @@ def attached(job: Job, opened: Opened, data: Data) -> Handle:
     elif opened.handle is not None:
         handle = continued(opened.handle, job, recipe)
     else:
-        handle = attach(
-            model,
-            recipe,
-            calibration=calibration(job, model, data) if recipe.needs else None,
-            steps=int(job.train.steps),
-            lr=float(job.train.lr),
-            warmup=settle.warmup_steps(job.train),
-            seed=job.train.seed,
-            also_train=outside(model) if data.labels else (),
-        )
+        handle = attached_anew(job, model, recipe, data)
     handle.steps, handle.lr = int(job.train.steps), float(job.train.lr)
     handle.warmup = settle.warmup_steps(job.train)
     if wants_teacher(handle):
         handle.teacher = teacher(job, handle)
     return handle
+
+
+def attached_anew(job: Job, model: nn.Module, recipe: Recipe, data: Data) -> Handle:
+    """The recipe on a model that carries none, and a head for classes trained beside it."""
+    return attach(
+        model,
+        recipe,
+        calibration=calibration(job, model, data) if recipe.needs else None,
+        steps=int(job.train.steps),
+        lr=float(job.train.lr),
+        warmup=settle.warmup_steps(job.train),
+        seed=job.train.seed,
+        also_train=outside(model) if data.labels else (),
+    )
 
 
 def wants_teacher(handle: Handle) -> bool:

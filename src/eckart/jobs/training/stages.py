@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from eckart.errors import UsageError
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder, write_json
 from eckart.io.headers import read_json
-from eckart.io.heads import outside
 from eckart.io.run import METRICS, SPECTRA, Run, latest_checkpoint, read_lines
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.io.text import Data
@@ -214,16 +213,7 @@ def carried(course: Course, job: Job, work: Work, data: Data, checkpoint: Path |
     recipe = recipe_of(course, work.stage)
     if checkpoint is not None:
         return attach_from(work.model, read_state(checkpoint)["structure"], recipe=recipe)
-    return attach(
-        work.model,
-        recipe,
-        calibration=work.batches() if recipe.needs else None,
-        steps=int(job.train.steps),
-        lr=float(job.train.lr),
-        warmup=settle.warmup_steps(job.train),
-        seed=job.train.seed,
-        also_train=outside(work.model) if data.labels else (),
-    )
+    return prepare.attached_anew(job, work.model, recipe, data)
 
 
 def recipe_of(course: Course, stage: Stage) -> Recipe:
