@@ -13,7 +13,8 @@ from datasets import Dataset
 from eckart.errors import Interrupted, MissingExtra, OutOfRoom, UsageError
 from eckart.io.data import Data
 from eckart.jobs import bench, runs
-from eckart.jobs.lab import contest, lengths, matching, runner, tables
+from eckart.jobs.lab import candidates, lengths, matching, runner, tables
+from eckart.jobs.lab.candidates import parse_candidate, parse_candidates
 from eckart.jobs.lab.cluster import require_answer
 from eckart.jobs.settings.config import resolve
 from eckart.jobs.settings.job import Flags
@@ -91,26 +92,26 @@ def test_a_bench_ends_with_a_table_a_page_and_what_they_say(whole):
 
 
 def test_both_saw_the_same_batches_and_started_from_the_same_values(place):
-    a, b = contest.contestants("dense+galore:rank=2", job(place, "dense+galore"))
-    first, second = (contest.UserLab(c.job, 3, 1e-3, 5, 4) for c in (a, b))
+    a, b = parse_candidates("dense+galore:rank=2", job(place, "dense+galore"))
+    first, second = (candidates.UserLab(c.job, 3, 1e-3, 5, 4) for c in (a, b))
     for step in (0, 7, 40):  # across the end of an epoch
         assert first.batch(step)["input_ids"].equal(second.batch(step)["input_ids"])
     for p, q in zip(first.model().parameters(), second.model().parameters(), strict=True):
         assert p.equal(q)
-    other = contest.UserLab(a.job, 4, 1e-3, 5, 4)
+    other = candidates.UserLab(a.job, 4, 1e-3, 5, 4)
     assert not first.batch(0)["input_ids"].equal(other.batch(0)["input_ids"])
 
 
 def test_the_rate_is_chosen_without_the_test_rows(place, monkeypatch, tmp_path):
     """With other numbers on the test rows the same rates are chosen."""
     plain = bench.run(job(place, "dense+galore:rank=2", tmp_path / "a"))
-    true = contest.UserLab.evaluate
+    true = candidates.UserLab.evaluate
 
     def spoiled(self, model):
         found = true(self, model)
         return {**found, "loss": found["loss"] + random.random()}
 
-    monkeypatch.setattr(contest.UserLab, "evaluate", spoiled)
+    monkeypatch.setattr(candidates.UserLab, "evaluate", spoiled)
     other = bench.run(job(place, "dense+galore:rank=2", tmp_path / "b"))
     rates = [[(r["lr"], r["lr_curve"]) for r in d["methods"]] for d in (plain, other)]
     assert rates[0] == rates[1]
@@ -119,12 +120,12 @@ def test_the_rate_is_chosen_without_the_test_rows(place, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("count", [4, 5, 17, 60, 244])
 def test_both_halves_of_what_is_held_out_are_of_the_whole_file(count):
-    parts = contest.split({"a": Dataset.from_dict({"place": range(count)})})
+    parts = candidates.split({"a": Dataset.from_dict({"place": range(count)})})
     one, other = (part["a"]["place"] for part in parts)
     assert sorted([*one, *other]) == list(range(count))
-    assert abs(len(one) - len(other)) <= -(-count // contest.TURNS)
+    assert abs(len(one) - len(other)) <= -(-count // candidates.TURNS)
     # drift along the file is the same in both: their middles are a turn apart, not half a file
-    assert abs(sum(one) / len(one) - sum(other) / len(other)) <= -(-count // contest.TURNS)
+    assert abs(sum(one) / len(one) - sum(other) / len(other)) <= -(-count // candidates.TURNS)
 
 
 def test_an_interrupted_bench_ends_with_the_same_bytes(place, whole, tmp_path, monkeypatch):
@@ -252,25 +253,25 @@ def test_a_cluster_that_is_not_there_is_named_at_once():
 def test_paths_that_were_typed_hold_in_any_folder(place, monkeypatch):
     monkeypatch.chdir(place)
     given = resolve("bench", "shape.json", "*.txt", ["data.eval=[text.txt]"])
-    found = contest.anywhere(given)
+    found = candidates.anywhere(given)
     (source,) = found.data.train
     assert found.model == str(place / "shape.json") and source.path == str(place / "*.txt")
     assert found.data.eval == (str(place / "text.txt"),)
     hub = resolve("bench", "some/model", "some/data", [])
-    assert contest.anywhere(hub) == hub
+    assert candidates.anywhere(hub) == hub
 
 
 # --- who takes part ------------------------------------------------------------------------
 
 
 def names(place, text):
-    return [c.name for c in contest.contestants(text, job(place, text))]
+    return [c.name for c in parse_candidates(text, job(place, text))]
 
 
 def test_the_baseline_is_always_there_and_nobody_twice(place):
     assert names(place, "lowrank") == ["dense", "lowrank"]
     assert names(place, "lowrank,dense,lowrank") == ["dense", "lowrank"]
-    with pytest.raises(UsageError, match="two contestants are the same recipe"):
+    with pytest.raises(UsageError, match="two methods are the same recipe"):
         names(place, "dense+adamw")
 
 
@@ -292,10 +293,10 @@ def test_what_cannot_take_part_is_refused_before_anything_is_read(place, text, w
     assert what in e.value.text()
 
 
-def test_fields_of_all_contestants_at_once_are_refused(place):
+def test_fields_of_all_candidates_at_once_are_refused(place):
     with pytest.raises(UsageError) as e:
         bench.run(job(place, "lowrank", words=["train.lr=1e-3"]))
-    assert e.value.what == "every contestant has its own choices"
+    assert e.value.what == "every method has its own choices"
 
 
 def test_a_purse_pays_for_the_first_rates_at_least(place):
@@ -314,19 +315,19 @@ def test_pictures_have_no_tokens_to_spend(place, tmp_path, monkeypatch):
     monkeypatch.setattr(Data, "tokens_in_a_row", 0.0)
     base = job(place, "lowrank")
     with pytest.raises(UsageError, match="this data has no tokens"):
-        lengths.plan(base, contest.contestants("lowrank", base), "tokens=640", tmp_path / "t.json")
+        lengths.plan(base, parse_candidates("lowrank", base), "tokens=640", tmp_path / "t.json")
 
 
 def test_a_length_can_be_said_in_four_ways(place, tmp_path):
     base = job(place, "lowrank")
-    entered = contest.contestants("lowrank", base)
+    entered = parse_candidates("lowrank", base)
     by = {
         text: lengths.plan(base, entered, text, tmp_path / f"{text[:3]}.json")
         for text in ("", "steps=7", "tokens=640", "seconds=0.5", "bytes=3MB")
     }
     assert by[""]["dense"] == lengths.Length(3, 4)
     assert by["steps=7"]["lowrank"] == lengths.Length(7, 4)
-    seen = 4 * contest.ground(base).data.tokens_in_a_row  # 4 rows of 16, less what is padded
+    seen = 4 * candidates.workload(base).data.tokens_in_a_row  # 4 rows of 16, less what is padded
     assert by["tokens=640"]["dense"] == lengths.Length(round(640 / seen), 4) and seen <= 64
     assert all(length.steps >= 1 for length in by["seconds=0.5"].values())
     for name, length in by["bytes=3MB"].items():
@@ -341,7 +342,7 @@ def test_a_length_can_be_said_in_four_ways(place, tmp_path):
 
 def test_as_many_runs_at_once_as_the_peak_of_the_largest_allows(place, monkeypatch):
     base = job(place, "lowrank")
-    entered = contest.contestants("lowrank", base)
+    entered = parse_candidates("lowrank", base)
     planned = {c.name: lengths.Length(3, 4) for c in entered}
     dense = lengths.peak_of(entered[0], 4)
     assert lengths.peak_of(entered[0], 64) > 4 * dense > 0  # activations are in it
@@ -359,19 +360,19 @@ def test_as_many_runs_at_once_as_the_peak_of_the_largest_allows(place, monkeypat
 )
 def test_trained_parameters_are_matched_by_each_methods_own_size(place, name, sizes):
     base = job(place, "lora:rank=3")
-    plain = contest.contestant("lora:rank=3", base)
-    _, found = matching.matched([plain, contest.contestant(name, base)], "parameters", rows=4)
+    plain = parse_candidate("lora:rank=3", base)
+    _, found = matching.matched([plain, parse_candidate(name, base)], "parameters", rows=4)
     field = "bases" if name == "nola" else "rank"
     first, *others = name.split("+")
     typed = {k: "+".join([f"{first}:{field}={k}", *others]) for k in sizes}
-    counts = {k: trained_in(contest.contestant(typed[k], base)) for k in sizes}
+    counts = {k: trained_in(parse_candidate(typed[k], base)) for k in sizes}
     target = trained_in(plain)
     assert found.name == typed[min(counts, key=lambda k: abs(counts[k] - target))]
 
 
 def trained_in(c):
     """Counted on the model itself, not by the method's formula."""
-    handle = attach(contest.ground(c.job).model, c.recipe, steps=5)
+    handle = attach(candidates.workload(c.job).model, c.recipe, steps=5)
     try:
         return sum(p.numel() for p in handle.trainable().values())
     finally:
@@ -381,7 +382,7 @@ def trained_in(c):
 def test_bytes_are_matched_by_the_rank_of_the_update_where_the_weights_have_none(place):
     base = job(place, "dense+galore")
     names = ("dense+galore:rank=3", "dense+fira", "dense+galore:rank=7", "dense+muon")
-    plain, fira, typed, muon = (contest.contestant(name, base) for name in names)
+    plain, fira, typed, muon = (parse_candidate(name, base) for name in names)
     _, found, same, left = matching.matched([plain, fira, typed, muon], "memory", rows=4)
     bytes_at = {k: rank_bytes(f"dense+fira:rank={k}", base) for k in range(1, 9)}
     target = rank_bytes("dense+galore:rank=3", base)
@@ -391,7 +392,7 @@ def test_bytes_are_matched_by_the_rank_of_the_update_where_the_weights_have_none
 
 
 def rank_bytes(name, base):
-    return lengths.bytes_of(contest.contestant(name, base), 4)
+    return lengths.bytes_of(parse_candidate(name, base), 4)
 
 
 @pytest.mark.parametrize("target", [0, 1, 7, 8, 29, 30, 1000])

@@ -17,7 +17,7 @@ from eckart.errors import Interrupted, UsageError
 from eckart.jobs import reproduce
 from eckart.jobs.lab import trials
 from eckart.jobs.lab.judge import judge
-from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, wanted
+from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, next_points
 
 # --- the search ----------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ def searched(loss, plan):
     """Run a search to its end on a known curve; the points run at each length."""
     short, full = {}, {}
     while True:
-        looks, runs = wanted(short, full, plan)
+        looks, runs = next_points(short, full, plan)
         if not looks and not runs:
             return short, full
         short |= {j: loss(j) for j in looks}

@@ -10,7 +10,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 import eckart
 from eckart import Recipe, attach
-from eckart.jobs.lab.contest import contestant
+from eckart.jobs.lab.candidates import parse_candidate
 from eckart.jobs.settings.config import resolve
 from eckart.linear import LowRank, low_rank
 from eckart.linear.sites import as_matrix
@@ -290,7 +290,7 @@ def test_the_command_line_sets_what_nobody_spoke_about():
     with pytest.raises(eckart.EckartError, match=r"Type weights\.alpha=16\.0\."):
         resolve("finetune", "m", "d", ["update=allora", "weights.alpha=32"])
     bench = resolve("bench", "m", "d")
-    one = contestant("lora:rank=4+allora:eta=8", bench)
+    one = parse_candidate("lora:rank=4+allora:eta=8", bench)
     assert one.recipe.weights.alpha == 4.0 and one.recipe.update.eta == 8.0
 
 

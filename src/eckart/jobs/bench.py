@@ -1,6 +1,6 @@
 """`eckart bench MODEL DATA --methods a,b,c`: is one method better than another, on this data?
 
-1 equal purses   every contestant, the plain baseline among them, is given the same grid of
+1 equal purses   every candidate, the plain baseline among them, is given the same grid of
                  learning rates in half-decades, longer where its best lies at an edge
 2 selection      by held-out loss, or a metric, on the selection's seeds; no test row is read
 3 report         at the best rate on other seeds, on test rows, all paired by the data's order
@@ -26,27 +26,27 @@ from typing import Any, Self, get_args
 from eckart.errors import UsageError, did_you_mean
 from eckart.io.run import Run
 from eckart.jobs.lab import lengths, matching
-from eckart.jobs.lab.board import Board
-from eckart.jobs.lab.contest import (
+from eckart.jobs.lab.candidates import (
     BenchTrial,
-    Contestant,
+    Candidate,
     anywhere,
-    contestants,
-    ground,
     on_validation,
+    parse_candidates,
     split,
     starts_at_random,
+    workload,
 )
+from eckart.jobs.lab.comparison import Record, as_loss, ranking, table
 from eckart.jobs.lab.judge import number
 from eckart.jobs.lab.lengths import Length
+from eckart.jobs.lab.progress import ProgressTable
 from eckart.jobs.lab.runner import Quantities, Runner, going_on
-from eckart.jobs.lab.standing import Record, as_loss, ranking, table
-from eckart.jobs.lab.sweep import Plan, lr_at, sampled, wanted
+from eckart.jobs.lab.sweep import Plan, lr_at, next_points, next_sampled
 from eckart.jobs.lab.tables import as_text, write
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.emit import flow, plain
 from eckart.jobs.settings.job import Job
-from eckart.jobs.settings.refuse import CONTESTED, is_among
+from eckart.jobs.settings.refuse import PER_CANDIDATE, is_among
 from eckart.jobs.training import held_out, outcome, prepare
 from eckart.jobs.training.screen import Screen
 from eckart.recipe.groups import default_lr
@@ -115,10 +115,10 @@ def run(job: Job) -> dict[str, Any]:
     """The whole comparison; the object of --json."""
     options = Options.of(job)
     job, screen = begin(job)
-    entered = contestants(options.methods, job)
+    entered = parse_candidates(options.methods, job)
     others = ", ".join(c.name for c in entered[1:])
     screen.line("compare", f"{others} against {entered[0].name}")
-    shared = ground(entered[0].job)
+    shared = workload(entered[0].job)
     count, kept = len(shared.data.train), held_out_rows(shared.data)
     screen.line("data", f"{count:,} rows; {kept:,} held out, half to choose by")
     job = with_metrics(job, options.metric, held_out.names(shared.data))
@@ -140,9 +140,9 @@ def begin(job: Job) -> tuple[Job, Screen]:
     """What can be refused before anything is loaded; what was open, settled."""
     outcome.refuse_early(job)
     for key in job.given:
-        if is_among(tuple(key.split(".")), CONTESTED):
+        if is_among(tuple(key.split(".")), PER_CANDIDATE):
             raise UsageError(
-                "every contestant has its own choices",
+                "every method has its own choices",
                 [(key, "belongs to all of them here")],
                 "Write fields after the method: --methods lora:rank=4,dora. "
                 "Learning rates are searched.",
@@ -201,13 +201,13 @@ def open_run(job: Job, options: Options) -> Run:
 def compare(
     job: Job,
     options: Options,
-    entered: Sequence[Contestant],
+    entered: Sequence[Candidate],
     planned: Mapping[str, Length],
     run: Run,
     screen: Screen,
 ) -> dict[str, Any]:
     """Search, report, judge."""
-    shared = ground(entered[0].job)
+    shared = workload(entered[0].job)
     content = shared.content
     scratch = starts_at_random(job)
     records = [Record(c.name, default_lr(c.recipe, scratch)) for c in entered]
@@ -218,11 +218,11 @@ def compare(
         place = str(run.folder / "trials")
         return BenchTrial(name, jobs[name], seed, lr, length.steps, length.rows, content, place)
 
-    board = Board(records, options, job.train.seed + options.choose, screen.quiet)
+    progress = ProgressTable(records, options, job.train.seed + options.choose, screen.quiet)
     at_once = lengths.at_once(1 if options.ray else options.processes, entered, planned)
     if at_once.reason:
         screen.line("at once", f"{at_once.count}, not {options.processes}: {at_once.reason}")
-    with board, closing(Runner(at_once.count, board.ended, options.ray)) as trials:
+    with progress, closing(Runner(at_once.count, progress.ended, options.ray)) as trials:
         start = trials({"untouched": trial(entered[0].name, 0, 0.0)})["untouched"]
         search(records, options, job.train.seed, trial, trials)
         report(records, options, job, trial, trials)
@@ -258,14 +258,14 @@ def compare(
 def search(
     records: Sequence[Record], options: Options, seed: int, trial: Any, trials: Runner
 ) -> None:
-    """Fill every contestant's grid, all their next points at once."""
+    """Fill every candidate's grid, all their next points at once."""
     plan = Plan(options.window, options.purse, share=1.0)
     seeds = range(seed, seed + options.choose)
 
     def points(r: Record) -> Sequence[float]:
         if options.sampler == "tpe":
-            return sampled(r.means, plan, seed)
-        return wanted({}, r.means, plan)[1]
+            return next_sampled(r.means, plan, seed)
+        return next_points({}, r.means, plan)[1]
 
     while True:
         asked = {
@@ -283,7 +283,7 @@ def search(
 def report(
     records: Sequence[Record], options: Options, job: Job, trial: Any, trials: Runner
 ) -> None:
-    """Every contestant at its best rate, on seeds that chose nothing."""
+    """Every candidate at its best rate, on seeds that chose nothing."""
     first = job.train.seed + options.choose
     asked = {
         (i, s): trial(r.name, s, r.lr)
@@ -327,7 +327,7 @@ def made_equal(options: Options, records: Sequence[Record]) -> str:
 def held_fixed(
     job: Job, options: Options, planned: Mapping[str, Length], records: Sequence[Record]
 ) -> dict[str, str]:
-    """What all contestants had in common, each said once, and what was made equal."""
+    """What all candidates had in common, each said once, and what was made equal."""
     steps = {planned[r.name].steps for r in records}
     rows = {planned[r.name].rows for r in records}
     return {

@@ -30,7 +30,7 @@ from eckart.io.run import versions
 from eckart.jobs.lab.bare_loop import start_of
 from eckart.jobs.lab.judge import NO_VERDICT, Judgement, judge, number
 from eckart.jobs.lab.runner import Quantities, Runner, Trial, going_on
-from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, wanted
+from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, next_points
 from eckart.jobs.lab.trials import ClaimTrial, step_seconds, task_of
 from eckart.jobs.training.screen import clock
 from eckart.report.claims import page
@@ -132,7 +132,7 @@ def search(slug: str, claim: Claim, budget: Budget, trials: Runner) -> list[Sear
         asked: dict[ClaimTrial, tuple[dict[int, float], int]] = {}
         for s in (s for s in searches if s.arm.search):
             steps = task_of(claim, s.arm, budget).steps
-            looks, runs = wanted(s.short, s.full, plan)
+            looks, runs = next_points(s.short, s.full, plan)
             for points, scores, length in (
                 (looks, s.short, max(1, round(steps * plan.share))),
                 (runs, s.full, steps),

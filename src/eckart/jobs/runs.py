@@ -60,7 +60,7 @@ def described(folder: Path) -> dict[str, Any]:
         **known,
         "state": state_of(folder, facts),
         "command": facts.get("command") if isinstance(facts.get("command"), str) else None,
-        "recipe": recipe_line(facts.get("recipe") or {}) or contest_of(facts),
+        "recipe": recipe_line(facts.get("recipe") or {}) or methods_of(facts),
         "steps": max((line["step"] for line in metrics if "step" in line), default=None),
         "before": (scores.get("before") or {}).get("loss"),
         "after": after,
@@ -90,7 +90,7 @@ def recipe_line(recipe: Mapping[str, Any]) -> str:
     return " + ".join(words)
 
 
-def contest_of(facts: Mapping[str, Any]) -> str:
+def methods_of(facts: Mapping[str, Any]) -> str:
     """What a bench compares, as it was typed; empty for other runs."""
     return str((facts.get("options") or {}).get("methods", ""))
 

@@ -172,7 +172,7 @@ def held_fixed(document: Mapping[str, Any]) -> Table:
 
 
 def recipes(rows: Sequence[Row]) -> Table:
-    """Every contestant's choice on each axis, with all fields."""
+    """Every candidate's choice on each axis, with all fields."""
     cells = [
         [row["name"], axis, choice["name"], fields_of(choice)]
         for row in rows

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from eckart.claims import END, UNTOUCHED, Arm, Batch, Task, Trained, Watches
 from eckart.errors import UsageError
 from eckart.io.corpora import Corpus
-from eckart.jobs.lab.materials import (
+from eckart.jobs.lab.tasks import (
     chosen_rows,
     in_splits,
     splits_of,
@@ -38,7 +38,7 @@ AT_ONCE = 64  # rows of an evaluation batch
 WORST = 1.0  # nats above the first loss: where a run counts as diverged, and what it is given
 
 
-class Bench:
+class TaskLab:
     """One arm's place of work; see `Lab` for what each function promises."""
 
     def __init__(self, task: Task, seed: int, lr: float = math.nan, steps: int | None = None):

@@ -1,4 +1,4 @@
-"""How long each contestant trains: by steps, tokens, seconds or peak bytes, as one chooses.
+"""How long each candidate trains: by steps, tokens, seconds or peak bytes, as one chooses.
 
 steps=300       the same steps and rows for all (the default, from train.steps)
 tokens=1e6      the steps that see so many tokens
@@ -21,7 +21,7 @@ import torch
 
 from eckart.errors import OutOfRoom, UsageError
 from eckart.io.folder import write_json
-from eckart.jobs.lab.contest import Contestant, UserLab, ground
+from eckart.jobs.lab.candidates import Candidate, UserLab, workload
 from eckart.jobs.measuring.imagined import imagine
 from eckart.jobs.measuring.memory import (
     activation_bytes,
@@ -51,12 +51,12 @@ class Length:
     rows: int
 
 
-def plan(job: Job, entered: Sequence[Contestant], budget: str, file: Path) -> dict[str, Length]:
-    """Every contestant's length. What was measured is kept, so that a resumed bench agrees."""
+def plan(job: Job, entered: Sequence[Candidate], budget: str, file: Path) -> dict[str, Length]:
+    """Every candidate's length. What was measured is kept, so that a resumed bench agrees."""
     kind, amount = parse(budget)
     lab = UserLab(entered[0].job, 0, 1e-3, 1, 1)
-    rows = rows_per_step(job, len(lab.ground.data.train))
-    steps, in_a_row = int(job.train.steps), lab.ground.data.tokens_in_a_row
+    rows = rows_per_step(job, len(lab.workload.data.train))
+    steps, in_a_row = int(job.train.steps), lab.workload.data.tokens_in_a_row
     if kind == "steps":
         steps = int(amount) if amount else steps
         return {c.name: Length(steps, rows) for c in entered}
@@ -97,7 +97,7 @@ def parse(budget: str) -> tuple[str, float]:
     return match[1], float(match[2]) * UNITS[match[3]]
 
 
-def pace(c: Contestant, rows: int) -> float:
+def pace(c: Candidate, rows: int) -> float:
     """Seconds per step on this machine."""
     lab = UserLab(c.job, 0, default_lr(c.recipe), TIMED_STEPS + 1, rows)
     marks: list[float] = []
@@ -110,21 +110,21 @@ def pace(c: Contestant, rows: int) -> float:
     return (marks[-1] - marks[0]) / TIMED_STEPS
 
 
-def most_rows(c: Contestant, limit: float) -> int:
+def most_rows(c: Candidate, limit: float) -> int:
     """The largest power of two of rows whose batch fits into the limit."""
     needed = line(lambda rows: bytes_of(c, rows))
     if needed.of(1) > limit:
         raise OutOfRoom(
-            "a contestant does not fit into the budget",
+            "a method does not fit into the budget",
             [(c.name, f"{needed.of(1) / 1e6:,.1f} MB with one row"),
              ("--budget", f"{limit / 1e6:,.1f} MB")],
             f"Type --budget bytes={needed.of(1) / 1e6:.0f}MB or more, or leave it out.",
         )  # fmt: skip
     fits = needed.rows_within(limit)
-    return 1 << (min(fits, len(ground(c.job).data.train)).bit_length() - 1)
+    return 1 << (min(fits, len(workload(c.job).data.train)).bit_length() - 1)
 
 
-def bytes_of(c: Contestant, rows: int) -> int:
+def bytes_of(c: Candidate, rows: int) -> int:
     """Bytes of tensors in a step on so many rows, as they are known before a run."""
     lab = UserLab(c.job, 0, default_lr(c.recipe), 100, rows)
     model = lab.model()
@@ -145,7 +145,7 @@ class AtOnce:
     reason: str = ""
 
 
-def at_once(wanted: int, entered: Sequence[Contestant], planned: Mapping[str, Length]) -> AtOnce:
+def at_once(wanted: int, entered: Sequence[Candidate], planned: Mapping[str, Length]) -> AtOnce:
     """As many runs as were asked for, if the cores, the memory and a single GPU allow.
 
     Each is a process with the start model and the largest run's peak, as `eckart estimate`
@@ -162,7 +162,7 @@ def at_once(wanted: int, entered: Sequence[Contestant], planned: Mapping[str, Le
         largest = max(peak_of(c, planned[c.name].rows) for c in entered)
     except UsageError as fault:
         return AtOnce(1, fault.what)
-    model = ground(entered[0].job).model
+    model = workload(entered[0].job).model
     each = PROCESS_BYTES + sum(size(p) for p in model.parameters()) + largest
     free = room(torch.device("cpu"))[0]
     count = max(1, min(wanted, cores, int(free // each)))
@@ -170,9 +170,9 @@ def at_once(wanted: int, entered: Sequence[Contestant], planned: Mapping[str, Le
     return AtOnce(count, reason if count < wanted else "")
 
 
-def peak_of(c: Contestant, rows: int) -> int:
+def peak_of(c: Candidate, rows: int) -> int:
     """The most bytes of tensors alive at once in a step of so many rows."""
-    start = ground(c.job)
+    start = workload(c.job)
     first = UserLab(c.job, 0, default_lr(c.recipe), 1, rows).batch(0)
     length = first["input_ids"].shape[1] if "input_ids" in first else 1  # images have their own
     model: Any = start.model

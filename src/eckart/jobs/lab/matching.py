@@ -1,6 +1,6 @@
-"""Contestants of one size: as many trained parameters as the baseline, or as many bytes.
+"""Candidates of one size: as many trained parameters as the baseline, or as many bytes.
 
-A method's own size field (`Method.size`: a rank, mostly) is set to where the contestant comes
+A method's own size field (`Method.size`: a rank, mostly) is set to where the candidate comes
 nearest. A size that was typed stays, and so does a method that has none.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Literal
 
-from eckart.jobs.lab.contest import Contestant, ground
+from eckart.jobs.lab.candidates import Candidate, workload
 from eckart.jobs.lab.lengths import bytes_of
 from eckart.jobs.measuring.imagined import elements
 from eckart.jobs.measuring.memory import in_words
@@ -21,7 +21,7 @@ from eckart.recipe import registry
 from eckart.recipe.targets import EVERYTHING, select, sites_of
 
 Match = Literal["none", "parameters", "memory"]
-NEAR = 0.1  # of the baseline's size: within it a contestant counts as matched
+NEAR = 0.1  # of the baseline's size: within it a candidate counts as matched
 PARTS = 64  # of a size that is a share
 REACHED: Mapping[Match, tuple[str, str]] = {  # match -> a run's quantity, and its name
     "none": ("parameters", ""),
@@ -30,8 +30,8 @@ REACHED: Mapping[Match, tuple[str, str]] = {  # match -> a run's quantity, and i
 }
 
 
-def matched(entered: Sequence[Contestant], match: Match, rows: int) -> list[Contestant]:
-    """The contestants, each with the size that comes nearest to the baseline's."""
+def matched(entered: Sequence[Candidate], match: Match, rows: int) -> list[Candidate]:
+    """The candidates, each with the size that comes nearest to the baseline's."""
     if match == "none":
         return list(entered)
     measure = trained if match == "parameters" else partial(peak, rows=rows)
@@ -40,8 +40,8 @@ def matched(entered: Sequence[Contestant], match: Match, rows: int) -> list[Cont
     return [entered[0], *(sized(c, axes, measure, target) for c in entered[1:])]
 
 
-def said(entered: Sequence[Contestant], match: Match, rows: int) -> str:
-    """What each contestant comes to before anything is trained."""
+def said(entered: Sequence[Candidate], match: Match, rows: int) -> str:
+    """What each candidate comes to before anything is trained."""
     if match == "parameters":
         return ", ".join(f"{c.name} {trained(c):,}" for c in entered)
     return ", ".join(f"{c.name} {in_words(peak(c, rows))}" for c in entered)
@@ -58,9 +58,9 @@ def outcome(match: Match, reached: Mapping[str, float]) -> str:
 
 
 def sized(
-    c: Contestant, axes: Sequence[str], measure: Callable[[Contestant], int], target: int
-) -> Contestant:
-    """The contestant with the size whose measure is nearest to the target."""
+    c: Candidate, axes: Sequence[str], measure: Callable[[Candidate], int], target: int
+) -> Candidate:
+    """The candidate with the size whose measure is nearest to the target."""
     for axis in axes:
         choice = c.job.choices[axis]
         method: Any = choice.method
@@ -74,17 +74,17 @@ def sized(
     step = 1 / PARTS if isinstance(usual, float) else 1
 
     @cache
-    def at(k: int) -> Contestant:
+    def at(k: int) -> Candidate:
         made = dataclasses.replace(choice, method=dataclasses.replace(method, **{field: k * step}))
         job = c.job.choose(axis, made, "the size that comes nearest to the baseline's")
-        return Contestant(renamed(c.name, slug, f"{field}={k * step:g}"), job)
+        return Candidate(renamed(c.name, slug, f"{field}={k * step:g}"), job)
 
     most = PARTS if step < 1 else widest(c) if field == "rank" else None
     return at(nearest(lambda k: measure(at(k)), target, most))
 
 
 def part_of(name: str, slug: str) -> str:
-    """The part of a contestant's name that speaks of a method; empty where it is understood."""
+    """The part of a candidate's name that speaks of a method; empty where it is understood."""
     parts = [part for part in name.split("+") if part.split(":")[0].strip() == slug]
     return parts[0] if parts else ""
 
@@ -119,26 +119,26 @@ def nearest(measure: Callable[[int], int], target: int, most: int | None = None)
 # --- what is measured ----------------------------------------------------------------------
 
 
-def trained(c: Contestant) -> int:
+def trained(c: Candidate) -> int:
     """Trained elements by the method's own cost formula."""
     weights: Any = c.job.choices["weights"].method
     return elements(weights, targeted(c))[0]
 
 
 @cache
-def peak(c: Contestant, rows: int) -> int:
+def peak(c: Candidate, rows: int) -> int:
     """Bytes of tensors in a step."""
     return bytes_of(c, rows)
 
 
-def targeted(c: Contestant) -> list[Site]:
-    """The places where a contestant's terms would go."""
-    sites = sites_of(ground(c.job).model)
+def targeted(c: Candidate) -> list[Site]:
+    """The places where a candidate's terms would go."""
+    sites = sites_of(workload(c.job).model)
     weights: Any = c.job.choices["weights"].method
     words = [t for t in weights.targets if t != EVERYTHING]
     return select(sites, words) if words else sites
 
 
-def widest(c: Contestant) -> int:
+def widest(c: Candidate) -> int:
     """The largest rank that any of its matrices can have."""
     return max(min(site.shape) for site in targeted(c))

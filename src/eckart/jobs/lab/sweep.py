@@ -37,7 +37,7 @@ def lr_at(start: float, point: float) -> float:
     return float(f"{start * 10 ** (point / 2):.4g}")
 
 
-def wanted(
+def next_points(
     short: Mapping[int, float], full: Mapping[int, float], plan: Plan
 ) -> tuple[list[int], list[int]]:
     """The points to run next: in short, at full length. Nothing twice: the search is over."""
@@ -55,10 +55,10 @@ def wanted(
     return [], around[: max(0, plan.purse - len(full))]
 
 
-def sampled(full: Scores, plan: Plan, seed: int) -> list[float]:
-    """As `wanted`, by Optuna's tree-structured Parzen estimator: one point, anywhere in range.
+def next_sampled(full: Scores, plan: Plan, seed: int) -> list[float]:
+    """As `next_points`, by Optuna's tree-structured Parzen estimator: one point, anywhere in range.
 
-    It is a function of the scores so far; every contestant spends the whole purse.
+    It is a function of the scores so far; every candidate spends the whole purse.
     """
     if len(full) >= plan.purse:
         return []

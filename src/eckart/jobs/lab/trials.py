@@ -27,8 +27,8 @@ from eckart import claims
 from eckart.claims import Arm, Budget, Claim, Task
 from eckart.io.presets import build_model
 from eckart.io.text import cache_folder
-from eckart.jobs.lab.bare_loop import Bench
-from eckart.jobs.lab.materials import config_for, corpus, digest, start_model
+from eckart.jobs.lab.bare_loop import TaskLab
+from eckart.jobs.lab.tasks import config_for, corpus, digest, start_model
 
 QUICK_STEPS, QUICK_PRETRAINING, QUICK_ROWS = 6, 10, 16
 TIMED = 6  # steps, the first of which warms up
@@ -36,7 +36,7 @@ SRC = Path(eckart.__file__).parent
 TRAINING_ROOMS = (
     "linear", "optim", "decompose", "attention", "precision", "kernels", "recipe",
 )  # fmt: skip
-LOOP = (SRC / "jobs/lab/bare_loop.py", SRC / "jobs/lab/materials.py")
+LOOP = (SRC / "jobs/lab/bare_loop.py", SRC / "jobs/lab/tasks.py")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ClaimTrial:
     def measure(self) -> dict[str, float]:
         arm, task = self.find()
         lr = math.nan if self.lr is None else self.lr
-        return Bench(task, self.seed, lr, self.steps).measure(arm)
+        return TaskLab(task, self.seed, lr, self.steps).measure(arm)
 
     def facts(self) -> dict[str, Any]:
         arm, task = self.find()
@@ -108,10 +108,10 @@ def task_of(claim: Claim, arm: Arm, budget: Budget) -> Task:
 
 def step_seconds(task: Task) -> float:
     """Seconds of a step's two passes on this machine; what an arm does beside them comes on top."""
-    bench, model = Bench(task, 0), build_model(config_for(task), seed=0, task=task.head).train()
+    lab, model = TaskLab(task, 0), build_model(config_for(task), seed=0, task=task.head).train()
     taken = []
     for step in range(TIMED):
-        batch, begun = bench.batch(step), time.monotonic()
+        batch, begun = lab.batch(step), time.monotonic()
         model(**batch)["loss"].backward()
         taken.append(time.monotonic() - begun)
     return median(taken[1:])

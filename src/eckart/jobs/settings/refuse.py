@@ -24,7 +24,7 @@ READS: dict[str, tuple[str, ...]] = {  # command -> its keys, or what they begin
     "convert": ("model", "data.train", "out", "convert"),
     "inspect": ("model", "data.train"),
 }
-CONTESTED = (*AXES, "train.lr")  # of which each contestant of a bench has its own: said there
+PER_CANDIDATE = (*AXES, "train.lr")  # of which each candidate of a bench has its own: said there
 TAKES = {"generate": ("MODEL",)}  # command -> its words without a key, where not MODEL DATA
 
 
@@ -157,7 +157,7 @@ def refuse_unread(words: Sequence[str], command: str) -> None:
         refuse_trained(typed)
     for key, setting in typed.items():
         readers = [name for name, names in READS.items() if is_among(key, names)]
-        left = command == "bench" and is_among(key, CONTESTED)
+        left = command == "bench" and is_among(key, PER_CANDIDATE)
         if command in READS and readers and command not in readers and not left:
             raise UsageError(
                 f"eckart {command} does not read {setting.name}     {setting.place}",

@@ -1,8 +1,8 @@
-"""How contestants stand: paired differences to the baseline, and how much a rate matters.
+"""Candidates compared: paired differences to the baseline, and how much a rate matters.
 
 Pure functions of a metric by seed and by learning rate. Inside, all are costs, of which less
 is better; what is handed out is the metric itself, and a difference is positive where the
-contestant beats the baseline.
+candidate beats the baseline.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eckart.jobs.lab.statistics import ALPHA, Difference, difference, holm, seed
 from eckart.jobs.lab.sweep import at_edge, best, lr_at
 from eckart.jobs.training.held_out import RISING
 
-Standing = Literal["better", "worse", "equivalent", "no difference seen", "no verdict"]
+Verdict = Literal["better", "worse", "equivalent", "no difference seen", "no verdict"]
 BASIN = 0.05  # of the gain over the untouched model: within it a rate is as good as the best
 FEWEST = 3  # seeds of a verdict
 NEAR_ENOUGH = 0.5  # standard deviations of the baseline over seeds: the default margin
@@ -30,7 +30,7 @@ NEAR_ENOUGH = 0.5  # standard deviations of the baseline over seeds: the default
 
 @dataclass
 class Record:
-    """One contestant's numbers as they come in, all of them `as_loss`."""
+    """One candidate's numbers as they come in, all of them `as_loss`."""
 
     name: str
     start: float  # its default learning rate, point 0 of its grid
@@ -66,7 +66,7 @@ def margin_of(losses: Mapping[int, float]) -> float:
 def differences(
     records: Sequence[Record], baseline: Record, metric: str
 ) -> list[tuple[Difference, float]]:
-    """Every other contestant's paired differences to the baseline, with p corrected by Holm."""
+    """Every other candidate's paired differences to the baseline, with p corrected by Holm."""
     losses = baseline.test[metric]
     found = [
         difference(
@@ -77,9 +77,9 @@ def differences(
     return list(zip(found, holm([d.p for d in found]), strict=True))
 
 
-def standing(
+def verdict_on(
     d: Difference, p: float, margin: float, edges: Sequence[str] = (), alpha: float = ALPHA
-) -> Standing:
+) -> Verdict:
     """The verdict on one difference; `p` corrected, `edges` those whose search did not end."""
     if edges or d.seeds < FEWEST:
         return "no verdict"
@@ -99,7 +99,7 @@ def table(
     margin: float | None = None,
     metric: str = "loss",
 ) -> list[dict[str, Any]]:
-    """All contestants, the baseline first, as plain data: verdicts by one metric, all metrics told.
+    """All candidates, the baseline first, as plain data: verdicts by one metric, all metrics told.
 
     `untouched` is the metric before any training.
     """
@@ -117,7 +117,7 @@ def table(
         reason = f"best learning rate at the edge: {', '.join(edges)}" if edges else ""
         if len(r.test[metric]) < FEWEST:
             reason = f"fewer than {FEWEST} seeds"
-        verdict = standing(*compared[metric][i], margins[metric], edges)
+        verdict = verdict_on(*compared[metric][i], margins[metric], edges)
         told = {
             name: compared_facts(*found[i], margins[name], len(others))
             for name, found in compared.items()
@@ -162,7 +162,7 @@ def needed(d: Difference, margin: float, comparisons: int) -> int | None:
 
 
 def row(r: Record, baseline: Record, untouched: float | None, metric: str) -> dict[str, Any]:
-    """A contestant's own facts."""
+    """A candidate's own facts."""
     means = r.means
     most = as_loss(metric, 0.0) if metric in RISING else math.inf  # of a loss: nothing is right
 

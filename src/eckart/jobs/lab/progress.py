@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from eckart.jobs.lab.contest import on_validation
+from eckart.jobs.lab.candidates import on_validation
+from eckart.jobs.lab.comparison import Record, as_loss
 from eckart.jobs.lab.runner import Quantities
-from eckart.jobs.lab.standing import Record, as_loss
 from eckart.jobs.training.screen import clock
 
 
-class Board:
+class ProgressTable:
     """Shows runs as they end; nothing where it is quiet. Seeds from `first` on are the report's."""
 
     def __init__(self, records: Sequence[Record], options: Any, first: int, quiet: bool):
@@ -34,7 +34,7 @@ class Board:
         shown = not quiet and sys.stderr.isatty()
         self.live = Live(console=Console(stderr=True), auto_refresh=False) if shown else None
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> ProgressTable:
         if self.live:
             self.live.start()
         return self

@@ -2,7 +2,7 @@
 
     lora   dora+lora-pro   lora:rank=4   dense+fira:rank=8:every=50
 
-Methods joined by + are one recipe, a method's fields follow it after colons. Every contestant
+Methods joined by + are one recipe, a method's fields follow it after colons. Every candidate
 is the same job with other choices, so that all else (data, batch, schedule, steps) is one.
 """
 
@@ -29,8 +29,8 @@ from eckart.io.packing import order
 from eckart.io.presets import build_model
 from eckart.io.text import Data
 from eckart.jobs import finetune, pretrain
-from eckart.jobs.lab.bare_loop import Bench
-from eckart.jobs.lab.materials import digest, warm_cosine
+from eckart.jobs.lab.bare_loop import TaskLab
+from eckart.jobs.lab.tasks import digest, warm_cosine
 from eckart.jobs.lab.trials import described, own_source, source_of_rooms
 from eckart.jobs.measuring.devices import on_device
 from eckart.jobs.settings import settle
@@ -51,7 +51,7 @@ RECIPE_AXES = ("weights", "update", "precision", "attention")
 
 
 @dataclass(frozen=True, eq=False)
-class Contestant:
+class Candidate:
     """A recipe under its name, as the job that trains it."""
 
     name: str
@@ -62,19 +62,19 @@ class Contestant:
         return self.job.recipe()
 
 
-def contestants(text: str, job: Job) -> list[Contestant]:
+def parse_candidates(text: str, job: Job) -> list[Candidate]:
     """The plain baseline first, then those named, each once."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UsageError(
             "nothing to compare     --methods", fix="Type for example --methods lora,dora"
         )
-    found = [contestant(name, job) for name in dict.fromkeys([baseline_of(job), *names])]
+    found = [parse_candidate(name, job) for name in dict.fromkeys([baseline_of(job), *names])]
     seen: dict[Recipe, str] = {}
     for one in found:
         if one.recipe in seen:
             raise UsageError(
-                "two contestants are the same recipe",
+                "two methods are the same recipe",
                 [(one.name, seen[one.recipe])],
                 "Leave one of them out.",
             )
@@ -92,7 +92,7 @@ def starts_at_random(job: Job) -> bool:
     return recognise(job.model or "").kind in ("preset", "config")
 
 
-def contestant(name: str, job: Job) -> Contestant:
+def parse_candidate(name: str, job: Job) -> Candidate:
     """One recipe of the list. UsageError for what is unknown, doubled or cannot combine."""
     given: Given = {}
     entries: dict[tuple[str, ...], Any] = {}
@@ -130,7 +130,7 @@ def contestant(name: str, job: Job) -> Contestant:
             [(name, ", ".join(stage.name for stage in weights.stages))],
             "A bench compares trainings of one stage.",
         )
-    return Contestant(name, mine)
+    return Candidate(name, mine)
 
 
 def anywhere(job: Job) -> Job:
@@ -154,8 +154,8 @@ def anywhere(job: Job) -> Job:
 
 
 @dataclass(frozen=True, eq=False)
-class Ground:
-    """What all contestants start from."""
+class Workload:
+    """What all candidates start from."""
 
     model: nn.Module
     data: Data
@@ -169,20 +169,20 @@ class Ground:
         return digest([fingerprint(self.model), data.sha256, data.summary, data.seq_len, rows])
 
 
-_grounds: dict[str, Ground] = {}
+_workloads: dict[str, Workload] = {}
 
 
-def ground(job: Job) -> Ground:
+def workload(job: Job) -> Workload:
     """The model and the data of a job, read once by each process; of the last job alone."""
     key = repr((job.model, job.data))
-    if key not in _grounds:
-        _grounds.clear()
-        _grounds[key] = read_ground(job)
-    return _grounds[key]
+    if key not in _workloads:
+        _workloads.clear()
+        _workloads[key] = read_workload(job)
+    return _workloads[key]
 
 
-def read_ground(job: Job) -> Ground:
-    """Open MODEL and DATA. All contestants train in fp32: a precision is no advantage here."""
+def read_workload(job: Job) -> Workload:
+    """Open MODEL and DATA. All candidates train in fp32: a precision is no advantage here."""
     place = prepare.device()
     if starts_at_random(job):
         shape = pretrain.shape_of(job)
@@ -203,40 +203,40 @@ def read_ground(job: Job) -> Ground:
     senses.require_fit(job, reader, model)
     job = senses.settled(job, model, place)
     data = senses.read_data(job, reader, model)
-    return Ground(model.float().to(place), data, vocab)
+    return Workload(model.float().to(place), data, vocab)
 
 
-class UserLab(Bench):
+class UserLab(TaskLab):
     """The lab over a person's own model and data."""
 
     def __init__(self, job: Job, seed: int, lr: float, steps: int, rows: int):
-        self.job, self.ground, self.rows = job, ground(job), rows
+        self.job, self.workload, self.rows = job, workload(job), rows
         self.task = Task(steps=steps, batch_size=rows, clip=job.train.clip)
         self.seed, self.lr, self.steps = seed, lr, steps
 
     def model(self) -> nn.Module:
         if starts_at_random(self.job):
-            shape = config_of(pretrain.shape_of(self.job), self.ground.vocab)
+            shape = config_of(pretrain.shape_of(self.job), self.workload.vocab)
             return build_model(shape, seed=self.seed).to(prepare.device()).train()
-        return copy.deepcopy(self.ground.model).train()
+        return copy.deepcopy(self.workload.model).train()
 
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         """What is trained whole beside a method's terms: a head for the data's classes."""
-        return tuple(outside(model)) if self.ground.data.labels else ()
+        return tuple(outside(model)) if self.workload.data.labels else ()
 
     def batch(self, step: int) -> dict[str, Any]:
-        n = len(self.ground.data.train)
+        n = len(self.workload.data.train)
         places = range(step * self.rows, (step + 1) * self.rows)
         return self.collated([int(shuffled(n, self.seed, p // n)[p % n]) for p in places])
 
     def batches(self, count: int) -> list[Any]:
-        n = len(self.ground.data.train)
+        n = len(self.workload.data.train)
         chosen = order(n, self.seed, -1).tolist()
         groups = [chosen[i * self.rows : (i + 1) * self.rows] for i in range(count)]
         return [self.collated(group) for group in groups if group]
 
     def collated(self, indices: Sequence[int]) -> dict[str, Any]:
-        data = self.ground.data
+        data = self.workload.data
         return on_device(data.collate([data.train[i] for i in indices]), prepare.device())
 
     def rate(self, step: int, steps: int) -> float:
@@ -251,7 +251,7 @@ class UserLab(Bench):
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Every metric on one half of each held-out source, and as `validation` on the other."""
-        was_training, data = model.training, self.ground.data
+        was_training, data = model.training, self.workload.data
         model.eval()
         try:
             at_once, halves = max(self.rows, EVALUATED), split(data.evaluation)
@@ -297,7 +297,7 @@ def split(sources: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class BenchTrial:
-    """One contestant at one seed and learning rate; `lr` 0 evaluates the untouched model."""
+    """One candidate at one seed and learning rate; `lr` 0 evaluates the untouched model."""
 
     name: str
     job: Job

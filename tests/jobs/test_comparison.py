@@ -1,12 +1,12 @@
-"""How contestants stand: verdicts, rates and ranks on numbers that are known."""
+"""Candidates compared: verdicts, rates and ranks on numbers that are known."""
 
 import math
 
 import numpy as np
 import pytest
 
-from eckart.jobs.lab import standing, statistics
-from eckart.jobs.lab.standing import Record, basin, budget_curve, ranking, regret, table
+from eckart.jobs.lab import comparison, statistics
+from eckart.jobs.lab.comparison import Record, basin, budget_curve, ranking, regret, table
 
 
 @pytest.fixture(autouse=True)
@@ -15,14 +15,14 @@ def fewer_draws(monkeypatch):
 
 
 def record(name, losses, optimum=0, start=1e-3, level=3.0):
-    """A contestant with a parabola over rates and these test losses."""
+    """A candidate with a parabola over rates and these test losses."""
     points = range(optimum - 2, optimum + 3)
     scores = {j: {0: level + 0.1 * (j - optimum) ** 2} for j in points}
     return Record(name, start, scores, {"loss": dict(enumerate(losses))}, {})
 
 
 def by_chance(rng, effects, seeds=5, luck=1.0, noise=0.1):
-    """Contestants whose losses share the seed's luck and differ by noise and by an effect."""
+    """Candidates whose losses share the seed's luck and differ by noise and by an effect."""
     shared = luck * rng.standard_normal(seeds)
     return [
         record(f"m{i}", 3.0 + shared - effect + noise * rng.standard_normal(seeds))
@@ -138,7 +138,7 @@ def test_a_ranking_is_stable_where_the_order_is():
 
 def test_the_default_margin_is_half_the_baselines_deviation():
     r = record("a", [1.0, 2.0, 3.0])
-    assert standing.margin_of(r.test["loss"]) == 0.5
+    assert comparison.margin_of(r.test["loss"]) == 0.5
 
 
 def test_a_metric_of_which_more_is_better_is_chosen_by_the_same_rules():
