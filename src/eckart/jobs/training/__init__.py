@@ -1,1 +1,1 @@
-"""A settled job in motion: model, trainer, checkpoints, what is watched, and how it ends."""
+"""Running a training job: model, trainer, checkpoints, metrics and results."""

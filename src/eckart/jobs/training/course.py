@@ -1,8 +1,8 @@
-"""The course of a training, from a loaded model to a finished run.
+"""Training a job from a loaded model to a finished run.
 
-    data -> recipe attached -> what is auto decided -> training -> final/
+    data -> recipe attached -> `auto` keys decided -> training -> final/
 
-`finetune` and `pretrain` differ in where the model comes from and in what is written.
+`finetune` and `pretrain` share it: they differ in how the model is made and what is written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Write = Callable[[Run, Handle, Any], str]  # (run, handle, reader) -> the format
 
 
 def begin(job: Job) -> tuple[Job, Screen]:
-    """What comes before anything is loaded: a free folder, a resumed run's own values."""
+    """Check the run folder and decide what needs no model; a resumed run's values are kept."""
     launch.follow_starter()
     require_trackers(job)
     if launch.is_first():
@@ -53,7 +53,7 @@ def begin(job: Job) -> tuple[Job, Screen]:
 
 
 def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) -> dict[str, Any]:
-    """Train the model of a job and write what comes out; the object of --json."""
+    """Train the job's model and write the result. Returns the --json document."""
     place = prepare.device()
     job = placed(job, screen, opened, reader, place)
     data = senses.read_data(job, reader, opened.model)
@@ -111,9 +111,9 @@ def staged_course(
     write: Write,
     original: Callable[[], Any],
 ) -> dict[str, Any]:
-    """As `course`, for a method that declares stages; each source of the data is a task.
+    """As `course`, for a method of several stages; each source of the data is a task.
 
-    `original` loads the model anew, for stages that start from it.
+    `original` loads a fresh copy of the model, for stages that start from it.
     """
     place = prepare.device()
     job = placed(job, screen, opened, reader, place)
@@ -171,7 +171,7 @@ def staged_course(
 
 
 def placed(job: Job, screen: Screen, opened: Opened, reader: Any, place: torch.device) -> Job:
-    """Put the model where it is trained, say what it is, and settle what depends on it."""
+    """Move the model to its device, print its size, and decide the length of rows."""
     opened.model.to(place)
     senses.require_fit(job, reader, opened.model)
     carried = f", continued with {opened.handle.weights.slug}" if opened.handle else ""
@@ -186,7 +186,7 @@ def size_line(opened: Opened) -> str:
 
 
 def rows_lines(data: Data) -> list[str]:
-    """How much is trained on, and how it begins; the loss is taken between « and »."""
+    """Number of rows, and the start of the first; « and » mark the tokens with a loss."""
     begin = " ".join(data.example.split())
     begin = begin if len(begin) <= 80 else begin[:79] + "…"
     marks = " (« » is learnt)" if "«" in begin else ""
@@ -202,7 +202,7 @@ def method_name(job: Job) -> str:
 
 
 def steps_line(job: Job) -> str:
-    """Why so many steps, and how a step's rows are split."""
+    """The reason for the number of steps, and how a step is split into batches."""
     size, parts = job.train.batch_size, job.train.accumulate
     split = f"batch {size}" + (f" x {parts} accumulated" if parts != 1 else "")
     return f"{job.settled.get('train.steps', 'as given')}; {split}"

@@ -1,7 +1,7 @@
-"""The training of a run: a settled job, a handle and data in; numbers out.
+"""Trains a handle on data as the job says, in a run's folder.
 
-Trainer does the loop. Here are its arguments, the callbacks that write metrics, show
-progress and listen to Ctrl-C, and what an error of the loop means to a person.
+Trainer runs the loop. This file has its arguments, the callbacks for metrics, progress and
+Ctrl-C, and turns errors of the loop into messages for the user.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from eckart.recipe import Handle
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a training leaves beside the handle's tensors."""
+    """Results of a training besides the handle's tensors."""
 
     steps: int
-    best_step: int | None  # where the result is from, when it is not the last step
+    best_step: int | None  # step of the checkpoint that is the result; None for the last step
     seconds: float  # of this process, evaluations included
     tokens_per_second: float
-    memory: dict[str, int]  # tensor bytes at their highest, by category
+    memory: dict[str, int]  # peak tensor bytes by category
 
     @property
     def peak_bytes(self) -> int:
@@ -68,11 +68,11 @@ def fit(
     resume: Path | None = None,
     moments: Mapping[str, Any] | None = None,
 ) -> Fitted:
-    """Train to the last step, from a checkpoint where one is given; the best model stays.
+    """Train to the last step, from a checkpoint if one is given, and load the best one after it.
 
-    `moments` is an earlier training's optimizer state by name; what still fits is taken over.
-    Raises Interrupted with a checkpoint saved, Diverged with the module that went wrong,
-    OutOfRoom where memory runs out.
+    `moments` is an earlier training's optimizer state by name; entries of matching shape are used.
+    Raises Interrupted after saving a checkpoint, Diverged naming the first module that is not
+    finite, OutOfRoom if memory runs out.
     """
     trained = RunTraining(job, run, handle, data, screen)
     trained.moments = dict(moments or {})
@@ -92,13 +92,13 @@ def fit(
     steps, seconds = trained.state.global_step, time.monotonic() - begun
     if trained.interrupt.asked and steps < int(job.train.steps):
         raise interrupted(job, run, steps)
-    memory = trained.memory() if steps > first else {}  # killed after its last step: none was taken
+    memory = trained.memory() if steps > first else {}  # else killed after the last step
     tokens = trained.tokens(steps - first)
     return Fitted(steps, take_best(trained), seconds, tokens / seconds, memory)
 
 
 def take_best(trained: RunTraining) -> int | None:
-    """Load the best checkpoint where the job wants it and one is; its step."""
+    """Load the best checkpoint if the job asks for it; returns its step, or None."""
     job, step = trained.job, trained.state.best_global_step
     if not (job.train.best and trained.data.evaluation and step):
         return None
@@ -108,12 +108,12 @@ def take_best(trained: RunTraining) -> int | None:
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """The step in a checkpoint's name; 0 without one."""
+    """The step in a checkpoint folder's name; 0 for None."""
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
 def arguments(job: Job, run: Run, handle: Handle, data: Data) -> TrainingArguments:
-    """The job's settled keys in Trainer's words."""
+    """TrainingArguments from the job's keys."""
     train, steps = job.train, int(job.train.steps)
     device = model_device(handle.model)
     evaluated = bool(data.evaluation)
@@ -141,7 +141,7 @@ def arguments(job: Job, run: Run, handle: Handle, data: Data) -> TrainingArgumen
         seed=train.seed,
         activation_checkpointing=bool(train.checkpointing),
         torch_compile=train.compile,
-        # What is trained of the model stays in fp32: small updates would be rounded away.
+        # Trained weights stay in fp32: in bf16 small updates would be rounded to nothing.
         bf16=half and handle.weights.trains_the_model,
         use_cpu=device.type == "cpu",
         report_to=list(job.track) or "none",
@@ -153,13 +153,13 @@ def arguments(job: Job, run: Run, handle: Handle, data: Data) -> TrainingArgumen
 
 
 def idles(handle: Handle) -> bool:
-    """Does the update leave parameters without a gradient at some steps? DDP must know."""
+    """Does the update leave parameters without a gradient at some steps? DDP has to be told."""
     update = handle.recipe.update
     return update is not None and update.rule().idles
 
 
 class RunTraining(Training):
-    """The training of a run's folder: our evaluation, metrics.jsonl, progress, Ctrl-C."""
+    """Training with evaluation on held-out tokens, metrics.jsonl, progress and Ctrl-C."""
 
     control: TrainerControl
 
@@ -175,7 +175,7 @@ class RunTraining(Training):
         self.job, self.data = job, data
         self.interrupt = Interrupt()
         self.kept_bytes = 0
-        self.before_cut: dict[str, int] = {}  # memory, where a change of structure freed some
+        self.before_cut: dict[str, int] = {}  # peak bytes before a cut, which frees memory
         self.remove_callback(PrinterCallback)
         self.add_callback(self.interrupt)
         self.observer: Observer | None = None
@@ -192,7 +192,7 @@ class RunTraining(Training):
         return self.interrupt.asked or self.patience.ran_out
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Means over tokens, as before and after the run, so that the numbers compare."""
+        """Means over tokens, comparable with the evaluations before and after training."""
         found = held_out.measure(
             self.handle.model,
             self.data,
@@ -209,7 +209,7 @@ class RunTraining(Training):
         return logs
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Training's; the first batch also shows what autograd keeps."""
+        """As Training's; measures the bytes that autograd keeps on the first batch."""
         if self.kept_bytes or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         kept = Kept(self.handle.model)
@@ -219,26 +219,26 @@ class RunTraining(Training):
         return loss
 
     def step_facts(self) -> dict[str, float]:
-        """As Training's, and how far the step went."""
+        """As Training's, with the norm of the update."""
         norm = self.observer.update_norm if self.observer else None
         return super().step_facts() | ({} if norm is None else {"update_norm": norm})
 
     def rows(self, steps: int) -> int:
-        """Rows of so many steps, in all processes."""
+        """Rows in this number of steps, over all processes."""
         each = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return steps * each * self.args.world_size
 
     def tokens(self, steps: int) -> float:
-        """Tokens seen in so many steps, padding left out; 0 where rows are no text."""
+        """Tokens without padding in this number of steps; 0 for images."""
         return self.rows(steps) * self.data.tokens_in_a_row
 
     def pace(self) -> tuple[float, str]:
-        """What a step sees: tokens, or rows where these are no text."""
+        """Tokens per step, or rows for images, and the unit."""
         tokens = self.tokens(1)
         return (tokens, "tokens") if tokens else (self.rows(1), TASKS[self.data.task].sees)
 
     def memory(self) -> dict[str, int]:
-        """Tensor bytes at their highest: the allocator's on a GPU, counted elsewhere."""
+        """Peak tensor bytes by category: the allocator's on a GPU, else counted."""
         device = model_device(self.handle.model)
         if device.type == "cuda":
             return {"allocated": torch.cuda.max_memory_allocated(device)}
@@ -251,8 +251,8 @@ class RunTraining(Training):
         return max(found, self.before_cut, key=lambda parts: sum(parts.values()))
 
     def cut_here(self, folder: Path) -> None:
-        """As Cutting's; what was held before counts as the highest."""
-        if self.inner_optimizer is not None:  # a cut before resuming comes before any step
+        """As Cutting's; memory before the cut counts as the peak."""
+        if self.inner_optimizer is not None:  # there is none if the cut comes right after resuming
             self.before_cut = self.memory()
         super().cut_here(folder)
 
@@ -277,7 +277,7 @@ class Metrics(TrainerCallback):
 
 
 class Patience(TrainerCallback):
-    """Stops after so many evaluations without a better loss, counted over resumes."""
+    """Stops after N evaluations in a row without a better loss, counted across resumes."""
 
     def __init__(self, patience: int | None):
         self.patience, self.ran_out = patience, False
@@ -292,7 +292,7 @@ class Patience(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Asked to stop, it lets the step end, saves and stops."""
+    """On a request to stop, ends the step, saves a checkpoint and stops the training."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -307,9 +307,9 @@ class Interrupt(TrainerCallback):
 
 @contextmanager
 def listening(interrupt: Interrupt) -> Iterator[None]:
-    """Ctrl-C (or SIGTERM) asks once; a second one ends the program as usual."""
+    """The first Ctrl-C or SIGTERM requests a stop; a second one ends the program as usual."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
+        yield  # Python handles signals in the main thread only
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -331,7 +331,7 @@ def listening(interrupt: Interrupt) -> Iterator[None]:
 
 
 def interrupted(job: Job, run: Run, step: int) -> Interrupted:
-    """The end of a run that was asked to stop."""
+    """The error that ends a run which was asked to stop."""
     return Interrupted(
         f"interrupted at step {step}; a checkpoint is saved",
         [("checkpoint", str(run.latest()))],
@@ -340,9 +340,9 @@ def interrupted(job: Job, run: Run, step: int) -> Interrupted:
 
 
 def last_good(fault: Diverged, run: Run, job: Job, step: int) -> Diverged:
-    """A divergence after so many steps, with the checkpoint before it and the way on.
+    """The error of a divergence, with the last good checkpoint and how to continue from it.
 
-    A checkpoint of that very step is removed: it is what went wrong, and would again at any rate.
+    The checkpoint of the diverged step is removed: resuming from it would diverge again at any lr.
     """
     run.drop_from(step)
     found = run.latest()
@@ -356,7 +356,7 @@ def last_good(fault: Diverged, run: Run, job: Job, step: int) -> Diverged:
 
 
 def estimated_bytes(run: Run) -> int:
-    """What the run, or this stage of one, was thought to take before it began."""
+    """The memory estimate that was recorded before the run or stage began."""
     facts = run.facts
     parts = (facts.get("memory") or {}).get("estimated")
     return sum(parts.values()) if parts else int(facts.get("estimated_memory_bytes") or 0)

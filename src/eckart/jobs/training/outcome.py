@@ -11,7 +11,8 @@ from typing import Any
 
 from eckart.io.export import export, possible
 from eckart.io.models import own_task
-from eckart.io.run import Run, refuse_taken
+from eckart.io import run as runs
+from eckart.io.run import Run
 from eckart.io.tasks import TASKS
 from eckart.io.text import Data
 from eckart.jobs.measuring.memory import in_words
@@ -23,9 +24,9 @@ from eckart.recipe import Handle
 
 
 def refuse_early(job: Job) -> None:
-    """Raise UsageError for a run folder that is taken, before anything is loaded."""
-    if not job.flags.resume and not job.out.endswith("{name}"):
-        refuse_taken(Path(job.out).absolute(), job.flags.overwrite)
+    """Raise what opening a new run's folder would, before anything is loaded."""
+    if not job.flags.resume:
+        runs.refuse_early(job.out, job.flags.overwrite)
 
 
 def open_run(job: Job, data: Data, parameters: Mapping[str, Any], estimate: int) -> Run:

@@ -1,4 +1,4 @@
-"""From a settled job to a model that carries its recipe: devices, data, attaching, memory."""
+"""Prepares a model for training: device, dtype, attaching the recipe, batch size and memory."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ CALIBRATION = (8, 4)  # batches and rows in each, for methods that look at gradi
 
 
 def device() -> torch.device:
-    """Where the model trains: this process's GPU, or the CPU."""
+    """The device of this process: its GPU, or the CPU."""
     found: torch.device = PartialState().device
     return found
 
 
 def dtype_of(job: Job) -> torch.dtype:
-    """How the model is loaded: what is trained of it stays in fp32 (bf16 is autocast then),
-    unless its updates are rounded by chance, which is for bf16: UsageError where none is."""
+    """The dtype in which the model is loaded: fp32 if it is trained (bf16 is by autocast then),
+    or bf16 with stochastic rounding. UsageError for that rounding if only terms are trained."""
     weights: Any = job.choices["weights"].method
     precision: Any = job.choices["precision"].method
     trained = weights is not None and weights.trains_the_model
@@ -70,7 +70,7 @@ def dtype_of(job: Job) -> torch.dtype:
 
 
 def attached(job: Job, opened: Opened, data: Data) -> Handle:
-    """The recipe attached: rebuilt from a checkpoint, continued from an adapter, or new."""
+    """Attach the recipe: restored from a checkpoint, continued from an adapter, or new."""
     recipe, model = job.recipe(), opened.model
     hold_statistics(model)
     checkpoint = resume_from(job)
@@ -90,7 +90,7 @@ def attached(job: Job, opened: Opened, data: Data) -> Handle:
 
 
 def attached_anew(job: Job, model: nn.Module, recipe: Recipe, data: Data) -> Handle:
-    """The recipe on a model that carries none, and a head for classes trained beside it."""
+    """Attach the recipe to a plain model, and train its classification head if there is one."""
     return attach(
         model,
         recipe,
@@ -104,13 +104,13 @@ def attached_anew(job: Job, model: nn.Module, recipe: Recipe, data: Data) -> Han
 
 
 def wants_teacher(handle: Handle) -> bool:
-    """Does an objective compare with the base where that itself is changed?"""
+    """Does an objective need the base's outputs while the base itself is trained?"""
     changed = handle.weights.base != "frozen" or bool(handle.originals)
     return changed and any(o.needs_reference for o in handle.recipe.objective)
 
 
 def teacher(job: Job, handle: Handle) -> nn.Module:
-    """The model as it was before, loaded once more. UsageError where it began as a shape."""
+    """A second copy of the base, unchanged. UsageError if the model began with random weights."""
     if job.command == "pretrain":
         raise UsageError(
             "there is no model to stay close to",
@@ -124,12 +124,12 @@ def teacher(job: Job, handle: Handle) -> nn.Module:
 
 
 def resume_from(job: Job) -> Path | None:
-    """The newest whole checkpoint of the run that is resumed."""
+    """The newest complete checkpoint of the resumed run; None for a new run."""
     return latest_checkpoint(job.flags.resume) if job.flags.resume else None
 
 
 def require_unfinished(job: Job) -> None:
-    """Raise UsageError where a resumed run has its last step and its result."""
+    """Raise UsageError if the resumed run has already finished."""
     checkpoint = resume_from(job)
     if checkpoint is None or not (Path(job.flags.resume or "") / "final").is_dir():
         return
@@ -143,7 +143,7 @@ def require_unfinished(job: Job) -> None:
 
 
 def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:
-    """The terms of a checkpoint with its values; no calibration is repeated."""
+    """Attach a checkpoint's terms with their values, without calibrating again."""
     structure = read_state(checkpoint)["structure"]
     found = fingerprint(model, held_whole(model, structure["also_train"]))
     if structure["fingerprint"] != found:
@@ -156,12 +156,12 @@ def rebuilt(model: nn.Module, checkpoint: Path, recipe: Recipe) -> Handle:
             "Put the model back that the run's config.yaml names.",
         )
     handle = attach_from(model, structure, recipe=recipe)
-    load_model_state(handle, checkpoint)  # before a forward pass measures what one row takes
+    load_model_state(handle, checkpoint)  # first: measuring the memory of a row runs a forward pass
     return handle
 
 
 def continued(adapter: Handle, job: Job, recipe: Recipe) -> Handle:
-    """An adapter that was loaded, now with the job's other axes. UsageError for another method."""
+    """A loaded adapter with the job's other axes. UsageError if the job names another method."""
     if "weights.name" in job.given and job.choices["weights"].name != adapter.weights.slug:
         raise UsageError(
             "an adapter is trained further by its own method",
@@ -180,7 +180,7 @@ def continued(adapter: Handle, job: Job, recipe: Recipe) -> Handle:
 
 
 def calibration(job: Job, model: nn.Module, data: Data) -> list[dict[str, Any]]:
-    """The first rows of a shuffle of their own, for methods that need gradients or activations."""
+    """Batches of shuffled training rows, for methods that need gradients or activations."""
     count, rows = CALIBRATION
     chosen = order(len(data.train), job.train.seed, -1)[: count * rows].tolist()
     groups = [chosen[i : i + rows] for i in range(0, len(chosen), rows)]
@@ -192,7 +192,7 @@ def calibration(job: Job, model: nn.Module, data: Data) -> list[dict[str, Any]]:
 
 
 def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, int]]:
-    """The batch settled by what fits, and the bytes that the run will take by category."""
+    """Decide the batch size by the memory available. Returns estimated bytes by category too."""
     optimizer = handle.optimizer(float(job.train.lr))
     parts = model_bytes(handle)
     parts["gradients"] = settle.gradient_bytes(job.train, optimizer)
@@ -219,7 +219,7 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
 
 
 def bytes_of_rows(model: Any, data: Data, count: int, checkpointing: bool) -> int:
-    """Bytes that autograd keeps for so many rows, each the longest of a few."""
+    """Bytes that autograd keeps for a number of rows, each as long as the longest of a few."""
     rows = [data.train[i] for i in range(min(len(data.train), senses.FIRST))]
     lengths = data.lengths(rows)
     longest = rows[lengths.index(max(lengths))]

@@ -1,8 +1,8 @@
-"""How data reaches a model: text through a tokenizer, images through a preprocessing.
+"""How data becomes model inputs: text by a tokenizer, images by a preprocessing.
 
-What is to be learnt follows from the data and the model (io/tasks.py); a task sees text or
-images, and what a job asks of either is a row of the table here. Everywhere else a job has a
-`reader`, which turns data into inputs and is saved beside what is written.
+The task follows from the data and the model (io/tasks.py) and has one modality, text or
+images. What differs between the two is in the table at the end of this file. The rest of a job
+only knows a `reader`, a tokenizer or a `Preprocessing`, which is saved with the result.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
 
 Reader = Any  # a tokenizer or a Preprocessing
-FIRST = 16  # rows of which the longest stands for all in an estimate
-SMALL = 2_000_000  # bytes that are read in a moment; more are rows enough for any batch
+FIRST = 16  # rows whose longest is the length that an estimate assumes
+SMALL = 2_000_000  # bytes up to which an estimate reads the data, to count its rows
 
 
 @dataclass(frozen=True)
@@ -43,46 +43,46 @@ class Sense:
     """What differs between text and images, for a job."""
 
     reader: Callable[[Job], Reader]
-    require_fit: Callable[[Reader, Any], None]  # raises where it is not the model's
-    length: Callable[[Job, Any, torch.device], Job]  # settles how long a row is
+    require_fit: Callable[[Reader, Any], None]  # raises if reader and model do not match
+    length: Callable[[Job, Any, torch.device], Job]  # decides the length of a row
     read: Callable[[Job, Reader, Any, Any, Any], Data]  # (job, reader, model, sources, eval)
 
 
 def of(job: Job) -> Sense:
-    """The sense that a job's data speaks to."""
+    """The modality of a job's data."""
     return SENSES[TASKS[task_of(job)].sees]
 
 
 def reader_of(job: Job) -> Reader:
-    """What turns the job's data into inputs of its model."""
+    """The tokenizer or preprocessing of a job."""
     return of(job).reader(job)
 
 
 def beside(source: str, task: str) -> Reader:
-    """What lies beside a model, an adapter or a run to read its inputs. FileError for nothing."""
+    """The tokenizer or preprocessing saved with a model, adapter or run. FileError without one."""
     sees = TASKS[task].sees
     return load_tokenizer(source) if sees == "text" else load_preprocessing(source)
 
 
 def require_fit(job: Job, reader: Reader, model: Any) -> None:
-    """Raise FileError where data would reach the model in another shape than it was made for."""
+    """Raise FileError if the reader's tokens or image size do not fit the model."""
     of(job).require_fit(reader, model)
 
 
 def settled(job: Job, model: Any, place: torch.device) -> Job:
-    """The job with the length of its rows decided, where they have one."""
+    """The job with `data.seq_len` decided; unchanged for images."""
     return of(job).length(job, model, place)
 
 
 def read_data(job: Job, reader: Reader, model: nn.Module) -> Data:
-    """The job's data; classes have the numbers that the model knows them by."""
+    """The job's data, its classes numbered as in the model's config."""
     held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
-    with PartialState().main_process_first():  # the others find it in the cache
+    with PartialState().main_process_first():  # the other processes read its cache
         return of(job).read(job, reader, model, entries(job), held)
 
 
 def read_tasks(job: Job, reader: Reader, model: nn.Module) -> dict[str, Data]:
-    """Each source of the data by itself, in the order given."""
+    """The data of each source by name, in the order given: each source is a task."""
     found: dict[str, Data] = {}
     for source in job.data.train:
         alone = dataclasses.replace(job.data, train=(source,))
@@ -92,7 +92,7 @@ def read_tasks(job: Job, reader: Reader, model: nn.Module) -> dict[str, Data]:
 
 
 def read_to_measure(job: Job, reader: Reader, model: nn.Module) -> Data:
-    """All rows of the data, or those that data.eval, where it was given, holds out of it."""
+    """The rows to evaluate on: all of the data, or the held-out part if data.eval was given."""
     if "data.eval" in job.given:
         return read_data(job, reader, model)
     return of(job).read(job, reader, model, [], entries(job))
@@ -102,7 +102,7 @@ def read_to_measure(job: Job, reader: Reader, model: nn.Module) -> Data:
 
 
 def entries(job: Job) -> list[dict[str, Any]]:
-    """The data's sources as `io` takes them."""
+    """The data's sources as dicts, the form that `io` takes."""
     return [dataclasses.asdict(source) for source in job.data.train]
 
 
@@ -113,12 +113,12 @@ def all_sources(job: Job) -> list[DataSource]:
 
 
 def task_of(job: Job) -> str:
-    """What is to be learnt: classes where the data has any, else what the model is made for."""
+    """The job's task: classification if the data has classes, else the model's own task."""
     return CLASSES.get(form_of(job)) or own_task(job.model or "")
 
 
 def form_of(job: Job) -> str:
-    """The format of the data. FileError where there is none, UsageError where there are two."""
+    """The format of the data. FileError without rows, UsageError for images mixed with text."""
     sources = all_sources(job)
     pictured = [isinstance(s.path, str) and holds_images(s.path) for s in sources]
     if all(pictured):
@@ -131,7 +131,7 @@ def form_of(job: Job) -> str:
 
 
 def form_in(job: Job, source: DataSource) -> str:
-    """The format of one source of text, by its first row. FileError where there is none."""
+    """The format of one text source, from its first row. FileError without rows."""
     first = next(iter(rows_of(source)), None)
     if first is None:
         raise FileError("no rows in the data", [(str(source.path), "")])
@@ -139,7 +139,7 @@ def form_in(job: Job, source: DataSource) -> str:
 
 
 def labels_of(job: Job) -> tuple[str, ...]:
-    """Names of the classes or tags in the data; none where it is text alone."""
+    """Names of the classes or tags in the data; empty for plain text."""
     form = form_of(job)
     if form not in CLASSES:
         return ()
@@ -154,12 +154,12 @@ def labels_of(job: Job) -> tuple[str, ...]:
 
 
 def tokenizer_of(job: Job) -> Reader:
-    """The tokenizer that was asked for, or the model's own."""
+    """The tokenizer of data.tokenizer, or the model's own."""
     return asked_for(job) or load_tokenizer(job.model or "")
 
 
 def asked_for(job: Job) -> Reader | None:
-    """The tokenizer that data.tokenizer names."""
+    """The tokenizer that data.tokenizer names; None if it is not set."""
     wanted = job.data.tokenizer
     if wanted == "bytes":
         return bytes_tokenizer()
@@ -167,7 +167,7 @@ def asked_for(job: Job) -> Reader | None:
 
 
 def require_tokens(tokenizer: Any, model: Any) -> None:
-    """Raise FileError where the tokenizer has tokens that the model has no embedding for."""
+    """Raise FileError if the tokenizer has more tokens than the model has embeddings."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise FileError(
@@ -178,7 +178,7 @@ def require_tokens(tokenizer: Any, model: Any) -> None:
 
 
 def context_of(model: Any) -> int | None:
-    """The longest text that the model was made for; None where it says nothing."""
+    """The model's `max_position_embeddings`; None if its config has none."""
     found = getattr(model.config, "max_position_embeddings", None)
     return found if isinstance(found, int) else None
 
@@ -188,7 +188,7 @@ def tokens_in_a_row(job: Job, model: Any, place: torch.device) -> Job:
 
 
 def read_text(job: Job, tokenizer: Reader, model: Any, sources: Any, eval: Any) -> Data:
-    """Rows of tokens; those to train on are packed where the model keeps documents apart."""
+    """Tokenized rows. Training rows are packed if the model masks attention across documents."""
     task = task_of(job)
     return text.read(
         sources,
@@ -204,10 +204,7 @@ def read_text(job: Job, tokenizer: Reader, model: Any, sources: Any, eval: Any) 
 
 
 def longest_of_first(job: Job, task: str) -> int | None:
-    """Tokens of the longest of the data's first rows, as a training measures one.
-
-    None where rows are filled up with more than one text.
-    """
+    """Tokens of the longest of the data's first rows; None for packed rows and images."""
     if task == "causal" or TASKS[task].sees != "text":
         return None
     length = int(job.data.seq_len)
@@ -217,7 +214,7 @@ def longest_of_first(job: Job, task: str) -> int | None:
 
 
 def are_few(job: Job) -> bool:
-    """Is the data at hand, and read in a moment?"""
+    """Is the data local, and small enough to be read for an estimate?"""
     sources = sources_of(entries(job))
     if not sources or any(not isinstance(s.path, str) or is_hub(s.path) for s in sources):
         return False
@@ -226,9 +223,9 @@ def are_few(job: Job) -> bool:
 
 
 def count_rows(job: Job, task: str, reader: Reader) -> tuple[int, bool]:
-    """Rows that the data trains on; does the first hold several texts, kept apart by a mask?
+    """The number of training rows, and whether the first row packs several documents.
 
-    Text is read as a training reads it, by a model that keeps packed documents apart.
+    Text is read as for a model that masks attention across documents.
     """
     held = job.data.eval
     if TASKS[task].sees == "images":
@@ -246,7 +243,7 @@ def count_rows(job: Job, task: str, reader: Reader) -> tuple[int, bool]:
 
 
 def preprocessing_of(job: Job) -> Preprocessing:
-    """The model's own; its size is the images' where neither it nor a file says one."""
+    """The model's preprocessing. Without a size of its own it takes that of the first image."""
     first = all_sources(job)[0]
     array = found_in(str(first.path)).pictures[0]
     shape = getattr(array, "shape", None)  # of an array [c, h, w]
@@ -254,10 +251,10 @@ def preprocessing_of(job: Job) -> Preprocessing:
 
 
 def require_channels(preprocessing: Preprocessing, model: Any) -> None:
-    """Raise FileError where the preprocessing gives another size than the model takes."""
+    """Raise FileError if the preprocessing's image size is not the model's."""
     size = getattr(model.config, "image_size", None)
     height, width = (size, size) if isinstance(size, int) else (size or (None, None))
-    fixed = hasattr(model.config, "patch_size")  # else convolutions, which take any size
+    fixed = hasattr(model.config, "patch_size")  # models of convolutions alone take any size
     if fixed and height and (height, width) != (preprocessing.height, preprocessing.width):
         raise FileError(
             "the preprocessing is not this model's",

@@ -1,14 +1,14 @@
-"""A job of several stages, as its method declares them: operations and trainings in a row.
+"""A job of several stages, declared by its method: operations and trainings in sequence.
 
     stages/
       00-prune/        state/ (the model after it, its output), closed with a manifest
       01-align-news/   run.json, metrics.jsonl, checkpoints/, state/
       ...
 
-A stage whose state is whole is not done again; a training stage resumes inside. Stages that
-stand together under repeat="tasks" are repeated for each source of the data, in order, and
-after each all tasks are measured. Within a stage shapes are constant; between stages the
-optimizer starts fresh, or takes over the moments of what is still there.
+A stage with a complete state/ is skipped when the run is resumed; an interrupted training stage
+continues from its checkpoint. Adjacent stages with repeat="tasks" run once for each source of
+the data, in order, and all tasks are evaluated after each. Shapes are constant within a stage.
+Between stages the optimizer starts fresh, or keeps the moments of parameters that still exist.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ MODEL, OUTPUT, STRUCTURE = "model.safetensors", "output.safetensors", "structure
 
 @dataclass(frozen=True)
 class Place:
-    """One stage, for one task where it is repeated, and its folder's name."""
+    """One execution of a stage, for one task if the stage is repeated; gives the folder's name."""
 
     number: int
     stage: Stage
     task: str = ""
-    last: bool = False  # of a task: all tasks are measured after it
+    last: bool = False  # the last stage of a task: all tasks are evaluated after it
 
     @property
     def name(self) -> str:
@@ -64,7 +64,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Course:
-    """What all stages share. `original` loads the model anew; `data` holds each task's own."""
+    """What all stages share. `original` loads a fresh model; `data` is each task's, by name."""
 
     job: Job
     folder: Path
@@ -79,7 +79,7 @@ class Course:
 
 
 def places(stages: Sequence[Stage], tasks: Sequence[str]) -> list[Place]:
-    """All stages in the order they are done. UsageError for a name that is not there."""
+    """All stages in order of execution. UsageError if one refers to a stage not before it."""
     check(stages)
     found: list[Place] = []
     for repeated, group in groupby(stages, key=lambda stage: stage.repeat):
@@ -92,7 +92,7 @@ def places(stages: Sequence[Stage], tasks: Sequence[str]) -> list[Place]:
 
 
 def check(stages: Sequence[Stage]) -> None:
-    """Raise UsageError where a stage names one that does not come before it."""
+    """Raise UsageError if a stage refers to one that does not come before it."""
     before = [ORIGINAL]
     for stage in stages:
         for name in (*stage.reads, *([stage.base] if stage.base else [])):
@@ -105,14 +105,14 @@ def check(stages: Sequence[Stage]) -> None:
 
 
 def carry_out(course: Course) -> tuple[Work, list[dict[str, Any]]]:
-    """Do all stages that are not done; the model after the last, and the tasks' numbers."""
+    """Run all unfinished stages. Returns the final model, and the scores after each task."""
     found = places(course.weights.stages, list(course.data))
     work: Work | None = None
     measured: list[dict[str, Any]] = []
     for place in found:
         folder = course.folder / place.name
         if manifest_holds(folder / "state"):
-            work = None  # loaded where the next stage asks for it
+            work = None  # loaded only if the next stage needs it
         else:
             work = start(course, found, place, work)
             if place.stage.kind == "train":
@@ -131,7 +131,7 @@ def carry_out(course: Course) -> tuple[Work, list[dict[str, Any]]]:
 
 
 def start(course: Course, found: list[Place], place: Place, work: Work | None) -> Work:
-    """The model that a stage begins with, and the outputs that it reads."""
+    """The input of a stage: its model, and the outputs of the stages that it reads."""
     before = [p for p in found if p.number < place.number]
     if place.stage.base == ORIGINAL or not before:
         work = Work(place.stage, course.original())
@@ -156,7 +156,7 @@ def start(course: Course, found: list[Place], place: Place, work: Work | None) -
 
 
 def task_data(course: Course, task: str) -> Data:
-    """A task's data; the first source's for a stage that is not repeated."""
+    """A task's data; that of the first source for a stage that is not repeated."""
     return course.data[task] if task else next(iter(course.data.values()))
 
 
@@ -164,13 +164,13 @@ def task_data(course: Course, task: str) -> Data:
 
 
 def operate(course: Course, work: Work) -> Work:
-    """A one-shot operation of the method."""
+    """Run a stage that is one operation of the method, without training."""
     after: Work = course.weights.operate(work)
     return after
 
 
 def train(course: Course, found: list[Place], place: Place, work: Work) -> Work:
-    """A training with the job's recipe, resumed inside; it gives what differs from the base."""
+    """Run a training stage, from its checkpoint if it has one; the output is what was trained."""
     folder, data = course.folder / place.name, task_data(course, place.task)
     job = stage_job(course.job, place.stage, data)
     checkpoint = latest_checkpoint(folder)
@@ -183,7 +183,7 @@ def train(course: Course, found: list[Place], place: Place, work: Work) -> Work:
         if place.stage.optimizer == "migrate" and checkpoint is None:
             moments = moments_before(course, found, place)
         told = run.facts.get("memory") or {}
-        if checkpoint is None:  # else its terms have no values yet
+        if checkpoint is None:  # resumed terms get their values later, in fit()
             parts = prepare.into_memory(job, handle, data)[1]
             course.screen.line(
                 "memory", described(parts, room(model_device(handle.model))[1]), place.name
@@ -198,17 +198,17 @@ def train(course: Course, found: list[Place], place: Place, work: Work) -> Work:
 
 
 def stage_job(job: Job, stage: Stage, data: Data) -> Job:
-    """The job with what the stage's options say of `train` (steps, lr, ...), and all settled."""
+    """The job with the stage's options (steps, lr, ...) in `train`, and its `auto` keys decided."""
     for key, value in stage.options.items():
         job = job.settle(f"train.{key}", value, f"the stage {stage.name}")
     job = settle.horizon(job, len(data.train), job.recipe())
     rows = settle.rows_per_step(job, len(data.train))
-    # Shapes change from stage to stage: a step's rows are one batch, unless the job splits them.
+    # Memory differs between stages, so a step is one batch unless the job splits it.
     return settle.batch(job, rows, 0, lambda checkpointing: Line(0, 1), 2 * rows, False)
 
 
 def carried(course: Course, job: Job, work: Work, data: Data, checkpoint: Path | None) -> Handle:
-    """The recipe's terms on a model that has none: new, or as a checkpoint has them."""
+    """Attach the recipe to a model without terms: new, or with a checkpoint's structure."""
     hold_statistics(work.model)
     recipe = recipe_of(course, work.stage)
     if checkpoint is not None:
@@ -217,7 +217,7 @@ def carried(course: Course, job: Job, work: Work, data: Data, checkpoint: Path |
 
 
 def recipe_of(course: Course, stage: Stage) -> Recipe:
-    """The job's recipe; a stage that trains the base itself has it as it is, not quantised."""
+    """The job's recipe; without quantisation if the stage trains the base itself."""
     recipe = course.job.recipe()
     if stage.train == "terms" or recipe.precision is None or not recipe.precision.converts:
         return recipe
@@ -225,7 +225,7 @@ def recipe_of(course: Course, stage: Stage) -> Recipe:
 
 
 def train_only(handle: Handle, what: str) -> None:
-    """Let a stage train the terms, all parameters, or those whose names match a glob."""
+    """Set requires_grad: `what` is terms, all, or a glob of parameter names."""
     if what == "terms":
         return
     named = dict(handle.model.named_parameters())
@@ -237,7 +237,7 @@ def train_only(handle: Handle, what: str) -> None:
 
 
 def moments_before(course: Course, found: list[Place], place: Place) -> dict[str, Any]:
-    """The optimizer's state at the end of the training before this one."""
+    """The optimizer state at the end of the previous training stage, by name."""
     before = [p for p in found if p.number < place.number and p.stage.kind == "train"]
     checkpoint = latest_checkpoint(course.folder / before[-1].name) if before else None
     if checkpoint is None:
@@ -246,17 +246,17 @@ def moments_before(course: Course, found: list[Place], place: Place) -> dict[str
 
 
 def memory_of(course: Course) -> dict[str, dict[str, int]]:
-    """Bytes by category of every training stage, estimated and measured."""
+    """Estimated and measured bytes of every training stage, by category."""
     found = {}
     for folder in trained_folders(course):
         for kind, parts in (read_json(folder / "run.json").get("memory") or {}).items():
-            if parts:  # nothing is measured where a stage had only its result left to write
+            if parts:  # empty if the stage was resumed after its last step
                 found[f"{folder.name} {kind}"] = parts
     return found
 
 
 def metrics_of(course: Course) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All stages' lines of metrics.jsonl and of spectra.jsonl, their steps counted on."""
+    """The lines of all stages' metrics.jsonl and spectra.jsonl, with steps counted over stages."""
     metrics: list[dict[str, Any]] = []
     spectra: list[dict[str, Any]] = []
     for folder in trained_folders(course):
@@ -268,13 +268,13 @@ def metrics_of(course: Course) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 
 def trained_folders(course: Course) -> list[Path]:
-    """The folders of stages that trained, in their order."""
+    """The folders of training stages, in order."""
     found = (path.parent for path in course.folder.glob("*/run.json"))
     return sorted(found, key=lambda folder: int(folder.name.partition("-")[0]))  # 100 after 99
 
 
 def scores(course: Course, model: nn.Module) -> dict[str, Any]:
-    """Every task's held-out numbers."""
+    """Held-out metrics of every task, by name."""
     job = course.job
     size = int(job.train.batch_size) if job.train.batch_size != "auto" else 8
     return {
@@ -287,7 +287,7 @@ def scores(course: Course, model: nn.Module) -> dict[str, Any]:
 
 
 def save(folder: Path, work: Work, measured: Mapping[str, Any]) -> None:
-    """The whole model after a stage, what it is made of, and the stage's output."""
+    """Write the model after a stage, its structure, its output and its scores."""
     tensors = dict(work.model.state_dict())
     for name, tensor in quantised_in(work.model).items():
         tensors |= {f"{name}:{part}": held for part, held in parts_of(tensor).items()}
@@ -306,31 +306,31 @@ def quantised_in(model: nn.Module) -> dict[str, Any]:
 
 
 def parts_of(tensor: Any) -> dict[str, Tensor]:
-    """The plain tensors that a quantised one is made of."""
+    """The inner tensors of a quantised tensor, by attribute."""
     names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
     return {name: held for name in names if (held := getattr(tensor, name)) is not None}
 
 
 def load(course: Course, place: Place) -> Work:
-    """The model as a stage left it."""
+    """Load the model and terms saved by a stage."""
     folder = course.folder / place.name / "state"
     model, tensors = course.original(), read_tensors(folder / MODEL)
     take_shapes(model, tensors)  # a stage may have pruned rows and columns
     structure, handle = read_json(folder / STRUCTURE), None
     if structure:
-        model.load_state_dict(tensors, strict=False)  # what will be quantised
+        model.load_state_dict(tensors, strict=False)  # attaching quantises these values
         handle = attach_from(model, structure, recipe=recipe_of(course, place.stage))
     held = quantised_in(model)
     for name, tensor in held.items():
         for part, values in parts_of(tensor).items():
-            values.copy_(tensors[f"{name}:{part}"])  # made from its matrix it would be rounded anew
+            values.copy_(tensors[f"{name}:{part}"])  # quantising again would round again
     plain = {name: t for name, t in tensors.items() if name.partition(":")[0] not in held}
     model.load_state_dict(plain, strict=not held)
     return Work(place.stage, model, handle, place.task)
 
 
 def as_handle(work: Work) -> Handle:
-    """A handle to export: the stage's own, or the whole model where no terms are left."""
+    """A handle to export: the stage's own, or one of the whole model if no terms are left."""
     if work.handle is not None:
         return work.handle
     dense: Any = registry.load(registry.FULL)
