@@ -1,4 +1,4 @@
-"""How does a gradient become a change? Optimizers put together from small parts."""
+"""Optimizers composed of small parts: projector, inner rule, refresh, residual, ..."""
 
 from eckart.optim.blocks import Blocks
 from eckart.optim.drawn import Coordinates, Gaussian

@@ -1,8 +1,9 @@
-"""Which blocks of a model train at a time: a schedule over parameters, drawn without state.
+"""A schedule of which blocks of a model train at a time.
 
-A block is what stands under one number of the model's longest numbered list (`layers.7.`);
-all that is in no block (embeddings, head, last norm) is the rest. The draw for a period is
-a function of seed and period alone, so it is the same on all processes and after a resume.
+A block is everything under one index of the model's longest module list (`layers.7.`);
+parameters outside all blocks (embeddings, head, last norm) are "the rest". The blocks of a
+period depend only on the seed and the period, so they are the same on all processes and after
+a resume.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ NUMBERED = re.compile(r"^(.*?)(?:^|\.)(\d+)\.")  # the outermost number in a nam
 
 @dataclass(frozen=True)
 class Blocks(Part):
-    """`count` blocks, drawn anew every `every` steps, and the rest of the model.
+    """Trains `count` blocks at a time, chosen again every `every` steps, and the rest.
 
-    `moments` of a block: forgotten at each new period ("reset"), kept while it is drawn again
-    and again ("carry"), or kept for good, standing still while it rests ("keep"). The rest's
-    are kept, or forgotten with `reset_rest`. `once`: the first draw stays. `paths` names the
-    blocks' modules where the longest list is not meant; `weights` makes some more likely.
+    `moments` of a block are dropped at each new period ("reset"), kept as long as the block is
+    drawn again ("carry"), or always kept, unchanged while it is frozen ("keep"). Those of the
+    rest are kept unless `reset_rest`. With `once` the first draw is used for the whole run.
+    `paths` names the modules that are blocks, instead of the longest list; `weights` are the
+    blocks' relative probabilities.
 
-    `order`: drawn at each period, independently of the last; or all blocks in turn, in an
-    order that is ascending, descending, or shuffled anew for each round. A float `count` is a
-    share of all blocks.
+    `order`: "drawn" draws each period independently; the others go through all blocks in turn,
+    in ascending, descending or shuffled order (shuffled again in each round). A float `count`
+    is a share of all blocks.
     """
 
     count: int | float = 2
@@ -67,13 +69,13 @@ class Blocks(Part):
             )
 
     def resting(self, names: Sequence[str], step: int, seed: int) -> set[str]:
-        """The parameters of these that do not train at a step, counted from 0."""
+        """Those of the named parameters that do not train at `step` (counted from 0)."""
         members = self.members(tuple(names))
         drawn = self.drawn(len({b for b in members.values() if b is not None}), step, seed)
         return {n for n, b in members.items() if not (self.train_rest if b is None else b in drawn)}
 
     def forgotten(self, names: Sequence[str], resting: set[str]) -> set[str]:
-        """The parameters of these whose moments end when a period begins."""
+        """Those of the named parameters whose moments are dropped when a period begins."""
         members = self.members(tuple(names))
         rest = {n for n, b in members.items() if b is None and self.reset_rest}
         inside = {n for n, b in members.items() if b is not None}
@@ -81,7 +83,7 @@ class Blocks(Part):
         return rest | ends[self.moments]
 
     def drawn(self, blocks: int, step: int, seed: int) -> set[int]:
-        """The blocks that train at this step."""
+        """The indices of the blocks that train at this step."""
         count = self.counted(blocks)
         if count == 0:
             return set()
@@ -99,15 +101,16 @@ class Blocks(Part):
         return set(order[place * count : (place + 1) * count])
 
     def counted(self, blocks: int) -> int:
-        """How many of so many blocks train at a time."""
+        """How many of `blocks` blocks train at a time."""
         return self.count if isinstance(self.count, int) else share(self.count, blocks)
 
     def begins(self, step: int) -> bool:
-        """Does a new period begin with this step?"""
+        """True where a new period begins at this step."""
         return step % self.every == 0 and (step == 0 or not self.once)
 
     def members(self, names: tuple[str, ...]) -> Mapping[str, int | None]:
-        """The block of each parameter, as a number from 0; None for the rest."""
+        """The block index of each parameter; None for the rest. Raises UsageError where the
+        model's blocks do not fit `count`, `paths` or `weights`."""
         found = membership(self.paths, names)
         blocks = len(self.paths) or len({b for b in found.values() if b is not None})
         if self.counted(blocks) > blocks == 0:
@@ -132,13 +135,13 @@ class Blocks(Part):
 
 
 def generator_of(seed: int, period: int) -> torch.Generator:
-    """For what is drawn in a period."""
+    """The random generator for one period, on the CPU."""
     return torch.Generator().manual_seed(crc32(f"{seed}/blocks/{period}".encode()))
 
 
 @lru_cache(maxsize=8)
 def membership(paths: tuple[str, ...], names: tuple[str, ...]) -> Mapping[str, int | None]:
-    """The block of each parameter: one of the paths, or of the longest numbered list."""
+    """The block index of each parameter, from `paths` or the model's longest module list."""
     homes = [home_of(name, paths) for name in names]
     empty = [path for path in paths if path not in homes]
     if empty:
@@ -159,7 +162,8 @@ def membership(paths: tuple[str, ...], names: tuple[str, ...]) -> Mapping[str, i
 
 
 def home_of(name: str, paths: tuple[str, ...]) -> str | None:
-    """The module that would be this parameter's block."""
+    """The path of the module that contains this parameter as a block would; None if there is
+    none."""
     if paths:
         return next((path for path in paths if name.startswith(f"{path}.")), None)
     found = NUMBERED.match(name)

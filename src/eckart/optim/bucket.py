@@ -1,6 +1,6 @@
-"""What a step moves together: parameters of one group, one rule, one dtype and device.
+"""Buckets: parameters of one group, rule, dtype and device, updated together.
 
-Where they are projected they also share their shape, so that refreshes can be batched.
+Projected parameters in a bucket also share their shape, so that refreshes can be batched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eckart.optim.sharded import local, sum_
 
 @dataclass
 class Bucket:
-    """Entries of one key: the maths below runs over all of them at once."""
+    """Entries with the same `Entry.key`; each method processes all of them at once."""
 
     entries: list[Entry]
 
@@ -39,7 +39,8 @@ class Bucket:
         return [entry.R for entry in self.entries]
 
     def project(self) -> None:
-        """Refresh the bases that are due, then R = left^T A right^T; G where none is."""
+        """Refresh the bases that are due, then set `low` to R = left^T A right^T, or to the
+        gradient itself where the rule does not project."""
         source = self.rule.source
         if not self.entries[0].projected:
             for entry in self.entries:
@@ -58,7 +59,10 @@ class Bucket:
                 source.settle(entry, entry.A)
 
     def lower(self) -> None:
-        """R of all that have none yet. Bases that are drawn anew are so for many at once."""
+        """Compute R for the entries that have none yet.
+
+        Bases that are not stored but generated from their state are generated in batches.
+        """
         waiting = [e for e in self.entries if e.low is None]
         projector, first = self.rule.projector, self.entries[0]
         if projector.orthonormal or not projector.derived or first.layout is not None:
@@ -76,7 +80,8 @@ class Bucket:
                 entry.low = down(entry.A, Basis(*(None if t is None else t[i] for t in bases)))
 
     def norms(self) -> Tensor:
-        """The norm of each local gradient as applied, times the root of its group's weight."""
+        """The norm of each local gradient as applied (R where projected), times the square root
+        of the group's `clip_weight`."""
         wide = torch.promote_types(self.low[0].dtype, torch.float32)
         norms = torch.stack(torch._foreach_norm(self.low, 2, dtype=wide))
         weight = self.entries[0].group["clip_weight"]
@@ -90,7 +95,7 @@ class Bucket:
         torch._foreach_mul_(tensors, factor.to(tensors[0].device))
 
     def add(self, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Add gradients of full shape to those as applied."""
+        """Add gradients of full shape (from penalties), projected where the entry is."""
         found = [e for e in self.entries if e.param in gradients]
         extra = []
         for e in found:
@@ -105,7 +110,7 @@ class Bucket:
             entry.R.add_(low)
 
     def apply(self, leave: Container[str] = ()) -> None:
-        """Move the moments and the weights, then count the step; leave some out by name."""
+        """Update moments, weights and step counts of all entries but those named in `leave`."""
         self.entries = [e for e in self.entries if e.name not in leave]
         if not self.entries:
             return
@@ -115,12 +120,13 @@ class Bucket:
                 entry.state["step"] += 1
 
     def parts(self) -> Iterator[list[Entry]]:
-        """The entries in pieces, so that temporaries stay small (and, on a CPU, cached)."""
+        """The entries in chunks small enough for temporaries to fit in memory (in cache, on a
+        CPU)."""
         most = CACHED if self.low[0].is_cpu else CHUNK
         piece: list[Entry] = []
         size = 0
         for entry in self.entries:
-            # a shard's own size would part differently, and so wait, on each process
+            # not the shard's size: processes with other chunks would deadlock in collectives
             elements = entry.R.numel() if entry.layout is None else entry.param.numel()
             if piece and size + elements > most:
                 yield piece
@@ -131,7 +137,7 @@ class Bucket:
 
 
 def move(entries: list[Entry]) -> None:
-    """Move the moments, and the weights in the direction that comes of it."""
+    """Run the inner rule on the entries and apply its direction to their weights."""
     rule, group = entries[0].rule, entries[0].group
     R, states = [e.R for e in entries], [e.tensors for e in entries]
     counts = [counted(e.state) + 1 for e in entries]
@@ -151,7 +157,10 @@ def move(entries: list[Entry]) -> None:
 
 
 def move_plain(entries: list[Entry], direction: Direction, lr: float, keep: float) -> None:
-    """W -= lr N, with decoupled decay before or after; before, in the bits of torch.optim."""
+    """W -= lr N for unprojected entries, with decoupled decay before or after.
+
+    With decay before, the result equals torch.optim's bit for bit.
+    """
     rule, W = entries[0].rule, [e.weight for e in entries]
     sizes = [lr / c for c in direction.correction]
     if keep != 1 and rule.decay == "before":
@@ -170,7 +179,7 @@ def move_plain(entries: list[Entry], direction: Direction, lr: float, keep: floa
 
 
 def move_back(entries: list[Entry], direction: Direction, lr: float, keep: float) -> None:
-    """W -= lr scale N, projected back: one product does decay, projection and update.
+    """W -= lr scale up(N) for projected entries, decay included, in one product.
 
     Decay after the update is keep (W - u): the same product with a smaller step.
     """
@@ -190,7 +199,7 @@ def move_back(entries: list[Entry], direction: Direction, lr: float, keep: float
 
 
 def buckets(entries: Iterator[Entry]) -> list[Bucket]:
-    """Entries sorted by group and key, in the order of the first of each."""
+    """The entries grouped by parameter group and key, in order of first appearance."""
     found: dict[tuple[Any, ...], Bucket] = {}
     for entry in entries:
         found.setdefault((id(entry.group), *entry.key()), Bucket([])).entries.append(entry)
@@ -198,10 +207,10 @@ def buckets(entries: Iterator[Entry]) -> list[Bucket]:
 
 
 def clip_(moving: list[Bucket], bound: float) -> Tensor:
-    """Scale all gradients as applied so that their norm is at most `bound`; the norm before.
+    """Clip the gradients as applied to a total norm of `bound`; returns the norm before.
 
-    sqrt(sum over groups of clip_weight * squared norm), in fp32 at least. The arithmetic is
-    that of torch.nn.utils.clip_grad_norm_; shards are summed with one collective per mesh.
+    The norm is sqrt(sum over groups of clip_weight * squared norm), in fp32 at least, computed
+    as torch.nn.utils.clip_grad_norm_ does; shards are summed with one collective per mesh.
     """
     if not moving:
         return torch.zeros(())

@@ -1,8 +1,8 @@
-"""Subspaces that are drawn, not found: the gradient has no say, so there is nothing to
-decompose, and a basis is a seed or some numbers.
+"""Random subspaces, independent of the gradient: nothing is decomposed, and the stored basis is
+a seed or a list of indices.
 
-Draws are functions of (seed, parameter's name, step): the same on every process and after a
-resume.
+Draws depend only on (seed, parameter's name, step), so they are the same on every process and
+after a resume.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ BITS = 2**32
 
 @dataclass(frozen=True)
 class Gaussian(Subspace):
-    """r random directions of the chosen side with entries of variance 1/r, so that lengths
-    are kept on average: E |R|^2 = |G|^2. They are not orthonormal.
+    """r random directions with normal entries of variance 1/r, so that norms are kept on
+    average: E |R|^2 = |G|^2. They are not orthonormal.
 
-    The basis is not stored: it is computed from a seed whenever it is asked for.
+    Only a seed is stored; the basis is generated from it at each use.
     """
 
     names: ClassVar[tuple[str, ...]] = ("seed",)
@@ -115,7 +115,7 @@ class Coordinates(Projector):
         return -2 if self.kind == "rows" else -1
 
     def choices(self, m: int, n: int) -> int:
-        """How many coordinates there are to draw from."""
+        """The number of coordinates to draw from."""
         return {"columns": n, "rows": m}.get(self.kind, m * n)
 
     def index_dtype(self, W: Tensor) -> torch.dtype:
@@ -123,7 +123,7 @@ class Coordinates(Projector):
 
 
 def drawn(size: int, r: int, times: int, seed: int) -> Tensor:
-    """`times` draws of r of the numbers below `size`, without replacement, ascending [times, r];
+    """`times` draws of r distinct indices below `size`, each ascending, int64 [times, r]; drawn
     on the CPU, so the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randperm(size, generator=generator)[:r].sort().values for _ in range(times)]
@@ -133,9 +133,9 @@ def drawn(size: int, r: int, times: int, seed: int) -> Tensor:
 def normals(seed: Tensor, rows: int, columns: int) -> Tensor:
     """Standard normal numbers fp32 [*, rows, columns] from seeds int64 [*], on their device.
 
-    Each is a function of its seed and its place alone (Box and Muller 1958, on hashed
-    places): nothing is read back by the host, and all devices draw the same bits before the
-    last logarithm and cosine.
+    Each is a function of its seed and its index alone (Box and Muller 1958, on hashed
+    indices), so there is no host sync, and devices agree on all bits up to the rounding of
+    logarithm and cosine.
     """
     half = -(-rows * columns // 2)
     place = torch.arange(2 * half, device=seed.device)
@@ -149,8 +149,8 @@ def normals(seed: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def scrambled(x: Tensor) -> Tensor:
-    """The lower 32 bits of int64 numbers, mixed so that close numbers end far apart: xors with
-    shifts, and products with odd constants, each of which can be undone."""
+    """A hash of the lower 32 bits of int64 numbers: invertible steps of xor-shift and products
+    with odd constants, so distinct inputs stay distinct."""
     x = x & (BITS - 1)
     x = (x ^ (x >> 16)) * 0x7FEB352D & (BITS - 1)
     x = (x ^ (x >> 15)) * 0x846CA68B & (BITS - 1)

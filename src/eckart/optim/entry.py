@@ -1,4 +1,4 @@
-"""One parameter as a step sees it."""
+"""Entry: a parameter with the rule, state and gradient that one optimizer step uses."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from eckart.optim.storage import rounded_by_chance
 
 @dataclass
 class Entry:
-    """One parameter as a step sees it: local, and a matrix [*, m, n] where it is projected."""
+    """One parameter during one step: its local tensors, viewed as [*, m, n] if projected."""
 
     name: str
     param: Tensor
     group: Mapping[str, Any]
-    rule: Rule  # the one that a parameter of this shape really follows
+    rule: Rule  # `Rule.on` this shape: the group's rule, or its `plain` one
     layout: Layout | None  # None where the parameter is whole on this process
     state: State  # as saved: numbers and tensors, DTensors where the parameter is one
     tensors: dict[str, Tensor]  # the state's tensors, local
     base_seed: int = 0
     fed: Tensor | None = None  # A, where the rule has a source
-    found: Basis | None = None  # the basis, where it lives for this step alone
+    found: Basis | None = None  # the basis, where it is used for this step only and not stored
     low: Tensor | None = None  # the gradient as applied: R once projected, else G
-    summed: bool = False  # is R already that of all shards?
+    summed: bool = False  # True where R is already summed over all shards
 
     @property
     def projected(self) -> bool:
@@ -48,24 +48,24 @@ class Entry:
         basis = projector.basis(self.tensors, self.local, self.size)
         if self.layout is None or not projector.derived or isinstance(basis, Chosen):
             return basis
-        kinds: tuple[Kind, Kind] = ("left", "right")  # derived whole; this process has a part
+        kinds: tuple[Kind, Kind] = ("left", "right")  # generated whole, then cut to this shard
         parts = zip(basis, kinds, strict=True)
         layout = self.layout.own
         return Basis(*(None if t is None else local(layout.place(t, k)) for t, k in parts))
 
     @property
     def A(self) -> Tensor:
-        """What is projected: the gradient, or what the rule's source makes of it."""
+        """The matrix that is projected: the gradient, or the output of the rule's source."""
         return self.view(self.gradient) if self.fed is None else self.fed
 
     @property
     def sought(self) -> Tensor:
-        """What a basis is found from."""
+        """The matrix that a new basis is computed from."""
         return self.A if self.rule.source is None else self.rule.source.sought(self, self.A)
 
     @property
     def whole_sought(self) -> Tensor:
-        """The same with all rows and columns, gathered where they are sharded."""
+        """`sought` with all rows and columns, gathered where they are sharded."""
         if self.layout is None:
             return self.sought
         leading, part = self.group["leading"], self.sought.reshape(self.local.shape)
@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def first_matrix(self) -> int:
-        """The number of this process's first matrix among all of the parameter."""
+        """The index of this process's first matrix (expert) among all of the parameter's."""
         if self.layout is None or self.layout.own is self.layout:
             return 0
         numbers = torch.arange(self.param.shape[0], device=self.local.device)
@@ -82,13 +82,13 @@ class Entry:
 
     @property
     def size(self) -> tuple[int, int]:
-        """m and n of the whole matrix."""
+        """m and n of the whole (unsharded) matrix."""
         leading = self.group["leading"]
         return self.param.shape[leading], prod(self.param.shape[leading + 1 :])
 
     @property
     def low_shape(self) -> torch.Size:
-        """The shape of the whole of R, or of G where nothing is projected."""
+        """The unsharded shape of R, or of G where nothing is projected."""
         if not self.projected:
             return self.param.shape
         W = torch.empty(*self.param.shape[: self.group["leading"]], *self.size, device="meta")
@@ -101,12 +101,12 @@ class Entry:
 
     @property
     def rests(self) -> bool:
-        """Has it no gradient at this step?"""
+        """True where the parameter has no gradient at this step."""
         return self.param.grad is None
 
     @property
     def seed(self) -> int:
-        """For what is drawn at this step: from the name, so that order does not matter."""
+        """The seed for random draws at this step; from the name, so that order does not matter."""
         return crc32(f"{self.base_seed}/{self.name}/{self.state['step']}".encode())
 
     @property
@@ -116,32 +116,32 @@ class Entry:
 
     @property
     def gradient(self) -> Tensor:
-        """The parameter's gradient, as torch left it."""
+        """The parameter's `.grad`, unchanged."""
         assert self.param.grad is not None
         return self.param.grad
 
     def view(self, t: Tensor) -> Tensor:
-        """A tensor like the parameter, seen as the weight is: local, a matrix if projected."""
+        """The local part of a tensor shaped like the parameter, as [*, m, n] if projected."""
         t = local(t)
         return as_matrix(t, self.group["leading"]) if self.projected else t
 
     @property
     def by_chance(self) -> bool:
-        """Is the weight rounded by chance when it is written?"""
+        """True where the weight is rounded stochastically when written."""
         return self.rule.rounding == "stochastic" and self.param.dtype == torch.bfloat16
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a step moves it, seen as `view` sees it: the parameter's own memory
-        where strides allow; in fp32 where it will be rounded by chance."""
+        """The weight to update, shaped as by `view`: a view of the parameter where strides
+        allow; an fp32 copy where it will be rounded stochastically."""
         W = self.view(self.param)
         return W.float() if self.by_chance else W
 
     def write(self, W: Tensor) -> None:
-        """Put a moved `weight` back where it is not the parameter's own memory.
+        """Copy an updated `weight` back into the parameter, unless it is a view of it.
 
-        Chance is a function of name, step and this process's place among the shards: copies
-        of a parameter stay equal, and a resumed run draws the same.
+        The seed of stochastic rounding depends on name, step and shard index: replicas of a
+        parameter stay equal, and a resumed run draws the same.
         """
         if self.by_chance:
             shard = 0 if self.layout is None else self.layout.shard
@@ -150,22 +150,23 @@ class Entry:
             self.local.copy_(W.view_as(self.local))
 
     def lower(self, A: Tensor) -> Tensor:
-        """left^T A right^T: only this process's part of the sum where such a side is sharded."""
+        """left^T A right^T; a partial sum where a projected side is sharded."""
         return down(A, self.basis)
 
     def like_param(self, t: Tensor) -> Tensor:
-        """A tensor in the parameter's dtype, laid out as the parameter is if it is whole."""
+        """A tensor cast to the parameter's dtype and, if it is whole, sharded as the parameter."""
         t = t.to(self.param.dtype)
         return t if self.layout is None or is_sharded(t) else self.layout.place(t, "param")
 
     def key(self) -> tuple[Any, ...]:
-        """Entries with one key are moved together."""
+        """The key of the entry's bucket: entries with equal keys are updated together."""
         shape = self.param.shape if self.projected else None
         return (self.rule, self.param.dtype, self.param.device, shape, self.layout)
 
 
 def entry_of(name: str, p: Tensor, group: Mapping[str, Any], state: State, seed: int = 0) -> Entry:
-    """A parameter with its state, which is made where it is empty."""
+    """The entry of a parameter; fills `state` if it is empty. Raises UsageError for a sparse
+    gradient or a rule that cannot work with the parameter's sharding."""
     rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
     if p.grad is not None and p.grad.is_sparse:
         raise UsageError(
@@ -207,7 +208,7 @@ def check_sharded(name: str, rule: Rule, layout: Layout) -> None:
 
 
 def spoilt(entries: list[Entry]) -> bool:
-    """Is any gradient not finite, on any process? One host read."""
+    """True where any gradient on any process is not finite. One host sync."""
     if not entries:
         return False
     found = [local(e.gradient) if e.low is None else e.low for e in entries]

@@ -1,8 +1,8 @@
-"""Fixed orthogonal bases, the same for all matrices of one width: which of their directions a
-gradient uses is all that is stored, r indices for a matrix.
+"""Fixed orthogonal bases, shared by all matrices of one width: each matrix stores only the r
+indices of the directions that it uses.
 
-Q [n, n] has the directions as columns. Rows of A have coordinates S = A Q; those r columns of
-S that are largest are kept, so that R needs no second product.
+Q [n, n] has the directions as columns. S = A Q are the coordinates of A's rows; R consists of
+the r largest columns of S, so that it needs no second product.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from eckart.errors import UsageError
 from eckart.optim.part import CHUNK, Tensors
 from eckart.optim.project import Basis, Enough, Found, Search, Subspace, Turn, gaussian
 
-FAST = 256  # a CPU's transform of so many takes a third of the product's time, of 1024 a seventh
+FAST = 256  # from here on an FFT beats the product on a CPU: 3x at 256 directions, 7x at 1024
 Kind = Literal["dct2", "dct3", "hadamard", "random"]
 
 
 class Moves(NamedTuple):
-    """From one choice of directions to another: what stays takes its moments along, what is
-    new starts at 0. No arithmetic, so an unchanged choice changes no bit."""
+    """Carries moments from one choice of directions to another: a direction that stays keeps
+    its moments, a new one starts at 0. Values are only copied, never recomputed."""
 
     old: Tensor  # [*, r] ascending
     new: Tensor  # [*, r] ascending
@@ -46,9 +46,9 @@ class Moves(NamedTuple):
 class Selected(Subspace):
     """The r directions of a fixed basis with the largest coordinates (DCT-AdamW, Trion).
 
-    `norm` ranks by the sum of magnitudes over the long side (1) or of squares (2); ties go
-    to the lower index. `route` fft computes a dct2 in n log n by Makhoul's algorithm; auto does so
-    where that wins: on a CPU, from 256 directions on.
+    `norm` ranks directions by the sum of magnitudes (1) or of squares (2) over the long side;
+    ties go to the lower index. `route`: "fft" computes a dct2 in n log n by Makhoul's
+    algorithm; "auto" does so where it is faster: on a CPU, from 256 directions on.
     """
 
     kind: Kind = "dct2"
@@ -93,8 +93,8 @@ class Selected(Subspace):
         return {"index": index, "low": low, "energy": score.sum(-1)}
 
     def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
-        """On the left a coordinate is a sum over all rows. m n / p + r n + m numbers are sent by
-        each of p processes where gathering G sends m n, and each transforms its columns alone."""
+        """On the left a coordinate is a sum over all rows, so each of p processes transforms
+        its share of the columns. It sends m n / p + r n + m numbers; gathering G sends m n."""
         return "columns" if self.ranks(*size)[0] else "rows"
 
     def coordinates(self, G: Tensor, axis: int) -> Products | Transforms:
@@ -118,23 +118,25 @@ class Selected(Subspace):
 
 
 class Products(NamedTuple):
-    """Coordinates as they come from a product."""
+    """Coordinates computed by a matrix product."""
 
     S: Tensor  # [*, m, n], directions along `axis`
     axis: int
 
     def sizes(self, norm: int) -> Tensor:
-        """Sums of magnitudes or of squares for each direction, [*, n]."""
+        """The sum of magnitudes or of squares for each direction, [*, n]."""
         return magnitudes(self.S, norm).sum(-3 - self.axis)
 
     def picked(self, index: Tensor) -> Tensor:
-        """R: those of the directions index [*, r]."""
+        """R: the coordinates of the directions index [*, r]."""
         return picked(self.S, index, self.axis)
 
 
 class Transforms(NamedTuple):
-    """Coordinates as `dct2` leaves them, in cached parts of some lines [*, t, 2 (n // 2 + 1)] each:
-    all of them are never put in order, only the few that are picked."""
+    """Coordinates as `dct2` returns them, in cache-sized parts [*, t, 2 (n // 2 + 1)].
+
+    Only the picked ones are put in order, never all.
+    """
 
     parts: Tensors
     axis: int  # of the gradient along which lines lie
@@ -167,7 +169,7 @@ def picked(t: Tensor, index: Tensor, axis: int) -> Tensor:
 
 @cache
 def directions(kind: Kind, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The orthogonal matrix Q [n, n]; computed in fp64, then cast."""
+    """The orthogonal matrix Q [n, n] of this kind; computed in fp64, then cast."""
     if kind == "hadamard":
         if n & (n - 1):
             raise UsageError(
@@ -190,8 +192,7 @@ def directions(kind: Kind, n: int, dtype: torch.dtype, device: torch.device) -> 
 def cosines(n: int) -> Tensor:
     """The orthonormal DCT-II matrix C [n, n] in fp64: row i is direction i.
 
-    The angle is reduced as an integer: cos of a large one would lose a digit for each of its
-    own.
+    The angle is reduced modulo 2 pi as an integer, since cos of a large angle loses digits.
     """
     i = torch.arange(n)
     angle = i[:, None] * (2 * i + 1) % (4 * n)
@@ -201,8 +202,11 @@ def cosines(n: int) -> Tensor:
 
 
 def dct2(A: Tensor) -> Tensor:
-    """A C^T for rows of A [*, n], by one real FFT of the same length (Makhoul 1980); coordinates
-    are where `order` says in [*, 2 (n // 2 + 1)], as real and imaginary parts."""
+    """A C^T for rows of A [*, n], by one real FFT of the same length (Makhoul 1980).
+
+    Returns [*, 2 (n // 2 + 1)], real and imaginary parts; `order` has the column of each
+    direction.
+    """
     n = A.shape[-1]
     spread = torch.cat([A[..., ::2], A[..., 1::2].flip(-1)], -1)
     F = torch.fft.rfft(spread)  # [*, n // 2 + 1]
@@ -211,8 +215,10 @@ def dct2(A: Tensor) -> Tensor:
 
 @cache
 def order(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which column of `dct2` has direction i, and with which sign: up to n / 2 a real part, then
-    backwards minus the imaginary ones."""
+    """The column and sign of each direction i in the output of `dct2`, two [n].
+
+    Directions up to n / 2 are real parts; the others are negated imaginary parts, backwards.
+    """
     i = torch.arange(n, device=device)
     real = i <= n // 2
     return torch.where(real, 2 * i, 2 * (n - i) + 1), torch.where(real, 1, -1)
@@ -220,7 +226,7 @@ def order(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @cache
 def turns(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """sqrt(2 / n) exp(-i pi k / 2n) for k up to n / 2, the first smaller by sqrt(2)."""
+    """sqrt(2 / n) exp(-i pi k / 2n) for k = 0..n // 2, with k = 0 divided by sqrt(2)."""
     k = torch.arange(n // 2 + 1, dtype=torch.float64)
     turn = torch.polar(torch.ones_like(k), -math.pi * k / (2 * n)) * math.sqrt(2 / n)
     turn[0] *= math.sqrt(0.5)

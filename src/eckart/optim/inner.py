@@ -1,7 +1,7 @@
-"""Inner rules: from a gradient, whatever its shape, to a direction.
+"""Inner rules (Adam, SGD, Adafactor, ...): turn gradients of any shape into directions.
 
-They do not know whether they are projected. Each runs over a list of tensors, one per
-parameter, with torch's foreach operations: on a GPU a few launches for a whole model.
+They work the same on full and on projected gradients. Each takes a list of tensors, one per
+parameter, and uses torch's foreach operations: on a GPU a few launches for a whole model.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from eckart.optim.sharded import Split, sum_
 
 @dataclass(frozen=True)
 class Direction:
-    """W moves by -lr / correction * numerator / denominator.
+    """The output of an inner rule: W changes by -lr / correction * numerator / denominator.
 
-    Kept apart so that the last product can be one fused operation, rounded as torch rounds
-    it, and so that residuals can see the direction without its bias correction.
+    The parts are separate so that the update can be one fused operation, rounded as torch
+    rounds it, and so that residuals can use the direction without its bias correction.
     """
 
     numerator: Tensors
@@ -32,15 +32,15 @@ class Direction:
     excess: list[float] | None = None  # how much of the correction is in N already
 
     def raw(self) -> tuple[Tensors, list[float]]:
-        """N without any bias correction, and what divides it then: same product."""
+        """N without any bias correction, and the whole correction to divide it by."""
         if self.excess is None:
             return self.tensors(), self.correction
         N = torch._foreach_div(self.tensors(), self.excess)
         return list(N), [c / x for c, x in zip(self.correction, self.excess, strict=True)]
 
     def tensors(self) -> Tensors:
-        """N = numerator / denominator. Where there is none N may be the state itself: do not
-        write into it."""
+        """N = numerator / denominator. Without a denominator N may be a state tensor: do not
+        change it in place."""
         if self.denominator is None:
             return self.numerator
         return list(torch._foreach_div(self.numerator, self.denominator))
@@ -57,7 +57,7 @@ class Inner(Part):
 
     @property
     def ages(self) -> bool:
-        """Does each direction count its own steps?"""
+        """True where each direction has its own step count."""
         return False
 
     def init(self, R: Tensor) -> dict[str, Tensor]:
@@ -67,9 +67,9 @@ class Inner(Part):
     def step(
         self, R: Tensors, states: list[State], counts: list[int], fused: bool = False
     ) -> Direction:
-        """The direction, after moving the moments. `counts` are 1 in a first step.
+        """Update the moments in `states` and return the direction. `counts` start at 1.
 
-        `fused` allows a kernel that rounds otherwise than torch.optim does.
+        `fused` allows a kernel whose rounding differs from torch.optim's.
         """
         raise NotImplementedError
 
@@ -81,15 +81,15 @@ class Inner(Part):
         shapes: Sequence[torch.Size],
         split: Split,
     ) -> Direction:
-        """The same where each R is a shard of a tensor of this shape, split like the others."""
+        """As `step`, where each R is a shard of a tensor of the given shape, split by `split`."""
         raise NotImplementedError
 
     def rotate(self, state: State, turn: Turn, count: int) -> None:
-        """Carry the moments, which have seen `count` steps, into a new basis, in place."""
+        """Transform the moments, which have seen `count` steps, into a new basis, in place."""
         raise NotImplementedError
 
     def reset(self, state: State) -> None:
-        """Forget the moments, in place."""
+        """Set the moments to zero, in place."""
         for value in state.values():
             value.zero_()
 
@@ -102,7 +102,8 @@ class Adam(Inner):
     hf:    M / (sqrt(V) + eps), times sqrt(1 - b2^t) / (1 - b1^t): transformers' old AdamW,
            in which epsilon is larger in early steps; GaLore and Fira were published with it.
 
-    `age_correct`: where directions come and go one by one (a fixed basis), each has its own t.
+    `age_correct`: each direction of a fixed basis has its own t, counted from when it was
+    chosen.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -150,7 +151,7 @@ class Adam(Inner):
         return Direction(M, denominator, correction, excess)
 
     def aged(self, R: Tensor, state: State) -> Tensor:
-        """N with each direction's own bias correction: it counts from when it was chosen."""
+        """N with a bias correction per direction, counted from when it was chosen."""
         b1, b2 = self.betas
         age = state["age"].add_(1).to(state["exp_avg"].dtype)  # [*, 1, r], or [*, r, 1]
         c1, c2 = 1 - b1**age, 1 - b2**age
@@ -160,12 +161,12 @@ class Adam(Inner):
         return M / (V.sqrt() + eps)
 
     def fused(self, R: Tensors, M: Tensors, V: Tensors, counts: list[int]) -> Tensors:
-        """N in one pass over R, M and V, by torch's kernel for whole Adam steps.
+        """N in one pass over R, M and V, by torch's fused Adam kernel.
 
-        The kernel moves a weight by -lr/c1 * M / (sqrt(V)/root_c2 + eps). From a weight of 0,
-        lr = -c1 leaves N; in hf mode root_c2 is taken out of lr and of eps.
+        The kernel changes a weight by -lr/c1 * M / (sqrt(V)/root_c2 + eps). Applied to a weight
+        of 0 with lr = -c1 it gives N; in hf mode lr and eps are divided by root_c2.
         """
-        R = [r.contiguous() for r in R]  # the kernel knows no strides
+        R = [r.contiguous() for r in R]  # the kernel ignores strides
         N = zeros_like_each(R)
         b1, b2 = self.betas
         for t in set(counts):
@@ -227,13 +228,13 @@ class SGD(Inner):
 
 @dataclass(frozen=True)
 class Adafactor(Inner):
-    """A second moment of row and column means (Shazeer and Stern 2018): a + b numbers for an
-    a x b matrix instead of a b. No first moment unless `beta1` asks for one.
+    """Adafactor (Shazeer and Stern 2018): the second moment of an a x b matrix is stored as row
+    and column means, a + b numbers. A first moment is kept only if `beta1` is set.
 
     The learning rate is the caller's: neither relative steps nor scaling by the weights.
     """
 
-    decay: float = -0.8  # the second moment forgets by 1 - t^decay
+    decay: float = -0.8  # the second moment decays by 1 - t^decay
     clip: float = 1.0  # largest root mean square of an update
     beta1: float = 0.0
     elementwise: ClassVar[bool] = False
@@ -264,7 +265,7 @@ class Adafactor(Inner):
         shapes: Sequence[torch.Size],
         split: Split,
     ) -> Direction:
-        """R [*, a, b], or [a]. On shards two collectives: what runs along them, and RMS."""
+        """R [*, a, b], or [a]. On shards it sums the row and column means and the RMS."""
         squares = [wide(r) ** 2 + 1e-30 for r in R]
         fresh = [float(t) ** self.decay for t in counts]
         matrices = [i for i, r in enumerate(R) if r.dim() > 1]
@@ -296,7 +297,7 @@ class Adafactor(Inner):
 
 @dataclass(frozen=True)
 class Normalised(Inner):
-    """Each row of R [*, r, n] with length 1 (Dion: the columns of its R); a zero row stays."""
+    """Each row of R [*, r, n] scaled to length 1 (Dion); a zero row stays zero."""
 
     elementwise: ClassVar[bool] = False
     lines: ClassVar[bool] = True
@@ -315,7 +316,7 @@ class Normalised(Inner):
 
 @dataclass(frozen=True)
 class Memoryless(Inner):
-    """`scale` times the signs of R, or R itself: for what no state is kept of (FRUGAL)."""
+    """`scale` times sign(R), or times R: a rule without state (FRUGAL)."""
 
     kind: Literal["sign", "sgd"] = "sign"
     scale: float = 1.0
@@ -334,13 +335,13 @@ class Memoryless(Inner):
 
 
 def unit_rows(R: Tensor) -> Tensor:
-    """Rows of R [*, r, n] divided by their lengths; a zero row stays."""
+    """Rows of R [*, r, n] divided by their lengths; a zero row stays zero."""
     lengths = torch.linalg.vector_norm(wide(R), dim=-1, keepdim=True)
     return (wide(R) / torch.where(lengths > 0, lengths, 1.0)).to(R.dtype)
 
 
 def zeros_like_each(tensors: Tensors) -> Tensors:
-    """Zeros like each; in one allocation where they have one shape."""
+    """A zero tensor like each; in one allocation where all have the same shape."""
     first = tensors[0]
     if any(t.shape != first.shape for t in tensors):
         return [torch.zeros_like(t) for t in tensors]
@@ -348,17 +349,17 @@ def zeros_like_each(tensors: Tensors) -> Tensors:
 
 
 def each(function: Callable[[Tensor], Tensor], tensors: Tensors) -> Tensors:
-    """A function of matrices [*, a, b] on each; as one stack where they have one shape."""
+    """Apply a function of matrices [*, a, b] to each; batched where all have the same shape."""
     if len(tensors) == 1 or any(t.shape != tensors[0].shape for t in tensors):
         return [function(t) for t in tensors]
     return list(function(torch.stack(tensors)).unbind())
 
 
 def wide(t: Tensor) -> Tensor:
-    """In fp32 at least."""
+    """The tensor in fp32, or in fp64 if it is already."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def state_dtype(R: Tensor, choice: str) -> torch.dtype:
-    """The dtype of moments: the gradient's own, or fp32 where that is wider."""
+    """The dtype of moments: the gradient's own, or with "float32" at least fp32."""
     return torch.promote_types(R.dtype, torch.float32) if choice == "float32" else R.dtype

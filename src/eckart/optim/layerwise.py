@@ -1,9 +1,9 @@
-"""Layer-wise mode: a gradient is projected as soon as it is there, and freed.
+"""Layer-wise mode: each gradient is projected during the backward pass and then freed.
 
-A hook on each projected parameter adds R = left^T G right^T to what earlier micro-batches
-left there and drops G, so that full gradients of those parameters are never alive together.
-R is linear in G while the basis stays, so `step()` sees exactly what it sees otherwise. A
-parameter whose basis is due needs the step's whole gradient and keeps it.
+A hook on each projected parameter accumulates R = left^T G right^T over micro-batches and drops
+G, so that the full gradients of those parameters never exist together. R is linear in G while
+the basis stays, so `step()` gives the same result as without the mode. A parameter whose basis
+is due for a refresh needs the step's full gradient and keeps it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from eckart.optim.sharded import sum_
 
 
 class Projected:
-    """The low-rank gradients of this step so far, by name, and the hooks that gather them.
+    """The low-rank gradients accumulated in this step, by name, and the hooks that collect them.
 
-    A rule that needs all of G at its update makes the update in the hook; a step is then one
-    micro-batch, and what would look at all gradients before (clipping) is refused. The norm
-    is measured by the way.
+    A rule that needs the full G at its update is applied inside the hook; a step is then one
+    micro-batch, and clipping, which needs all gradients first, is refused. The norm is still
+    measured.
 
-    `refresh_from`: "step" keeps the whole gradient of parameters that are due (in the very
-    first step all of them are), and equals the normal mode exactly; "first" takes the basis
-    from the first micro-batch at once, so that nothing is ever kept: the same thing where a
-    step is one micro-batch.
+    `refresh_from`: "step" keeps the full gradient of parameters that are due (in the first step
+    all are) and equals the normal mode exactly; "first" computes the basis from the first
+    micro-batch, so that no full gradient is kept: the same where a step is one micro-batch.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Projected:
         self.handles: dict[Tensor, RemovableHandle] = {}
 
     def bind(self, params: Iterable[Tensor], absorb: Callable[[Tensor], None]) -> None:
-        """Hook these parameters and no others."""
+        """Register hooks on exactly these parameters; others are removed."""
         wanted = set(params)
         for p in set(self.handles) - wanted:
             self.handles.pop(p).remove()
@@ -55,7 +54,7 @@ class Projected:
             self.handles[p] = p.register_post_accumulate_grad_hook(absorb)
 
     def absorb(self, entry: Entry, skip_nonfinite: bool = False) -> None:
-        """Take the parameter's gradient in, unless it must be kept until the step."""
+        """Project and free the parameter's gradient, unless it must be kept until the step."""
         if entry.rule.needs_gradient:
             if not (skip_nonfinite and spoilt([entry])):  # else the step finds it and skips
                 self.move(entry)
@@ -72,7 +71,7 @@ class Projected:
         entry.param.grad = None
 
     def move(self, entry: Entry) -> None:
-        """Make the whole step of one parameter."""
+        """Do the whole step of one parameter and free its gradient."""
         if entry.name in self.moved:
             raise UsageError(
                 "this update rule cannot accumulate micro-batches layer by layer",
@@ -89,17 +88,17 @@ class Projected:
         entry.param.grad = None
 
     def clear(self) -> None:
-        """Begin a new step."""
+        """Drop what was collected, for a new step."""
         self.low.clear()
         self.moved.clear()
 
     def norm(self, rest: Tensor) -> Tensor:
-        """The norm of all gradients as applied, given that of what the step itself moves."""
+        """The norm of all gradients as applied, given that of the parameters moved in `step()`."""
         squares = [s.to(rest.device, rest.dtype) for s in self.moved.values()]
         return (rest.square() + torch.cat(squares).sum()).sqrt() if squares else rest
 
     def average(self, buckets: list[Bucket]) -> None:
-        """Average over processes what no reducer has seen: small R, and G where it is due."""
+        """Average over processes what DDP's reducer leaves out: R, and G where a refresh is due."""
         if self.average_over is None:
             return
         for bucket in buckets:
@@ -109,14 +108,14 @@ class Projected:
 
 
 def peak_gradient_bytes(groups: Iterable[dict[str, Any]], refresh_from: str) -> int:
-    """Bytes of gradients, whole and projected, that are alive at once at most."""
+    """The most bytes of gradients, full and projected, that exist at the same time."""
     held, largest = 0, 0
     for group in groups:
         for p in group["params"]:
             rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
             size = p.numel() * p.element_size()
             if rule.projector.identity or refresh_from == "step":
-                held += size  # in the first step all bases are due
+                held += size  # in the first step every basis is due, so every gradient is kept
             elif not rule.needs_gradient:
                 W = as_matrix(torch.empty(p.shape, dtype=p.dtype, device="meta"), leading)
                 held += rule.projector.low(W).numel() * p.element_size()
@@ -132,7 +131,7 @@ def check_layerwise(
     average_over: dist.ProcessGroup | None,
     clip: float | None,
 ) -> None:
-    """Raise UsageError where layer-wise mode cannot work so, or would free nothing."""
+    """Raise UsageError where layer-wise mode cannot work with these settings or saves nothing."""
     if all(group["rule"].projector.identity for group in groups):
         raise UsageError(
             "layer-wise mode frees nothing here",
