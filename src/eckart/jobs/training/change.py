@@ -1,8 +1,8 @@
-"""What full training has learned: singular values of W - W0, of some matrices of every role.
+"""Spectra of full training: singular values of W - W0 of some matrices of every role.
 
-The start is copied before the first step; a resumed run opens its base first, so it has the same.
-Where all matrices would take too much, some of each role are watched, spread over the depth, and
-none where even one of each does: `why_not` says so on the page.
+W0 is copied before the first step; a resumed run loads its base first and copies the same. If all
+matrices would take too much memory or time, some of each role are chosen, spread over the depth.
+If even one of each is too much there are none, and `why_not` gives the reason.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from eckart.jobs.measuring.memory import in_words, size
 from eckart.linear import Site
 from eckart.recipe import Handle
 
-COPIED = 256 * 10**6  # bytes of copies
-WORK = 4e10  # operations of all decompositions at one time: a second or two of one core
+COPIED = 256 * 10**6  # bytes of copies at most
+WORK = 4e10  # FLOPs of all decompositions of one step at most: a second or two of one core
 
 
 def starts(handle: Handle) -> dict[str, Tensor]:
-    """Copies of the matrices to watch, [m, n] on the CPU by path; none where terms are trained."""
+    """Copies of the observed matrices W0 [m, n] on the CPU, by path; empty if terms are trained."""
     return {site.path: matrix(site).clone() for site in watched(handle)}
 
 
 @torch.no_grad()
 def changes(handle: Handle, before: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Singular values of W - W0, largest first, by path; without those that are not finite."""
+    """Singular values of W - W0, largest first, by path. Matrices with NaN or inf are left out."""
     found = {}
     for path, start in before.items():
         change = matrix(handle.sites[path]).float() - start.float()
@@ -37,7 +37,7 @@ def changes(handle: Handle, before: Mapping[str, Tensor]) -> dict[str, list[floa
 
 
 def why_not(handle: Handle) -> str:
-    """Why a full training has no spectra; empty where it has some, or trains terms."""
+    """The reason why a full training has no spectra; empty if it has some, or trains terms."""
     if not of_matrices(handle) or watched(handle):
         return ""
     return (
@@ -47,7 +47,7 @@ def why_not(handle: Handle) -> str:
 
 
 def watched(handle: Handle) -> list[Site]:
-    """As many matrices as are cheap, equally many of each role."""
+    """The observed matrices: as many as the limits allow, equally many of each role."""
     by_role: dict[str, list[Site]] = {}
     for site in of_matrices(handle):
         by_role.setdefault(site.role, []).append(site)
@@ -59,7 +59,7 @@ def watched(handle: Handle) -> list[Site]:
 
 
 def of_matrices(handle: Handle) -> list[Site]:
-    """The trained matrices, without embeddings (whose rows are words), heads and experts."""
+    """The trained matrices, without embeddings, heads, tied matrices and experts."""
     if handle.attached or handle.weights.base != "trained":
         return []
     plain = (site for site in handle.sites.values() if not site.leading and not site.ties)
@@ -67,17 +67,17 @@ def of_matrices(handle: Handle) -> list[Site]:
 
 
 def spread(sites: Sequence[Site], count: int) -> list[Site]:
-    """So many of them at equal distances; one alone is from the middle."""
+    """`count` of the sites, equally spaced; a single one is from the middle."""
     count = min(count, len(sites))
     return [sites[int((i + 0.5) * len(sites) / count)] for i in range(count)]
 
 
 def work(site: Site) -> float:
-    """Operations of its singular values."""
+    """FLOPs of computing a site's singular values."""
     m, n = site.shape
     return 4.0 * m * n * min(m, n)
 
 
 def matrix(site: Site) -> Tensor:
-    """A site's matrix [m, n] as it is now, on the CPU."""
+    """A site's current matrix [m, n] on the CPU."""
     return site.weight().cpu()

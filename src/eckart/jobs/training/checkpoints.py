@@ -1,4 +1,4 @@
-"""Checkpoints of a training: whole or not there, and only what differs from the base.
+"""Checkpoints: written atomically, and holding only what differs from the base model.
 
     checkpoints/step-400/
       model.safetensors      trained tensors and the terms' buffers, under raw names
@@ -7,8 +7,8 @@
       trainer_state.json     Trainer's own: step, epoch, what was logged
       manifest.json          names, sizes, hashes; the base's fingerprint
 
-Nothing here is a pickle. The folder is written beside, closed with its manifest and renamed,
-so that a kill at any moment leaves the last whole one.
+Nothing is pickled. A checkpoint is written to a temporary folder, gets its manifest last and is
+then renamed, so that a kill at any moment leaves the previous one intact.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TRAINER = "trainer_state.json"  # the name under which Trainer looks for it
 
 
 def generator_state() -> dict[str, Any]:
-    """This process's global generators as plain data."""
+    """The states of this process's global random generators as plain data."""
     python = random.getstate()
     numpy: Any = np.random.get_state(legacy=True)
     kind, keys, position, has_gauss, gauss = numpy
@@ -57,7 +57,7 @@ def generator_state() -> dict[str, Any]:
 
 
 def load_generator_state(state: Mapping[str, Any]) -> None:
-    """Set this process's global generators."""
+    """Set this process's global random generators."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, value = state["numpy"]
@@ -79,13 +79,13 @@ def from_hex(text: str) -> Tensor:
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
+    """The contents of a checkpoint's state.json."""
     state: dict[str, Any] = read_json(Path(folder) / STATE)
     return state
 
 
 def require_whole(folder: Path) -> None:
-    """Raise FileError where a checkpoint's manifest does not hold."""
+    """Raise FileError if a checkpoint is incomplete or its hashes do not match."""
     if not manifest_holds(folder):
         raise FileError(
             "this checkpoint is not whole",
@@ -95,7 +95,7 @@ def require_whole(folder: Path) -> None:
 
 
 def load_model_state(handle: Handle, folder: str | Path) -> None:
-    """The tensors of a checkpoint into the model, checked against base and structure."""
+    """Load a checkpoint's tensors into the model. FileError for another base or structure."""
     folder = Path(folder)
     require_whole(folder)
     structure = read_state(folder)["structure"]
@@ -122,17 +122,17 @@ def prune(run: Path, keep: int, best: int | None) -> None:
 
 
 class Checkpointing(Trainer):
-    """Trainer's five places where it saves and loads, done our way."""
+    """Overrides Trainer's methods that save and load checkpoints."""
 
     handle: Handle
     inner_optimizer: Any
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As Trainer's; True means the newest checkpoint that is whole."""
+        """As Trainer's; True means the newest complete checkpoint."""
         return super().train(self.whole_checkpoint(resume_from_checkpoint), **kwargs)
 
     def whole_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """A checkpoint's folder; FileError where the newest is asked for and there is none."""
+        """The checkpoint's folder; for True the newest complete one. FileError without one."""
         if not isinstance(wanted, bool):
             return wanted
         if not wanted:
@@ -143,14 +143,14 @@ class Checkpointing(Trainer):
         return str(found)
 
     def is_last(self, folder: Path) -> bool:
-        """Was this checkpoint saved at the training's last step? Trainer would take one more."""
+        """Is this checkpoint of the last step? Trainer would take one more step from it."""
         done, args = TrainerState.load_from_json(str(folder / TRAINER)), self.args
         if args.max_steps > 0:
             return bool(done.global_step >= args.max_steps)
         return bool((done.epoch or 0) >= args.num_train_epochs)
 
     def restore(self, folder: Path) -> TrainOutput:
-        """The model, optimizer and step with which a finished training saved this checkpoint."""
+        """Restore model, optimizer and step from the last checkpoint of a finished training."""
         self.state = TrainerState.load_from_json(str(folder / TRAINER))
         load_model_state(self.handle, folder)
         self.create_optimizer_and_scheduler(self.state.max_steps)
@@ -159,7 +159,7 @@ class Checkpointing(Trainer):
 
     @property
     def run_folder(self) -> Path:
-        """Where `checkpoints/` stands."""
+        """The folder that contains `checkpoints/`."""
         return Path(self.args.output_dir)
 
     def checkpoint_at(self, step: int) -> Path:
@@ -226,13 +226,13 @@ class Checkpointing(Trainer):
         saved, index = read_state(checkpoint)["generators"], self.args.process_index
         if len(saved) == self.args.world_size:
             load_generator_state(saved[index])
-        else:  # other processes: each draws its own noise anew, and none that was drawn before
+        else:  # another number of processes: seeds that no process had before
             step = self.state.global_step
             own = seeded_generator(self.args.seed, "process", index, "from step", step)
             torch.manual_seed(own.initial_seed())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As Trainer's; a new best is always saved, or it could not be the result."""
+        """As Trainer's; a new best is always saved, so that it can be loaded at the end."""
         found: bool = super()._determine_best_metric(metrics, trial)
         if found:
             self.control.should_save = True
@@ -240,9 +240,9 @@ class Checkpointing(Trainer):
 
 
 def change_rates(scheduler: Any, base: list[float]) -> None:
-    """Let other base rates hold from here on: `--resume RUN train.lr=...` does what it says.
+    """Continue a loaded scheduler with other base rates, for `--resume RUN train.lr=...`.
 
-    What was saved is scaled, and stays to the bit where the rates are those of the run.
+    Current rates are scaled in proportion; equal base rates leave them bitwise unchanged.
     """
     saved = scheduler.base_lrs
     if saved == base:
@@ -255,13 +255,13 @@ def change_rates(scheduler: Any, base: list[float]) -> None:
 
 
 def apart(flat: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and numbers of a state."""
+    """A state's tensors, and its other values."""
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
     return tensors, {key: value for key, value in flat.items() if key not in tensors}
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors gathered on every process; others as they are."""
+    """Gather sharded tensors on every process; others are returned unchanged."""
     return {
         name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         for name, tensor in tensors.items()
@@ -269,7 +269,7 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def placed(tensors: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors sharded as the live ones of the same names are; others as they are."""
+    """Shard tensors like the model's of the same names; others are returned unchanged."""
     return {
         name: distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
         if isinstance(like := live.get(name), DTensor)
@@ -279,7 +279,7 @@ def placed(tensors: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[st
 
 
 def from_all_processes(value: Any) -> list[Any]:
-    """One plain value of each process, in order of rank, on every process."""
+    """Gather one plain value from each process, in order of rank, on every process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     found: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,12 +1,12 @@
-"""What a stream of tasks did to each of them: R[t, j] is the score on task j after task t.
+"""Continual-learning metrics of a sequence of tasks: R[t, j] is the score on task j after task t.
 
     transfer     mean over j > 0 of the mean over t < j of R[t, j]: tasks not yet trained on
     average      mean over all t, j
     last         mean over j of R[N-1, j]
-    forgetting   mean over j < N-1 of how far R[N-1, j] is behind the best of R[t, j]
+    forgetting   mean over j < N-1 of the best of R[t, j] less R[N-1, j]
 
-The first three as CoDyRA reports them (Lu et al. 2024, section 5). Scores are accuracies, of
-which more is better, or losses in nats, of which less is; forgetting is positive either way.
+The first three as CoDyRA reports them (Lu et al. 2024, section 5). Scores are accuracies, or
+losses in nats, with the sign of forgetting changed so that a positive one is always worse.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Scores = Mapping[str, Mapping[str, Any]]  # task -> what was measured on it
 
 
 def quantity(measured: Sequence[Scores]) -> str:
-    """What all tasks can be compared by: accuracy where all have one, else the loss."""
+    """The metric that all tasks share: accuracy if all have it, else the loss."""
     every = all("accuracy" in found for scores in measured for found in scores.values())
     return "accuracy" if every else "loss"
 
 
 def summary(before: Scores, after: Sequence[Scores]) -> dict[str, Any]:
-    """The numbers above from the scores of all tasks after each; {} without held-out rows.
+    """The metrics above, from the scores of all tasks after each; {} without held-out rows.
 
     With one task there is nothing to transfer to and nothing to forget: both are None.
     """
@@ -53,9 +53,9 @@ def summary(before: Scores, after: Sequence[Scores]) -> dict[str, Any]:
 
 
 def overall(by_task: Scores) -> dict[str, Any]:
-    """A stream's numbers at one moment, as a run without tasks has them.
+    """All tasks' scores as one set of metrics, in the form of a run without tasks.
 
-    One task's are its own; of several, means over tasks beside each one's under `tasks`.
+    One task's are returned as they are. Several are averaged, with each task's under `tasks`.
     """
     if len(by_task) == 1:
         return dict(next(iter(by_task.values())))
@@ -71,7 +71,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def show(screen: Screen, found: Mapping[str, Any]) -> None:
-    """A row per task trained, a column per task measured, and the four numbers below."""
+    """Print R with a row per trained task and a column per task, and the four metrics."""
     tasks: list[str] = found["tasks"]
     widths = [max(len(task), 7) for task in tasks]
     head = "   ".join(f"{task:>{w}}" for task, w in zip(tasks, widths, strict=True))

@@ -1,13 +1,13 @@
-"""A change of shape inside one training: some rank components go, everything else goes on.
+"""Rank reduction during training: some rank components are removed, and training continues.
 
-A tensor that a term trains no longer leaves the optimizer, with its state.
+Tensors that a term no longer trains are removed from the optimizer, with their state.
 
-Wrappers (DDP, FSDP2) hold on to the shapes they were given, so nothing is cut under them.
-The training saves a checkpoint and stops; the checkpoint is rewritten with its terms and the
-optimizer's state cut along the same axes; model, optimizer and wrapper are made again and
-resume from it. Step count, schedule and data position go on.
+DDP and FSDP2 keep the shapes that they were built with, so shapes never change inside them.
+The training saves a checkpoint and stops; terms and optimizer state in the checkpoint are cut
+along the same axes; model, optimizer and wrapper are built again and resume from it. Step
+count, schedule and position in the data are kept.
 
-A kill between the two writings leaves the uncut checkpoint: resuming finds the cut still due.
+A kill between the two writes leaves the uncut checkpoint, and resuming makes the cut again.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from eckart.recipe import Handle
 from eckart.recipe.coverage import cover
 from eckart.recipe.lock import lock
 
-Kept = Mapping[str, Mapping[str, Tensor]]  # site path -> term name -> components that live on
+Kept = Mapping[str, Mapping[str, Tensor]]  # site path -> term name -> kept rank components
 Moments = dict[str, Any]  # {"NAME/KEY": tensor or number}, as the optimizer saves them
 
 
 def cut_terms(handle: Handle, kept: Kept) -> None:
-    """Keep these rank components of the live terms; no wrapper may hold them."""
+    """Cut the model's terms to these rank components. The model must not be wrapped."""
     terms = handle.terms()
     for path, by_name in kept.items():
         for name, index in by_name.items():
@@ -55,10 +55,10 @@ def cut_terms(handle: Handle, kept: Kept) -> None:
 
 
 def cut_moments(handle: Handle, kept: Kept, moments: Moments) -> Moments:
-    """The optimizer's saved state after a cut, for terms that are still whole.
+    """The saved optimizer state after a cut; call it before the terms are cut.
 
-    State of a tensor's own shape is cut as the tensor is; a projected one belongs to the old
-    shape and starts afresh. Step counts and learning rates stay.
+    State of the parameter's shape is cut like the parameter. Projected state depends on the old
+    shape and is dropped. Step counts and learning rates are kept.
     """
     found = dict(moments)
     for path, by_name in kept.items():
@@ -70,7 +70,7 @@ def cut_moments(handle: Handle, kept: Kept, moments: Moments) -> Moments:
 
 
 def cut_term_moments(term: Term, index: Tensor, stem: str, moments: Moments) -> Moments:
-    """One term's entries after the cut; None for those that are dropped."""
+    """The entries of one term after the cut; None for dropped ones."""
     found: Moments = {}
     shapes = {name: p.shape for name, p in term.named_parameters(recurse=False)}
     trained = dict(after_cut(term, index, {}).named_parameters(recurse=False))
@@ -94,7 +94,7 @@ def cut_term_moments(term: Term, index: Tensor, stem: str, moments: Moments) -> 
 
 
 def after_cut(term: Term, index: Tensor, held: Mapping[str, Tensor]) -> Term:
-    """A term of this kind that holds other tensors in some places, cut as it will be cut."""
+    """A cut term of the same class, with the tensors in `held` in place of its own."""
     spec = describe(term)
     twin = type(term).empty(spec["tensors"], spec["scalars"])
     for name, value in held.items():
@@ -104,14 +104,14 @@ def after_cut(term: Term, index: Tensor, held: Mapping[str, Tensor]) -> Term:
 
 
 def cut_checkpoint(handle: Handle, folder: Path, kept: Kept, write: bool = True) -> None:
-    """Cut the live terms, and rewrite their checkpoint to match (on the process that writes).
+    """Cut the model's terms, and rewrite the checkpoint to match if `write`.
 
-    No other process reads the folder: it may be moved aside at any moment.
+    Only the writing process may read the folder: it is replaced meanwhile.
     """
     if write:
         state = read_state(folder)
         moments = {**read_tensors(folder / OPTIMIZER), **state["optimizer"]}
-        moments = cut_moments(handle, kept, moments)  # while the terms are whole
+        moments = cut_moments(handle, kept, moments)  # before the terms are cut
     shapes = {name: tensor.shape for name, tensor in handle.named_state().items()}
     cut_terms(handle, kept)
     tensors = whole(handle.named_state())
@@ -122,7 +122,7 @@ def cut_checkpoint(handle: Handle, folder: Path, kept: Kept, write: bool = True)
     state["optimizer"] = {k: v for k, v in moments.items() if not isinstance(v, Tensor)}
     progress = read_json(folder / TRAINER)
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        # A better model before the cut has another shape and cannot be the result.
+        # A checkpoint from before the cut has other shapes: it cannot be loaded as the best.
         progress |= dict.fromkeys(("best_metric", "best_global_step", "best_model_checkpoint"))
     with write_folder(folder, overwrite=True) as beside:
         write_tensors(beside / MODEL, tensors)
@@ -135,7 +135,7 @@ def cut_checkpoint(handle: Handle, folder: Path, kept: Kept, write: bool = True)
 
 
 class DueCut(TrainerCallback):
-    """Ends the training with a checkpoint at the step where a cut is due."""
+    """Saves a checkpoint and stops the training at the step of a cut."""
 
     def __init__(self, handle: Handle):
         self.handle, self.due_at = handle, -1
@@ -149,20 +149,20 @@ class DueCut(TrainerCallback):
 
 
 def is_due(handle: Handle, step: int) -> bool:
-    """Does any cut want to happen after this step? FSDP2, which keeps the tensors of a model in
-    its own lists, is spared those that can be left out."""
+    """Is there a cut after this step? Under FSDP2, which keeps its own lists of the model's
+    tensors, only cuts that the method cannot do without count."""
     sharded = any(isinstance(module, FSDPModule) for module in handle.model.modules())
     cuts = [cut for cut in handle.events.cuts if cut.needed or not sharded]
     return any(cut.at(step, handle.steps) for cut in cuts)
 
 
 class Cutting(Checkpointing):
-    """Trainer in as many parts as there are changes of shape."""
+    """A Trainer that stops at each cut, changes shapes, and resumes."""
 
     due_cut: DueCut
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As Trainer's, going on after each cut."""
+        """As Trainer's, resumed after each cut."""
         checkpoint = self.whole_checkpoint(resume_from_checkpoint)
         if checkpoint is not None and self.is_last(Path(checkpoint)):
             return self.restore(Path(checkpoint))
@@ -176,11 +176,11 @@ class Cutting(Checkpointing):
         return output
 
     def asked_to_stop(self) -> bool:
-        """Did something else end the training at this very step?"""
+        """Was the training stopped at this step for another reason than the cut?"""
         return False
 
     def cut_before_resuming(self, folder: Path) -> None:
-        """Do a cut that was due when the run stopped."""
+        """Make the cut of the checkpoint's step, if the run stopped before it was made."""
         state = read_state(folder)
         step = state["events"]["step"]
         if state.get("cut_at") == step or not is_due(self.handle, step):
@@ -190,13 +190,13 @@ class Cutting(Checkpointing):
         self.cut_here(folder)
 
     def cut_here(self, folder: Path) -> None:
-        """Cut the model and its checkpoint; what was wrapped around it is let go."""
+        """Release the model's wrapper and the optimizer, then cut the model and its checkpoint."""
         kept = self.handle.events.due_cut()
         self.due_cut.due_at = -1
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         self.accelerator.free_memory()
-        gc.collect()  # a reducer of DDP goes with its object
+        gc.collect()  # DDP's reducer is freed with its object, which is in a reference cycle
         self.accelerator.wait_for_everyone()
         with torch.no_grad():
             cut_checkpoint(self.handle, folder, kept or {}, self.args.should_save)

@@ -1,11 +1,11 @@
-"""Trainer and SFTTrainer, taught what a handle needs: one mixin for both.
+"""A mixin for Trainer and SFTTrainer that trains a handle.
 
     trainer = eckart.trainer(SFTTrainer)(handle, args=SFTConfig(...), train_dataset=rows)
     trainer.train()
 
-The handle stands where the model stood. The loop, the logging, DDP and FSDP stay theirs;
-ours are the optimizer, the norm that is clipped and logged, the objectives, the data order
-and the checkpoints (`checkpoints.py`).
+The handle is passed in place of the model. The loop, logging, DDP and FSDP are Trainer's; the
+mixin replaces the optimizer, gradient clipping and its norm, the loss where there are
+objectives, the order of the data and the checkpoints (`checkpoints.py`).
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from eckart.recipe.recipe import refuse_two_passes
 
 
 def trainer(cls: type[Trainer] = Trainer) -> type[Training]:
-    """A Trainer, SFTTrainer or subclass that trains a handle: call it with one."""
+    """The subclass of Trainer, SFTTrainer or the like whose first argument is a handle."""
     return mixed(cls)  # type: ignore[arg-type]  # a class is hashable
 
 
 @cache
 def mixed(cls: Any) -> type[Training]:
-    """The mixture of one class, made once."""
+    """The subclass of one class, created once."""
     return type(f"Eckart{cls.__name__}", (Training, cls), {"__module__": __name__})
 
 
 class Training(Cutting):
-    """What is ours in the loop. Mixed in before Trainer or a subclass of it."""
+    """The mixin. It comes before Trainer, or a subclass of it, in the bases."""
 
     optimizer: Any
 
@@ -61,21 +61,21 @@ class Training(Cutting):
         refuse_two_passes(handle.recipe)
         self.handle = handle
         self.refuse_own_loss()
-        # Clipping is the optimizer's: Trainer would clip full gradients, not those applied.
+        # The optimizer clips: Trainer would clip full gradients, not the projected ones applied.
         self.clip, args.max_grad_norm = args.max_grad_norm or float("inf"), 0.0
         args.logging_nan_inf_filter = False  # a loss that is not finite is an error here
-        self.layerwise = layerwise  # is each gradient projected as it comes, and freed?
+        self.layerwise = layerwise  # projects and frees each gradient in the backward pass
         self.applied_rates: list[float] = []
-        self.moments: dict[str, Any] = {}  # of an earlier training, by name, to go on with
+        self.moments: dict[str, Any] = {}  # optimizer state of an earlier training, by name
         super().__init__(handle.model, args=args, **kwargs)
         self.divides_itself = divides_by_items(handle.model)
-        self.model_accepts_loss_kwargs = True  # Trainer counts the labels of a step for all
+        self.model_accepts_loss_kwargs = True  # Trainer then counts the labels of a step
         self.due_cut = DueCut(handle)
         if handle.events.cuts:
             self.add_callback(self.due_cut)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As Trainer's, through changes of shape; noise differs between processes."""
+        """As Trainer's; dropout differs between processes."""
         if self.args.world_size > 1:  # Trainer gives all the same seed: dropout would repeat
             own = seeded_generator(self.args.seed, "process", self.args.process_index)
             torch.manual_seed(own.initial_seed())
@@ -88,12 +88,12 @@ class Training(Cutting):
     # --- the optimizer ---------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The recipe's optimizer; made here, because Trainer takes none from outside under FSDP."""
+        """The recipe's optimizer; created here because Trainer accepts no other under FSDP."""
         if self.optimizer is None:
             self.optimizer = self.handle.optimizer(self.args.learning_rate, self.clip)
             self.optimizer.load_named_state_dict(still_fitting(self.moments, self.optimizer))
             self.optimizer.register_step_pre_hook(self._note_rates)
-            # A bad gradient moves nothing and stays where it is, so that it can be found.
+            # A non-finite gradient is not applied and is kept, so that its module can be named.
             self.optimizer.skip_nonfinite = True
             self.optimizer.register_step_post_hook(self._check_norm)
             if self.layerwise:
@@ -101,8 +101,8 @@ class Training(Cutting):
         return self.optimizer
 
     def attach_layerwise(self) -> None:
-        """Free each gradient as it comes. DDP, which wraps the model later, leaves those that
-        are projected to the optimizer: it averages what is left of them."""
+        """Project and free each gradient in the backward pass. DDP is told to ignore these
+        parameters: the optimizer averages their projected gradients itself."""
         if self.accelerator.scaler is not None:
             raise UsageError(
                 "a gradient that is projected as it comes is not seen by a gradient scaler",
@@ -118,12 +118,12 @@ class Training(Cutting):
 
     @property
     def refresh_from(self) -> str:
-        """Bases come from the first micro-batch where it is the whole step."""
+        """When bases are refreshed: at the first micro-batch if it is the whole step."""
         whole = self.args.gradient_accumulation_steps == 1 and self.args.world_size == 1
         return "first" if whole else "step"
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As Trainer's; events learn the horizon where attach() was not told."""
+        """As Trainer's; tells the events the number of steps if attach() was not given it."""
         if self.handle.events.steps is None:
             self.handle.events.steps = num_training_steps
         return super().create_scheduler(num_training_steps, optimizer)
@@ -134,7 +134,7 @@ class Training(Cutting):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _note_rates(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Every group's rate; that of train.lr itself stands before those with a ratio to it."""
+        """Record every group's rate; groups at train.lr itself come first."""
         given = self.args.learning_rate
         groups = sorted(optimizer.param_groups, key=lambda g: g.get("initial_lr") != given)
         self.applied_rates = [float(group["lr"]) for group in groups]
@@ -151,7 +151,7 @@ class Training(Cutting):
         return Diverged(text + (f"; first in {where[0]} ({where[1]})" if where else ""))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """No norm before the step: the optimizer measures what it applies."""
+        """None: the optimizer measures the norm of what it applies."""
 
     # --- the loss --------------------------------------------------------------------------
 
@@ -162,10 +162,10 @@ class Training(Cutting):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss, or what the data objectives make of it; in evaluation the task's.
+        """The task's loss; in training, with the data objectives applied to it.
 
-        SFTTrainer computes the loss from a fused head: an objective on `outputs.logits` would
-        get no gradient and terms on the head would not run. Then Trainer's own way is taken.
+        SFTTrainer computes the loss in a fused head: an objective on `outputs.logits` would get
+        no gradient, and terms on the head would not run. Trainer's loss is used in these cases.
         """
         labels, share = num_items_in_batch, None
         if labels is not None and not self.divides_itself:
@@ -180,7 +180,7 @@ class Training(Cutting):
         if share is not None:
             loss = loss * share
         if objectives:
-            # Where the items of all micro-batches divide the loss, it is 1/k of a mean.
+            # A loss divided by the labels of all k micro-batches is 1/k of a mean.
             k = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = self.handle.loss(inputs, outputs, loss * k) / k
         if model.training and not torch.isfinite(loss):
@@ -188,10 +188,10 @@ class Training(Cutting):
         return (loss, outputs) if return_outputs else loss
 
     def refuse_own_loss(self) -> None:
-        """UsageError where a trainer of TRL's own loss would pass over terms or objectives.
+        """Raise UsageError if a TRL trainer's own loss would skip terms or objectives.
 
-        DPOTrainer and its like multiply hidden states by the head's matrix and give no logits.
-        SFTTrainer does so too, but its loss is Trainer's, which is taken instead.
+        DPOTrainer and others multiply hidden states by the head's matrix and return no logits.
+        SFTTrainer does so too, but its loss can be replaced by Trainer's.
         """
         own = (c for c in type(self).__mro__ if c.__module__.startswith("trl."))
         cls = next((c.__name__ for c in own if "compute_loss" in vars(c)), "SFTTrainer")
@@ -206,9 +206,9 @@ class Training(Cutting):
             )
 
     def share_of(self, inputs: dict[str, Any], items: Any) -> Any:
-        """The part of a step's labels that a micro-batch has: its mean times this is its summand.
+        """The share of a step's labels in a micro-batch, by which its mean loss is weighted.
 
-        Where labels are counted over all processes DDP takes their average, so times as many.
+        Times the number of processes if labels are counted over all of them: DDP averages.
         """
         labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
         across = self.args.world_size if self.args.average_tokens_across_devices else 1
@@ -216,14 +216,14 @@ class Training(Cutting):
 
     @property
     def head_carries_terms(self) -> bool:
-        """Does the head, or the embedding it is tied to, run terms of ours?"""
+        """Does the head, or the embedding that it is tied to, carry terms?"""
         find = getattr(self.handle.model, "get_output_embeddings", None)
         return find is not None and isinstance(find(), Structured)
 
     # --- the data --------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Any:
-        """Rows in an order that is a function of seed and epoch."""
+        """A sampler whose order depends on seed and epoch alone."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, Sized):
             return super()._get_train_sampler(train_dataset)
@@ -234,13 +234,13 @@ class Training(Cutting):
     # --- what is logged --------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our norm, the penalty and the rates that were applied."""
+        """As Trainer's, with the gradient norm, the penalty and the rates that were applied."""
         if "loss" in logs and "learning_rate" in logs:
             logs.update(self.step_facts())
         super().log(logs, start_time)
 
     def step_facts(self) -> dict[str, float]:
-        """grad_norm as applied and before clipping; penalty; one rate per group that differs."""
+        """grad_norm (projected, before clipping), penalty, and each distinct learning rate."""
         facts: dict[str, float] = {}
         norm = getattr(self.inner_optimizer, "grad_norm", None)
         if norm is not None:
@@ -253,19 +253,19 @@ class Training(Cutting):
 
 
 def divides_by_items(model: nn.Module) -> bool:
-    """Does the model's loss heed `num_items_in_batch`, the labels of all micro-batches?
+    """Does the model divide its loss by `num_items_in_batch`, the labels of all micro-batches?
 
-    Those that ask `loss_function` do. BERT, T5 and others take the argument, ignore it and give
-    the micro-batch's mean, which Trainer would add up: gradients k times too large. Theirs is
-    weighted by the micro-batch's share of the labels, which is the mean over all of them.
+    Models that call `loss_function` do. BERT, T5 and others ignore the argument and return the
+    mean of the micro-batch; Trainer would sum k of them, which makes gradients k times too
+    large. Their loss is weighted by the micro-batch's share of the labels instead.
     """
     return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
 
 
 def still_fitting(moments: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The saved entries of parameters whose state has the same shapes under the rule of today.
+    """The saved entries of parameters whose state has the same keys and shapes in this optimizer.
 
-    Learning rates are left out: they belong to the training that comes.
+    Saved learning rates are left out: the new training has its own.
     """
     entries: dict[str, dict[str, Any]] = {}
     for path, value in moments.items():
