@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from eckart.errors import UsageError
 from eckart.io import run as runs
 from tests.journeys.bad import complains, enter
 from tests.journeys.runs import eckart, workplace
@@ -66,6 +67,36 @@ def test_below_a_file_nothing_can_be_made(place):
     )
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        SHORT,
+        "pretrain llama-tiny d.jsonl",
+        "compress m",
+        "bench m d.jsonl --methods lora",
+        "convert m --to factored rank=2",
+        "inspect m",
+        "reproduce lora-limits",
+        "demo",
+    ],
+)
+def test_where_nothing_can_be_made_is_said_before_anything_is_loaded(place, line):
+    out = "d.jsonl/x.html"
+    ran = eckart(*line.split(), "-o", out)
+    where = place / "d.jsonl" if line.startswith(("inspect", "convert")) else place / out
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err == (
+        f"cannot write here\n  {where}  not a directory\nType -o FOLDER with a folder you own.\n"
+    )
+
+
+def test_a_refused_run_takes_the_folders_with_it_that_were_made_for_it(place):
+    for out in ("a/b/c", "runs/{name}"):
+        with pytest.raises(UsageError), runs.Run.create(out):
+            raise UsageError("no")
+    assert sorted(path.name for path in place.iterdir()) == ["d.jsonl", "m"]
+
+
 def test_two_runs_do_not_write_into_one_folder(place):
     first = runs.Run.create("busy")
     try:
@@ -104,6 +135,7 @@ def refusing(number, below):
     [(errno.EACCES, "permission denied"), (errno.EROFS, "read-only file system")],
 )
 def test_a_folder_that_cannot_be_written_is_named(place, monkeypatch, number, reason):
+    (place / "theirs").mkdir()
     monkeypatch.setattr(Path, "mkdir", refusing(number, place / "theirs"))
     complains(
         f"{SHORT} -o theirs/run",
@@ -115,6 +147,7 @@ def test_a_folder_that_cannot_be_written_is_named(place, monkeypatch, number, re
 
 
 def test_a_full_disk_is_said_with_what_is_free(place, monkeypatch):
+    (place / "small").mkdir()
     monkeypatch.setattr(Path, "mkdir", refusing(errno.ENOSPC, place / "small"))
     monkeypatch.setattr("eckart.io.folder.free_bytes", lambda path: 3 * 2**20)
     complains(

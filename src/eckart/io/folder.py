@@ -152,6 +152,18 @@ def refuse_occupied(target: Path, overwrite: bool) -> None:
         )
 
 
+def require_writable(folder: Path) -> None:
+    """Raise FileError, or OutOfRoom, where nothing can be made in a folder, which need not exist
+    yet. Tried, since a mode does not say what a mount allows."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    trial = there / hidden(folder.name, "writing")
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as fault:
+        raise spoken(OSError(fault.errno, ""), folder) from fault
+
+
 def move_aside(target: Path) -> Path | None:
     """Rename an existing folder to a hidden sibling; None where there was none."""
     if not target.exists():

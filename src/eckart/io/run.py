@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from eckart.io.folder import (
     move_aside,
     recover,
     refuse_occupied,
+    require_writable,
     speaking,
     write_json,
     write_text,
@@ -44,6 +46,7 @@ PACKAGES = (
     "datasets",
     "tokenizers",
 )
+NUMBER = "{name}"  # at the end of a run's name: the next number stands there
 METRICS, SPECTRA = LOGS = ("metrics.jsonl", "spectra.jsonl")
 REFUSED = (UsageError.exit_code, FileError.exit_code)
 
@@ -56,9 +59,15 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, handle: int, replaced: Path | None = None, is_new: bool = False
+        self,
+        folder: Path,
+        handle: int,
+        replaced: Path | None = None,
+        is_new: bool = False,
+        made: Sequence[Path] = (),
     ):
         self.folder, self.is_new = folder, is_new
+        self._made = made  # folders that were not there before, the innermost first
         self._handle = handle  # the lock's file descriptor
         self._replaced = replaced  # what --overwrite moved aside, until this run has succeeded
 
@@ -71,16 +80,17 @@ class Run:
         this run fails before it has anything to keep.
         """
         replaced = None
-        if str(out).endswith("{name}"):
-            folder = claim_number(Path(str(out)[: -len("{name}")] or ".").absolute())
+        folder = place_of(out)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        if is_numbered(out):
+            folder = claim_number(folder)
         else:
-            folder = Path(out).resolve()  # where a link leads
             recover(folder)
             refuse_taken(folder, overwrite)
             with speaking(folder):
                 replaced = move_aside(folder) if folder.is_dir() and any(folder.iterdir()) else None
                 folder.mkdir(parents=True, exist_ok=True)
-        run = cls(folder, lock(folder), replaced, is_new=True)
+        run = cls(folder, lock(folder), replaced, is_new=True, made=made)
         try:
             begun = {"command": sys.argv[1:], "folder": os.getcwd()}  # that its paths start from
             run.record(versions=versions(), **begun, exit=None, **facts)
@@ -180,7 +190,8 @@ class Run:
     def finish(self, exit: int = 0, error: str | None = None, **facts: Any) -> None:
         """Record how the run ended and release the folder.
 
-        A new run that was refused before it had anything to keep leaves no folder. An older
+        A new run that was refused before it had anything to keep leaves no folder, and none of
+        those that were made for it alone. An older
         folder that it replaced is removed now, or, if this run failed so early, put back.
         """
         try:
@@ -191,6 +202,9 @@ class Run:
         failed_early = bool(exit) and not self.has_results
         if failed_early and (self._replaced or (self.is_new and exit in REFUSED)):
             shutil.rmtree(self.folder)
+            for path in self._made:
+                with suppress(OSError):  # gone already, or somebody else's by now
+                    path.rmdir()
         if self._replaced and failed_early:
             os.rename(self._replaced, self.folder)
         elif self._replaced:
@@ -235,6 +249,22 @@ def refuse_elsewhere(run: Path, command: str, paths: Sequence[str]) -> None:
             [(path, f"is in {begun}") for path in lost],
             f"Type it there: cd {begun} && eckart {command} --resume {run.resolve()}",
         )
+
+
+def require_place(out: str | Path, overwrite: bool) -> None:
+    """Raise what `Run.create` would, without making anything."""
+    if not is_numbered(out):
+        refuse_taken(place_of(out), overwrite)
+    require_writable(place_of(out))
+
+
+def is_numbered(out: str | Path) -> bool:
+    return str(out).endswith(NUMBER)
+
+
+def place_of(out: str | Path) -> Path:
+    """A run's folder, where a link leads; of numbered ones the folder that they are in."""
+    return Path(str(out).removesuffix(NUMBER)).resolve()
 
 
 def refuse_taken(folder: Path, overwrite: bool) -> None:

@@ -19,7 +19,7 @@ from eckart.decompose.ranks import smallest_rank
 from eckart.errors import EckartError, FileError, UsageError, did_you_mean
 from eckart.io import peft
 from eckart.io.export import export, reasons
-from eckart.io.folder import refuse_occupied, write_folder
+from eckart.io.folder import refuse_occupied, require_writable, write_folder
 from eckart.io.heads import names_of, naming, outside, task_of_live
 from eckart.io.models import load_model, own_task, recognise_result
 from eckart.io.opening import ADAPTERS, Opened, on_base, open_model
@@ -54,6 +54,7 @@ def run(job: Job) -> dict[str, Any]:
     to = form_of(job)
     out = target_of(job, to)
     refuse_occupied(out.absolute(), job.flags.overwrite)
+    require_writable(out.resolve().parent)
     source = open_source(job, to)
     screen.line("source", described(source), shown(str(job.model)))
     text = sample_of(job, source, screen)
@@ -123,9 +124,16 @@ def form_of(job: Job) -> str:
 
 
 def target_of(job: Job, to: str) -> Path:
-    """-o, or SOURCE's own name with the form behind it."""
+    """-o, or SOURCE's own name with the form behind it. UsageError for a file's name."""
     if job.out != OUT:
-        return Path(job.out)
+        out = Path(job.out)
+        if out.suffix == ".safetensors":
+            raise UsageError(
+                "a folder is written, not one file",
+                [(f"-o {job.out}", "is a file's name")],
+                f"Type -o {out.with_suffix('')}; the tensors are then a file in it.",
+            )
+        return out
     source = Path(str(job.model))
     place = source.parent if source.exists() else Path()
     return place / f"{source.name}-{to}"

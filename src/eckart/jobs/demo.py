@@ -17,6 +17,7 @@ from eckart.io.opening import open_model
 from eckart.jobs import finetune
 from eckart.jobs.generate import complete
 from eckart.jobs.settings.config import Flags, Job, resolve
+from eckart.jobs.training import outcome
 from eckart.jobs.training.screen import Screen
 
 BASE = Path(eckart.__file__).parent / "assets" / "llama-tiny"
@@ -39,6 +40,7 @@ TOKENS = 40
 def run(job: Job) -> dict[str, Any]:
     """Fine-tune the shipped model and show what changed; the object of --json."""
     screen = Screen(quiet=job.flags.json)
+    outcome.refuse_early(job)
     screen.line("demo", read_json(BASE / "MADE.json")["what"])
     flags = Flags(out=job.flags.out, json=job.flags.json, overwrite=job.flags.overwrite)
     before = sample(BASE)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.io.folder import write_text
+from eckart.io.folder import require_writable, write_text
 
 COLOURS = {  # of a page; a file of its own has to bring them
     "--ink": "#1a1a1a",
@@ -31,11 +31,12 @@ DRAWN = {  # title -> the number of each matrix; the first that is there is the 
 
 
 def require_picture(out: str) -> None:
-    """Raise UsageError for a name of another kind."""
+    """Raise UsageError for a name of another kind, FileError where it cannot be written."""
     if Path(out).suffix.lower() not in (".html", ".svg"):
         raise UsageError(
             f"cannot draw {out}", [("-o", "ends in neither .html nor .svg")], "Type -o layers.html"
         )
+    require_writable(Path(out).resolve().parent)
 
 
 def draw(found: Mapping[str, Any], out: str) -> None:

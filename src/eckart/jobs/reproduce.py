@@ -25,7 +25,7 @@ from typing import Any
 from eckart import claims
 from eckart.claims import Arm, Budget, Claim
 from eckart.errors import EckartError, UsageError
-from eckart.io.folder import write_json, write_text
+from eckart.io.folder import require_writable, write_json, write_text
 from eckart.io.run import versions
 from eckart.jobs.lab.bare_loop import start_of
 from eckart.jobs.lab.judge import NO_VERDICT, Judgement, judge, number
@@ -82,6 +82,8 @@ def run(
             [(f"--processes {processes}", "at least 1")],
             "Leave it out for two, where there are two cores.",
         )
+    if out is not None:
+        require_writable(Path(out).resolve())
     chosen = [(slug.replace("_", "-"), claims.load(slug)) for slug in slugs or claims.slugs()]
     begun, documents = time.monotonic(), []
     at_once = processes or (1 if budget == "quick" else min(2, os.cpu_count() or 1))

@@ -6,13 +6,11 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from eckart.io.export import export, possible
 from eckart.io.models import own_task
-from eckart.io import run as runs
-from eckart.io.run import Run
+from eckart.io.run import Run, require_place
 from eckart.io.tasks import TASKS
 from eckart.io.text import Data
 from eckart.jobs.measuring.memory import in_words
@@ -26,7 +24,7 @@ from eckart.recipe import Handle
 def refuse_early(job: Job) -> None:
     """Raise what opening a new run's folder would, before anything is loaded."""
     if not job.flags.resume:
-        runs.refuse_early(job.out, job.flags.overwrite)
+        require_place(job.out, job.flags.overwrite)
 
 
 def open_run(job: Job, data: Data, parameters: Mapping[str, Any], estimate: int) -> Run:
