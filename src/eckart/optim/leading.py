@@ -1,4 +1,4 @@
-"""Subspaces of a gradient's leading directions: the best one, and nearly that in less time."""
+"""Projections onto a gradient's leading singular directions, exact or approximate."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class SVD(Subspace):
 
 @dataclass(frozen=True)
 class Gram(Subspace):
-    """The same subspace from the eigenvectors of G^T G: several times as fast.
+    """The subspace of `SVD` from the eigenvectors of G^T G: several times as fast.
 
-    The Gram matrix squares the condition number, so directions a thousandfold weaker than
-    the strongest are noise in fp32; a basis of leading ones is exact to about 1e-4.
+    The Gram matrix squares the condition number, so in fp32 singular vectors whose value is
+    below a thousandth of the largest are noise; leading ones are exact to about 1e-4.
     """
 
     def find(self, search: Search) -> Found:
@@ -62,8 +62,11 @@ class Gram(Subspace):
 
 @dataclass(frozen=True)
 class Randomised(Subspace):
-    """Nearly that subspace, from products with a few random directions (Halko et al. 2011):
-    G^T G G^T G Z or, with one `products` less, G^T G G^T Z."""
+    """An approximation of that subspace by randomised SVD (Halko et al. 2011).
+
+    `products` is the number of products with G or G^T that a random Z goes through: with 4
+    G^T G G^T G Z, with 3 G^T G G^T Z.
+    """
 
     oversample: int = 8
     products: int = 4
@@ -81,10 +84,10 @@ class Randomised(Subspace):
         return "rows"
 
     def columns(self, search: Search, rank: int, on_left: bool) -> Tensor:
-        """About the r leading singular vectors of one side, as columns [k, *, m or n, r].
+        """Approximate r leading singular vectors of one side, as columns [k, *, m or n, r].
 
-        The last G^T G Z = Q T has nearly the left singular vectors that G^T G has, so those of
-        T order Q's columns: no further product with G.
+        With the last G^T G Z = Q T, Q times the left singular vectors of T approximates those
+        of G^T G, ordered by size, without a further product with G.
         """
         G, odd = search.G, self.products % 2 == 1
         length = search.size[0 if on_left != odd else 1]
@@ -101,8 +104,10 @@ class Randomised(Subspace):
 
 
 def evened(Z: Tensor) -> Tensor:
-    """Columns of Z's span [*, n, k] that are about as long as one another and about orthogonal,
-    but for directions that hold less than a thousandth of a column: a third of a QR's time."""
+    """Approximately orthonormal columns [*, n, k] with Z's span, in a third of a QR's time.
+
+    Directions with less than a thousandth of a column's energy stay shorter.
+    """
     C = product(Z.mT, Z)
     diagonal = C.diagonal(dim1=-2, dim2=-1)
     diagonal += 1e-3 * diagonal.mean(-1, keepdim=True)  # more than rounding can take away
@@ -114,18 +119,18 @@ def evened(Z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Leading(Subspace):
-    """The exact subspace of narrow matrices; of wide ones, whose decompositions would hold a
-    training up, nearly that: three random products, ten times as fast as an SVD.
+    """`SVD` for narrow matrices and `Randomised` with three products for wide ones, where it is
+    ten times as fast.
 
-    Where singular values fall as 1 / i they capture 0.999 of what the best basis of 256 does;
-    where they fall as their root 0.97; of mere noise 0.86. Of gradients of a small Llama in its
-    first 240 steps they captured 0.998 and more.
+    Energy captured by 256 randomised directions, relative to the best basis of 256: 0.999 where
+    singular values decay as 1 / i, 0.97 as 1 / sqrt(i), 0.86 for noise; 0.998 and more for
+    gradients of a small Llama in its first 240 steps.
     """
 
-    wide: int = 1024  # from this length of the projected side on
+    wide: int = 1024  # least length of the projected side that is wide
 
     def way(self, size: tuple[int, int]) -> SVD | Randomised:
-        """What searches a matrix of this size."""
+        """The projector that finds the basis of a matrix of this size."""
         projected = max(n for n, rank in zip(size, self.ranks(*size), strict=True) if rank)
         if projected < self.wide:
             return SVD(self.rank, self.side, self.basis_dtype)
@@ -143,9 +148,9 @@ class Leading(Subspace):
 
 @dataclass(frozen=True)
 class Iteration(Subspace):
-    """The old basis, improved by power iteration: cheap, and it changes smoothly.
+    """The old basis, updated by power iteration: cheap, and it changes smoothly.
 
-    The first basis is the exact one.
+    The first basis is that of `SVD`.
     """
 
     power: int = 1
@@ -168,16 +173,17 @@ class Iteration(Subspace):
         )
 
     def columns(self, search: Search, Z: Tensor, on_left: bool) -> Tensor:
-        """Columns Z [k, *, m or n, r] turned towards G's leading singular vectors of one side."""
+        """Columns Z [k, *, m or n, r] after power iterations towards G's leading singular
+        vectors of one side."""
         Z = Z.to(search.G.dtype)
         for _ in range(self.power):
             Q, R = torch.linalg.qr(search.squared(Z, on_left))
             signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
-            Z = Q * signs.unsqueeze(-2)  # the QR that changes as little as Z does
+            Z = Q * signs.unsqueeze(-2)  # R's diagonal is positive, so Q is continuous in Z
         return polish(Z)
 
 
-# as the methods' `search` calls them
+# by the values of the methods' field `search`
 SEARCHES: dict[str, type[Subspace]] = {"auto": Leading} | {
     search.__name__.lower(): search for search in (SVD, Gram, Randomised, Iteration)
 }

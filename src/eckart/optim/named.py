@@ -1,4 +1,4 @@
-"""State by parameter name: flat, so that it survives regrouping and a change of shape."""
+"""Optimizer state as a flat dict by parameter name, independent of how parameters are grouped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Named = tuple[str, Tensor, dict[str, Any]]  # name, parameter, its group
 
 
 def pack(params: Iterable[Named], states: MutableMapping[Tensor, State]) -> dict[str, Any]:
-    """{"<name>/<key>": full tensor or number}; of its group "lr" and "taken" are among them."""
+    """{"<name>/<key>": unsharded tensor or number}; includes the group's "lr" and "taken"."""
     flat: dict[str, Any] = {}
     for name, p, group in params:
         flat[f"{name}/lr"] = float(group["lr"])
@@ -27,9 +27,10 @@ def pack(params: Iterable[Named], states: MutableMapping[Tensor, State]) -> dict
 
 
 def unpack(flat: Mapping[str, Any], params: Iterable[Named]) -> dict[Tensor, State]:
-    """The states of the parameters, copied to where they are; sets the groups' rates.
+    """The states of the parameters, on their devices and sharded as they are; sets "lr" and
+    "taken" of the groups.
 
-    Raises FileError where a saved parameter is not here or a tensor does not fit.
+    Raises FileError where a saved parameter is not trained here or a tensor's shape differs.
     """
     found: dict[str, State] = {}
     for path, value in flat.items():
@@ -58,14 +59,14 @@ Here = Mapping[str, tuple[Tensor, Mapping[str, Any]]]  # name -> parameter, its 
 
 
 def pairs_of(here: Here) -> dict[str, tuple[str, str]]:
-    """The names of B and A, under both, of the factors that a rule moves together."""
+    """{name: (name of B, name of A)} for both factors of each pair that a pair rule updates."""
     groups = [group for _, group in here.values() if group["rule"].pair is not None]
     pairs = [(b, a) for group in groups for b, a, _ in group["pairs"] if b in here and a in here]
     return {name: pair for pair in pairs for name in pair}
 
 
 def first_states(here: Here) -> dict[str, State]:
-    """What the parameters' states would be before the first step, without memory."""
+    """The parameters' states before the first step, on the meta device."""
     pairs, found = pairs_of(here), dict[str, State]()
     for name, (p, group) in here.items():
         rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
@@ -79,7 +80,7 @@ def first_states(here: Here) -> dict[str, State]:
 
 
 def hollow(p: Tensor) -> Tensor:
-    """A tensor like the whole of p on the meta device."""
+    """A meta tensor with the unsharded shape and the dtype of p."""
     return torch.empty(p.shape, dtype=p.dtype, device="meta")
 
 
@@ -100,7 +101,7 @@ def check_fits(name: str, entry: State, wanted: State) -> None:
 
 
 def placed(name: str, p: Tensor, group: Mapping[str, Any], entry: State) -> State:
-    """A copy of a saved state, laid out as the parameter is."""
+    """A copy of a saved state, sharded as the parameter is."""
     rule, leading = group["rule"].on(p.shape, group["leading"]), group["leading"]
     layout = rule.layout(name, p, leading)
     copies = {key: copy_to(value, p) for key, value in entry.items()}

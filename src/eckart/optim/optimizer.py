@@ -1,8 +1,8 @@
-"""LowRankOptimizer: an ordinary torch.optim.Optimizer that follows rules.
+"""LowRankOptimizer: a torch.optim.Optimizer whose update is given by a `Rule` per group.
 
-A step is five lines: refresh the bases that are due, project, clip, add penalties, apply.
-Parameters are found anew at each step in `param_groups`, under their names, since wrappers
-(accelerate under FSDP2) swap them after the optimizer was made.
+A step refreshes the bases that are due, projects, clips, adds penalties and applies.
+Parameters are looked up by name in `param_groups` at each step, since wrappers (accelerate
+under FSDP2) replace them after the optimizer was made.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ Penalty = Callable[[], Mapping[Tensor, Tensor]]
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
-    """AdamW, GaLore, Fira, ...: what it does is its `rule`, or that of each group.
+    """AdamW, GaLore, Fira, ...: the update is defined by `rule`, or by each group's own.
 
     `params`: parameters, (name, parameter) pairs, or groups. A group is a dict with
-    `params` and any of `rule`, `lr`, `weight_decay` (the rule's where it is left out),
-    `clip_weight` (how often its squared norm counts in the clipped norm) and `leading`
-    (1 for fused experts [e, m, n]; else all dimensions after the first are columns). Rules
-    for factor pairs need `pairs`, a list of (name of B, name of A, scale).
+    `params` and any of `rule`, `lr`, `weight_decay` (default: the rule's), `clip_weight` (the
+    weight of its squared norm in the clipped norm) and `leading` (1 for fused experts
+    [e, m, n]; else all dimensions after the first are columns). Rules for factor pairs need
+    `pairs`, a list of (name of B, name of A, scale).
 
-    Names place the refreshes and seed what is random, and state is saved under them;
-    parameters without names are called by their place.
+    Names determine when bases are refreshed and the seeds of random draws, and state is saved
+    under them; parameters without names are named by their position, "<group>.<index>".
 
     `clip` bounds the norm of the gradients AS APPLIED: of the low-rank gradient where one
     is projected, of the gradient elsewhere; the last norm, before clipping, is `grad_norm`.
-    None neither measures nor clips; `inf` measures. `skip_nonfinite` leaves everything as
-    it is where a gradient is not finite (one host sync a step).
+    None neither measures nor clips; `inf` only measures. `skip_nonfinite` skips a step in which
+    a gradient is not finite (one host sync a step).
 
-    State is tensors, ints and floats alone; `torch.load(weights_only=True)` reads it.
+    State holds only tensors, ints and floats, so `torch.load(weights_only=True)` reads it.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.clip = clip
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
-        self.skipped = False  # was the last step left out, for a gradient that is not finite?
+        self.skipped = False  # True where the last step was skipped for a non-finite gradient
         self.grad_norm: Tensor | None = None
         self.penalties: list[Penalty] = []
         self.projected: Projected | None = None  # layer-wise mode
-        self.places: dict[Tensor, tuple[str, dict[str, Any]]] = {}  # names and groups, for it
+        self.places: dict[Tensor, tuple[str, dict[str, Any]]] = {}  # its names and groups
         self.bound: dict[str, Tensor] = {}  # the parameters of the last step
-        self.resting: set[str] = set()  # parameters that do not train now
-        self.aside: set[str] = set()  # parameters that follow their rule's `resting` now
+        self.resting: set[str] = set()  # parameters that do not train in this step
+        self.aside: set[str] = set()  # parameters that follow `Rule.resting` in this step
         super().__init__(
             params,
             {
@@ -83,7 +83,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "clip_weight": 1.0,
                 "leading": 0,
                 "pairs": (),
-                "taken": 0,  # steps of the optimizer, whether or not a parameter took part
+                "taken": 0,  # steps of the optimizer, also those in which a parameter is frozen
             },
         )
         if layerwise:
@@ -91,7 +91,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.rest(between_steps=False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters get names where they have none."""
+        """Add a group; unnamed parameters get names. Raises UsageError where a group is invalid."""
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         place = len(self.param_groups)
@@ -131,10 +131,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step over all parameters that have a gradient.
+        """One step over all parameters that have a gradient; returns the closure's loss.
 
-        A rule that moves the factors of a pair in turn within one step, each by its own
-        gradient, calls the closure for each; the loss is that of the first.
+        A rule that updates the factors of a pair one after the other within a step, each with
+        its own gradient, calls the closure for each; the loss returned is the first.
         """
         passes = max(group["rule"].passes for group in self.param_groups)
         if passes > 1 and closure is None:
@@ -152,8 +152,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return loss
 
     def pass_over(self, closure: Callable[[], Any] | None, first: bool) -> Any:
-        """One pass of a step: gradients, and the moves of what does not rest. Left out for a
-        gradient that is not finite, the first counts for nothing, and a later one as a turn."""
+        """One pass of a step: call the closure and update the parameters that train in it.
+
+        Skipped for a non-finite gradient, a first pass is not counted in "taken", a later one
+        is.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -176,7 +179,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return loss
 
     def move(self, moving: list[Bucket], penalties: Mapping[Tensor, Tensor]) -> None:
-        """What a step does to the parameters that have a gradient."""
+        """Project, clip, add penalties and apply, for the parameters that have a gradient."""
         for bucket in moving:
             bucket.project()
         if self.clip is not None:
@@ -192,7 +195,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             bucket.apply(leave=paired)
 
     def entries(self) -> Iterator[Entry]:
-        """Parameters with a gradient, or with a projected one from layer-wise hooks."""
+        """Entries of the parameters that have a gradient, or a projected one from a hook."""
         self.rebind()
         kept = {} if self.projected is None else self.projected.low
         at_rest = {id(g): {**g, "rule": g["rule"].at_rest} for g in self.param_groups if self.aside}
@@ -202,23 +205,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if p.grad is None and name not in kept:
                 continue
             if name in self.aside:
-                yield entry_of(name, p, at_rest[id(group)], {}, self.seed)  # keeps no state
+                yield entry_of(name, p, at_rest[id(group)], {}, self.seed)  # state is not kept
                 continue
             entry = entry_of(name, p, group, self.state[p], self.seed)
             if self.projected is not None and entry.projected and p.grad is not None:
-                self.projected.absorb(entry, self.skip_nonfinite)  # came before its hook was bound
+                # the gradient came before the parameter's hook was registered
+                self.projected.absorb(entry, self.skip_nonfinite)
                 if p.grad is None and name not in kept:
-                    continue  # and was moved at once
+                    continue  # and the hook's update is done
             entry.low = kept.get(name)
             yield entry
 
     def add_penalty(self, penalty: Penalty) -> None:
-        """Add the gradient {parameter: tensor} that `penalty()` returns, at every step and
-        after clipping: a penalty is neither scaled with the accumulation nor clipped."""
+        """Register a penalty: `penalty()` returns gradients {parameter: tensor} that are added
+        at every step after clipping, so they are neither averaged over micro-batches nor
+        clipped."""
         self.penalties.append(penalty)
 
     def penalty_gradients(self) -> dict[Tensor, Tensor]:
-        """The sum of all penalties. A parameter without a gradient is given a zero one."""
+        """The summed gradients of all penalties; sets a zero `.grad` where there is none."""
         total: dict[Tensor, Tensor] = {}
         for penalty in self.penalties:
             with torch.enable_grad():
@@ -243,31 +248,31 @@ class LowRankOptimizer(torch.optim.Optimizer):
         refresh_from: Literal["step", "first"] = "step",
         average_over: dist.ProcessGroup | None = None,
     ) -> None:
-        """Project gradients in hooks and free them at once; see `layerwise.Projected`.
+        """Project gradients in backward hooks and free them at once; see `layerwise.Projected`.
 
-        Micro-batches are accumulated. Under DDP the reducer must leave `layerwise_names` out,
-        and their low-rank gradients are averaged over the group `average_over`. A gradient
-        scaler cannot be used. Raises UsageError where a rule needs whole gradients.
+        Micro-batches are accumulated. DDP must ignore the parameters in `layerwise_names`;
+        their low-rank gradients are averaged over the group `average_over`. A gradient scaler
+        cannot be used. Raises UsageError where a rule needs full gradients.
         """
         check_layerwise(self.param_groups, refresh_from, average_over, self.clip)
         self.projected = Projected(refresh_from, average_over)
         self.bind_hooks()
 
     def detach_layerwise(self) -> None:
-        """Take the hooks off: gradients stay where they are again."""
+        """Remove the hooks and leave layer-wise mode."""
         if self.projected is not None:
             self.projected.bind([], lambda p: None)
             self.projected = None
 
     def bind_hooks(self) -> None:
-        """Hook the projected parameters that are in the groups now."""
+        """Register hooks on the projected parameters that are in the groups now."""
         assert self.projected is not None
         self.places = {p: (name, group) for name, p, group in self.named()}
 
         @torch.no_grad()
         def absorb(p: Tensor) -> None:
             assert self.projected is not None
-            name, group = self.places[p]  # not as it was bound: loading makes new groups
+            name, group = self.places[p]  # looked up at each call: loading makes new groups
             entry = entry_of(name, p, group, self.state[p], self.seed)
             self.projected.absorb(entry, self.skip_nonfinite)
 
@@ -276,13 +281,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @property
     def layerwise_names(self) -> list[str]:
-        """Parameters whose gradients the hooks take: a reducer (DDP) must leave them out."""
+        """Names of the parameters whose gradients the hooks free; DDP must ignore them."""
         if self.projected is None:
             return []
         return [name for name, p, group in self.named() if is_projected(p, group)]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; projected gradients of the hooks are dropped, too."""
+        """As torch's; also drops the projected gradients of layer-wise mode."""
         super().zero_grad(set_to_none)
         if self.projected is not None:
             self.projected.clear()
@@ -290,8 +295,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
     # -- pairs and blocks -------------------------------------------------------------
 
     def pairs(self, moving: list[Bucket]) -> list[Pair]:
-        """The factor pairs that move now, with their state. Where only one factor has a
-        gradient and the other does not rest, but is frozen, it is no pair."""
+        """The factor pairs to update in this step, with their state.
+
+        A factor whose partner is frozen by the user, not by the rule, makes no pair.
+        """
         found = {e.name: e for b in moving for e in b.entries if e.rule.pair is not None}
         if not found:
             return []
@@ -305,16 +312,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @property
     def blocks(self) -> Blocks | None:
-        """The schedule that all groups with one share."""
+        """The block schedule, which is the same for all groups that have one."""
         found = (group["rule"].blocks for group in self.param_groups)
         return next((blocks for blocks in found if blocks is not None), None)
 
     def rest(self, between_steps: bool = True) -> None:
-        """Before the forward pass of a step: which parameters train, and at a new period what
-        becomes of the moments of blocks.
+        """Freeze the parameters that do not train in the next step, unfreeze the others, and
+        drop moments of blocks at a new period.
 
-        What rests computes no gradient, but a wrapper that is yet to come (DDP, FSDP2) must
-        see all that ever trains: with several processes that begins after a step.
+        With several processes `requires_grad` is changed only after the first step, since DDP
+        and FSDP2, which may wrap the model after this, must see every parameter that trains.
         """
         blocks, taken = self.blocks, self.param_groups[0]["taken"]
         names = [name for name, _, _ in self.named()]
@@ -328,7 +335,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             place = "BA".find(rule.rests(taken)) if rule is not None and rule.rests(taken) else -1
             resting |= {pair[place] for pair in group["pairs"] if place >= 0}
         passes = max(group["rule"].passes for group in self.param_groups)
-        if taken % passes < passes - 1:  # what is in no pair moves once a step, in the last pass
+        if taken % passes < passes - 1:  # parameters in no pair train in the last pass alone
             resting |= {*names} - {n for g in self.param_groups for p in g["pairs"] for n in p[:2]}
         silent = between_steps or not (dist.is_available() and dist.is_initialized())
         for name, p, _ in self.named():
@@ -350,7 +357,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 yield name, p, group
 
     def rebind(self) -> None:
-        """Carry state over to parameters that were swapped since the last step."""
+        """Move state to the parameters that replaced others of the same name since last step."""
         for name, p, _ in self.named():
             old = self.bound.get(name)
             if old is not None and old is not p and old in self.state:
@@ -358,28 +365,31 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.bound[name] = p
 
     def reset_state(self, params: Iterable[Tensor] | None = None) -> None:
-        """Forget the state of these parameters (all by default): they start afresh."""
+        """Delete the state of these parameters (default: all), as before their first step."""
         for p in list(self.state) if params is None else params:
             self.state.pop(p, None)
 
     def named_state_dict(self) -> dict[str, Any]:
-        """The state under the parameters' names: {"<name>/<key>": tensor or number}.
+        """The state by parameter name: {"<name>/<key>": tensor or number}.
 
-        It survives regrouping. Sharded state is gathered, so all processes must call this.
-        The groups' learning rates are in it, since a scheduler does not restore them.
+        It can be loaded under other groups. Sharded state is gathered, so all processes must
+        call this. It includes the groups' learning rates, which a scheduler does not restore.
         """
         return named.pack(self.named(), self.state)
 
     def load_named_state_dict(self, flat: Mapping[str, Any]) -> None:
-        """Load what `named_state_dict` gave, dtypes unchanged. A parameter of which nothing
-        was saved starts afresh; FileError where a saved one is not here or does not fit."""
+        """Load the result of `named_state_dict`, dtypes unchanged.
+
+        Parameters that are not in it start without state. Raises FileError where a saved
+        parameter is not trained here or does not fit.
+        """
         for p, entry in named.unpack(flat, self.named()).items():
             self.state[p] = entry
         self.rebind()
         self.rest(between_steps=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the rules described as plain data."""
+        """As torch's, with each rule as JSON-ready data (`Rule.describe`)."""
         packed = super().state_dict()
         for group in packed["param_groups"]:
             group["rule"] = group["rule"].describe()
@@ -422,5 +432,5 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
 
 def is_projected(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Does this parameter's rule project it?"""
+    """True where the group's rule projects a parameter of this shape."""
     return not group["rule"].on(p.shape, group["leading"]).projector.identity

@@ -1,4 +1,4 @@
-"""The inner rule that gives a matrix equal singular values, and how they are made equal."""
+"""Orthogonalisation as an inner rule (Muon): Newton-Schulz iteration or exact by SVD."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from eckart.optim.sharded import Split, sum_symmetric_
 
 @dataclass(frozen=True)
 class Orthogonal(Inner):
-    """R, or its momentum M = mu M + R, with all singular values moved near 1 by a few
-    Newton-Schulz steps (Muon, Jordan et al. 2024), or to 1 by a decomposition (`exact`).
+    """R, or its momentum M = mu M + R, orthogonalised: its singular values are brought near 1 by
+    Newton-Schulz steps (Muon, Jordan et al. 2024), or to exactly 1 by SVD (`exact`).
 
-    `nesterov` looks a step ahead: R + mu M is what is made orthogonal. Without `momentum`
-    there is no state.
+    With `nesterov` R + mu M is orthogonalised instead. Without `momentum` there is no state.
     """
 
     steps: int = 5
@@ -53,8 +52,8 @@ class Orthogonal(Inner):
         shapes: Sequence[torch.Size],
         split: Split,
     ) -> Direction:
-        """One collective: the Gram matrices of the dimension that is whole."""
-        if not (split.rows or split.columns):  # experts are whole each
+        """As `step`, with one collective: the sum of the unsharded dimension's Gram matrices."""
+        if not (split.rows or split.columns):  # each expert is whole on some process
             return self.step(R, states, counts)
         if split.rows and split.columns:
             raise UsageError(
@@ -73,7 +72,7 @@ class Orthogonal(Inner):
         return Direction([n.mT if split.columns else n for n in N], None, [1.0] * len(R))
 
     def averaged(self, R: Tensors, states: list[State]) -> Tensors:
-        """What is made orthogonal, after moving the momentum."""
+        """Update the momentum and return the matrices to orthogonalise."""
         if not self.momentum:
             return R
         M = [s["momentum"] for s in states]
@@ -87,7 +86,8 @@ class Orthogonal(Inner):
 
 
 def orthogonalised(R: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz on R [*, a, b]: singular values go to within 0.3 of 1, vectors stay."""
+    """Newton-Schulz on R [*, a, b]: singular values come within 0.3 of 1, singular vectors do
+    not change."""
     X = wide(R) / (torch.linalg.matrix_norm(wide(R))[..., None, None] + 1e-7)
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
@@ -98,8 +98,10 @@ def orthogonalised(R: Tensor, steps: int) -> Tensor:
 
 
 def orthogonalised_by(R: Tensor, C: Tensor, steps: int) -> Tensor:
-    """The same for some rows of R, from C = R^T R [*, b, b] of all: each step is a product
-    with a polynomial of C, so they are multiplied first."""
+    """`orthogonalised` for a shard of R's rows, given C = R^T R [*, b, b] of all rows.
+
+    Each step multiplies R by a polynomial of C, so the polynomials are multiplied first.
+    """
     length = C.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None] + 1e-7  # |R|
     C, eye = C / length**2, torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     Q = eye / length
@@ -110,7 +112,7 @@ def orthogonalised_by(R: Tensor, C: Tensor, steps: int) -> Tensor:
 
 
 def exactly_orthogonal(R: Tensor) -> Tensor:
-    """U V^T of R = U S V^T [*, a, b]; directions that R does not have stay away."""
+    """U V^T of R = U S V^T [*, a, b]; singular values of 0 stay 0. NaN where R is not finite."""
     ok = R.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     U, s, Vh = torch.linalg.svd(torch.where(ok, wide(R), 0), full_matrices=False)
     found = (U * present(s, max(R.shape[-2:])).unsqueeze(-2)) @ Vh
@@ -118,8 +120,11 @@ def exactly_orthogonal(R: Tensor) -> Tensor:
 
 
 def exactly_by(R: Tensor, C: Tensor) -> Tensor:
-    """The same for some rows of R, from C = R^T R [*, b, b] of all: R C^(-1/2). The Gram matrix
-    squares the condition number, so what is a thousandth in fp32 counts as not there."""
+    """`exactly_orthogonal` for a shard of R's rows, given C = R^T R [*, b, b]: R C^(-1/2).
+
+    The Gram matrix squares the condition number: in fp32, singular values below about a
+    thousandth of the largest are treated as 0.
+    """
     ok = C.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     values, V = torch.linalg.eigh(torch.where(ok, C, 0))
     there = present(values, C.shape[-1])
@@ -129,6 +134,6 @@ def exactly_by(R: Tensor, C: Tensor) -> Tensor:
 
 
 def present(values: Tensor, size: int) -> Tensor:
-    """1 for singular (or Gram) values [*, k] above rounding, else 0; no value of 0 is."""
+    """1 for singular values (or eigenvalues) [*, k] above rounding error, else 0."""
     noise = torch.finfo(values.dtype).eps * size * values.amax(-1, keepdim=True)
     return (values > noise).to(values.dtype)

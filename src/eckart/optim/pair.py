@@ -1,13 +1,12 @@
-"""Rules for factor pairs: W = W0 + s B A is trained through B [m, r] and A [r, n], and what
-matters is how W moves.
+"""Rules that update the two factors B [m, r] and A [r, n] of W = W0 + s B A together.
 
-With G = dL/dW, which is never needed, the factors' gradients are gA = s B^T G and
-gB = s G A^T; a change (hA, hB) of the factors moves W, to first order, by s (B hA + hB A).
+With G = dL/dW, which is never formed, the factors' gradients are gA = s B^T G and
+gB = s G A^T; a change (hA, hB) of the factors changes W, to first order, by s (B hA + hB A).
 
-A step is made of thin products, which sum over a long side, and of r x r work between them.
-That work is one batch for all pairs of a rank, and in fp64: (B^T B)^-1 can be 1e8 where B has
-just left zero. The thin products are in fp32, as the gradients are: what they round away is as
-small as what the backward pass has rounded away from gA and gB.
+A step consists of thin products over the long sides and of r x r work. The r x r work is one
+batch for all pairs of a rank, in fp64, since (B^T B)^-1 can be 1e8 where B has just left zero.
+The thin products are in fp32, as the gradients are: their rounding error is no larger than
+that of gA and gB.
 """
 
 from __future__ import annotations
@@ -33,14 +32,15 @@ Moments = dict[str, Tensor]
 
 
 class Stacks(NamedTuple):
-    """Factors of K matrices, of one rank: B's [m, r] (`tall`) or A's [r, n], or some of one shape
-    as a stack [k, m, r] or [k, r, n]."""
+    """The B (`tall`, [m, r]) or A ([r, n]) of K pairs of one rank; those of one shape may be one
+    stacked tensor [k, m, r] or [k, r, n]."""
 
     tensors: Tensors
     tall: bool
 
     def across(self, other: Stacks, mean: bool = False) -> Tensor:
-        """B^T B' of each, or A A'^T, or that over the length of the long side: [K, r, r] fp64."""
+        """B^T B' or A A'^T of each pair, [K, r, r] fp64; with `mean` divided by the length of the
+        long side."""
         found = []
         for X, Y in zip(self.tensors, other.tensors, strict=True):
             inner = product(X.mT, Y) if self.tall else product(X, Y.mT)
@@ -49,7 +49,7 @@ class Stacks(NamedTuple):
         return torch.cat([inner.flatten(0, -2) for inner in found]).view(-1, r, r).double()
 
     def cut(self, numbers: Tensor) -> Tensors:
-        """[K, a, b] in pieces that go with the stacks."""
+        """Split numbers [K, a, b] into one piece per stacked tensor."""
         pieces = numbers.split([t.shape[:-2].numel() for t in self.tensors])
         pairs = zip(pieces, self.tensors, strict=True)
         return [piece.view(*t.shape[:-2], *piece.shape[-2:]) for piece, t in pairs]
@@ -62,8 +62,11 @@ class Stacks(NamedTuple):
 
 
 def mixed(*terms: tuple[Tensor, Stacks]) -> Stacks:
-    """sum Q X over terms of Q [K, r, r], in any dtype, and A's X; of B's sum X Q^T. Each product
-    is added to the sum as it is made: no other tensor is as large."""
+    """The sum over terms (Q, X) of Q X for factors A, of X Q^T for factors B.
+
+    Q [K, r, r] in any dtype. Products are added in place, so no second tensor of X's size is
+    needed beside the sum.
+    """
     tall, dtype = terms[0][1].tall, terms[0][1].tensors[0].dtype
     totals: Tensors = []
     for Q, stacks in terms:
@@ -78,25 +81,25 @@ def mixed(*terms: tuple[Tensor, Stacks]) -> Stacks:
 
 
 class Factor:
-    """B or A of pairs of one rank and age: values and gradients, fp32 at least.
+    """The B, or the A, of pairs of one rank and step count: values and gradients, fp32 at least.
 
-    Whole where the parameters are sharded: adapters are small. Leading dimensions (experts)
-    count as pairs. A factor that rests has a gradient of zero. A stack of one pair is a view, so
-    what is changed in place is changed there.
+    Sharded parameters are gathered, since adapters are small. Leading dimensions (experts)
+    count as pairs. A frozen factor has a gradient of zero. A stack of one pair is a view of the
+    parameter, so changing it in place changes the parameter.
     """
 
     def __init__(self, stacks: list[list[Entry]], tall: bool):
         self.stacks, self.tall = stacks, tall
         self.entries = [e for stack in stacks for e in stack]
         self.value = self.stacked([whole(e.param.detach()) for e in self.entries])
-        self.rests = self.entries[0].rests  # pairs move together that both do or do not
+        self.rests = self.entries[0].rests  # the same for all: see `move_pairs`
         if self.rests:
             self.grad = Stacks([torch.zeros_like(t) for t in self.value.tensors], tall)
         else:
             self.grad = self.stacked([whole(e.gradient) for e in self.entries])
 
     def stacked(self, tensors: Tensors) -> Stacks:
-        """Tensors of the entries [*, a, b] as stacks."""
+        """One tensor per entry [*, a, b], stacked as the entries are, in fp32 at least."""
         waiting, found = iter(tensors), []
         wide = torch.promote_types(tensors[0].dtype, torch.float32)
         for stack in self.stacks:
@@ -107,11 +110,11 @@ class Factor:
         return Stacks(found, self.tall)
 
     def state(self, name: str) -> Stacks:
-        """A state tensor shaped like the factor; `keep` it after changing it in place."""
+        """A state tensor shaped like the factor; call `keep` after changing it in place."""
         return self.stacked([e.tensors[name] for e in self.entries])
 
     def small(self, name: str, dims: int = 2) -> Tensor:
-        """A state tensor of r x r numbers, or of fewer dimensions: [K, ..]."""
+        """A state tensor [K, ...] with `dims` dimensions per pair, such as r x r."""
         found = [e.tensors[name] for e in self.entries]
         return torch.cat([t.reshape(-1, *t.shape[t.dim() - dims :]) for t in found])
 
@@ -135,18 +138,18 @@ class Factor:
 
     @property
     def counts(self) -> list[int]:
-        """How many steps each will have taken with this one."""
+        """The step count of each entry, this step included."""
         return [e.state["step"] + 1 for e in self.entries]
 
     def correction(self, beta: float) -> float:
-        """1 - beta^count, the same for all that are stacked."""
+        """The bias correction 1 - beta^count, the same for all pairs."""
         return 1 - beta ** self.counts[0]
 
     def move(
         self, change: Stacks, size: float = 1.0, over: Tensors | None = None, decay: str = "before"
     ) -> None:
-        """value -= lr size change (or change / over), with decoupled decay before or after;
-        counts a step."""
+        """value -= lr size change (or change / over), with decoupled decay before or after, and
+        count the step."""
         group, values = self.entries[0].group, self.value.tensors
         lr = float(group["lr"])
         keep = 1 - lr * group["weight_decay"]
@@ -168,7 +171,7 @@ class Factor:
 
 
 def write(tensors: Tensors, values: Tensors) -> None:
-    """Copy values into tensors, where they are not there already."""
+    """Copy values into tensors, except where a value is a view of its tensor."""
     pairs = [(t, v) for t, v in zip(tensors, values, strict=True) if t.data_ptr() != v.data_ptr()]
     if pairs:
         torch._foreach_copy_([t for t, _ in pairs], [v.view(t.shape) for t, v in pairs])
@@ -176,28 +179,29 @@ def write(tensors: Tensors, values: Tensors) -> None:
 
 @dataclass(frozen=True)
 class PairRule(Part):
-    """The contract of a rule for pairs. Factors without a partner follow the inner rule."""
+    """Interface of a rule for pairs. Factors without a partner follow the inner rule."""
 
     def init(self, B: Tensor, A: Tensor, inner: Inner) -> tuple[Moments, Moments]:
-        """State tensors that B [*, m, r] and A [*, r, n] carry."""
+        """The initial state tensors of B [*, m, r] and of A [*, r, n]."""
         raise NotImplementedError
 
     def move(self, B: Factor, A: Factor, s: Tensor, inner: Inner) -> None:
-        """Move K pairs of one rank and age. s [K, 1, 1] is the scale of each."""
+        """Update K pairs of one rank and step count. s [K, 1, 1] is the scale of each."""
         raise NotImplementedError
 
     @property
     def passes(self) -> int:
-        """Gradients that one step needs, each after the last one's moves; `rests` counts them."""
+        """Gradients that one step needs, each computed after the previous pass's update. `rests`
+        counts passes."""
         return 1
 
     def rests(self, step: int) -> str:
-        """Which factor does not train at a step, counted from 0: "B", "A" or none, ""."""
+        """The factor that is frozen at `step` (counted from 0): "B", "A", or "" for neither."""
         return ""
 
 
 class Pair(NamedTuple):
-    """Two entries that are the factors of one matrix."""
+    """The entries of the two factors of one matrix, and its scale s."""
 
     B: Entry
     A: Entry
@@ -205,7 +209,7 @@ class Pair(NamedTuple):
 
 
 def prepare(pairs: list[Pair], entries: Iterable[Entry]) -> None:
-    """Make the state of pairs at their first step, and of entries that are in none."""
+    """Initialise the state of new pairs, and of entries that are in no pair."""
     for pair in pairs:
         rule = pair.B.rule.pair
         if rule is not None and not pair.B.tensors and not pair.A.tensors:
@@ -223,7 +227,7 @@ def prepare(pairs: list[Pair], entries: Iterable[Entry]) -> None:
 
 
 def move_pairs(pairs: Iterable[Pair]) -> None:
-    """Move all pairs: those of one rank, age and of the same groups together."""
+    """Update all pairs; those of the same rank, step counts and groups in one batch."""
     alike: dict[tuple[object, ...], list[Pair]] = {}
     for pair in pairs:
         ends = (pair.B, pair.A)
@@ -242,19 +246,19 @@ def move_pairs(pairs: Iterable[Pair]) -> None:
 
 
 def matrices(pair: Pair) -> int:
-    """How many there are in one pair: experts."""
+    """The number of matrices (experts) in one pair."""
     return pair.B.param.shape[:-2].numel()
 
 
 @cache
 def column(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """K numbers as [K, 1, 1] in fp64: sent to the device once, not at every step."""
+    """K numbers as [K, 1, 1] fp64; cached, so that they are sent to the device once."""
     return torch.tensor(numbers, dtype=torch.float64, device=device).view(-1, 1, 1)
 
 
 def batches(pairs: list[Pair]) -> Iterator[list[list[Pair]]]:
-    """Pairs of one rank as stacks of one shape, so many at once that temporaries stay small and,
-    on a CPU, cached. There only what is tiny is stacked: a copy costs as much as a product.
+    """Batches of stacks of pairs of one shape, sized so that temporaries fit in memory or, on a
+    CPU, in cache. On a CPU only tiny factors are stacked, as a copy costs as much as a product.
     """
     cpu = pairs[0].B.param.is_cpu
     most, to_stack = (2 * CACHED, CACHED // 64) if cpu else (CHUNK, CHUNK)
@@ -276,8 +280,8 @@ def batches(pairs: list[Pair]) -> Iterator[list[list[Pair]]]:
 
 
 def stepped(factor: Factor, h: Stacks, inner: Inner) -> tuple[Stacks, float]:
-    """The inner rule's direction for one factor's gradients, element by element, and what it
-    is still to be multiplied by."""
+    """The inner rule's direction for gradients h of one factor, and the number by which it has
+    yet to be multiplied (the bias correction)."""
     states = [e.tensors for e in factor.entries]
     direction = inner.step(factor.pieces(h), states, factor.counts, fused=True)
     return factor.stacked(direction.tensors()), 1 / direction.correction[0]
@@ -289,11 +293,11 @@ def grams(B: Stacks, A: Stacks) -> Tensor:
 
 
 def inverse(C: Tensor, damping: float, relative: bool = False) -> Tensor:
-    """(C + damping I)^-1 of Gram matrices C [*, r, r] in fp64, or with damping relative to the
-    mean eigenvalue; what would be divided by zero is zero.
+    """(C + damping I)^-1 of Gram matrices C [*, r, r] in fp64; `relative` damping is multiplied
+    by the mean eigenvalue. A pseudoinverse where there is no damping, zero where C is.
 
-    By Cholesky, a fifth of the time of an eigendecomposition, and by parts of it that no device
-    has to wait for. It cannot fail: damping is taken to be more than rounding.
+    By Cholesky: a fifth of the time of an eigendecomposition, and no host sync. It cannot fail,
+    as the damping is raised to at least rounding error.
     """
     if not damping:
         return spectrum(C).inverse(damping)
@@ -308,14 +312,14 @@ def inverse(C: Tensor, damping: float, relative: bool = False) -> Tensor:
 
 
 class Spectrum(NamedTuple):
-    """A symmetric matrix [*, r, r] with no negative eigenvalue, decomposed."""
+    """The eigendecomposition of a positive semidefinite matrix [*, r, r]."""
 
     vectors: Tensor  # columns
     values: Tensor
 
     def inverse(self, damping: float, relative: bool = False) -> Tensor:
-        """(C + damping I)^-1, or with damping relative to the mean eigenvalue; what would be
-        divided by zero is zero."""
+        """(C + damping I)^-1; `relative` damping is multiplied by the mean eigenvalue. Zero
+        eigenvalues are left out, as in a pseudoinverse."""
         shift = damping * self.values.mean(-1, keepdim=True) if relative else damping
         values = self.values + shift
         inverse = torch.where(values > 0, 1 / values, 0)
@@ -323,15 +327,17 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(C: Tensor) -> Spectrum:
-    """The decomposition of C = F^T F; rounding below zero is zero, and NaN stays NaN."""
+    """The eigendecomposition of C = F^T F; negative rounding errors become 0, NaN stays NaN."""
     ok = C.isfinite().all(-1).all(-1)[..., None]
     values, vectors = torch.linalg.eigh(torch.where(ok[..., None], C, 0))
     return Spectrum(vectors, torch.where(ok, values.clamp(min=0), torch.nan))
 
 
 def sylvester(both: Spectrum, C: Tensor) -> Tensor:
-    """X with L X + X R = C [*, r, r] for two symmetric matrices L and R, decomposed together
-    [2, *, r, r]; entries of C that neither reaches are left out."""
+    """X with L X + X R = C [*, r, r], for the spectrum of L and R stacked [2, *, r, r].
+
+    Components of C on which both L and R have eigenvalue 0 are ignored.
+    """
     left, right = both.vectors.unbind()
     sums = both.values[0].unsqueeze(-1) + both.values[1].unsqueeze(-2)
     Y = left.mT @ C @ right

@@ -1,5 +1,4 @@
-"""What all parts of a rule share: they describe themselves as plain data, and the two
-foreach operations that torch rounds differently on the CPU."""
+"""Base class of a rule's parts, and helpers for lists of tensors."""
 
 from __future__ import annotations
 
@@ -11,12 +10,12 @@ from torch import Tensor
 
 Tensors = list[Tensor]  # one tensor per parameter; the maths runs over all of them at once
 State = dict[str, Any]  # one parameter's state: tensors, and plain scalars such as "step"
-CHUNK = 2**24  # elements whose temporaries may live at once, 64 MB in fp32; a CPU's are CACHED
+CHUNK = 2**24  # most elements of temporaries at once on a GPU, 64 MB in fp32; on a CPU CACHED
 
 
 @dataclass(frozen=True)
 class Part:
-    """A frozen dataclass of plain values and other parts."""
+    """Base class: a frozen dataclass of plain values and other parts."""
 
     def describe(self) -> dict[str, Any]:
         """This part as JSON-ready data: its name, then its fields."""
@@ -26,7 +25,7 @@ class Part:
 
 
 def counted(state: State) -> int:
-    """Completed steps that the moments have seen."""
+    """Completed steps since the moments started or were last reset."""
     return state["step"] - state.get("start", 0)
 
 
@@ -38,12 +37,12 @@ def plain(value: Any) -> Any:
 
 
 def stacked(tensors: Tensors) -> Tensor:
-    """Tensors of one shape as [k, *]; of one alone a view, so do not write into it."""
+    """Tensors of one shape as [k, *]; a view if there is only one, so do not change it."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
-# In bf16 on the CPU torch's foreach forms of these two round otherwise than its plain ones,
-# which torch.optim takes there; on a GPU it takes foreach.
+# In bf16 on a CPU torch's foreach versions of these two round differently from the plain ones,
+# which torch.optim uses there; on a GPU it uses foreach.
 
 
 def multiply_(tensors: Tensors, factor: float) -> None:
