@@ -1,1 +1,1 @@
-"""Experiments: many runs, searched learning rates, paired seeds, and a verdict from numbers."""
+"""Experiments: many training runs, a learning-rate search, paired seeds and statistical tests."""

@@ -1,9 +1,9 @@
-"""The lab: one arm at one seed and learning rate, trained in a bare loop and measured.
+"""Trains one arm of an experiment at one seed and learning rate, in a plain PyTorch loop.
 
-What a claim's functions are given (the contract is `Lab` in claims/__init__.py). It holds
-equal what must be equal: the start, the batches by seed and step, the schedule, the examples
-that are evaluated. One thread; nothing here draws from the global generator but the recipe's
-own noise, which starts from the seed.
+`TaskLab` implements the protocol `Lab` of claims/__init__.py, which a claim's functions
+receive. All arms share the initial weights, the batch of each seed and step, the schedule and
+the evaluated examples. One thread; only the recipe's own noise (dropout) draws from the global
+generator, which is seeded.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from eckart.jobs.training.cut import Kept, cut_moments, cut_terms
 from eckart.recipe import Handle, Recipe, attach
 from eckart.recipe.groups import default_lr
 
-CALIBRATION = 8  # batches for recipes that need data before they start
-AT_ONCE = 64  # rows of an evaluation batch
-WORST = 1.0  # nats above the first loss: where a run counts as diverged, and what it is given
+CALIBRATION = 8  # batches for recipes that need data at initialization
+AT_ONCE = 64  # rows in an evaluation batch
+WORST = 1.0  # nats above the first loss: a run above this has diverged, and gets this loss
 
 
 class TaskLab:
-    """One arm's place of work; see `Lab` for what each function promises."""
+    """Trains and evaluates one arm on a task; the methods are documented in `Lab`."""
 
     def __init__(self, task: Task, seed: int, lr: float = math.nan, steps: int | None = None):
         self.task, self.seed, self.lr = task, seed, lr
@@ -80,7 +80,7 @@ class TaskLab:
         rate = self.lr if lr is None else lr
         calibration = self.batches(CALIBRATION) if recipe.needs else None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)  # dropout and other noise of the recipe's own
+            torch.manual_seed(self.seed)  # dropout and other noise of the recipe
             handle = attach(
                 model,
                 recipe,
@@ -94,11 +94,11 @@ class TaskLab:
             return self.loop(handle, rate, steps, at_steps(watch or {}, steps))
 
     def rate(self, step: int, steps: int) -> float:
-        """The share of the learning rate at a step."""
+        """The multiplier of the learning rate at a step, between 0 and 1."""
         return warm_cosine(step, steps, self.task.warmup, self.task.floor)
 
     def loop(self, handle: Handle, lr: float, steps: int, watch: Watches) -> Trained:
-        """The bare loop; a loss that is not finite ends it."""
+        """Train for `steps` steps, or until a loss is not finite."""
         optimizer, rates = self.optimizer(handle, lr)
         trained = Trained(handle.model, handle, optimizer, 0, [], {})
         begun = time.monotonic()
@@ -124,13 +124,13 @@ class TaskLab:
         return trained
 
     def optimizer(self, handle: Handle, lr: float) -> tuple[Any, list[float]]:
-        """The recipe's optimizer, and its groups' learning rates before any schedule."""
+        """The recipe's optimizer, and the learning rate of each group before the schedule."""
         optimizer = handle.optimizer(lr, self.task.clip)
         return optimizer, [group["lr"] for group in optimizer.param_groups]
 
     @torch.no_grad()
     def cut(self, handle: Handle, kept: Kept, optimizer: Any, lr: float) -> Any:
-        """A change of shape that is due: terms and moments cut alike, in a new optimizer."""
+        """Apply a rank reduction: cut terms and moments alike, and build a new optimizer."""
         moments = cut_moments(handle, kept, optimizer.named_state_dict())
         cut_terms(handle, kept)
         fresh, rates = self.optimizer(handle, lr)
@@ -138,7 +138,7 @@ class TaskLab:
         return fresh, rates
 
     def outcome(self, trained: Trained) -> dict[str, float]:
-        """What every trained arm has; a run that diverged has the worst loss, not none."""
+        """The quantities of every trained arm; a diverged run gets its first loss plus `WORST`."""
         losses = trained.losses
         ceiling = losses[0] + WORST if math.isfinite(losses[0]) else math.inf
         found = self.evaluate(trained.model)
@@ -177,7 +177,7 @@ class TaskLab:
         return found
 
     def measure(self, arm: Arm) -> dict[str, float]:
-        """All quantities of an arm at this seed and learning rate."""
+        """Run an arm at this seed and learning rate and return all its quantities."""
         if arm.run is not None:
             return dict(arm.run(self))
         model = self.model()
@@ -189,7 +189,7 @@ class TaskLab:
 
 
 def start_of(arm: Arm, task: Task) -> float:
-    """Where the search for an arm's learning rate begins."""
+    """The learning rate at the centre of an arm's search; NaN where nothing is trained."""
     if arm.lr is not None:
         return arm.lr
     if arm.recipe is not None:
@@ -204,9 +204,9 @@ def start_of(arm: Arm, task: Task) -> float:
 
 
 def at_steps(watch: Watches, steps: int) -> Watches:
-    """Watches by the step after which they run; a quick check has them all at its end.
+    """Watches by the step after which they run; those beyond the last step run at the end.
 
-    Several that fall on one step run in the order of their steps.
+    Several that fall on one step run in the order of their original steps.
     """
     by_step: dict[int, list[Any]] = {}
     for step in sorted(watch, key=lambda s: (s == END, s)):
@@ -241,7 +241,7 @@ def mean_loss(model: nn.Module, examples: Batch) -> float:
 
 
 def mean_score(model: nn.Module, examples: Batch, score: Any) -> dict[str, float]:
-    """Means of a claim's own quantities over all examples."""
+    """Means over all examples of what `score(model, batch)` returns."""
     totals: dict[str, float] = {}
     count = 0
     for batch in in_batches(examples):

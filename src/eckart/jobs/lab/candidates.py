@@ -1,9 +1,9 @@
-"""Who takes part in a bench, and one run of one of them.
+"""The candidates of a bench, and one training run of a candidate.
 
     lora   dora+lora-pro   lora:rank=4   dense+fira:rank=8:every=50
 
-Methods joined by + are one recipe, a method's fields follow it after colons. Every candidate
-is the same job with other choices, so that all else (data, batch, schedule, steps) is one.
+Methods joined by + form one recipe; a method's fields follow its name after colons. All
+candidates share the job's data, batch size, schedule and steps, and differ in the recipe.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.registry import DEFAULTS, FULL
 
 PLACE = "--methods"
-TURNS = 16  # in which held-out rows go to the part to choose by and the part to report on
-EVALUATED = 16  # rows at once at least: without gradients they need far less than training
+TURNS = 16  # blocks of held-out rows, alternating between validation and test
+EVALUATED = 16  # rows in an evaluation batch at least: without gradients memory is no limit
 RECIPE_AXES = ("weights", "update", "precision", "attention")
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A recipe under its name, as the job that trains it."""
+    """A named recipe, held as the job that trains it."""
 
     name: str
     job: Job
@@ -63,7 +63,7 @@ class Candidate:
 
 
 def parse_candidates(text: str, job: Job) -> list[Candidate]:
-    """The plain baseline first, then those named, each once."""
+    """Parse `--methods`: the baseline first, then the named candidates, without duplicates."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UsageError(
@@ -83,17 +83,21 @@ def parse_candidates(text: str, job: Job) -> list[Candidate]:
 
 
 def baseline_of(job: Job) -> str:
-    """What everything is measured against: full training from a shape, else the plain adapter."""
+    """The baseline's name: full training for random weights, else the default adapter."""
     return FULL if starts_at_random(job) else DEFAULTS["weights"]
 
 
 def starts_at_random(job: Job) -> bool:
-    """Is MODEL a shape without weights?"""
+    """Is MODEL a configuration or preset without weights?"""
     return recognise(job.model or "").kind in ("preset", "config")
 
 
 def parse_candidate(name: str, job: Job) -> Candidate:
-    """One recipe of the list. UsageError for what is unknown, doubled or cannot combine."""
+    """Parse one entry of `--methods`.
+
+    Raises UsageError for unknown methods or fields, two methods on one axis, or a recipe whose
+    parts cannot combine.
+    """
     given: Given = {}
     entries: dict[tuple[str, ...], Any] = {}
     for part in name.split("+"):
@@ -134,7 +138,7 @@ def parse_candidate(name: str, job: Job) -> Candidate:
 
 
 def anywhere(job: Job) -> Job:
-    """The job with paths that hold in any folder: a cluster's workers are in folders of theirs."""
+    """The job with absolute paths: workers of a cluster run in other working directories."""
 
     def whole(path: str) -> str:
         here = Path(path).expanduser()
@@ -155,15 +159,15 @@ def anywhere(job: Job) -> Job:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """What all candidates start from."""
+    """The model and the data that all candidates share."""
 
     model: nn.Module
     data: Data
-    vocab: int | None  # for a shape that has none of its own
+    vocab: int | None  # vocabulary size, for a preset that has none
 
     @property
     def content(self) -> str:
-        """What a run's numbers depend on: the tensors, and the rows as they were read and split."""
+        """A hash of the weights and of the rows as they were read and split."""
         data = self.data
         rows = [len(data.train), *((name, len(part)) for name, part in data.evaluation.items())]
         return digest([fingerprint(self.model), data.sha256, data.summary, data.seq_len, rows])
@@ -173,7 +177,7 @@ _workloads: dict[str, Workload] = {}
 
 
 def workload(job: Job) -> Workload:
-    """The model and the data of a job, read once by each process; of the last job alone."""
+    """The model and the data of a job, cached per process for the last job."""
     key = repr((job.model, job.data))
     if key not in _workloads:
         _workloads.clear()
@@ -182,7 +186,7 @@ def workload(job: Job) -> Workload:
 
 
 def read_workload(job: Job) -> Workload:
-    """Open MODEL and DATA. All candidates train in fp32: a precision is no advantage here."""
+    """Load MODEL and DATA. All candidates train in fp32, so that precision is no difference."""
     place = prepare.device()
     if starts_at_random(job):
         shape = pretrain.shape_of(job)
@@ -207,7 +211,7 @@ def read_workload(job: Job) -> Workload:
 
 
 class UserLab(TaskLab):
-    """The lab over a person's own model and data."""
+    """A `TaskLab` on the user's model and data."""
 
     def __init__(self, job: Job, seed: int, lr: float, steps: int, rows: int):
         self.job, self.workload, self.rows = job, workload(job), rows
@@ -221,7 +225,7 @@ class UserLab(TaskLab):
         return copy.deepcopy(self.workload.model).train()
 
     def heads(self, model: nn.Module) -> tuple[str, ...]:
-        """What is trained whole beside a method's terms: a head for the data's classes."""
+        """Modules trained in full beside the adapter: the classification head, if there is one."""
         return tuple(outside(model)) if self.workload.data.labels else ()
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -250,7 +254,7 @@ class UserLab(TaskLab):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Every metric on one half of each held-out source, and as `validation` on the other."""
+        """Every metric on the test rows, and as `validation` on the validation rows."""
         was_training, data = model.training, self.workload.data
         model.eval()
         try:
@@ -267,22 +271,22 @@ class UserLab(TaskLab):
 
 
 def on_validation(metric: str) -> str:
-    """What a run's quantity is called on the rows by which a rate is chosen."""
+    """The name of a metric on the validation rows, by which the learning rate is chosen."""
     return "validation" if metric == "loss" else f"validation_{metric}"
 
 
-@lru_cache(maxsize=2)  # an epoch's end and the next one's beginning are in one batch
+@lru_cache(maxsize=2)  # a batch may span two epochs
 def shuffled(n: int, seed: int, epoch: int) -> Any:
-    """`order`, not sorted anew at every step."""
+    """`order`, cached."""
     return order(n, seed, epoch)
 
 
 def split(sources: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Held-out rows as a part to choose by and a part to report on, in turns of neighbours.
+    """Split held-out rows into validation and test, in alternating blocks of neighbours.
 
-    Rows stand in the order of their file. Cut in the middle, the two parts are of different
-    matters, and the rate that is best for the one is not for the other: on Python's reference
-    Fira's was three times too large, and it was called worse than LoRA instead of better.
+    Rows keep the order of their file. A cut in the middle would give two parts on different
+    topics with different best learning rates: on Python's reference, Fira's was three times too
+    large, and Fira came out worse than LoRA instead of better.
     """
     parts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for name, rows in sources.items():
@@ -297,7 +301,7 @@ def split(sources: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class BenchTrial:
-    """One candidate at one seed and learning rate; `lr` 0 evaluates the untouched model."""
+    """One candidate at one seed and learning rate; `lr` 0 evaluates the initial model."""
 
     name: str
     job: Job
@@ -305,7 +309,7 @@ class BenchTrial:
     lr: float
     steps: int
     rows: int
-    content: str  # of the model and the data
+    content: str  # hash of the model and the data
     folder: str
 
     @property
@@ -317,7 +321,7 @@ class BenchTrial:
         return Path(self.folder) / f"{digest(self.facts())}.json"
 
     def prepare(self) -> None:
-        """Nothing to make: workers read model and data themselves."""
+        """Does nothing: each worker reads the model and the data itself."""
 
     def measure(self) -> dict[str, float]:
         lab = UserLab(self.job, self.seed, self.lr, self.steps, self.rows)

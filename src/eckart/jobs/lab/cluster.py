@@ -1,9 +1,9 @@
-"""Runs of a bench as trials of Ray Tune: on the cluster that RAY_ADDRESS names, else here.
+"""Runs a bench's trials with Ray Tune: on the cluster at RAY_ADDRESS, else on this machine.
 
-Tune places them, tries again what a lost node has taken, and keeps its own result folder
-(`tensorboard --logdir`, `tune.ExperimentAnalysis`). What has ended is decided by the trials'
-own files, as without Ray, so a bench may be begun on a cluster and resumed at home.
-Model and data must be under the same path on every node; numbers are kept where it was started.
+Tune schedules the trials, retries those of a lost node and writes its own result folder
+(`tensorboard --logdir`, `tune.ExperimentAnalysis`). As without Ray, a trial is finished when its
+file exists, so a bench started on a cluster can be resumed on one machine. Model and data must
+have the same path on every node; results are written on the machine that started the bench.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any
 
 from eckart.errors import MissingExtra, UsageError
 
-TRIES = 2  # again, after a node or a worker is lost
-PATIENCE = 10.0  # seconds for a cluster to answer; Ray itself waits for minutes
+TRIES = 2  # retries after a node or a worker is lost
+PATIENCE = 10.0  # seconds to wait for a cluster; Ray itself waits for minutes
 SETTINGS = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the program's, as elsewhere
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
-    "RAY_AIR_NEW_OUTPUT": "0",  # which prints to stdout whatever the verbosity
-    "RAY_worker_niceness": "0",  # 15 else: beside any other work a run hardly moves
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled by us
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_AIR_NEW_OUTPUT": "0",  # it prints to stdout at any verbosity
+    "RAY_worker_niceness": "0",  # the default, 15, starves runs beside any other work
 }
 
 
 class Cluster:
-    """A connection to Ray. It ends with `close`, and with it all that runs there for us.
+    """A connection to Ray; `close` ends it together with the workers.
 
-    Tune lets its workers go where it ends by itself, but not after Ctrl-C: they would hold
-    the cores that the next round waits for. A connection that was there before is left.
+    Tune releases its workers when it finishes, but not after Ctrl-C: they would keep the cores
+    that the next round waits for. A connection that existed before is left open.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Cluster:
         try:
             import ray
             from ray import tune
-        except ImportError as fault:  # ray without tune's own needs, too
+        except ImportError as fault:  # also where tune's dependencies are missing
             raise MissingExtra(
                 "--ray needs ray", [("ray[tune]", "not installed")],
                 "Type pip install 'eckart[sweeps]', or --processes 2 without it.",
@@ -50,10 +50,10 @@ class Cluster:
         if self.ours:
             require_answer(os.environ.get("RAY_ADDRESS", ""))
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is raised, and said
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are raised
 
     def close(self) -> None:
-        """Let go of what still runs."""
+        """Disconnect, and stop what still runs."""
         if self.ours:
             self.ray.shutdown()
 
@@ -63,15 +63,15 @@ class Cluster:
         measure: Callable[[Any], Mapping[str, float]],
         ended: Callable[[Path, dict[str, float]], None],
     ) -> None:
-        """Do all trials; `ended` is told of each as it reports. Raises the first one's error.
+        """Run all trials, calling `ended(path, numbers)` for each. Raises the first error.
 
-        Tune's results go into `ray/N` beside the folder of the trials' files, N counting rounds.
+        Tune's results go into `ray/N` beside the folder of the trials' files, N the round.
         """
         tune = self.tune
         paths = {path.name: path for path in trials}
         waiting = {path.name: trial for path, trial in trials.items()}
         place = next(iter(trials)).absolute().parent.parent / "ray"
-        # a whole one for each run; asked of a cluster without, they would wait for ever
+        # one GPU for each run; on a cluster without GPUs, asking for one would wait for ever
         gpus = min(1.0, self.ray.cluster_resources().get("GPU", 0.0))
 
         def trainable(config: Mapping[str, Any], waiting: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ class Cluster:
 
 
 def require_answer(address: str) -> None:
-    """Raise UsageError where RAY_ADDRESS names a host and nobody is there."""
+    """Raise UsageError where RAY_ADDRESS names a host that does not answer."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return
@@ -119,6 +119,6 @@ def require_answer(address: str) -> None:
 
 
 def folder_of(trial: Any) -> str:
-    """What Tune's folder of a trial is called: what is run, and the beginning of its hash."""
+    """The name of Tune's folder for a trial: its description and the start of its hash."""
     words = re.sub(r"[^\w.+:=-]+", "_", trial.described)
     return f"{words}_{trial.file.stem[:8]}"

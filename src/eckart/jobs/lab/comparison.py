@@ -1,8 +1,8 @@
-"""Candidates compared: paired differences to the baseline, and how much a rate matters.
+"""Compares candidates: paired differences to the baseline, and sensitivity to the learning rate.
 
-Pure functions of a metric by seed and by learning rate. Inside, all are costs, of which less
-is better; what is handed out is the metric itself, and a difference is positive where the
-candidate beats the baseline.
+Pure functions of a metric by seed and by learning rate. Internally every metric is a loss (lower
+is better); results hold the metric itself, and a difference is positive where the candidate
+beats the baseline.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from eckart.jobs.lab.sweep import at_edge, best, lr_at
 from eckart.jobs.training.held_out import RISING
 
 Verdict = Literal["better", "worse", "equivalent", "no difference seen", "no verdict"]
-BASIN = 0.05  # of the gain over the untouched model: within it a rate is as good as the best
-FEWEST = 3  # seeds of a verdict
+BASIN = 0.05  # share of the gain over the initial model that a rate in the basin may lose
+FEWEST = 3  # seeds that a verdict needs
 NEAR_ENOUGH = 0.5  # standard deviations of the baseline over seeds: the default margin
 
 
 @dataclass
 class Record:
-    """One candidate's numbers as they come in, all of them `as_loss`."""
+    """One candidate's results so far, all converted by `as_loss`."""
 
     name: str
     start: float  # its default learning rate, point 0 of its grid
@@ -40,7 +40,7 @@ class Record:
 
     @property
     def means(self) -> dict[Any, float]:
-        """What a rate is chosen by, over the seeds of the selection; inf where one diverged."""
+        """Mean validation loss by point of the grid; inf where a seed diverged."""
         return {j: sum(by.values()) / len(by) for j, by in self.scores.items() if by}
 
     @property
@@ -53,12 +53,12 @@ class Record:
 
 
 def as_loss(metric: str, value: float) -> float:
-    """The value, turned where more is better; turned again it is the value."""
+    """The metric's value, negated where higher is better. Applying it twice gives the value."""
     return 0.0 - value if metric in RISING else value
 
 
 def margin_of(losses: Mapping[int, float]) -> float:
-    """The default margin of equivalence: half the baseline's deviation over seeds."""
+    """The default equivalence margin: half the baseline's standard deviation over seeds."""
     values = list(losses.values())
     return NEAR_ENOUGH * float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
@@ -66,7 +66,7 @@ def margin_of(losses: Mapping[int, float]) -> float:
 def differences(
     records: Sequence[Record], baseline: Record, metric: str
 ) -> list[tuple[Difference, float]]:
-    """Every other candidate's paired differences to the baseline, with p corrected by Holm."""
+    """Each record's paired difference to the baseline, and its p-value corrected by Holm."""
     losses = baseline.test[metric]
     found = [
         difference(
@@ -80,7 +80,10 @@ def differences(
 def verdict_on(
     d: Difference, p: float, margin: float, edges: Sequence[str] = (), alpha: float = ALPHA
 ) -> Verdict:
-    """The verdict on one difference; `p` corrected, `edges` those whose search did not end."""
+    """The verdict on one difference.
+
+    `p` is corrected; `edges` names candidates whose best learning rate lies at the grid's edge.
+    """
     if edges or d.seeds < FEWEST:
         return "no verdict"
     side = d.verdict(p, alpha)
@@ -99,9 +102,10 @@ def table(
     margin: float | None = None,
     metric: str = "loss",
 ) -> list[dict[str, Any]]:
-    """All candidates, the baseline first, as plain data: verdicts by one metric, all metrics told.
+    """One row of plain data per candidate, the baseline first.
 
-    `untouched` is the metric before any training.
+    Verdicts are by `metric`; the other metrics are reported too. `untouched` is the metric
+    before training.
     """
     baseline, others = records[0], records[1:]
     start = None if untouched is None else as_loss(metric, untouched)
@@ -134,7 +138,7 @@ def table(
 
 
 def compared_facts(d: Difference, p: float, margin: float, comparisons: int) -> dict[str, Any]:
-    """One paired difference as plain data."""
+    """One paired difference as plain data; `p` is the corrected p-value."""
     return {
         "mean": number(d.mean),
         "interval": [number(d.low), number(d.high)],
@@ -146,7 +150,7 @@ def compared_facts(d: Difference, p: float, margin: float, comparisons: int) -> 
 
 
 def no_gain(baseline: Record, untouched: float | None, metric: str) -> str:
-    """The control: why nothing can be compared where the baseline learned nothing."""
+    """The positive control: a reason where the baseline did not learn, else an empty string."""
     if untouched is None:
         return ""
     gain = difference([untouched - loss for loss in baseline.test[metric].values()])
@@ -155,16 +159,16 @@ def no_gain(baseline: Record, untouched: float | None, metric: str) -> str:
 
 
 def needed(d: Difference, margin: float, comparisons: int) -> int | None:
-    """Seeds with which a difference as large as the margin would have been seen."""
+    """The number of seeds needed to detect a difference as large as the margin."""
     if not (d.sd > 0 and margin > 0):
         return None
     return seeds_needed(margin, d.sd, ALPHA / comparisons)
 
 
 def row(r: Record, baseline: Record, untouched: float | None, metric: str) -> dict[str, Any]:
-    """A candidate's own facts."""
+    """A candidate's own results, without its comparison to the baseline."""
     means = r.means
-    most = as_loss(metric, 0.0) if metric in RISING else math.inf  # of a loss: nothing is right
+    most = as_loss(metric, 0.0) if metric in RISING else math.inf  # a loss has no upper bound
 
     def shown(loss: float) -> float | None:
         return number(as_loss(metric, loss))
@@ -192,7 +196,7 @@ def row(r: Record, baseline: Record, untouched: float | None, metric: str) -> di
 
 
 def over_seeds(metric: str, losses: Mapping[int, float]) -> dict[str, Any]:
-    """A metric on test rows: its mean with an interval, its deviation, each seed's value."""
+    """A metric on test rows: mean with interval, standard deviation, value of each seed."""
     values = [as_loss(metric, losses[s]) for s in sorted(losses)]
     found = difference(values)
     return {
@@ -204,10 +208,9 @@ def over_seeds(metric: str, losses: Mapping[int, float]) -> dict[str, Any]:
 
 
 def basin(means: Mapping[Any, float], untouched: float | None) -> float:
-    """Decades of learning rate within 5 % of the best gain; NaN without a start to gain over.
+    """Decades of learning rate that reach at least 95 % of the best gain; NaN without `untouched`.
 
-    Between the points in a row with the best that are within it, and half a decade for the
-    best itself: a basin of one point is as wide as the grid is fine.
+    Counts the contiguous points around the best one, half a decade each.
     """
     top = best(means)
     if untouched is None or not untouched > means[top]:
@@ -223,18 +226,18 @@ def basin(means: Mapping[Any, float], untouched: float | None) -> float:
 
 
 def regret(r: Record, lr: float) -> float:
-    """Loss at the tried rate nearest to this one, above the best; NaN where none is near."""
+    """Excess loss over the best at the tried rate nearest to `lr`; NaN where none is near."""
     tried = {lr_at(r.start, j): loss for j, loss in r.means.items()}
     near = min(tried, key=lambda x: abs(math.log10(x / lr)))
-    close = abs(math.log10(near / lr)) < 0.25  # another grid's rates are as near as that
+    close = abs(math.log10(near / lr)) < 0.25  # half the spacing of the grid, in decades
     return tried[near] - r.means[best(r.means)] if close else math.nan
 
 
 def budget_curve(losses: Sequence[float], most: float = math.inf) -> list[float]:
-    """The expected best of k learning rates drawn from those tried, for k = 1 to all of them.
+    """The expected best loss of k learning rates drawn from those tried, for k = 1 to all of them.
 
     Draws with replacement: E_k = sum_i v_i ((1 - (i-1)/N)^k - (1 - i/N)^k), v ascending. A rate
-    that diverged is one worse than all others, or `most`; nothing is expected where all did.
+    that diverged counts as the worst loss plus `WORST`, at most `most`. Empty where all diverged.
     """
     finite = [x for x in losses if math.isfinite(x)]
     if not finite:
@@ -248,7 +251,7 @@ def budget_curve(losses: Sequence[float], most: float = math.inf) -> list[float]
 
 
 def ranking(records: Sequence[Record], metric: str = "loss") -> dict[str, Any]:
-    """How stable the order is over seeds: mean rank, times first, mean Kendall tau of pairs."""
+    """Stability of the ranking over seeds: mean rank, times first, mean pairwise Kendall tau."""
     seeds = sorted(records[0].test[metric])
     ranks = np.array([stats.rankdata([r.test[metric][s] for r in records]) for s in seeds])
     taus = [stats.kendalltau(a, b).statistic for a, b in combinations(ranks, 2)]

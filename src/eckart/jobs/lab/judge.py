@@ -1,4 +1,4 @@
-"""From an experiment's numbers to a verdict: pure functions of the results by seed."""
+"""Evaluates a claim's statements: pure functions from the results by seed to a verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_VERDICT = "no verdict"
 
 
 class Reading(Mapping[str, Quantities]):
-    """One seed's results that remembers which arms were looked at; a missing number is NaN."""
+    """One seed's results, which records the arms that a statement reads."""
 
     def __init__(self, results: Results):
         self.results, self.seen = results, set[str]()
@@ -31,7 +31,7 @@ class Reading(Mapping[str, Quantities]):
 
 
 class Numbers(dict[str, float]):
-    """Quantities of an arm; one that a diverged run did not come to is NaN."""
+    """Quantities of an arm; those that a diverged run did not reach are NaN."""
 
     def __missing__(self, name: str) -> float:
         if self.get("diverged"):
@@ -41,7 +41,7 @@ class Numbers(dict[str, float]):
 
 @dataclass(frozen=True)
 class Judged:
-    """A statement with its numbers and its verdict."""
+    """A statement with its values, its statistics and its verdict."""
 
     text: str
     unit: str
@@ -52,7 +52,7 @@ class Judged:
     arms: tuple[str, ...]
 
     def plain(self) -> dict[str, Any]:
-        """For the JSON document; what is not a number is null."""
+        """Plain data for the JSON document; NaN becomes null."""
         d = self.found
         return {
             "statement": self.text,
@@ -69,7 +69,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What an experiment says about a claim."""
+    """The verdict on a claim, and on each of its statements."""
 
     verdict: str
     reason: str
@@ -86,7 +86,10 @@ class Judgement:
 def judge(
     claim: Claim, results: Sequence[Results], budget: Budget, edges: Sequence[str] = ()
 ) -> Judgement:
-    """The verdict on a claim from each seed's results; `edges` are arms whose search failed."""
+    """The verdict on a claim from the results of each seed.
+
+    `edges` names arms whose best learning rate lies at the edge of the grid.
+    """
     present = results[0].keys()
     (control,) = judged([claim.control], results, present)
     statements = judged(claim.statements, results, present)
@@ -102,7 +105,7 @@ def judge(
 def conclude(
     statements: Sequence[Judged], control: Judged, budget: Budget, edges: Sequence[str]
 ) -> tuple[str, str]:
-    """The claim's verdict from those of its statements, and the reason where there is none."""
+    """The claim's verdict, and the reason where there is no verdict."""
     if budget == "quick":
         return NO_VERDICT, "a quick check of the machinery"
     if control.verdict != "confirmed":
@@ -118,7 +121,7 @@ def conclude(
 def judged(
     statements: Sequence[Statement], results: Sequence[Results], present: Any
 ) -> list[Judged]:
-    """Each statement's differences, judged together (Holm); those about absent arms left out."""
+    """Test all statements, corrected together by Holm; those about absent arms are left out."""
     read: list[tuple[Statement, tuple[float, ...], tuple[str, ...]]] = []
     for statement in statements:
         readings = [Reading(r) for r in results]
@@ -126,7 +129,7 @@ def judged(
             values = tuple(float(statement.excess(r)) for r in readings)
         except KeyError:
             if readings[0].seen <= set(present):
-                raise  # a quantity that no arm measures: a mistake in the claim's file
+                raise  # all arms ran, so a quantity is missing: a mistake in the claim
             continue
         read.append((statement, values, tuple(sorted(readings[0].seen))))
     found = [difference(values, comparisons=len(read)) for _, values, _ in read]
@@ -138,5 +141,5 @@ def judged(
 
 
 def number(value: float) -> float | None:
-    """Five significant digits; null where it is not a number."""
+    """The value at five significant digits; None where it is not finite."""
     return float(f"{value:.5g}") if math.isfinite(value) else None

@@ -1,9 +1,9 @@
-"""How long each candidate trains: by steps, tokens, seconds or peak bytes, as one chooses.
+"""How long each candidate trains under a budget of steps, tokens, seconds or peak bytes.
 
 steps=300       the same steps and rows for all (the default, from train.steps)
-tokens=1e6      the steps that see so many tokens
+tokens=1e6      the number of steps that processes this many tokens
 seconds=60      as many steps as fit, measured on this machine before the first run
-bytes=2GB       the most rows in a batch that fit, and the same tokens for all
+bytes=2GB       the largest batch that fits, and the same number of tokens for all
 """
 
 from __future__ import annotations
@@ -39,20 +39,23 @@ from eckart.recipe import attach
 from eckart.recipe.groups import default_lr
 
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9}
-TIMED_STEPS = 4  # after one that warms up
-PROCESS_BYTES = 700e6  # a worker's interpreter and libraries
+TIMED_STEPS = 4  # after a warm-up step
+PROCESS_BYTES = 700e6  # interpreter and libraries of a worker process
 
 
 @dataclass(frozen=True)
 class Length:
-    """Steps, and rows in a batch."""
+    """The length of a training run: optimizer steps, and rows in a batch."""
 
     steps: int
     rows: int
 
 
 def plan(job: Job, entered: Sequence[Candidate], budget: str, file: Path) -> dict[str, Length]:
-    """Every candidate's length. What was measured is kept, so that a resumed bench agrees."""
+    """The length of each candidate by name.
+
+    Measured lengths are saved in `file`, so that a resumed bench uses the same.
+    """
     kind, amount = parse(budget)
     lab = UserLab(entered[0].job, 0, 1e-3, 1, 1)
     rows = rows_per_step(job, len(lab.workload.data.train))
@@ -83,7 +86,7 @@ def plan(job: Job, entered: Sequence[Candidate], budget: str, file: Path) -> dic
 
 
 def parse(budget: str) -> tuple[str, float]:
-    """`tokens=1e6` -> ("tokens", 1e6); nothing said means the job's steps."""
+    """`tokens=1e6` -> ("tokens", 1e6); an empty budget means the job's steps."""
     if not budget:
         return "steps", 0.0
     match = re.fullmatch(
@@ -98,7 +101,7 @@ def parse(budget: str) -> tuple[str, float]:
 
 
 def pace(c: Candidate, rows: int) -> float:
-    """Seconds per step on this machine."""
+    """Measured seconds per step on this machine."""
     lab = UserLab(c.job, 0, default_lr(c.recipe), TIMED_STEPS + 1, rows)
     marks: list[float] = []
 
@@ -111,7 +114,7 @@ def pace(c: Candidate, rows: int) -> float:
 
 
 def most_rows(c: Candidate, limit: float) -> int:
-    """The largest power of two of rows whose batch fits into the limit."""
+    """The largest power of two of rows whose batch fits into `limit` bytes."""
     needed = line(lambda rows: bytes_of(c, rows))
     if needed.of(1) > limit:
         raise OutOfRoom(
@@ -125,7 +128,7 @@ def most_rows(c: Candidate, limit: float) -> int:
 
 
 def bytes_of(c: Candidate, rows: int) -> int:
-    """Bytes of tensors in a step on so many rows, as they are known before a run."""
+    """Estimated peak bytes of tensors in a training step on `rows` rows."""
     lab = UserLab(c.job, 0, default_lr(c.recipe), 100, rows)
     model = lab.model()
     handle = attach(
@@ -139,17 +142,17 @@ def bytes_of(c: Candidate, rows: int) -> int:
 
 @dataclass(frozen=True)
 class AtOnce:
-    """Runs at a time, and why they are not as many as were asked for."""
+    """Number of concurrent runs, and the reason where it is fewer than requested."""
 
     count: int
     reason: str = ""
 
 
 def at_once(wanted: int, entered: Sequence[Candidate], planned: Mapping[str, Length]) -> AtOnce:
-    """As many runs as were asked for, if the cores, the memory and a single GPU allow.
+    """The number of concurrent runs: `wanted`, limited by cores, memory and a single GPU.
 
-    Each is a process with the start model and the largest run's peak, as `eckart estimate`
-    says it. One by one where that cannot be said.
+    Each process needs the initial model and the peak of the largest candidate, estimated as
+    `eckart estimate` does. 1 where that cannot be estimated.
     """
     if wanted == 1:
         return AtOnce(1)
@@ -171,10 +174,10 @@ def at_once(wanted: int, entered: Sequence[Candidate], planned: Mapping[str, Len
 
 
 def peak_of(c: Candidate, rows: int) -> int:
-    """The most bytes of tensors alive at once in a step of so many rows."""
+    """Peak bytes of tensors in a step of `rows` rows, from a pass on fake tensors."""
     start = workload(c.job)
     first = UserLab(c.job, 0, default_lr(c.recipe), 1, rows).batch(0)
-    length = first["input_ids"].shape[1] if "input_ids" in first else 1  # images have their own
+    length = first["input_ids"].shape[1] if "input_ids" in first else 1  # 1: images
     model: Any = start.model
     found = imagine(
         model.config, c.recipe, torch.float32, torch.device("cpu"),

@@ -1,7 +1,7 @@
-"""Candidates of one size: as many trained parameters as the baseline, or as many bytes.
+"""Matches candidates to the baseline's number of trained parameters, or its peak memory.
 
-A method's own size field (`Method.size`: a rank, mostly) is set to where the candidate comes
-nearest. A size that was typed stays, and so does a method that has none.
+Sets a method's size field (`Method.size`, mostly a rank) to the value that comes nearest. A size
+given on the command line, and a method without a size field, stay as they are.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from eckart.recipe import registry
 from eckart.recipe.targets import EVERYTHING, select, sites_of
 
 Match = Literal["none", "parameters", "memory"]
-NEAR = 0.1  # of the baseline's size: within it a candidate counts as matched
-PARTS = 64  # of a size that is a share
-REACHED: Mapping[Match, tuple[str, str]] = {  # match -> a run's quantity, and its name
+NEAR = 0.1  # relative difference to the baseline up to which a candidate counts as matched
+PARTS = 64  # steps between 0 and 1 for a size that is a fraction
+REACHED: Mapping[Match, tuple[str, str]] = {  # match -> a run's quantity, and its name in messages
     "none": ("parameters", ""),
     "parameters": ("parameters", "trained parameters"),
     "memory": ("peak_bytes", "peak bytes"),
@@ -31,7 +31,7 @@ REACHED: Mapping[Match, tuple[str, str]] = {  # match -> a run's quantity, and i
 
 
 def matched(entered: Sequence[Candidate], match: Match, rows: int) -> list[Candidate]:
-    """The candidates, each with the size that comes nearest to the baseline's."""
+    """The candidates, each resized to come nearest to the baseline; `rows` in a batch."""
     if match == "none":
         return list(entered)
     measure = trained if match == "parameters" else partial(peak, rows=rows)
@@ -41,14 +41,17 @@ def matched(entered: Sequence[Candidate], match: Match, rows: int) -> list[Candi
 
 
 def said(entered: Sequence[Candidate], match: Match, rows: int) -> str:
-    """What each candidate comes to before anything is trained."""
+    """Each candidate's estimated size, in words."""
     if match == "parameters":
         return ", ".join(f"{c.name} {trained(c):,}" for c in entered)
     return ", ".join(f"{c.name} {in_words(peak(c, rows))}" for c in entered)
 
 
 def outcome(match: Match, reached: Mapping[str, float]) -> str:
-    """What was made equal, and who is not, from what was measured: the baseline first."""
+    """What was matched and which candidates are not, in words.
+
+    `reached` has measured sizes by name, the baseline first.
+    """
     if match == "none":
         return "nothing: each method at its own size"
     target, *_ = reached.values()
@@ -60,7 +63,7 @@ def outcome(match: Match, reached: Mapping[str, float]) -> str:
 def sized(
     c: Candidate, axes: Sequence[str], measure: Callable[[Candidate], int], target: int
 ) -> Candidate:
-    """The candidate with the size whose measure is nearest to the target."""
+    """The candidate with its size field set so that `measure` is nearest to the target."""
     for axis in axes:
         choice = c.job.choices[axis]
         method: Any = choice.method
@@ -84,22 +87,22 @@ def sized(
 
 
 def part_of(name: str, slug: str) -> str:
-    """The part of a candidate's name that speaks of a method; empty where it is understood."""
+    """The part of a candidate's name for a method; empty where the method is a default."""
     parts = [part for part in name.split("+") if part.split(":")[0].strip() == slug]
     return parts[0] if parts else ""
 
 
 def renamed(name: str, slug: str, field: str) -> str:
-    """The name with one field more: `lora-pro` is `lora:rank=8+lora-pro`."""
+    """The name with one field added: `lora-pro` becomes `lora:rank=8+lora-pro`."""
     part = part_of(name, slug)
     return name.replace(part, f"{part}:{field}", 1) if part else f"{slug}:{field}+{name}"
 
 
 def nearest(measure: Callable[[int], int], target: int, most: int | None = None) -> int:
-    """The number from 1 to `most` whose measure is nearest to the target.
+    """The integer from 1 to `most` whose measure is nearest to the target.
 
-    The measure may rise or fall with the number, but not turn. Numbers are doubled until the
-    target is passed or comes no nearer; then halves are taken.
+    The measure must be monotonic. Doubles the integer until the target is passed or comes no
+    nearer, then bisects.
     """
     known = cache(measure)
     began_above = known(1) > target
@@ -120,19 +123,19 @@ def nearest(measure: Callable[[int], int], target: int, most: int | None = None)
 
 
 def trained(c: Candidate) -> int:
-    """Trained elements by the method's own cost formula."""
+    """Number of trained elements, by the method's own cost formula."""
     weights: Any = c.job.choices["weights"].method
     return elements(weights, targeted(c))[0]
 
 
 @cache
 def peak(c: Candidate, rows: int) -> int:
-    """Bytes of tensors in a step."""
+    """Peak bytes of tensors in a training step."""
     return bytes_of(c, rows)
 
 
 def targeted(c: Candidate) -> list[Site]:
-    """The places where a candidate's terms would go."""
+    """The sites that a candidate's `targets` select."""
     sites = sites_of(workload(c.job).model)
     weights: Any = c.job.choices["weights"].method
     words = [t for t in weights.targets if t != EVERYTHING]
@@ -140,5 +143,5 @@ def targeted(c: Candidate) -> list[Site]:
 
 
 def widest(c: Candidate) -> int:
-    """The largest rank that any of its matrices can have."""
+    """The largest rank that any of its targeted matrices can have."""
     return max(min(site.shape) for site in targeted(c))

@@ -1,6 +1,6 @@
-"""What one sees of a bench while it runs: a table that fills, and about how long it still takes.
+"""Progress of a running bench: a table of results and the estimated time left.
 
-On a terminal the table stays in place; in a pipe every run that ends is a line on stderr.
+On a terminal the table is updated in place; in a pipe each finished run is a line on stderr.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from eckart.jobs.training.screen import clock
 
 
 class ProgressTable:
-    """Shows runs as they end; nothing where it is quiet. Seeds from `first` on are the report's."""
+    """Shows finished runs, unless `quiet`. Seeds from `first` on are test seeds."""
 
     def __init__(self, records: Sequence[Record], options: Any, first: int, quiet: bool):
         self.quiet, self.first, self.seeds = quiet, first, options.seeds
         self.metric = options.metric
         self.found: dict[str, list[tuple[Any, Quantities]]] = {r.name: [] for r in records}
-        # two points beyond the window, as most searches need
+        # most searches need two points beyond the window
         rates = min(options.purse, options.window + 2)
         self.records, self.searches = records, len(records) * rates * options.choose
         self.done, self.remaining, self.begun = 0, 0, time.monotonic()
@@ -44,7 +44,7 @@ class ProgressTable:
             self.live.stop()
 
     def ended(self, trial: Any, quantities: Quantities, done: int, total: int) -> None:
-        """A run has ended."""
+        """Record and show a finished run: the `done`-th of `total`."""
         self.done += 1
         self.remaining = total - done
         if trial.seed < self.first:  # further rounds will come
@@ -62,7 +62,7 @@ class ProgressTable:
             print(line, file=sys.stderr, flush=True)
 
     def seen(self, trial: Any, quantities: Quantities) -> str:
-        """The number that the run is for: while rates are chosen no test row is shown."""
+        """The metric of a run: on validation rows during the search, else on test rows."""
         choosing = trial.lr and trial.seed < self.first
         name, said = (on_validation(self.metric), "held out") if choosing else (self.metric, "test")
         said += "" if self.metric == "loss" else f" {self.metric}"
@@ -71,12 +71,12 @@ class ProgressTable:
         )
 
     def left(self) -> str:
-        """About how long it still takes."""
+        """The estimated time left, in words."""
         pace = (time.monotonic() - self.begun) / self.done
         return f"about {clock(pace * self.remaining)} left"
 
     def table(self) -> Any:
-        """The runs of this sitting, by method."""
+        """The runs since the program started, by method."""
         table = Table(title=f"{self.done} done, {self.left()}", title_justify="left")
         held_out, test = f"best {self.metric} held out", f"test {self.metric}"
         for name in ("method", "rates tried", held_out, "at lr", "seeds", test):

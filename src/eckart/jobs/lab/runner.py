@@ -1,7 +1,7 @@
-"""Many runs, each kept as a small file as soon as it ends, in this process or in several.
+"""Runs trials in this process or in several, and saves each result as soon as it ends.
 
-A file's name is the hash of all that its numbers depend on, so what has ended is never run
-again: not after an interruption, nor for another comparison with the same baseline.
+A file's name is the hash of everything that its result depends on, so a finished trial is never
+run again: not after an interruption, nor for another comparison with the same baseline.
 """
 
 from __future__ import annotations
@@ -27,55 +27,55 @@ Quantities = dict[str, float]
 
 
 class Trial(Protocol):
-    """One run: picklable, so that a worker process can do it."""
+    """One training run. Picklable, so that a worker process can execute it."""
 
     @property
     def described(self) -> str:
-        """For a progress line."""
+        """A short description for progress lines."""
         ...
 
     @property
     def file(self) -> Path:
-        """Where its numbers are kept; equal content has the same file."""
+        """The result file; trials with equal `facts` share it."""
         ...
 
     def facts(self) -> Any:
-        """All that its numbers depend on, as plain data."""
+        """Everything that the result depends on, as plain data."""
         ...
 
     def prepare(self) -> None:
-        """Make what several runs share (a pretrained start), once, before workers begin."""
+        """Create what several trials share (a pretrained model), once, before workers start."""
         ...
 
     def measure(self) -> Mapping[str, float]:
-        """Do it."""
+        """Train and evaluate; returns quantities by name."""
         ...
 
 
 K = TypeVar("K", bound=Hashable)
-Progress = Callable[[Trial, Quantities, int, int], None]  # what ended; how many of how many
+Progress = Callable[[Trial, Quantities, int, int], None]  # trial, result, done, total
 
 
 def measured(trial: Trial) -> Quantities:
-    """Do a run."""
+    """Execute a trial on one thread, without saving."""
     torch.set_num_threads(1)
     return {name: float(value) for name, value in trial.measure().items()}
 
 
 def execute(trial: Trial) -> Quantities:
-    """Do a run and keep its numbers."""
+    """Execute a trial and save its result."""
     quantities = measured(trial)
     keep(trial, quantities)
     return quantities
 
 
 def keep(trial: Trial, quantities: Quantities) -> None:
-    """Write a run's numbers, with all that they depend on beside them."""
+    """Save a trial's result together with its `facts`."""
     write_json(trial.file, {"run": trial.facts(), "quantities": quantities})
 
 
 def kept(trial: Trial) -> Quantities | None:
-    """The numbers of a run that is already there."""
+    """The saved result of a trial; None where there is none."""
     try:
         return json.loads(trial.file.read_bytes())["quantities"]
     except (OSError, ValueError, KeyError):
@@ -83,7 +83,7 @@ def kept(trial: Trial) -> Quantities | None:
 
 
 class Runner:
-    """Does trials; finished ones survive any end of the program. `close` ends its workers."""
+    """Executes trials; finished ones survive an interruption. `close` stops the workers."""
 
     def __init__(self, processes: int = 1, progress: Progress | None = None, on_ray: bool = False):
         self.processes, self.progress, self.on_ray = processes, progress, on_ray
@@ -91,7 +91,7 @@ class Runner:
         self.cluster: Cluster | None = None
 
     def __call__(self, trials: Mapping[K, Trial]) -> dict[K, Quantities]:
-        """The numbers of all trials; those kept are read from their files."""
+        """The results of all trials; saved ones are read from their files."""
         found = {key: q for key, trial in trials.items() if (q := kept(trial)) is not None}
         missing: dict[Path, Trial] = {}
         for key, trial in trials.items():
@@ -109,7 +109,7 @@ class Runner:
         return {key: found[key] if key in found else done[t.file] for key, t in trials.items()}
 
     def run(self, trials: Mapping[Path, Trial], ended: Callable[[Path, Quantities], None]) -> None:
-        """Do the trials; `ended` is told of each when it has ended and its numbers are kept."""
+        """Execute the trials; calls `ended(path, quantities)` after each result is saved."""
         if self.on_ray:
 
             def reported(path: Path, quantities: Quantities) -> None:
@@ -132,14 +132,14 @@ class Runner:
         try:
             for future in as_completed(futures):
                 ended(futures[future], future.result())
-        except BrokenProcessPool as fault:  # the kernel's answer to too little memory, mostly
+        except BrokenProcessPool as fault:  # mostly the kernel's out-of-memory killer
             raise OutOfRoom(
                 "a run's process was killed", [("--processes", str(self.processes))],
                 "Go on with --processes 1; what has ended is kept.",
             ) from fault  # fmt: skip
 
     def close(self) -> None:
-        """Let the workers go; what they are doing is lost."""
+        """Stop the workers; trials in progress are lost."""
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
             self.pool = None
@@ -150,7 +150,7 @@ class Runner:
 
 @contextmanager
 def going_on(command: str) -> Iterator[None]:
-    """Ctrl-C inside the block is Interrupted, with the command that goes on from what is kept."""
+    """Turn Ctrl-C inside the block into Interrupted, with the command that resumes."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,10 +1,9 @@
-"""Is there a difference? Intervals of paired differences, what could have been seen, verdicts.
+"""Confidence intervals of paired differences, their statistical power, and verdicts.
 
-The unit is the seed: one number each, a difference between arms that saw the same data in
-the same order. Three to twenty seeds are few, and a percentile bootstrap of three numbers
-finds a difference in a quarter of all ties (its interval is then from the least to the
-greatest). So an interval is the wider, at each end, of Student's and the bootstrap's: the
-first is right for few seeds, the second speaks up where the numbers are skewed.
+The sample unit is the seed: one difference each, between arms that saw the same data in the same
+order. With three to twenty seeds a percentile bootstrap alone is too narrow: on three numbers it
+finds a difference in a quarter of all ties. So each end of an interval is the wider of Student's
+t and the bootstrap's: the first is right for few seeds, the second for skewed numbers.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ except ModuleNotFoundError as fault:
         "comparisons need scipy", [("scipy", "not installed")], "Type pip install 'eckart[claims]'."
     ) from fault
 
-ALPHA = 0.05  # families of comparisons err this often
-POWER = 0.8  # how often a difference called visible would have been seen
+ALPHA = 0.05  # familywise error rate
+POWER = 0.8  # probability of detecting a difference that is called visible
 DRAWS = 10_000
 
 Verdict = Literal["confirmed", "not seen", "refuted"]
@@ -36,7 +35,7 @@ Verdict = Literal["confirmed", "not seen", "refuted"]
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired differences over seeds: their mean with its interval, and what could be seen."""
+    """The mean of paired differences over seeds, with its interval, p-value and power."""
 
     mean: float
     low: float
@@ -44,30 +43,30 @@ class Difference:
     p: float  # two-sided, for a mean of 0
     sd: float
     seeds: int
-    comparisons: int = 1  # in the family that is corrected
+    comparisons: int = 1  # size of the family that p is corrected for
 
     @cached_property
     def visible(self) -> float:
-        """The smallest true difference that is seen in 80 % of such experiments.
+        """The smallest true difference that 80 % of such experiments would detect.
 
-        As it survives Bonferroni's correction, the worst that Holm's can ask.
+        With Bonferroni's correction, the strictest step of Holm's.
         """
         if math.isnan(self.sd):
             return math.nan
         return visible(self.sd, self.seeds, ALPHA / self.comparisons)
 
     def verdict(self, p: float | None = None, alpha: float = ALPHA) -> Verdict:
-        """Which side of 0 it lies on, if any; `p` as corrected for several comparisons."""
+        """The side of 0 on which the interval lies, if any; `p` is the corrected p-value."""
         if not (self.p if p is None else p) < alpha:  # a NaN is not below
             return "not seen"
         return "confirmed" if self.low > 0 else "refuted" if self.high < 0 else "not seen"
 
 
 def difference(values: Sequence[float], alpha: float = ALPHA, comparisons: int = 1) -> Difference:
-    """The interval of a mean of paired differences at level 1 - alpha.
+    """The mean of paired differences with its interval at level 1 - alpha.
 
-    Equal values are exact (a count of bytes): the interval is a point. Values that are not
-    finite give NaN, which is never a verdict.
+    Equal values (a count of bytes) give an interval of one point. Values that are not finite, or
+    fewer than two, give NaN, which leads to "not seen".
     """
     d = np.asarray(values, dtype=float)
     n = len(d)
@@ -75,7 +74,7 @@ def difference(values: Sequence[float], alpha: float = ALPHA, comparisons: int =
         nan = math.nan
         return Difference(float(d.mean()) if n else nan, nan, nan, nan, nan, n)
     mean, sd = float(d.mean()), float(d.std(ddof=1))
-    if np.ptp(d) <= 1e-12 * np.abs(d).max():  # rounding of equal numbers
+    if np.ptp(d) <= 1e-12 * np.abs(d).max():  # equal up to rounding
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, 0.0, n)
     half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * sd / math.sqrt(n)
     low, high = bootstrap_interval(d, alpha)
@@ -84,11 +83,11 @@ def difference(values: Sequence[float], alpha: float = ALPHA, comparisons: int =
 
 
 def bootstrap_interval(values: np.ndarray[Any, Any], alpha: float = ALPHA) -> tuple[float, float]:
-    """The percentile interval of the mean; the generator is fixed, so it repeats."""
+    """The percentile bootstrap interval of the mean; deterministic, by a fixed generator."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of resamples that are all one value
+        warnings.simplefilter("ignore")  # resamples of one repeated value
         found = stats.bootstrap(
-            (np.sort(values),),  # sorted: the order of seeds changes no number
+            (np.sort(values),),  # sorted, so that the order of seeds does not matter
             np.mean,
             confidence_level=1 - alpha,
             n_resamples=DRAWS,
@@ -100,7 +99,7 @@ def bootstrap_interval(values: np.ndarray[Any, Any], alpha: float = ALPHA) -> tu
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction, in the order given. NaN stays NaN and counts."""
+    """P-values corrected by Holm, in the order given. NaN stays NaN and counts as a comparison."""
     order = sorted(range(len(p_values)), key=lambda i: (math.isnan(p_values[i]), p_values[i]))
     corrected, highest = [math.nan] * len(p_values), 0.0
     for place, i in enumerate(order):
@@ -111,7 +110,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def power(delta: float, sd: float, n: int, alpha: float = ALPHA) -> float:
-    """How often a true mean difference is seen by a paired t-test over n seeds."""
+    """The power of a paired t-test over n seeds for a true mean difference `delta`."""
     shift, critical = delta / sd * math.sqrt(n), float(stats.t.ppf(1 - alpha / 2, n - 1))
     above = stats.nct.sf(critical, n - 1, shift)
     below = stats.nct.cdf(-critical, n - 1, shift)
@@ -119,7 +118,7 @@ def power(delta: float, sd: float, n: int, alpha: float = ALPHA) -> float:
 
 
 def visible(sd: float, n: int, alpha: float = ALPHA, wanted: float = POWER) -> float:
-    """The smallest true difference that is seen with the wanted power."""
+    """The smallest true difference that is detected with power `wanted`."""
     if sd == 0:
         return 0.0
     unit = sd / math.sqrt(n)
@@ -130,7 +129,7 @@ def visible(sd: float, n: int, alpha: float = ALPHA, wanted: float = POWER) -> f
 
 
 def seeds_needed(delta: float, sd: float, alpha: float = ALPHA, most: int = 1000) -> int:
-    """Seeds with which a difference of this size would be seen with power 0.8; at most `most`."""
+    """The number of seeds that detects a difference `delta` with power 0.8; at most `most`."""
     n = 2
     while n < most and power(delta, sd, n, alpha) < POWER:
         n += 1

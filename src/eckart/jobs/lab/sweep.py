@@ -1,7 +1,7 @@
-"""Which learning rates to try: half-decades, until the best one has worse neighbours.
+"""Learning-rate search on a grid of half-decades, until the best rate has worse neighbours.
 
-A point is a whole number j and stands for lr = start * 10^(j / 2). What to run next is a
-function of the scores so far, so an interrupted search goes on from what is stored.
+A point is an integer j and stands for lr = start * 10^(j / 2). The next points are a function of
+the scores so far, so an interrupted search resumes from the stored scores.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from typing import TypeVar
 
 from eckart.errors import MissingExtra
 
-Point = TypeVar("Point", int, float)  # whole on the grid, any number from a sampler
-Scores = Mapping[float, float]  # point -> validation loss, lower is better; inf: it diverged
-WIDEST = 4  # points to either side of the start, where a sampler may look
+Point = TypeVar("Point", int, float)  # int on the grid, float from a sampler
+Scores = Mapping[float, float]  # point -> validation loss; inf where it diverged
+WIDEST = 4  # points on either side of the start that bound a sampler's range
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a learning rate is searched."""
+    """Settings of a learning-rate search."""
 
     window: int = 5
-    """Points around the start that are tried in any case."""
+    """Points around the start that are always tried."""
     purse: int = 9
-    """Points at full length at most."""
+    """The most points that are run at full length."""
     share: float = 0.25
-    """Length of a first look as a share of the steps; 1: all points at full length."""
+    """Length of a short first run as a share of the steps; 1: all runs at full length."""
     keep: int = 2
-    """Points that a first look leaves for full length."""
+    """The number of best points of the short runs that are run at full length."""
 
 
 def lr_at(start: float, point: float) -> float:
-    """The learning rate of a point, rounded so that equal points are equal numbers."""
+    """The learning rate of a point, rounded to 4 digits so that equal points give equal rates."""
     return float(f"{start * 10 ** (point / 2):.4g}")
 
 
 def next_points(
     short: Mapping[int, float], full: Mapping[int, float], plan: Plan
 ) -> tuple[list[int], list[int]]:
-    """The points to run next: in short, at full length. Nothing twice: the search is over."""
+    """The points to run next: (short runs, full runs). Both empty: the search is finished."""
     side = plan.window // 2
     window = range(-side, plan.window - side)
     if plan.share < 1:
@@ -84,10 +84,10 @@ def next_sampled(full: Scores, plan: Plan, seed: int) -> list[float]:
 
 
 def best(scores: Mapping[Point, float]) -> Point:
-    """The point with the lowest loss; among equals the lowest learning rate."""
+    """The point with the lowest loss; ties go to the lowest learning rate."""
     return min(scores, key=lambda j: (scores[j], j))
 
 
 def at_edge(full: Mapping[Point, float]) -> bool:
-    """Is the best point the first or the last? Then a better one may lie outside."""
+    """Is the best point the first or the last? Then a better one may lie outside the range."""
     return best(full) in (min(full), max(full))

@@ -1,6 +1,6 @@
-"""A bench's results as text: the files in its folder, and the table on the terminal.
+"""Writes a bench's results: the files in its folder, and the table for the terminal.
 
-What a clock decides is kept apart: all files but costs.json and the page are the same bytes
+Measured times go to costs.json and the HTML page alone: all other files have the same bytes
 after any interruption.
 """
 
@@ -25,7 +25,7 @@ BESIDE = ("{}", "{}_low", "{}_high", "{}_difference", "{}_difference_low", "{}_d
 
 
 def write(run: Run, document: Mapping[str, Any]) -> None:
-    """Everything in the folder. What a clock decides is kept apart from what it does not."""
+    """Write all result files of a bench into the run's folder."""
     from eckart.report import comparison
 
     timeless = without_time(document)
@@ -39,7 +39,7 @@ def write(run: Run, document: Mapping[str, Any]) -> None:
 
 
 def without_time(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document without what differs between two equal benches: times, and the folder."""
+    """The document without times and folder, which differ between two equal benches."""
     methods = [
         row | {"costs": {k: v for k, v in row["costs"].items() if k not in TIMED}}
         for row in document["methods"]
@@ -48,7 +48,7 @@ def without_time(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_csv(document: Mapping[str, Any]) -> str:
-    """A line for each method: the metric of the verdicts, then the others with their intervals."""
+    """One line per method: the verdicts' metric, then the others with their intervals."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     metric, others = metrics_of(document)
@@ -71,13 +71,13 @@ def as_csv(document: Mapping[str, Any]) -> str:
 
 
 def metrics_of(document: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The metric of the verdicts, and those that are told beside it."""
+    """The metric that verdicts use, and the other reported metrics."""
     metric = document["metric"]
     return metric, [name for name in document["methods"][0]["test"] if name != metric]
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Aligned columns, the baseline first."""
+    """A table in aligned columns, the baseline first."""
     metric, others = metrics_of(document)
     beside = [f"{name} [95 %]" for name in others]
     head = ["method", f"test {metric}", "better by [95 %]", "p", *beside, "lr", "trained",
@@ -104,6 +104,6 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def with_interval(found: Mapping[str, Any], sign: str = "") -> str:
-    """`0.8125 [0.7944, 0.8306]`; what is not known is left out."""
+    """`0.8125 [0.7944, 0.8306]`; the interval is left out where it is unknown."""
     low, high = (fixed(end, sign) for end in found["interval"])
     return fixed(found["mean"], sign) + (f" [{low}, {high}]" if low else "")

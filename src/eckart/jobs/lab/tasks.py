@@ -1,7 +1,7 @@
-"""What experiments are made of: text as tensors, and small models trained once and kept.
+"""Data and initial models of a claim's task: text as tensors, and cached pretrained models.
 
-Text is taken as bytes (1 to 256, 0 ends a document), so that a loss in nats per token is one
-in nats per byte, whatever the corpus.
+Tokens are bytes (1 to 256; 0 ends a document), so a loss in nats per token is one in nats per
+byte, whatever the corpus.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from eckart.io.text import cache_folder
 from eckart.linear.sites import seeded_generator
 
 BYTES = 257
-HELD_OUT = 0.1  # of the documents; every second one of them is for validation
+HELD_OUT = 0.1  # share of the documents, which go to validation and test in turns
 EVALUATED = 128  # rows of each held-out part
 PRETRAINING_LR = 2e-3
 
 
 @cache
 def corpus(name: str) -> Corpus:
-    """A corpus that every machine has, read once."""
+    """A built-in corpus by its name, cached. Raises UsageError for an unknown name."""
     if name not in CORPORA:
         raise UsageError("no such corpus", [(name, "")], did_you_mean(name, list(CORPORA)))
     return CORPORA[name]()
@@ -49,12 +49,12 @@ def splits_of(task: Task) -> Splits:
 
 @cache
 def text_splits(name: str, seq_len: int) -> Splits:
-    """A corpus by its name, cut once."""
+    """The splits of a corpus by its name, cached."""
     return in_splits(corpus(name), seq_len)
 
 
 def in_splits(text: Corpus, seq_len: int) -> Splits:
-    """A corpus in rows of seq_len bytes; whole documents are held out."""
+    """Split a corpus into rows of seq_len bytes; whole documents are held out."""
     train, held_out = text.split(HELD_OUT)
     halves = [Corpus(text.name, held_out.documents[i::2]) for i in range(2)]
     validation, test = (rows(half, seq_len, EVALUATED) for half in halves)
@@ -62,7 +62,7 @@ def in_splits(text: Corpus, seq_len: int) -> Splits:
 
 
 def rows(text: Corpus, seq_len: int, most: int | None = None) -> Batch:
-    """All documents one after the other, cut into rows [t, seq_len]; at most `most`, spread."""
+    """The concatenated documents as rows [t, seq_len]; at most `most` of them, evenly spaced."""
     joined = b"\0".join(document.encode() for _, document in text.documents)
     ids = np.frombuffer(joined, dtype=np.uint8).astype(np.int64) + 1
     whole = torch.from_numpy(ids[: len(ids) // seq_len * seq_len]).reshape(-1, seq_len)
@@ -72,7 +72,7 @@ def rows(text: Corpus, seq_len: int, most: int | None = None) -> Batch:
 
 
 def chosen_rows(examples: Batch, count: int, *names: object) -> dict[str, torch.Tensor]:
-    """`count` examples drawn by the hash of the names, the same in every process."""
+    """`count` random examples; the names are the seed, so all processes draw the same."""
     total = len(next(iter(examples.values())))
     ids = torch.randint(total, (count,), generator=seeded_generator(0, *names))
     return {key: tensor[ids] for key, tensor in examples.items()}
@@ -84,12 +84,12 @@ def config_for(task: Task) -> PretrainedConfig:
     config = AutoConfig.for_model(task.kind, **text, **task.shape)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(task.data, str) and hasattr(config, name):
-            setattr(config, name, None)  # byte 0 and 1 of the text are no commands
+            setattr(config, name, None)  # bytes 0 to 2 are text, not special tokens
     return config
 
 
 def start_model(task: Task, seed: int) -> nn.Module:
-    """The task's start: the pretrained model, or random weights drawn from the seed."""
+    """The task's initial model: the pretrained one, or random weights from the seed."""
     if task.pretrained is None:
         drawn: nn.Module = build_model(config_for(task), seed=seed, task=task.head)
         return drawn.train()
@@ -104,12 +104,12 @@ def start_model(task: Task, seed: int) -> nn.Module:
 
 @cache
 def loaded(folder: Path, head: str) -> nn.Module:
-    """A pretrained start, read once by each process."""
+    """A pretrained model from its folder, cached per process."""
     return load_model(folder, task=head)
 
 
 def base_key(task: Task) -> str:
-    """The content that a pretrained start depends on, as a hash."""
+    """A hash of everything that the pretrained model depends on."""
     facts = [
         task.kind,
         dict(task.shape),
@@ -123,12 +123,12 @@ def base_key(task: Task) -> str:
 
 
 def digest(facts: Any) -> str:
-    """A short SHA-256 of plain data."""
+    """The SHA-256 of plain data, shortened to 24 hex digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def pretrained(task: Task) -> nn.Module:
-    """Train the task's model on its first corpus, by torch alone: no part under test is used."""
+    """Pretrain the task's model with plain torch, so that nothing under test is used."""
     assert task.pretrained is not None
     model = build_model(config_for(task), seed=0, task=task.head).train()
     examples = text_splits(task.pretrained, task.seq_len).train
@@ -150,7 +150,7 @@ def pretrained(task: Task) -> nn.Module:
 
 
 def warm_cosine(step: int, steps: int, warmup: float, floor: float = 0.0) -> float:
-    """The share of the learning rate at a step: a linear rise, then a cosine to the floor."""
+    """The learning-rate multiplier at a step: linear warm-up, then a cosine to the floor."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise

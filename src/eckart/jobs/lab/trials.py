@@ -1,8 +1,8 @@
-"""The runs of a claim, kept under the hash of all that they depend on.
+"""The training runs of a claim, cached under a hash of everything they depend on.
 
-The hash covers the task, the arm, the seed, the learning rate, the steps, the versions, and
-the source of the rooms that train. Names of arms and claims are not in it, so a baseline that
-several claims share is run once.
+The hash covers the task, the arm, the seed, the learning rate, the steps, the versions and the
+source code that trains. Names of arms and claims are not in it, so a baseline that several
+claims share is run once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from eckart.jobs.lab.bare_loop import TaskLab
 from eckart.jobs.lab.tasks import config_for, corpus, digest, start_model
 
 QUICK_STEPS, QUICK_PRETRAINING, QUICK_ROWS = 6, 10, 16
-TIMED = 6  # steps, the first of which warms up
+TIMED = 6  # steps, the first of which is a warm-up
 SRC = Path(eckart.__file__).parent
 TRAINING_ROOMS = (
     "linear", "optim", "decompose", "attention", "precision", "kernels", "recipe",
@@ -41,13 +41,13 @@ LOOP = (SRC / "jobs/lab/bare_loop.py", SRC / "jobs/lab/tasks.py")
 
 @dataclass(frozen=True)
 class ClaimTrial:
-    """One run of one arm: plain data, from which a worker process finds the claim."""
+    """One run of one arm, as plain data that a worker process can receive."""
 
     slug: str
     arm: str
     budget: Budget
     seed: int
-    lr: float | None  # None: nothing to set
+    lr: float | None  # None: the arm has no learning rate
     steps: int
 
     @property
@@ -60,7 +60,7 @@ class ClaimTrial:
         return cache_folder() / "lab" / "runs" / f"{digest(self.facts())}.json"
 
     def find(self) -> tuple[Arm, Task]:
-        """The arm and the task that the names stand for."""
+        """The claim's arm of this name, and its task under this budget."""
         claim = claims.load(self.slug)
         arm = next(a for a in claim.arms if a.name == self.arm)
         return arm, task_of(claim, arm, self.budget)
@@ -94,7 +94,7 @@ class ClaimTrial:
 
 
 def task_of(claim: Claim, arm: Arm, budget: Budget) -> Task:
-    """What an arm trains on under a budget."""
+    """The task of an arm under a budget."""
     task = arm.task or (claim.full if budget == "full" and claim.full else claim.task)
     if budget != "quick":
         return task
@@ -107,7 +107,7 @@ def task_of(claim: Claim, arm: Arm, budget: Budget) -> Task:
 
 
 def step_seconds(task: Task) -> float:
-    """Seconds of a step's two passes on this machine; what an arm does beside them comes on top."""
+    """Measured seconds of a forward and a backward pass; optimizer and method are not included."""
     lab, model = TaskLab(task, 0), build_model(config_for(task), seed=0, task=task.head).train()
     taken = []
     for step in range(TIMED):
@@ -121,7 +121,7 @@ def step_seconds(task: Task) -> float:
 
 
 def described(value: Any) -> Any:
-    """A value as plain data: dataclasses by class, source and fields; functions by source."""
+    """A value as plain data: dataclasses by class, source hash and fields; functions by source."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"is": type(value).__qualname__, "source": own_source(type(value)), **fields}
@@ -135,11 +135,11 @@ def described(value: Any) -> Any:
 
 
 def own_source(thing: Any) -> str:
-    """The hash of the file in which a method's class or a claim's function stands."""
+    """The hash of the file that defines a method's class or a claim's function."""
     path = Path(inspect.getsourcefile(thing) or "")
     inside = path.is_relative_to(SRC) and path.relative_to(SRC).parts[0]
     if inside in TRAINING_ROOMS or path == SRC / "claims" / "__init__.py":
-        return ""  # the rooms are hashed as a whole; the contract decides no number
+        return ""  # hashed by source_of_rooms; claims/__init__.py decides no number
     return hash_of(path)
 
 
@@ -150,7 +150,7 @@ def hash_of(path: Path) -> str:
 
 @cache
 def source_of_rooms() -> str:
-    """The hash of the rooms that train, and of the loop."""
+    """The hash of the packages that train (TRAINING_ROOMS) and of the training loop."""
     files = [p for room in TRAINING_ROOMS for p in sorted((SRC / room).rglob("*.py"))]
     text = "".join(hash_of(path) for path in (*files, *LOOP))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
