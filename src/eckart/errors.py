@@ -1,8 +1,7 @@
-"""What a user did that cannot work: said in words, with the place and the way out.
+"""Errors that a user can cause: what is wrong, where, and how to fix it.
 
-Every error a user can cause is an EckartError. Its text has up to three parts: what is
-wrong, the facts (one line each, aligned), and what to type. Its class fixes the exit code
-of the command line.
+Every one is an EckartError. Its text has up to three parts: what is wrong, the facts (one line
+each, aligned), and what to type. Its class sets the exit code of the command line.
 """
 
 import re
@@ -75,16 +74,16 @@ class Interrupted(EckartError):
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
-    """Is this how Python or torch says that memory ran out? Torch is known by its words alone."""
+    """Is this an out-of-memory error of Python or torch? Torch's is recognised by its message."""
     if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":
         return True
     return "DefaultCPUAllocator: can't allocate memory" in str(fault)
 
 
 def nearest(word: str, choices: Iterable[str], n: int = 1) -> list[str]:
-    """The n choices that a mistyped word is likely to mean, best first; empty where none is near.
+    """The n choices that a mistyped word most likely means, best first; empty if none is close.
 
-    Near are words that are spelt alike, and those of which one contains or abbreviates the other.
+    Close are words of similar spelling, and those that contain or abbreviate one another.
     """
     typed = plain(word)
     likeness = {choice: SequenceMatcher(None, plain(choice), typed).ratio() for choice in choices}
@@ -97,7 +96,7 @@ def plain(word: str) -> str:
 
 
 def contains(a: str, b: str) -> bool:
-    """Does one word begin, end or abbreviate the other (peft-run, attn), by letters enough?"""
+    """Does one word begin, end or abbreviate the other (peft-run, attn), by enough letters?"""
     short, long = sorted((a, b), key=len)
     if re.search(rf"\b{re.escape(short)}|{re.escape(short)}\b", long):
         return len(short) >= 3 or 2 * len(short) >= len(long) > 0

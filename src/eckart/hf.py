@@ -1,13 +1,13 @@
-"""Import this and transformers loads factored models: Auto classes, device maps, generate.
+"""Registers factored models with transformers: Auto classes, device maps and generate work.
 
     import eckart.hf
     model = AutoModelForCausalLM.from_pretrained("runs/0001/final")
 
-A factored folder's config says `model_type: eckart` and carries the structure. Here the type
-is registered with AutoConfig, which hands out the base's own configuration, and a transformers
-quantizer that puts the terms into the model before its (sharded) weights are read. What comes
-out is the same as a model that terms were attached to: no trace of a quantizer, its
-configuration locked (recipe/lock.py), saved by anyone so that it loads again.
+A factored folder's config has `model_type: eckart` and the structure. This module registers the
+type with AutoConfig, which returns the base's own configuration, and a transformers quantizer that
+builds the terms before the (sharded) weights are loaded. The result is the same as a model with
+attached terms: it keeps no trace of a quantizer, its configuration is locked (recipe/lock.py), and
+any `save_pretrained` writes a folder that loads again.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ WRITTEN_BY_LOCK = ("model_type", "base_model_type", "transformers_weights")
 
 
 class EckartConfig(PretrainedConfig):
-    """What AutoConfig finds for the type: only a door to the base's own configuration."""
+    """The config class registered for the type; it only returns the base's own configuration."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The base's configuration, locked. FileError for a base type transformers lacks."""
+        """The base's configuration, locked. FileError if transformers lacks the base's type."""
         data = {k: v for k, v in config_dict.items() if k not in WRITTEN_BY_LOCK}
         base_type = config_dict.get("base_model_type")
         if base_type not in CONFIG_MAPPING:
@@ -58,7 +58,7 @@ class EckartConfig(PretrainedConfig):
 
 @register_quantization_config(MODEL_TYPE)
 class FactoredConfig(QuantizationConfigMixin):
-    """The structure, as it stands under `quantization_config`."""
+    """The structure, as stored under `quantization_config`."""
 
     def __init__(self, structure: Mapping[str, Any], base: Any = None, **kwargs: Any):
         self.quant_method = MODEL_TYPE
@@ -75,7 +75,7 @@ class FactoredConfig(QuantizationConfigMixin):
 
 @register_quantizer(MODEL_TYPE)
 class FactoredQuantizer(HfQuantizer):
-    """Puts the terms in before the weights are read, and takes its own traces away after."""
+    """Builds the terms before the weights are loaded, and removes its own traces afterwards."""
 
     requires_calibration = False
     handle: Handle
@@ -92,7 +92,7 @@ class FactoredQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """FileError for a base that is quantised itself."""
+        """Raise FileError for a base that is itself quantised."""
         if self.quantization_config.base is not None:
             method = self.quantization_config.base.get("quant_method")
             raise FileError(
@@ -102,9 +102,9 @@ class FactoredQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Called before any file is looked for: the lock's entries leave the configuration.
+        """Remove the lock's entries from the configuration before transformers looks for files.
 
-        They are there where a class such as LlamaForCausalLM read config.json itself.
+        They are present where a class such as LlamaForCausalLM read config.json itself.
         """
         for key in WRITTEN_BY_LOCK:
             config.__dict__.pop(key, None)
@@ -154,7 +154,7 @@ class FactoredQuantizer(HfQuantizer):
 
 
 def tie(model: PreTrainedModel) -> None:
-    """Let tied modules share one parameter: by that a tied pair is known to be one site.
+    """Make tied modules share one parameter, by which a tied pair is recognised as one site.
 
     While a model is built for loading, transformers' own `tie_weights` does nothing.
     """
@@ -164,10 +164,10 @@ def tie(model: PreTrainedModel) -> None:
 
 
 def fitted(structure: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """The structure with the paths of this model, which may be the body or another head.
+    """The structure with this model's paths, as the model may be the body or have another head.
 
-    `model.layers.0.x` becomes `layers.0.x` in a bare LlamaModel; what belongs to a head that
-    is not here is left out.
+    `model.layers.0.x` becomes `layers.0.x` in a bare LlamaModel; entries of a missing head are
+    left out.
     """
     prefix = f"{model.base_model_prefix}."
     here = {path for path, _ in model.named_modules()}
@@ -190,7 +190,7 @@ def fitted(structure: Mapping[str, Any], model: PreTrainedModel) -> dict[str, An
 
 
 def derived(handle: Handle, structure: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors that terms draw again instead of saving them, by raw name of the part."""
+    """Tensors that terms recompute instead of saving, by raw name of the part."""
     method = registry.load(handle.weights.slug)
     found = {}
     specs = {
@@ -206,20 +206,20 @@ def derived(handle: Handle, structure: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def of_one_dtype(files: Sequence[str]) -> bool:
-    """Have all floating tensors of these files one dtype?"""
+    """Do all floating tensors of these files have one dtype?"""
     dtypes = {tensor["dtype"] for file in files for tensor in header(Path(file)).values()}
     return len({name for name in dtypes if "F" in name}) <= 1  # F32, F16, BF16, F8_E4M3
 
 
 def lock_pattern(name: str) -> str:
-    """The regular expression of one tensor's name, with or without the body's prefix."""
+    """The regular expression for one tensor's name, with or without the body's prefix."""
     return f"(^|\\.){name.replace('.', chr(92) + '.')}$"
 
 
 def refuse_missing(handle: Handle) -> None:
-    """Raise FileError where a term's tensor was not read: its values would be arbitrary.
+    """Raise FileError if a term's tensor was not loaded: its values would be arbitrary.
 
-    transformers marks what it read; what lies on another device than asked for is on meta.
+    transformers marks what it loaded; tensors on another device than requested are on meta.
     """
     lost = [
         f"{stem}.{name}"

@@ -1,4 +1,4 @@
-"""From words to a model that carries them. Found lazily: listing methods needs no torch."""
+"""Recipes, and attaching them to models. Imported lazily: listing methods needs no torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

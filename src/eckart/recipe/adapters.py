@@ -1,8 +1,8 @@
-"""Several adapters on one base: which of them run, for all rows of a batch or row by row.
+"""Several adapters on one base: which of them are active, for the whole batch or row by row.
 
-Each adapter is a handle with a name. In memory its tensors are called `lora@NAME.A`; the one
-without a name of its own is called `default` when it is chosen, and its tensors `lora.A`. No
-file carries a name. The last one attached is in use, and trained.
+Each adapter is a handle with a name. In memory its tensors are called `lora@NAME.A`; the adapter
+without a name is selected as `default`, and its tensors are `lora.A`. Files never carry a name.
+The adapter attached last is active and trained.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Adapters:
         return Adapters, ()
 
     def enter(self, handle: Handle) -> None:
-        """One more, in use alone from now on."""
+        """Add an adapter and make it the only active one."""
         self.handles[handle.name] = handle
         self.choose({handle.name: 1.0})
 
     def leave(self, handle: Handle) -> None:
-        """One less; the others in use stay in use. The last one to leave undoes the freezing.
+        """Remove an adapter; the others stay active. Removing the last one undoes the freezing.
 
-        A handle remembers which parameters were trained before it was attached; the next one
-        takes over what this one remembers.
+        A handle remembers which parameters were trained before it was attached; the next handle
+        takes this record over.
         """
         if self.handles.get(handle.name) is not handle:  # it was never entered, or has left
             self.choose(self.weights)
@@ -68,7 +68,7 @@ class Adapters:
         self.choose(self.weights)
 
     def choose(self, weights: Mapping[str, float], rows: Sequence[str | None] = ()) -> None:
-        """Put adapters in use: a weighted sum for all rows, or one for each row."""
+        """Activate adapters: a weighted sum for all rows, or one adapter per row."""
         self.weights = {name: w for name, w in weights.items() if name in self.handles}
         self.rows = tuple(rows)
         kinds = list(dict.fromkeys(rows))
@@ -85,7 +85,7 @@ class Adapters:
                 put_in_use(module, site.param, [b for b in chosen if b.terms])
 
     def branch(self, name: str | None, path: str, weight: float = 1.0) -> Branch:
-        """An adapter's part at one site; without terms where it has none there."""
+        """One adapter's part at one site; empty where the adapter has no terms there."""
         if name is None or path not in self.handles[name].attached:
             return NOTHING
         terms, gain = self.handles[name].children_at(path)
@@ -93,13 +93,13 @@ class Adapters:
 
 
 def adapters_of(model: nn.Module) -> Adapters:
-    """The adapters of a model; none at first."""
+    """The adapters of a model; an empty record if there are none."""
     found: Adapters = model.__dict__.setdefault(HERE, Adapters())
     return found
 
 
 def require_free(model: nn.Module, name: str) -> None:
-    """Raise UsageError for a name that is taken, or that cannot be one."""
+    """Raise UsageError for an adapter name that is taken or invalid."""
     if not name or "." in name or "@" in name:
         raise UsageError("this cannot be the name of an adapter", [("name", repr(name))])
     if name in adapters_of(model).handles and adapters_of(model).handles[name].attached:
@@ -111,7 +111,7 @@ def require_free(model: nn.Module, name: str) -> None:
 
 
 def require_beside(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
-    """Raise UsageError where an adapter cannot share its base with those that are there."""
+    """Raise UsageError if an adapter cannot share its base with those already attached."""
     others = [h for h in adapters_of(handle.model).handles.values() if h.attached]
     if not others:
         return
@@ -132,7 +132,7 @@ def require_beside(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]])
 
 
 def known(model: nn.Module, name: str) -> str:
-    """A name of an adapter of this model. UsageError for any other."""
+    """The name, if this model has an adapter of that name. UsageError otherwise."""
     names = list(adapters_of(model).handles)
     if name not in names:
         fix = did_you_mean(name, names, f"There are: {', '.join(names) or 'none'}.")
@@ -141,9 +141,9 @@ def known(model: nn.Module, name: str) -> str:
 
 
 def use(model: nn.Module, choice: Choice) -> None:
-    """Put adapters in use: one by name, several summed (a mapping gives weights), None for none.
+    """Activate adapters: one by name, several summed (a mapping gives weights), None for none.
 
-    A sum is of changes: with DoRA each adapter's gain scales its own sum with the base.
+    The changes are summed: with DoRA each adapter's gain scales its own sum with the base.
     """
     if choice is None:
         weights: dict[str, float] = {}
@@ -158,7 +158,7 @@ def use(model: nn.Module, choice: Choice) -> None:
 
 @contextmanager
 def alone(handle: Handle) -> Iterator[None]:
-    """Inside, this adapter and no other is in use."""
+    """Context manager: only this adapter is active."""
     here = adapters_of(handle.model)
     before = here.weights, here.rows
     here.choose({handle.name: 1.0})
@@ -170,11 +170,11 @@ def alone(handle: Handle) -> Iterator[None]:
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Inside, row i of every batch runs adapter names[i], or the base where that is None.
+    """Context manager: row i of every batch uses adapter names[i], or the base where that is None.
 
-    Beams and returned sequences of `generate` follow their row. A backward pass belongs
-    inside too where activations are checkpointed. Raises UsageError for fused experts, which
-    see tokens without their rows, and for embeddings of positions, which see no rows.
+    Beams and returned sequences of `generate` follow their row. With activation checkpointing the
+    backward pass must run inside too. Raises UsageError for fused experts, which see tokens
+    without their rows, and for position embeddings, which see no rows.
     """
     here = adapters_of(model)
     chosen = [None if name is None else known(model, name) for name in names]
@@ -194,7 +194,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
 
 def require_rows(handle: Handle) -> None:
-    """Raise UsageError where an adapter has terms on a map that cannot tell rows apart."""
+    """Raise UsageError if an adapter has terms on a map that cannot tell rows apart."""
     for path in handle.attached:
         site = handle.sites[path]
         if site.kind == "experts" or site.role == "embedding.other":

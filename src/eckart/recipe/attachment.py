@@ -1,4 +1,4 @@
-"""attach(): a recipe becomes part of a model. attach_from(): so does a stored structure."""
+"""attach() adds a recipe's terms to a model; attach_from() rebuilds stored ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from eckart.recipe.targets import (
 )
 from eckart.recipe.vocabulary import held_whole
 
-with suppress(ModuleNotFoundError):  # without kernels all still runs
+with suppress(ModuleNotFoundError):  # the kernels are optional
     import eckart.kernels  # noqa: F401  # registers faster forms
 
 
@@ -97,8 +97,8 @@ def attach_from(
 ) -> Handle:
     """Rebuild an attachment from stored plain data, its tensors still without values.
 
-    `structure` is what `Handle.structure()` gave; `recipe` may bring the other axes. Follow
-    it with `handle.load_named_state(...)`. Raises FileError where the model has no such site.
+    `structure` is what `Handle.structure()` returned; `recipe` may supply the other axes. Call
+    `handle.load_named_state(...)` afterwards. Raises FileError where the model has no such site.
     """
     if structure.get("format") != FORMAT:
         found = str(structure.get("format"))
@@ -134,7 +134,7 @@ def attach_from(
 
 
 def refuse_unfit(model: nn.Module, also_train: Sequence[str]) -> None:
-    """UsageError for a model without numbers, and for modules that it does not have."""
+    """Raise UsageError for a model on the meta device, and for modules that it does not have."""
     if any(p.device.type == "meta" for p in model.parameters()):
         if any(HOOKED in vars(module) for module in model.modules()):
             raise UsageError(
@@ -156,7 +156,7 @@ def refuse_unfit(model: nn.Module, also_train: Sequence[str]) -> None:
 
 
 def built(weights: Weights, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
-    """The method's parts for its sites. Diverged, with its name, for a matrix that holds a NaN."""
+    """Build the parts of all sites. Raises Diverged, with the site, if a matrix holds a NaN."""
     try:
         with torch.device("cpu"):  # draws are made there, whatever the default device is
             return weights.build(sites) if sites else {}
@@ -168,7 +168,7 @@ def built(weights: Weights, sites: list[Site]) -> dict[str, dict[str, nn.Module]
 
 
 def convert_base(model: nn.Module, recipe: Recipe) -> None:
-    """Let the precision put the frozen base into its format; terms are built on what that is."""
+    """Convert the frozen base to the precision's format; terms are built on the result."""
     if recipe.precision is not None and recipe.precision.converts:
         recipe.precision.convert([site for site in sites_of(model) if not site.ties])
 
@@ -181,7 +181,7 @@ def choose_all(recipe: Recipe, here: Mapping[str, Site]) -> list[Site]:
 
 
 def revive(method: type, spec: Mapping[str, Any]) -> nn.Module:
-    """A term of a stored description: a class of the maths room or of the method's own file."""
+    """Rebuild a stored term without values; its class is ours or in the method's own file."""
     own = sys.modules[method.__module__]
     cls = getattr(linear, spec["type"], None) or getattr(own, spec["type"], None)
     if not (isinstance(cls, type) and issubclass(cls, Part)):
@@ -194,7 +194,7 @@ def choose(model: nn.Module, weights: Weights, seed: int) -> list[Site]:
     everything = sites_of(model, seed)
     targets = [t for t in weights.targets if t != EVERYTHING]
     sites = everything if EVERYTHING in weights.targets else select(everything, targets)
-    if weights.base != "trained":  # before any work; where that may have no terms, as they go in
+    if weights.base != "trained":  # before any work; else checked when installed
         refuse_unreachable(model, sites)
     taken = [s.path for s in sites if isinstance(s.module, Structured) and weights.base != "frozen"]
     if taken:
@@ -208,7 +208,7 @@ def choose(model: nn.Module, weights: Weights, seed: int) -> list[Site]:
 
 
 def check_ranks(sites: Sequence[Site], weights: Weights) -> None:
-    """A rank above min(m, n) is an error where it is so at every site, or by an override."""
+    """Raise UsageError for a rank above min(m, n) at every site, or one set by an override."""
     rank, key = getattr(weights, "rank", None), weights.axis
     if rank is None or not sites:
         return
@@ -239,7 +239,7 @@ def calibrate(
     calibration: Iterable[Batch] | None,
     steps: int | None,
 ) -> None:
-    """Gather what the methods declare they need; UsageError where it cannot be had."""
+    """Gather the data that the methods need. UsageError where it is not available."""
     batches = list(calibration) if calibration is not None and recipe.needs else []
     for method in recipe.choices:
         for need in sorted(method.needed):

@@ -1,7 +1,7 @@
 """Gradients and activations of sites, gathered from calibration batches before attaching.
 
-Gradients are means over the batches, in fp32, for a few matrices at a time, so that no gradient
-of the whole model is ever held. Activations are input tokens.
+Gradients are means over the batches, in fp32, computed for a few matrices at a time, so that the
+gradient of the whole model is never held. Activations are the inputs of sites, by token.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ AT_A_TIME = 8  # matrices whose gradients are held at once: passes against memor
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The task's own loss of one batch. UsageError where the model gives none."""
+    """The task's own loss on one batch. UsageError if the model returns none."""
     return loss_in(model(**batch), batch)
 
 
 def loss_in(outputs: Any, batch: Batch) -> Tensor:
-    """The loss that a model gave with its outputs. UsageError where there is none."""
+    """The loss in a model's outputs. UsageError if there is none."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
     if not isinstance(loss, Tensor) or loss.ndim:
         raise UsageError(
@@ -66,7 +66,7 @@ def gather_group(
     batches: Sequence[Batch],
     loss: Callable[[nn.Module, Batch], Tensor],
 ) -> None:
-    """The mean gradients of a few sites, written into them; these alone are differentiated."""
+    """Write the mean gradients of a few sites into them; only these are differentiated."""
     totals = [torch.zeros(site.matrix_shape, device=site.raw.device) for site in group]
     for site in group:
         site.raw.requires_grad_(True)
@@ -84,7 +84,7 @@ def gather_group(
 def gather_activations(
     model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], limit: int = 8192
 ) -> None:
-    """Write up to `limit` input tokens [t, n] (fp32, CPU) into each site; padding left out."""
+    """Write up to `limit` input tokens [t, n] (fp32, CPU) into each site, without padding."""
     kept: dict[str, list[Tensor]] = {site.path: [] for site in sites}
     counts = dict.fromkeys(kept, 0)
     present: Batch = {}
@@ -126,9 +126,9 @@ GATHERED: dict[str, Callable[[nn.Module, Sequence[Site], Sequence[Batch]], None]
 
 
 def real_tokens(model: nn.Module, site: Site, batch: Batch) -> Tensor | None:
-    """Which tokens of a site's input are no padding, bool [b, t]; None where nothing says so.
+    """Which tokens of a site's input are not padding, bool [b, t]; None if the batch does not say.
 
-    A decoder beside an encoder has a length of its own, that of its labels.
+    A decoder beside an encoder has a different length, that of its labels.
     """
     mask = batch.get("attention_mask")
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -140,7 +140,7 @@ def real_tokens(model: nn.Module, site: Site, batch: Batch) -> Tensor | None:
 
 @contextmanager
 def deterministic_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while calibrating: dropout would make initial values differ by run."""
+    """Evaluation mode while calibrating: with dropout, initial values would vary between runs."""
     training = {name: module.training for name, module in model.named_modules()}
     config = vars(model.config) if hasattr(model, "config") else {}
     before = dict(config)  # classifiers of transformers note their problem_type as they run
@@ -154,6 +154,6 @@ def deterministic_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_finite(tensor: Tensor, path: str, what: str) -> None:
-    """Diverged, naming the module, where calibration met a NaN or an infinity."""
+    """Raise Diverged, naming the module, if calibration produced a NaN or an infinity."""
     if not torch.isfinite(tensor).all():
         raise Diverged(f"a calibration {what} is not finite", [(path, what)])

@@ -1,4 +1,4 @@
-"""Maps that lose units together: an MLP's channels, or the KV heads of an attention."""
+"""Units that must be pruned together across several maps: MLP channels and KV heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eckart.recipe.targets import sites_of
 
 @dataclass(frozen=True)
 class Member:
-    """A map's part in a group: a unit is `width` of its rows (axis 0) or columns (axis 1)."""
+    """A map's part in a group: one unit is `width` of its rows (axis 0) or columns (axis 1)."""
 
     site: Site
     axis: Literal[0, 1]
@@ -28,7 +28,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Maps that lose units together: an MLP's channels, or an attention's KV heads."""
+    """Maps that lose the same units when pruned: an MLP's channels, or an attention's KV heads."""
 
     path: str
     count: int
@@ -36,7 +36,7 @@ class Group:
 
 
 def groups(model: nn.Module, heads: bool, channels: bool) -> list[Group]:
-    """The groups of a model in order. UsageError where its heads or channels are unknown."""
+    """The groups of a model in order. UsageError if its heads or channels are not recognised."""
     by_parent: dict[str, dict[str, Site]] = {}
     for site in sites_of(model):
         if site.role.split(".")[0] in ("attn", "mlp"):
@@ -51,7 +51,7 @@ def groups(model: nn.Module, heads: bool, channels: bool) -> list[Group]:
 
 
 def mlp_channels(path: str, module: nn.Module, parts: Mapping[str, Site]) -> Group:
-    """gate and up lose rows, down loses columns."""
+    """The group of an MLP: a channel is a row of gate and up and a column of down."""
     known = {"mlp.up", "mlp.down"} <= parts.keys() <= {"mlp.gate", "mlp.up", "mlp.down"}
     if not known or any(site.kind != "linear" for site in parts.values()):
         raise unknown(path, "channels", parts)
@@ -60,7 +60,7 @@ def mlp_channels(path: str, module: nn.Module, parts: Mapping[str, Site]) -> Gro
 
 
 def kv_heads(path: str, module: Any, parts: Mapping[str, Site]) -> Group:
-    """k and v lose a head's rows, q and o those of all query heads that read it."""
+    """The group of an attention: a KV head's rows of k and v, its query heads' in q and o."""
     h: Any = getattr(module, "head_dim", None)
     fits = isinstance(h, int) and hasattr(module, "num_key_value_groups")
     known = parts.keys() == {"attn.q", "attn.k", "attn.v", "attn.o"}
@@ -78,7 +78,7 @@ def kv_heads(path: str, module: Any, parts: Mapping[str, Site]) -> Group:
 
 
 def unknown(path: str, what: str, parts: Mapping[str, Site]) -> UsageError:
-    """The error for a layer whose units we do not know how to take out."""
+    """The error for a layer whose units cannot be pruned."""
     return UsageError(
         f"no way is known to prune these {what}",
         [(path, ", ".join(f"{role} ({site.kind})" for role, site in parts.items()))],

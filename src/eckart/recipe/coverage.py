@@ -1,4 +1,4 @@
-"""What a recipe reaches of a model: every element counted once, by role and by its fate."""
+"""How much of a model a recipe trains: every element counted once, by role and state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Coverage:
 
     @property
     def parameters(self) -> int:
-        """All elements, attachments included."""
+        """All elements, including those of the attached terms."""
         return sum(sum(row.values()) for row in self.by_role.values())
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Coverage:
 
 
 def cover(handle: Handle) -> Coverage:
-    """Count every element of the model once, by role and by what becomes of it."""
+    """Count every element of the model once, by role and state."""
     coverage = Coverage(matrices=len(handle.attached) or len(handle.sites))
     update = handle.recipe.update
     projected: set[str] = set()
@@ -97,5 +97,5 @@ def amount(count: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A share with two significant digits."""
+    """A share as a percentage with two significant digits."""
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.1f} %"

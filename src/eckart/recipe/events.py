@@ -1,4 +1,4 @@
-"""The one hook that runs what methods schedule, at the optimizer's real steps."""
+"""The optimizer hook that runs methods' events, at real optimizer steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Terms = Mapping[str, Mapping[str, Term]]
 
 
 class EventHook:
-    """Runs events before and after optimizer steps and remembers the count.
+    """Runs events before and after optimizer steps and counts the steps.
 
-    State is one number, so a checkpoint resumes it exactly. Draws come from a generator
+    Its state is this count alone, so a checkpoint resumes it exactly. Random draws use a generator
     seeded by (seed, event, step): the same on every process and after every resume.
     """
 
@@ -36,7 +36,7 @@ class EventHook:
         self.rates: list[Any] = []  # the groups' own, while a step is taken with others
 
     def bind(self, optimizer: LowRankOptimizer) -> None:
-        """Tick with this optimizer's steps; binding another one lets go of the last."""
+        """Follow this optimizer's steps, and no longer those of the one bound before."""
         for handle in self.handles:
             handle.remove()
         self.handles = [
@@ -45,7 +45,7 @@ class EventHook:
         ]
 
     def before(self, optimizer: LowRankOptimizer, *_: Any) -> None:
-        """Run what is due before this step, and scale its learning rates."""
+        """Run the events scheduled before this step, and scale its learning rates."""
         self.restore_rates(optimizer)  # of a step that failed
         self.run("before", optimizer)
         factor = prod(method.rate(self.step) for method in self.methods)
@@ -55,13 +55,13 @@ class EventHook:
                 group["lr"] = group["lr"] * factor
 
     def restore_rates(self, optimizer: LowRankOptimizer) -> None:
-        """Give the groups their own learning rates back: a scheduler goes on from these."""
+        """Restore the groups' own learning rates, which a scheduler updates."""
         for group, rate in zip(optimizer.param_groups, self.rates, strict=False):
             group["lr"] = rate
         self.rates = []
 
     def after(self, optimizer: LowRankOptimizer, *_: Any) -> None:
-        """Count the step, then run what is due after it; neither where it was skipped."""
+        """Count the step and run the events scheduled after it, unless the step was skipped."""
         self.restore_rates(optimizer)
         if optimizer.skipped:
             return
@@ -69,7 +69,7 @@ class EventHook:
         self.run("after", optimizer)
 
     def run(self, when: str, optimizer: LowRankOptimizer) -> None:
-        """Run the events of one moment and reset moments where they say so."""
+        """Run the events of one phase (before or after), and reset moments where asked."""
         for event in self.events:
             if event.when == when and event.at(self.step):
                 done = event.run(self.now(event.name))
@@ -82,12 +82,12 @@ class EventHook:
                         event.moments(optimizer.state[parameter], parameter)
 
     def now(self, name: str) -> Now:
-        """What an event of this name sees at the current step."""
+        """The context that an event of this name receives at the current step."""
         generator = seeded_generator(self.seed, "event", name, self.step)
         return Now(self.step, self.steps, self.terms(), generator, self.model)
 
     def due_cut(self) -> dict[str, dict[str, Tensor]] | None:
-        """The rank components that live on, where a change of shape is due at this step."""
+        """The rank components to keep, if a change of shape is scheduled at this step."""
         kept: dict[str, dict[str, Tensor]] = {}
         for cut in self.cuts:
             if cut.at(self.step, self.steps):
@@ -100,7 +100,7 @@ class EventHook:
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a saved count."""
+        """Continue from a saved count."""
         self.step = int(state["step"])
 
 

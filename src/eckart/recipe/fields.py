@@ -1,4 +1,4 @@
-"""Checks a method's fields when it is built in Python: types and ranges, with words for faults."""
+"""Checks a method's fields, types and ranges, when it is constructed in Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMPARISONS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
 def check_fields(method: Any) -> None:
     """Raise UsageError for the first field of the wrong type or outside its range.
 
-    Overrides are held to the same; names in them that are no fields are left to the targets.
+    Overrides are checked in the same way; names in them that are not fields belong to the targets.
     """
     hints = typing.get_type_hints(type(method), include_extras=True)
     for f in dataclasses.fields(method):
@@ -46,7 +46,7 @@ def check_value(slug: str, name: str, value: Any, hint: Any) -> None:
 
 
 def broken(value: Any, hint: Any) -> Iterator[str]:
-    """The limits of a type annotation that a value of that type does not keep."""
+    """The limits of a type annotation that a value of that type violates."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         for option in typing.get_args(hint):
             if fits(value, option):
@@ -62,7 +62,7 @@ def broken(value: Any, hint: Any) -> Iterator[str]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Is the value of this type? A bool is no number; an int is a float."""
+    """Is the value of this type? A bool does not count as a number; an int is a float."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -87,7 +87,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def spell(hint: Any) -> str:
-    """A type in the words of an error message."""
+    """A type as it is written in error messages."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return spell(args[0])

@@ -1,4 +1,4 @@
-"""A name for a base model, by which an adapter knows the model it was made for."""
+"""A fingerprint of a base model, by which an adapter recognises the model it was trained for."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ ESSENTIALS = (
 
 
 def origin(model: nn.Module) -> str | None:
-    """The path or hub id that a model was loaded from; None where it was made in memory."""
+    """The path or hub id that a model was loaded from; None if it was built in memory."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
-    """A name for a base: which architecture, which tensors, which values.
+    """The fingerprint of a base: its architecture, its tensors and a sample of their values.
 
-    `without` names modules that an adapter brings whole (see vocabulary.py).
+    `without` names modules that an adapter stores whole (see vocabulary.py).
 
-    SHA-256 over what of the config changes the function, then each distinct parameter and
-    saved buffer (names sorted; of a tied pair the first) with its shape and 64 evenly spaced
-    values, rounded to bf16. The dtype a model is loaded in therefore makes no difference,
-    nor does a file that spells a tied head twice. Terms that are attached do not count, but
-    what a method made of the base itself would: take it before that.
+    SHA-256 over the config entries that change the function, then each distinct parameter and
+    saved buffer (names sorted; the first of a tied pair) with its shape and 64 evenly spaced
+    values, rounded to bf16. It therefore does not depend on the dtype a model is loaded in, nor on
+    whether a file stores a tied head twice. Attached terms are left out, but changes that a method
+    made to the base itself are not: take the fingerprint before those.
     """
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
@@ -67,14 +67,15 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
 
 
 def class_of(model: nn.Module) -> str:
-    """The name of a model's class, whatever FSDP has made of it."""
+    """The name of a model's class before FSDP wrapped it."""
     return next(c.__name__ for c in type(model).__mro__ if "forward" in vars(c))
 
 
 def stands_for_another(model: nn.Module) -> bool:
-    """Is this a copy of a model in few bits, which adapters of that one fit too?
+    """Is this a quantised copy of a model, which that model's adapters fit too?
 
-    Numbers rounded to fp16 do not round on to the bf16 that the others are named by.
+    Its fp16 values do not round to the bf16 values that the fingerprint of the other was made
+    from.
     """
     return any(quantised(p) or p.dtype == torch.float16 for p in model.parameters())
 
@@ -82,9 +83,9 @@ def stands_for_another(model: nn.Module) -> bool:
 def require_base(
     model: nn.Module, expected: str, named: str | None, folder: Path, whole: Sequence[str] = ()
 ) -> None:
-    """Raise FileError unless the model is the base that the adapter in a folder was made for.
+    """Raise FileError unless the model is the base that the adapter in a folder was trained for.
 
-    `whole` are modules that the adapter brings.
+    `whole` are modules that the adapter stores.
     """
     found = fingerprint(model, whole)
     if found != expected:

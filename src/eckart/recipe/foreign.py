@@ -80,7 +80,7 @@ def optimizer_for(
 
 
 def refuse(model: nn.Module, update: Update, trained: Mapping[str, Tensor]) -> None:
-    """Raise UsageError for what an optimizer alone cannot do."""
+    """Raise UsageError for an update that needs more than an optimizer."""
     if not trained:
         raise UsageError(
             "nothing is trained", [(type(model).__name__, "all parameters are frozen")]
@@ -124,12 +124,12 @@ def peft_pairs(model: nn.Module) -> Iterator[Pair]:
 
 
 def is_peft_layer(module: nn.Module) -> bool:
-    """Is it one of PEFT's LoRA layers? Known by name, so that PEFT need not be there."""
+    """Is it one of PEFT's LoRA layers? Recognised by name, so PEFT need not be installed."""
     return any(f"{c.__module__}.{c.__qualname__}" == PEFT_LAYER for c in type(module).__mro__)
 
 
 def factors_of(module: Any, adapter: str) -> tuple[Any, Any]:
-    """B [m, r] and A [r, n] of one adapter of a layer; None where it has none."""
+    """B [m, r] and A [r, n] of one adapter of a layer; None if it has none."""
     if adapter in module.lora_A:
         return module.lora_B[adapter].weight, module.lora_A[adapter].weight
     if adapter in module.lora_embedding_A:

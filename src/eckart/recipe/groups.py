@@ -1,4 +1,4 @@
-"""Which parameter follows which rule: groups for the optimizer, by rule and by ratios."""
+"""Parameter groups for the optimizer: which parameter follows which rule, at which ratios."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def default_lr(recipe: Recipe, scratch: bool = False) -> float:
-    """The update's own default learning rate, else the weights method's.
+    """The update's own default learning rate, or else the weights method's.
 
-    `scratch`: the one for random weights, which move further than trained ones may.
+    `scratch`: the rate for random weights, which is larger than for pretrained ones.
     """
     assert recipe.weights is not None
     own = recipe.update.usual_lr(scratch) if recipe.update else None
@@ -46,8 +46,9 @@ def arranged(
     lr: float,
     ratios_of: Callable[[str, Tensor], Mapping[str, float]] = lambda name, tensor: {},
 ) -> list[dict[str, Any]]:
-    """Groups of the trained parameters: those called special follow the update's rule, the
-    others its plain one; vectors do not decay."""
+    """Groups of the trained parameters: those in `special` follow the update's rule, the others
+    its plain rule; vectors have no weight decay.
+    """
     rules = {True: update.rule(), False: update.plain()}
     decay = getattr(update, "weight_decay", 0.0)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -77,7 +78,7 @@ def arranged(
 
 
 def leading_dimensions(handle: Handle) -> dict[str, int]:
-    """How many dimensions stand before each matrix: 1 for fused experts and their factors."""
+    """How many dimensions come before each matrix: 1 for fused experts and their factors."""
     found = {}
     for site in sites_of(handle.model, handle.seed):
         found[f"{site.module_path}.{site.param}"] = len(site.leading)
@@ -90,7 +91,7 @@ def leading_dimensions(handle: Handle) -> dict[str, int]:
 
 
 def special_parameters(handle: Handle, update: Update) -> set[str]:
-    """Names of the parameters that the update rule is about; the rest is plain."""
+    """Names of the parameters that the update rule acts on; the others follow its plain rule."""
     if update.wants == "any":
         return set(handle.trainable())
     if update.wants == "pairs":
@@ -99,7 +100,7 @@ def special_parameters(handle: Handle, update: Update) -> set[str]:
 
 
 def matrices_of(model: nn.Module, update: Update) -> set[str]:
-    """Names of the trained matrices that the update's targets mean."""
+    """Names of the trained matrices that match the update's targets."""
     words = [t for t in update.targets if t != EVERYTHING]
     everything = sites_of(model)
     chosen = select(everything, words, axis="update") if words else everything
@@ -119,6 +120,6 @@ def factor_pairs(handle: Handle) -> list[tuple[str, str, float]]:
 
 
 def default_update() -> Update:
-    """What a recipe without an update rule gets."""
+    """The update rule of a recipe that names none."""
     update = registry.load(registry.DEFAULTS["update"])
     return update()  # type: ignore[return-value]

@@ -1,9 +1,9 @@
-"""A loop that leaves the data objectives out is stopped at its first step.
+"""Stops a training loop that leaves out the data objectives, at its first step.
 
-An objective that sees the batch enters through `handle.loss`. A foreign loop (an unmixed
-Trainer, a copied training script) would never call it, train on the task's loss alone and
-look healthy. So an optimizer that holds any of the model's parameters is not let step
-unless `handle.loss` was asked since its last step.
+A data objective sees the batch through `handle.loss`. A loop that does not call it (an unmixed
+Trainer, a copied training script) would train on the task's loss alone, without any sign of it. So
+an optimizer that holds any of the model's parameters may step only if `handle.loss` was called
+since its last step.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ guarded: WeakSet[Handle] = WeakSet()
 
 @cache  # torch's hook is global and stays: removed during a step, it would break that step
 def start_watching() -> None:
-    """Look at every step of every torch optimizer from now on."""
+    """Register a global pre-step hook on all torch optimizers."""
     register_optimizer_step_pre_hook(before_step)
 
 
 def guard_steps(handle: Handle) -> None:
-    """Hold a handle's model to its objectives until the handle is detached or gone."""
+    """Check the steps of a handle's model until the handle is detached or deleted."""
     start_watching()
     guarded.add(handle)
 
 
 def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise UsageError where the loss of this step did not pass through its handle."""
+    """Raise UsageError if the loss of this step did not come from the handle."""
     # A closure computes its loss inside the step: it is seen at the next one.
     if kwargs.get("closure") or any(callable(a) for a in args if a is not optimizer):
         return
@@ -49,13 +49,13 @@ def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def holds(optimizer: Optimizer, handle: Handle) -> bool:
-    """Does the optimizer move parameters of the handle's model?"""
+    """Does the optimizer hold parameters of the handle's model?"""
     mine = {id(p) for p in handle.model.parameters()}
     return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
 
 
 def forgotten(handle: Handle) -> UsageError:
-    """The error for a step whose loss did not pass through the handle."""
+    """The error for a step whose loss did not come from the handle."""
     names = ", ".join(o.slug for o in handle.data_objectives)
     return UsageError(
         "this loop leaves the objective out",

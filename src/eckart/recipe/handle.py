@@ -63,12 +63,12 @@ class Handle:
         self.events = EventHook(recipe.choices, model, self.terms, seed)
         self.coverage = Coverage()  # what the recipe reaches, once its parts are in
         self.penalty = torch.zeros(())  # of the last step
-        self.resting: Callable[[], set[str]] = set  # trained in turn, and not now
+        self.resting: Callable[[], set[str]] = set  # trained in alternation, not in this step
         self.loss_was_asked = False  # since the last step; see guard.py
         if self.data_objectives:
             guard_steps(self)
 
-    # --- looking ---------------------------------------------------------------------------
+    # --- inspection ------------------------------------------------------------------------
 
     def terms(self) -> dict[str, dict[str, Term]]:
         """The live terms: site path -> name -> term."""
@@ -85,17 +85,17 @@ class Handle:
         }
 
     def child(self, path: str, name: str) -> str:
-        """What a part is called among the children of its module: `lora`, or `lora@NAME`."""
+        """The attribute name of a part in its module: `lora`, or `lora@NAME`."""
         return f"{self.sites[path].prefix}{name}{self.suffix}"
 
     def children_at(self, path: str) -> tuple[tuple[str, ...], str | None]:
-        """The children at one site: those that are terms, and the gain."""
+        """The names of the child modules at one site: its terms and gain."""
         parts = {self.child(path, name): part for name, part in self.parts()[path].items()}
         gain = next((name for name, part in parts.items() if isinstance(part, Gain)), None)
         return tuple(name for name in parts if name != gain), gain
 
     def carried(self) -> dict[str, nn.Module]:
-        """The live parts, and what they share, by raw name in the model."""
+        """The live parts and their shared tensors, by raw name in the model."""
         stems = {
             f"{self.sites[path].module_path}.{self.child(path, name)}": part
             for path, by_name in self.parts().items()
@@ -104,11 +104,11 @@ class Handle:
         return {**stems, **{name + self.suffix: part for name, part in self.shared.items()}}
 
     def in_files(self, name: str) -> str:
-        """A raw name as files have it: without the adapter's own."""
+        """A raw parameter name as files store it, without the adapter's name."""
         return name.replace(f"{self.suffix}.", ".") if self.suffix else name
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What is trained, now or in turn, by raw parameter name; a tied parameter once."""
+        """Parameters trained now or in alternation, by raw name; a tied parameter once."""
         resting, others = self.resting(), tuple(f"{s}." for h in self.others() for s in h.carried())
         return {
             name: p
@@ -117,7 +117,7 @@ class Handle:
         }
 
     def require_here(self) -> None:
-        """Raise UsageError where the model is free of this handle: all of it would be meant."""
+        """Raise UsageError if this handle was detached from its model."""
         if adapters_of(self.model).handles.get(self.name) is not self:
             raise UsageError(
                 "this handle was removed, or merged",
@@ -130,7 +130,7 @@ class Handle:
         return [h for h in adapters_of(self.model).handles.values() if h is not self]
 
     def named_state(self) -> dict[str, Tensor]:
-        """What differs from the base, by name in files: trained tensors and terms' buffers."""
+        """What differs from the base, by name in files: trained tensors, buffers of terms."""
         self.require_here()
         names = set(self.trainable())
         for stem, part in self.carried().items():
@@ -143,7 +143,7 @@ class Handle:
         return {self.in_files(name): state[name] for name in sorted(names)}
 
     def load_named_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write saved tensors into the model. Missing, extra or misshapen ones: FileError."""
+        """Write saved tensors into the model. FileError for missing, extra or misshapen ones."""
         state = self.named_state()
         faults = [(name, "is missing") for name in sorted(state.keys() - tensors.keys())]
         faults += [(name, "has no place") for name in sorted(tensors.keys() - state.keys())]
@@ -159,7 +159,7 @@ class Handle:
                 tensor.copy_(tensors[name])
 
     def structure(self) -> dict[str, Any]:
-        """Plain data from which the attachment is rebuilt: method, fields, shapes by site."""
+        """Plain data for `attach_from`: method, fields, shapes by site."""
         fields = {f.name: getattr(self.weights, f.name) for f in dataclasses.fields(self.weights)}
         return {
             "format": FORMAT,
@@ -182,7 +182,7 @@ class Handle:
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps of the whole training, where they are known."""
+        """Optimizer steps of the whole training, if known."""
         return self.events.steps
 
     @steps.setter
@@ -192,9 +192,9 @@ class Handle:
     def optimizer(
         self, lr: float | None = None, clip: float | None = None, layerwise: bool = False
     ) -> torch.optim.Optimizer:
-        """The update rule's optimizer over what is trained, events and penalties bound.
+        """The update rule's optimizer, with events and penalties connected.
 
-        `clip` is the largest norm of the gradients as applied; None leaves them as they are.
+        `clip` is the maximum norm of the gradients as applied; None disables clipping.
         """
         self.require_here()
         rate = next(r for r in (lr, self.lr, default_lr(self.recipe)) if r is not None)
@@ -209,16 +209,16 @@ class Handle:
 
     @property
     def penalties(self) -> list[Objective]:
-        """Objectives that are functions of parameters alone."""
+        """Objectives that depend on parameters alone."""
         return [o for o in self.recipe.objective if o.kind == "penalty"]
 
     @property
     def data_objectives(self) -> list[Objective]:
-        """Objectives that see the batch."""
+        """Objectives that depend on the batch."""
         return [o for o in self.recipe.objective if o.kind == "data"]
 
     def penalty_gradients(self) -> dict[Tensor, Tensor]:
-        """The penalties' gradient, for every trained tensor that they touch."""
+        """The gradient of the penalties, for every trained tensor that they depend on."""
         params = [p for p in self.model.parameters() if p.requires_grad]
         terms = self.terms()
         with torch.enable_grad():
@@ -235,13 +235,13 @@ class Handle:
                     f"Leave {objective.slug} out, or type weights=lora.",
                 )
         self.penalty = total.detach()
-        if not total.requires_grad:  # all that it acts on rests, or was frozen on the way
+        if not total.requires_grad:  # all it acts on is inactive or frozen
             return {}
         grads = torch.autograd.grad(total, params, allow_unused=True)
         return {p: g for p, g in zip(params, grads, strict=True) if g is not None}
 
     def loss(self, inputs: Batch, outputs: Any, loss: Tensor | None = None) -> Tensor:
-        """The loss to train on: the task's own, or what the data objectives make of it."""
+        """The loss to train on: the task's own, as modified or replaced by the data objectives."""
         if loss is None:
             loss = loss_in(outputs, inputs)
         self.loss_was_asked = True
@@ -252,7 +252,7 @@ class Handle:
 
     @torch.no_grad()
     def reference(self, inputs: Batch) -> Any:
-        """Outputs of the teacher, or of the base: the same model with its terms switched off."""
+        """Outputs of the teacher, or of the base: the same model with its terms disabled."""
         if self.teacher is not None:
             return self.teacher(**inputs)
         if self.weights.base != "frozen" or self.originals:
@@ -264,12 +264,12 @@ class Handle:
         with terms_off(self.model):
             return self.model(**inputs)
 
-    # --- leaving ---------------------------------------------------------------------------
+    # --- merging and removing ----------------------------------------------------------------
 
     def merge(self) -> nn.Module:
-        """Fold the terms in use into dense matrices, in place; returns the model, free of eckart.
+        """Fold the active terms into dense matrices, in place; returns the model without terms.
 
-        Other adapters go without a trace, or with their weight where they are summed.
+        Inactive adapters are dropped; adapters in a weighted sum are folded with their weights.
         """
         self.require_here()
         here = adapters_of(self.model)
@@ -301,7 +301,7 @@ class Handle:
         return self.model
 
     def remove(self) -> nn.Module:
-        """Take the terms away; the base is back bit for bit where restores_base is promised."""
+        """Remove the terms; the base is restored bit for bit where restores_base is promised."""
         if self.weights.base == "dropped" and self.attached:
             raise UsageError("the base was dropped", [(self.weights.slug, "")], "Use merge().")
         if self.weights.base == "rewritten" and self.attached:
@@ -339,27 +339,27 @@ class Handle:
 
     @property
     def adapters(self) -> dict[str, Handle]:
-        """All adapters on the model by name, this one among them."""
+        """All adapters on the model by name, including this one."""
         return dict(adapters_of(self.model).handles)
 
     def use(self, choice: Choice) -> None:
-        """Put adapters of the model in use: see `eckart.recipe.adapters.use`."""
+        """Activate adapters of the model: see `eckart.recipe.adapters.use`."""
         adapters.use(self.model, choice)
 
     def rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
-        """Another adapter for each row of a batch: see `eckart.recipe.adapters.rows`."""
+        """Use a different adapter for each row of a batch: see `eckart.recipe.adapters.rows`."""
         return adapters.rows(self.model, names)
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """The handle of a model that was loaded from a factored folder; None for any other."""
+    """The handle of a model loaded from a factored folder; None for any other model."""
     found: Handle | None = model.__dict__.get(CARRIED)
     return found
 
 
 @contextmanager
 def terms_off(model: nn.Module) -> Iterator[None]:
-    """The base alone: every structured module runs its own forward."""
+    """Context manager: every structured module runs its own forward, without terms."""
     before = [(m._sum, m._sum.enabled) for m in model.modules() if isinstance(m, Structured)]
     for record, _ in before:
         record.enabled = False
@@ -371,7 +371,7 @@ def terms_off(model: nn.Module) -> Iterator[None]:
 
 
 def put_dense(site: Site, matrix: Tensor) -> None:
-    """Write a folded matrix into a module that is its own again; a tie is kept."""
+    """Write a merged matrix into a module that has its own class again; ties are kept."""
     existing = site.module._parameters.get(site.param)
     with torch.no_grad():
         if existing is None:
@@ -381,7 +381,7 @@ def put_dense(site: Site, matrix: Tensor) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists, recursively: what JSON gives back."""
+    """Convert tuples to lists, recursively, as a JSON round trip does."""
     if isinstance(value, Mapping):
         return {key: plain(v) for key, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Putting a recipe's parts into a model's sites, and taking them out again after a failure."""
+"""Installing a recipe's parts at a model's sites, and undoing this after a failure."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from eckart.recipe.targets import EVERYTHING, refuse_unreachable, same_input, si
 
 
 def install_parts(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
-    """Freeze or drop the base as the method says and put the parts into their sites.
+    """Freeze or drop the base as the method declares and install the parts at their sites.
 
-    A failure on the way leaves the model as it was.
+    If it fails, the model is left as it was.
     """
     require_beside(handle, parts)
     before = dict(handle.model.named_parameters())
@@ -35,7 +35,7 @@ def install_parts(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) 
 
 
 def take_back(handle: Handle, before: Mapping[str, nn.Parameter]) -> None:
-    """Make the model what it was when these were its parameters: dropped ones come back."""
+    """Restore the model to the state in which these were its parameters, dropped ones included."""
     handle.detach()
     for name, parameter in before.items():
         path, _, leaf = name.rpartition(".")
@@ -47,7 +47,7 @@ def take_back(handle: Handle, before: Mapping[str, nn.Parameter]) -> None:
 
 
 def put_in(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
-    """What `install_parts` does, without a way back."""
+    """`install_parts` without the rollback."""
     weights = handle.weights
     if weights.rest == "frozen" and EVERYTHING not in weights.targets:
         for parameter in handle.model.parameters():
@@ -79,7 +79,7 @@ def put_in(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None
 
 
 def install_at(handle: Handle, site: Site, parts: dict[str, nn.Module]) -> None:
-    """One site: a changed base first, then the terms, which stand for a base that is dropped."""
+    """Install one site: a changed base first, then the terms, which replace a dropped base."""
     dense = parts.pop("dense", None)
     if dense is not None:
         change_base(handle, site, dense)
@@ -101,7 +101,7 @@ def install_at(handle: Handle, site: Site, parts: dict[str, nn.Module]) -> None:
 
 
 def change_base(handle: Handle, site: Site, dense: Any) -> None:
-    """Write another matrix into a site; the original is kept. UsageError where it is quantised."""
+    """Write another matrix into a site and keep the original. UsageError if it is quantised."""
     if quantised(site.raw):
         raise UsageError(
             "a quantised base cannot be changed",
@@ -113,7 +113,7 @@ def change_base(handle: Handle, site: Site, dense: Any) -> None:
 
 
 def declare_gradient_rule(handle: Handle, part: nn.Module, path: str) -> None:
-    """Hand the update's row factor to factor pairs; UsageError where one is no plain pair."""
+    """Give the update's row factor to factor pairs; UsageError if one is not a plain pair."""
     update = handle.recipe.update
     rule = None if update is None else update.branch_gradient()
     if update is None or rule is None or not isinstance(part, LowRank):
@@ -130,7 +130,7 @@ def declare_gradient_rule(handle: Handle, part: nn.Module, path: str) -> None:
 def set_products(handle: Handle) -> None:
     """Let the precision compute the products of maps and of their terms.
 
-    A map without terms becomes a sum of its matrix alone.
+    A map without terms becomes a sum whose only term is its own matrix.
     """
     precision, terms = handle.recipe.precision, handle.terms()
     if precision is None or not precision.multiplies:
@@ -151,7 +151,7 @@ def set_products(handle: Handle) -> None:
 
 
 def refuse_resizing(*_: Any, **__: Any) -> None:
-    """Stands for a model's own method while its embedding carries terms of the old size."""
+    """Replaces a model's resizing method while its embedding has terms of the old size."""
     raise UsageError(
         "the embedding carries terms of its present size",
         [("resize_token_embeddings", "would leave them behind")],

@@ -1,7 +1,7 @@
-"""What a class body says, read from its source without running it.
+"""Reads what a class body declares from its source, without running it.
 
-Fields with their types, ranges, defaults and help, and class variables, stand in methods' files
-as literals; a name that the module binds at its top level is looked up.
+Fields (with types, ranges, defaults and help) and class variables are literals in methods' files;
+names bound at the top level of the module are looked up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOT_LISTED = {"stages"}  # made of calls, or of fields: a thing for the runner, 
 
 @dataclass(frozen=True)
 class Field:
-    """One hyper-parameter as the file has it."""
+    """One hyper-parameter as the file declares it."""
 
     name: str
     type: str  # without Annotated
@@ -30,13 +30,13 @@ class Field:
 
     @property
     def bounds(self) -> str:
-        """The range in words: `>= 1, <= 64`."""
+        """The range as text: `>= 1, <= 64`."""
         signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
         return ", ".join(f"{signs.get(k, k)} {v}" for k, v in self.range.items())
 
 
 class Required:
-    """The default of a field that has none."""
+    """Marks a field without a default."""
 
     def __repr__(self) -> str:
         return "required"
@@ -73,7 +73,7 @@ def read_fields(node: ast.ClassDef, names: Mapping[str, ast.expr]) -> Iterator[t
 
 
 def plain_type(node: ast.expr, names: Mapping[str, ast.expr]) -> tuple[str, dict[str, Any]]:
-    """A type's text without `Annotated`, and the bounds that stood there, at any depth."""
+    """A type's text without `Annotated`, and the bounds found in it at any depth."""
     node = resolve(node, names)
     parts: list[tuple[str, dict[str, Any]]] = []
     if isinstance(node, ast.BinOp):
@@ -117,7 +117,7 @@ def ends(node: ast.expr, name: str) -> bool:
 
 
 def docstring(node: ast.stmt | None) -> str:
-    """The string that stands under a field, on one line."""
+    """The docstring under a field, on one line."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return " ".join(str(node.value.value).split())
     return ""
@@ -164,7 +164,7 @@ def literal(node: ast.expr, names: Mapping[str, ast.expr]) -> Any:
 
 
 def resolve(node: ast.expr, names: Mapping[str, ast.expr]) -> ast.expr:
-    """A name that the module binds at its top level, replaced by what it is bound to."""
+    """A name bound at the module's top level, replaced by its value."""
     return names.get(node.id, node) if isinstance(node, ast.Name) else node
 
 

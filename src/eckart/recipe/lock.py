@@ -1,15 +1,14 @@
-"""A lock on the live model's configuration: what is saved by a foreign loop is not the base.
+"""Locks the configuration of a live model, so that it cannot be saved as if it were the base.
 
-A model that carries terms, saved by `save_pretrained` from anywhere, would reload as its
-base, bit for bit and without a word. While terms are attached, the configuration's own
-dictionary says three things when it is written:
+A model with terms that is saved by `save_pretrained` would load again as its base, bit for bit and
+without a warning. While terms are attached, the configuration is written with three changes:
 
     model_type            eckart: transformers' Auto classes do not know it and refuse
-    transformers_weights  no file's name: LlamaForCausalLM and its like refuse, with the advice
-    quantization_config   the structure, by which `import eckart.hf` loads the model as it was
+    transformers_weights  not a file's name: LlamaForCausalLM and its like stop and quote it
+    quantization_config   the structure, from which `import eckart.hf` rebuilds the model
 
-In memory the configuration's class is a subclass of the base's own, under its name, and the
-`model_type` is the base's. `state_dict()` is untouched.
+In memory the configuration's class is a subclass of the base's own class, with the same name, and
+`model_type` is the base's. `state_dict()` is unchanged.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ STRUCTURE = "_eckart_structure"  # attribute of a locked configuration
 
 
 def lock(model: nn.Module, structure: Mapping[str, Any]) -> None:
-    """Let the model's configuration say what the model is made of, when it is written."""
+    """Make the model's configuration describe its terms when it is written."""
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         lock_config(config, structure)
 
 
 def unlock(model: nn.Module) -> None:
-    """Give the configuration its own class back."""
+    """Restore the configuration's own class."""
     config: Any = getattr(model, "config", None)
     if config is not None and STRUCTURE in config.__dict__:
         unlock_config(config)
 
 
 def lock_config(config: Any, structure: Mapping[str, Any]) -> None:
-    """Lock one configuration; a lock that is on is replaced."""
+    """Lock one configuration; replaces a lock that is already set."""
     if STRUCTURE in config.__dict__:
         unlock_config(config)
     config.__dict__[STRUCTURE] = dict(structure)
@@ -56,7 +55,7 @@ def unlock_config(config: Any) -> None:
 
 @cache
 def locked_class(base: type) -> type:
-    """The subclass of a configuration class that writes the lock; one for each class."""
+    """The subclass of a configuration class that writes the lock; cached by class."""
     methods = {"to_dict": to_dict, "to_diff_dict": to_diff_dict, "__reduce__": _reduce}
     return type(base.__name__, (base,), {**methods, "__module__": base.__module__})
 
@@ -72,12 +71,12 @@ def to_diff_dict(self: Any) -> dict[str, Any]:
 
 
 def own(config: Any) -> Any:
-    """The class that a locked configuration has without the lock."""
+    """The class of a configuration without the lock."""
     return type(config).__bases__[0]
 
 
 def locked_dict(data: dict[str, Any], structure: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's dictionary as it stands on disk; one that is locked stays as it is."""
+    """A configuration's dictionary with the lock; one that is locked is returned as it is."""
     data = {key: value for key, value in data.items() if key != STRUCTURE}
     base = data.pop("quantization_config", None)
     if base is not None and base.get("quant_method") == MODEL_TYPE:

@@ -1,8 +1,8 @@
-"""A method's contract: what a file in `methods/` may declare, one class per axis.
+"""The contract of methods: what a file in `methods/` may declare, one class per axis.
 
-A method is a frozen dataclass of its hyper-parameters with the maths beside it. It declares
-what it promises and what it needs; the house does the rest (seeds, dtypes, hooks, saving,
-merging, resuming). Nothing here knows a method by name.
+A method is a frozen dataclass of its hyper-parameters with the maths beside it. It declares what
+it promises and what it needs; the library does the rest (seeds, dtypes, hooks, saving, merging,
+resuming). Nothing here refers to a method by name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Rates = float | Mapping[float, Mapping[str, Any]] | None
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from."""
+    """The paper that a method comes from."""
 
     title: str
     url: str
@@ -53,8 +53,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Now:
-    """What an event sees: the step just completed (or about to start), the live terms and the
-    model that carries them."""
+    """What an event receives: the step completed or about to start, live terms and model."""
 
     step: int
     steps: int | None
@@ -65,11 +64,12 @@ class Now:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens at certain optimizer steps, changing tensors in place.
+    """Something that happens at certain optimizer steps and changes tensors in place.
 
-    `at` is asked with the number of completed steps. `moments` says what becomes of the
-    optimizer state of all terms' parameters, unless `run` answers False: nothing was done. A
-    function is given the state of each of them, to change in place, and the parameter.
+    `at` is called with the number of completed steps. `moments` says what happens to the optimizer
+    state of all terms' parameters, unless `run` returns False, which means that nothing was done.
+    If `moments` is a function, it is called with each parameter's state, to change in place, and
+    the parameter.
     """
 
     name: str
@@ -86,13 +86,13 @@ def every_step(step: int) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """A change of structure inside one training: which rank components go on.
+    """A change of shape within one training: which rank components are kept.
 
-    `at` is asked with the number of completed steps and that of all steps. `kept` answers {site
-    path: {term name: int64 indices along the rank axis}}; what becomes of the others is said by
-    `Term.select`. The house checkpoints, rebuilds from the saved structure, migrates the
-    optimizer's state along the same axis and resumes: step count, schedule and data position go
-    on. One that is not `needed` frees memory alone: without it the training is the same.
+    `at` is called with the number of completed steps and the total number of steps. `kept` returns
+    {site path: {term name: int64 indices along the rank axis}}; `Term.select` defines what happens
+    to the others. The library checkpoints, rebuilds from the saved structure, migrates the
+    optimizer's state along the same axis and resumes: step count, schedule and data position
+    continue. A cut that is not `needed` only frees memory: the training is the same without it.
     """
 
     name: str
@@ -105,9 +105,9 @@ class Cut:
 class Stage:
     """One part of a job that has several: a one-shot operation or a training.
 
-    `base` names the stage (or "original") whose model this one starts from, `reads` the
-    earlier stages whose output it needs, `repeat` what it is repeated over ("tasks" or
-    nothing), `optimizer` whether the optimizer starts fresh or goes on.
+    `base` names the stage (or "original") whose model this one starts from, `reads` the earlier
+    stages whose output it needs, `repeat` what it is repeated over ("tasks" or nothing),
+    `optimizer` whether the optimizer state starts fresh or is carried over.
     """
 
     name: str
@@ -122,11 +122,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Work:
-    """What a one-shot stage is given, and with changes what it gives back.
+    """The input of a one-shot stage, which it modifies to return its results.
 
-    `handle` is None where no terms are attached. `read` holds what the stages in
-    `stage.reads` gave as `output`: {stage name: {tensor name: tensor}}. `batches` gathers
-    calibration batches of the task's data.
+    `handle` is None where no terms are attached. `read` holds the `output` of the stages in
+    `stage.reads`: {stage name: {tensor name: tensor}}. `batches` gathers calibration batches of
+    the task's data.
     """
 
     stage: Stage
@@ -140,7 +140,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of every method: plain, frozen, checked when it is built."""
+    """Base class of every method: plain data, frozen, validated on construction."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {
         "extra": "forbid",
@@ -165,23 +165,23 @@ class Method:
         return type(self).__module__.rsplit(".", 1)[-1].replace("_", "-")
 
     def promised(self, promise: str) -> bool:
-        """Does this configuration promise it? Conditional promises are read field by field."""
+        """Does this configuration make a promise? Conditional promises depend on the fields."""
         return self.declared(self.promises, promise)
 
     @property
     def needed(self) -> set[str]:
-        """What this configuration needs of data and horizon, conditions read field by field."""
+        """What this configuration needs of data and horizon; conditions depend on the fields."""
         return {need for need in self.needs if self.declared(self.needs, need)}
 
     def usual_lr(self, scratch: bool = False) -> float | None:
-        """The learning rate that a training takes by default, `scratch`: from random weights."""
+        """The default learning rate of a training; with `scratch`, of one from random weights."""
         rates = self.default_lr if not scratch or self.scratch_lr is None else self.scratch_lr
         if not isinstance(rates, Mapping):
             return rates
         return next(rate for rate in rates if self.declared(rates, rate))
 
     def declared(self, declaration: Any, name: Any) -> bool:
-        """Does a declaration, names or {name: {field: value(s)}}, hold for this one's fields?"""
+        """Does a declaration, names or {name: {field: value(s)}}, hold for this configuration?"""
         if name not in declaration:
             return False
         if not isinstance(declaration, Mapping):
@@ -193,15 +193,15 @@ class Method:
         )
 
     def events(self) -> Iterable[Event | Cut]:
-        """What happens at certain steps; none by default."""
+        """Events at certain steps; none by default."""
         return ()
 
     def rate(self, step: int) -> float:
-        """A factor on all learning rates in the step after `step` completed ones."""
+        """The factor on all learning rates in the step after `step` completed ones."""
         return 1.0
 
     def operate(self, work: Work) -> Work:
-        """Carry out a stage of kind "operate", told by `work.stage.name`."""
+        """Run a stage of kind "operate"; `work.stage.name` says which."""
         raise NotImplementedError(f"{self.slug} does not say how to {work.stage.name}")
 
 
@@ -227,7 +227,7 @@ class Weights(Method):
 
     @property
     def trains_the_model(self) -> bool:
-        """Are tensors of the model itself trained? Those stay in fp32 in every precision."""
+        """Are tensors of the model itself trained? They stay in fp32 in every precision."""
         return "trained" in (self.base, self.rest)
 
     def build(self, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
@@ -247,12 +247,13 @@ class Weights(Method):
         return dataclasses.replace(self, **site.overrides) if site.overrides else self
 
     def cost(self, m: int, n: int) -> Cost:
-        """What one [m, n] matrix costs."""
+        """The cost of one [m, n] matrix."""
         return Cost()
 
     def flat(self) -> Weights | None:
-        """The same with sizes that no number of a matrix decides, which an estimate runs instead;
-        None where there is no such form."""
+        """This method with sizes that do not depend on the values of a matrix, for estimates,
+        which have none; None if there is no such form.
+        """
         return None
 
     def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
@@ -262,28 +263,28 @@ class Weights(Method):
     def to_peft(
         self, site: Site, parts: Mapping[str, nn.Module]
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """One site in the words of PEFT's `peft_type`: its tensors, and its config's entries.
+        """One site in the form of PEFT's `peft_type`: its tensors and its config's entries.
 
-        Matrices as [*, m, n] sees them (`lora_A` [*, r, n]); the house lays them out for the
-        kind of layer. None where this configuration of the method has no such form.
+        Matrices have the layout [*, m, n] of the site (`lora_A` [*, r, n]); io/peft_layout.py
+        converts them to the layout of the layer. None if this configuration has no such form.
         """
         return None
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> typing.Self | None:
-        """This method as a PEFT config of its type describes it; None where it means another."""
+        """This method from a PEFT config of its type; None if the config is another method."""
         return None
 
     def parts_from_peft(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-        """The parts of one site from the tensors that `to_peft` names."""
+        """The parts of one site, from the tensors named as in `to_peft`."""
         raise NotImplementedError
 
     def to_peft_shared(self, shared: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """The tensors called `peft_shared`, from the modules at the model's root."""
+        """The tensors named in `peft_shared`, from the modules at the model's root."""
         return {}
 
     def shared_from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-        """The modules at the model's root from those tensors."""
+        """The modules at the model's root, from those tensors."""
         return {}
 
 
@@ -298,11 +299,11 @@ class Update(Method):
     wants: ClassVar[Literal["any", "matrices", "pairs"]] = "any"
 
     def rule(self) -> Rule:
-        """The parts for the parameters that the method is about."""
+        """The parts of the rule for the parameters that the method acts on."""
         raise NotImplementedError
 
     def plain(self) -> Rule:
-        """The parts for all others; by default the inner rule of the same one alone."""
+        """The parts of the rule for all other parameters; by default the inner rule alone."""
         return self.rule().plain
 
     def plain_lr(self) -> float:
@@ -314,8 +315,9 @@ class Update(Method):
         return None
 
     def asks(self, weights: Weights) -> Mapping[str, Any]:
-        """Fields that the weights method must have with these values beside this rule; those
-        that nobody set are set so."""
+        """Values that the weights method's fields must have with this rule; fields that the
+        user left unset are set to them.
+        """
         return {}
 
     def cost(self, m: int, n: int) -> Cost:
@@ -333,16 +335,17 @@ class Precision(Method):
     multiplies: ClassVar[bool] = False  # in its own way, forwards and backwards: see `mm`
 
     def convert(self, sites: Sequence[Site]) -> None:
-        """Put the frozen matrices into the format, in place, before terms are built.
+        """Convert the frozen matrices to the format, in place, before terms are built.
 
-        `sites` are all maps of the model; those that are in it already stay as they are.
+        `sites` are all maps of the model; those already converted stay as they are.
         """
 
     def mm(self, site: Site) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """The product x [*, t, n] by w [n, m] of one map and of its terms; None for the plain one.
+        """The product x [*, t, n] by w [n, m] for one map and its terms; None for the plain one.
 
-        Every map of the model is asked about, with terms or without. Thin factors come as w, too;
-        of convolutions and embeddings they alone do. Fused experts share one product.
+        Called for every map of the model, with or without terms. w is the map's matrix or a thin
+        factor; for convolutions and embeddings, thin factors only. Fused experts share one
+        product.
         """
         return None
 
@@ -379,7 +382,9 @@ class Objective(Method):
         loss: Tensor,
         reference: Any = None,
     ) -> Tensor:
-        """The loss to train on, given the task's own; `reference` where it is needed."""
+        """The loss to train on, given the task's own; `reference`: the base's outputs, if
+        needed.
+        """
         raise NotImplementedError
 
 

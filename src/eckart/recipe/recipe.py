@@ -1,4 +1,4 @@
-"""A recipe: at most one choice per axis, objectives may be several; what combines, and why not."""
+"""A recipe: at most one choice per axis (objectives may be several), and which choices combine."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ WANTED = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does to a model. An axis left out (None) keeps the house's default.
+    """What a run does to a model. An axis that is None takes the default.
 
-    Raises UsageError when the choices cannot combine, before anything is loaded.
+    Raises UsageError if the choices cannot combine, before anything is loaded.
     """
 
     weights: Weights | None = None
@@ -52,7 +52,7 @@ class Recipe:
         self.check()
 
     def check(self) -> None:
-        """Refuse combinations that cannot work, with the reason."""
+        """Raise UsageError for combinations that cannot work, with the reason."""
         weights, update, precision = self.weights, self.update, self.precision
         if update is not None:
             update.rule()  # refuses parts that do not go together
@@ -83,11 +83,11 @@ class Recipe:
 
     @property
     def needs(self) -> set[str]:
-        """What the methods want to know of data and horizon."""
+        """What the methods need of data and horizon."""
         return {need for method in self.choices for need in method.needed}
 
     def require_no_accumulation(self, accumulate: int) -> None:
-        """Refuse accumulation where an objective couples the whole batch."""
+        """Raise UsageError for accumulation if an objective couples the whole batch."""
         for objective in self.objective:
             if objective.couples_batch and accumulate > 1:
                 raise UsageError(
@@ -98,13 +98,13 @@ class Recipe:
 
 
 def conflict(one: tuple[str, str], other: tuple[str, str], fix: str, place: str = "") -> UsageError:
-    """The error for two choices that exclude each other; `place` is where in the model."""
+    """The error for two choices that exclude each other; `place` is their place in the model."""
     at = f"     {place}" if place else ""
     return UsageError(f"these two do not combine{at}", (one, other), fix)
 
 
 def refuse_unconvertible(weights: Weights, precision: Precision) -> None:
-    """Refuse a precision that converts the base into what cannot be trained, where it is."""
+    """Raise UsageError if the precision's format cannot be trained and the base is trained."""
     if precision.converts and weights.base != "frozen":
         raise conflict(
             (f"precision = {precision.slug}", "holds the base in what is not trained"),
@@ -114,7 +114,7 @@ def refuse_unconvertible(weights: Weights, precision: Precision) -> None:
 
 
 def refuse_two_passes(recipe: Recipe) -> None:
-    """Refuse, in a loop that calls step() without a closure, a rule that needs one."""
+    """Raise UsageError for a rule that needs a closure in a loop that passes none to step()."""
     update = recipe.update
     if update is not None and update.rule().passes > 1:
         raise UsageError(
@@ -125,7 +125,7 @@ def refuse_two_passes(recipe: Recipe) -> None:
 
 
 def refuse_unasked(weights: Weights, update: Update | None, place: str = "") -> None:
-    """Refuse a weights method whose fields are not as the update rule asks for."""
+    """Raise UsageError if a weights method's fields differ from what the update rule requires."""
     asked = {} if update is None else fields_asked(weights, update)
     wrong = {name: value for name, value in asked.items() if getattr(weights, name) != value}
     if update is not None and wrong:
@@ -140,14 +140,13 @@ def refuse_unasked(weights: Weights, update: Update | None, place: str = "") -> 
 
 
 def fields_asked(weights: Weights, update: Update) -> dict[str, Any]:
-    """What the update rule asks for in the fields that this weights method has."""
+    """The fields of this weights method that the update rule requires, with their values."""
     own = {f.name for f in dataclasses.fields(weights)}
     return {name: value for name, value in update.asks(weights).items() if name in own}
 
 
 def fitted(weights: Weights, update: Update, said: Container[str] = ()) -> Weights:
-    """The weights method with what the update rule asks for, in the fields that are not
-    among those said."""
+    """The weights method with what the update rule requires, in fields not listed in `said`."""
     asked = fields_asked(weights, update)
     changes = {k: v for k, v in asked.items() if k not in said and getattr(weights, k) != v}
     return dataclasses.replace(weights, **changes) if changes else weights

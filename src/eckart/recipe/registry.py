@@ -1,12 +1,11 @@
-"""Slug <-> file: which methods there are, read from the folder without importing them.
+"""The registry of methods: reads from the folder which there are, without importing them.
 
-A method is one file, `methods/<axis>/<slug>.py`, with one dataclass that derives from the
-axis' class in `recipe/method.py`. What a person may choose (fields, types, ranges, defaults,
-help) and what the method declares (paper, promises, needs, ...) stand there as literals, so
-`ast` reads them: listing all methods costs milliseconds and imports neither torch nor the
-methods. Loading one imports its file alone.
+A method is one file, `methods/<axis>/<slug>.py`, with one dataclass that derives from the axis'
+class in `recipe/method.py`. Its fields (types, ranges, defaults, help) and its declarations
+(paper, promises, needs, ...) are literals, so `ast` can read them: listing all methods takes
+milliseconds and imports neither torch nor the methods. Loading a method imports its file alone.
 
-Further folders of the same form come from `add_folder` and from the environment variable
+More folders of the same form are added by `add_folder` and by the environment variable
 ECKART_METHODS (separated like PATH).
 """
 
@@ -45,7 +44,7 @@ CONTRACT = Path(__file__).with_name("method.py")
 # outside a method's file that knows a slug.
 DEFAULTS = {"weights": "lora", "update": "adamw", "compress": "svd", "compose": "cmlora"}
 FULL = "dense"  # the weights choice that trains the matrices themselves
-# Names that other tools have for a choice -> what to type.
+# Names that other tools use for a choice -> what to type.
 ELSEWHERE = {
     "full": "weights=dense",
     "qlora": "weights=lora precision=int8",
@@ -72,7 +71,7 @@ folders: list[Path] = []  # besides the built-in one and ECKART_METHODS
 
 @dataclass(frozen=True)
 class Entry:
-    """What one method's file says about it."""
+    """What one method's file declares."""
 
     name: str  # with hyphens
     axis: str
@@ -113,7 +112,7 @@ class Entry:
 
 
 def add_folder(path: str | os.PathLike[str]) -> Path:
-    """List a further folder (`<path>/<axis>/<slug>.py`) from now on; returns it resolved."""
+    """Add a folder of methods (`<path>/<axis>/<slug>.py`); returns it resolved."""
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise FileError(f"no folder of methods at {path}")
@@ -123,7 +122,7 @@ def add_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def methods(folder: str | os.PathLike[str] | None = None) -> dict[str, Entry]:
-    """All methods by slug, sorted; of one folder alone where it is given."""
+    """All methods by slug, sorted; only those of `folder` if it is given."""
     environment = [Path(p) for p in os.environ.get("ECKART_METHODS", "").split(os.pathsep) if p]
     places = [Path(folder)] if folder is not None else [BUILTIN, *environment, *folders]
     found: dict[str, Entry] = {}
@@ -147,9 +146,10 @@ def method_files(folder: Path) -> list[Path]:
 
 
 def find(name: str, axis: str | None = None, place: str = "") -> Entry:
-    """The entry of a slug, hyphens or underscores; UsageError names the nearest one.
+    """The entry of a slug, with hyphens or underscores; UsageError suggests the nearest one.
 
-    `axis` is the one it must answer; `place` is where the name was typed, for the message.
+    `axis` is the axis that it must belong to; `place` is where the name was typed, for the
+    message.
     """
     entries = methods()
     entry = entries.get(spelled(name))
@@ -166,17 +166,17 @@ def find(name: str, axis: str | None = None, place: str = "") -> Entry:
 
 
 def spelled(name: str) -> str:
-    """A name as the listing has it."""
+    """A name as it is listed."""
     return name.strip().replace("_", "-").lower()
 
 
 def elsewhere(name: str) -> str | None:
-    """What to type for a name that other tools have for a choice; None for any other word."""
+    """What to type for a name that other tools use for a choice; None for any other word."""
     return ELSEWHERE.get(spelled(name))
 
 
 def meant(name: str, axis: str | None, entries: Mapping[str, Entry]) -> str:
-    """What to type for a name that no method has; empty where nothing is near."""
+    """What to type for an unknown method name; empty if no name is close."""
     if said := elsewhere(name):
         return f"Here it is {said}."
     parts = [entry for word in re.split("[+,]", name) if (entry := entries.get(spelled(word)))]
@@ -201,7 +201,7 @@ def load(name: str) -> type[Method]:
 
 
 def import_file(module_name: str, path: Path) -> Any:
-    """Run a file outside the package as the module of that name."""
+    """Import a file outside the package under the given module name."""
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None  # a .py file always has a loader
     module = importlib.util.module_from_spec(spec)
@@ -220,7 +220,7 @@ def class_names() -> dict[str, str]:
 
 
 def questions() -> dict[str, str]:
-    """{axis: the question it answers}, in order: how the axes' classes describe themselves."""
+    """{axis: its question}, in order: the docstrings of the axes' classes."""
     classes = {axis: contract()[name] for axis, name in axis_classes().items()}
     return {axis: first_sentence(ast.get_docstring(c) or "") for axis, c in classes.items()}
 
@@ -237,7 +237,7 @@ def stub() -> str:
 
 @cache
 def read(path: Path, mtime: int, size: int) -> Entry:
-    """The entry of one file. `mtime` and `size` are in the key, so an edited file is reread."""
+    """The entry of one file. `mtime` and `size` are in the cache key: edited files are reread."""
     tree = parse(path)
     axis = path.parent.name
     base = axis_classes()[axis]
@@ -261,7 +261,7 @@ def read(path: Path, mtime: int, size: int) -> Entry:
 
 
 def module_name(path: Path, axis: str) -> str:
-    """Where the file is imported; its last part is the file's name, which gives the slug."""
+    """The name under which the file is imported; its last part is the file's name, the slug."""
     if path.is_relative_to(BUILTIN.resolve()):
         return f"eckart.methods.{axis}.{path.stem}"
     digest = sha256(str(path.parent.parent).encode()).hexdigest()[:8]
@@ -285,7 +285,7 @@ def method_class(tree: ast.Module, path: Path, base: str) -> ast.ClassDef:
 
 @cache
 def contract() -> dict[str, ast.ClassDef]:
-    """The classes of recipe/method.py by name."""
+    """The class definitions of recipe/method.py by name."""
     return {n.name: n for n in parse(CONTRACT).body if isinstance(n, ast.ClassDef)}
 
 
@@ -297,7 +297,7 @@ def axis_classes() -> dict[str, str]:
 
 
 def lineage(name: str) -> list[ast.ClassDef]:
-    """A contract class after its bases."""
+    """A contract class, after its base classes."""
     node = contract()[name]
     above = [lineage(ast.unparse(b)) for b in node.bases if ast.unparse(b) in contract()]
     return [c for chain in above for c in chain] + [node]

@@ -1,8 +1,8 @@
-"""New tokens: an embedding that was resized before attach, trained whole, and kept with the terms.
+"""New tokens: an embedding that was resized before attach, trained whole and saved with the terms.
 
-The rows that are new exist nowhere else, so an adapter that trains the embedding holds it
-whole, with the head's matrix where that is one of its own, and its base is known by all other
-tensors. A model with the old rows is resized when such an adapter is loaded.
+The new rows exist nowhere else, so an adapter that trains the embedding stores it whole, with the
+head's matrix if that is separate, and its base is identified by all other tensors. A model with
+the old number of rows is resized when such an adapter is loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eckart.errors import FileError
 
 
 def ends(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the input embedding and the output head; none for a model without words."""
+    """Paths of the input embedding and the output head; none for a model without a vocabulary."""
     found = []
     for ask, kind in (("get_input_embeddings", nn.Embedding), ("get_output_embeddings", nn.Module)):
         try:
@@ -43,19 +43,19 @@ def rows_of(model: nn.Module) -> int | None:
 
 
 def vocabulary_of(model: nn.Module, also_train: Sequence[str]) -> int | None:
-    """Rows of the embedding, where that is trained whole; None where it is not."""
+    """Rows of the embedding if it is trained whole; None if not."""
     words: Any = next((model.get_submodule(p) for p in ends(model)[:1] if p in also_train), None)
     return words.num_embeddings if isinstance(words, nn.Embedding) else None
 
 
 def held_whole(model: nn.Module, also_train: Sequence[str]) -> tuple[str, ...]:
-    """Modules that an adapter holds whole: those it trains, and the head of new tokens."""
+    """Modules that an adapter stores whole: those it trains, and the head of new tokens."""
     new = vocabulary_of(model, also_train) is not None
     return tuple(dict.fromkeys((*also_train, *(ends(model) if new else ()))))
 
 
 class End:
-    """An embedding or a head as it is now; resizing changes the module itself, or replaces it."""
+    """The state of an embedding or head, to restore it after resizing changed or replaced it."""
 
     def __init__(self, model: nn.Module, path: str):
         self.path, self.module = path, model.get_submodule(path)
@@ -67,7 +67,7 @@ class End:
         }
 
     def put_back(self, model: nn.Module) -> None:
-        """Make it that again."""
+        """Restore it in the model."""
         model.set_submodule(self.path, self.module)
         self.module.register_parameter("weight", self.weight)
         self.weight.data = self.data
@@ -76,7 +76,7 @@ class End:
 
 @contextmanager
 def resized(model: Any, rows: int | None) -> Iterator[None]:
-    """Give a model an embedding of so many rows; a failure inside makes it what it was."""
+    """Context manager: resize the model's embedding to `rows`; an exception undoes it."""
     paths = ends(model) if rows is not None else ()
     if rows is None or model.get_submodule(paths[0]).num_embeddings == rows:
         yield
