@@ -11,6 +11,7 @@ import pytest
 import eckart.jobs.methods
 from eckart import cli
 from eckart.errors import Diverged, FileError, MissingExtra, OutOfRoom, UsageError
+from eckart.jobs.settings.tree import OWN
 
 
 @pytest.fixture
@@ -161,3 +162,4 @@ def test_the_command_line_has_help_for_each_command(eckart_):
         name = line.split()[0]
         code, text, _ = eckart_(name, "--help")
         assert code == 0 and text.startswith(f"Usage: eckart {name}")
+        assert all(f"  {key}=" in text for key in OWN.get(name, ()))

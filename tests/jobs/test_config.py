@@ -193,6 +193,13 @@ ROUND = {
 }
 
 
+@pytest.mark.parametrize("name", ["none", "null"])
+def test_a_model_may_have_the_name_of_nothing(name, write):
+    job = resolve("finetune", name, name)
+    assert (job.model, job.data.train) == (name, (Source(name),))
+    assert resolve("finetune", files=[write(job.dump())]) == job
+
+
 @pytest.mark.parametrize("command", ["finetune", "compress"])
 @pytest.mark.parametrize("name", ROUND)
 def test_a_written_job_is_read_back_equal(name, command, write):
@@ -316,6 +323,7 @@ def test_combinations_are_refused_before_anything_is_loaded():
         ("rank=8", "Did you mean weights.rank?"),
         ("seed=8", "Did you mean train.seed?"),
         ("trian.lr=8", "Did you mean train.lr?"),
+        ("train.checkpoint_every=5", "Here it is train.save_every: type train.save_every=5."),
         ("checkpoint.interval=5", "Here it is train.save_every: type train.save_every=5."),
         ("optim=adamw_torch", "Here it is update=adamw."),
         ("logging_steps=5", "Leave it out: there is nothing to set here."),

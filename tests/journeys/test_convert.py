@@ -171,6 +171,7 @@ def test_a_dense_result_may_have_another_number_format(place, tmp_path):
         (("--to", "native", "rank=4"), "rank means nothing for --to native\n"),
         (("--to", "peft", "dtype=float16"), "dtype is for --to dense\n"),
         (("--to", "lora", "max_drif=1"), "unknown key max_drif     command line\nDid you mean"),
+        (("--to", "kohya", "-o", "x.safetensors"), "a folder is written, not one file\n"),
         (("--to", "lora", "rank=0"), "rank is out of range\n  rank = 0  command line\n"),
     ],
 )

@@ -15,7 +15,7 @@ from eckart.jobs.measuring.drift import of_text
 from eckart.jobs.measuring.heads import reaches
 from tests import tiny
 from tests.journeys.adapters import adapter
-from tests.journeys.runs import eckart, labels, model_folder, workplace
+from tests.journeys.runs import eckart, labels, model_folder, texts, workplace
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,15 @@ def test_classifiers_are_compared_with_the_encoder_that_they_began_as(tmp_path):
     assert found["changed"] == 0 and found["unchanged"] > 14  # the heads are in one alone
     found = eckart("inspect", tmp_path / "1", "--against", tmp_path / "2", "--json").document
     assert found["one_base"] and "attn.q" in found["overlaps"]
+
+
+def test_a_run_from_random_numbers_has_no_base_to_open(tmp_path):
+    run, data = tmp_path / "run", texts(tmp_path / "d.jsonl")
+    words = ("data.seq_len=16", "train.steps=1", "-o", run)
+    assert eckart("pretrain", "llama-tiny", data, *words).code == 0
+    adapter(tmp_path / "lora", run / "final", "lora", rank=3)
+    found = eckart("inspect", run, "--against", tmp_path / "lora", "--json").document
+    assert found["changed"] and not found["one_base"] and found["warnings"] == []
 
 
 def update(folder, path):

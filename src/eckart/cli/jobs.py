@@ -66,7 +66,13 @@ job("pretrain", MODEL_DATA, TRAINING,
     "eckart pretrain llama-tiny notes.txt",
     "eckart pretrain llama-60m 'corpus/*.parquet' update=galore train.steps=5000")
 job("compress", "MODEL [DATA] [KEY=VALUE]...", TRAINING,
-    "Make a trained model smaller. DATA measures what it cost, and heals.",
+    "Make a trained model smaller. DATA measures what it cost, and heals.\n\n\b\n"
+    "Keys, of which one of keep, rank and error says how small:\n"
+    "  keep=X        The share of the matrices' parameters that stays; 0.8.\n"
+    "  rank=N        One rank for all of them.\n"
+    "  error=X       The relative error allowed at each of them.\n"
+    "  samples=N     Rows of DATA for a method that measures some; 128.\n"
+    "  heal.steps=N  Training afterwards, on DATA.",
     "eckart compress ./model keep=0.8",
     "eckart compress ./model notes.txt rank=64 heal.steps=300")
 job("generate", "MODEL [KEY=VALUE]...",
@@ -79,7 +85,12 @@ job("eval", MODEL_DATA, (CONFIG, AGAINST, JSON),
     "adapter or a run.",
     "eckart eval runs/0001 held_out.jsonl --against ./model")
 job("convert", "SOURCE [KEY=VALUE]...", (TO, RESULT, JSON, OVERWRITE),
-    "Write a run, an adapter or a model in another form.",
+    "Write a run, an adapter or a model in another form.\n\n\b\n"
+    "Keys:\n"
+    "  rank=N       An approximation of this rank, where the form is not exact or too large.\n"
+    "  max_drift=X  The smallest rank that costs no more than X nats a token, on data=TEXT.\n"
+    "  base=MODEL   An adapter's base, where it is elsewhere now; a model's, to be an adapter.\n"
+    "  dtype=NAME   --to dense in float32, bfloat16 or float16; the base's.",
     "eckart convert runs/0001 --to dense -o merged",
     "eckart convert ./finetuned --to lora base=./model max_drift=0.01")
 job("inspect", "SOURCE [DATA]", (COMPARED, PICTURE, JSON),

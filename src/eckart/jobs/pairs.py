@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,6 +25,7 @@ from eckart.decompose.spectra import effective_rank
 from eckart.errors import EckartError, UsageError
 from eckart.io.models import load_model, recognise
 from eckart.io.opening import Opened
+from eckart.io.run import facts_of
 from eckart.jobs.settings.words import read_file
 from eckart.jobs.training.observe import overlap
 from eckart.jobs.training.screen import Screen
@@ -133,11 +135,12 @@ def whole(opened: Opened, site: Site) -> Tensor:
 
 
 def base_of(source: str, opened: Opened) -> str | None:
-    """What a checkpoint was made from: an adapter's base, a run's model."""
+    """What a checkpoint was made from: an adapter's base, a run's model; a pretraining began at
+    random numbers."""
     if opened.base != source and opened.handle is not None:
         return opened.base
     found = recognise(source)
-    if found.kind == "run":
+    if found.kind == "run" and facts_of(Path(found.path)).get("command") != "pretrain":
         given = read_file(f"{found.path}/config.yaml")
         return next((str(s.value) for s in given if s.key == ("model",)), None)
     return None

@@ -74,7 +74,8 @@ def shaped(value: Any, text: str, hint: Any) -> Any:
     words = [w for o in options if typing.get_origin(o) is Literal for w in typing.get_args(o)]
     if not isinstance(value, str | list | tuple | dict) and text in words:
         return text
-    if type(None) in options and text.lower() in NONE_WORDS and text not in words:
+    nothing = ("",) if str in options else NONE_WORDS  # a name may be `none`
+    if type(None) in options and text.lower() in nothing and text not in words:
         return None
     if value is not None and str in options and not {int, float, bool} & set(options):
         return text if isinstance(value, int | float | bool) else value

@@ -67,6 +67,7 @@ HABITS = {
     "galore_layerwise": "train.layerwise",
     "torch_compile": "train.compile",
     "save_steps": "train.save_every",
+    "checkpoint_every": "train.save_every",
     "checkpoint_interval": "train.save_every",
     "save_total_limit": "train.keep",
     "load_best_model_at_end": "train.best",
