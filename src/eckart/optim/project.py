@@ -1,13 +1,13 @@
-"""Projectors: where the low-rank gradient lives, the way down and the way back.
+"""Projectors: bases of low-rank subspaces of gradients, and projection to and from them.
 
 A basis has a left part [*, m, r] with orthonormal columns, a right part [*, r, n] with
 orthonormal rows, or both:
 
-    down   R = left^T G right^T          what is not there is not multiplied
+    down   R = left^T G right^T          a missing part is the identity
     up     left R right
 
-so one pair of functions serves every side. G [*, m, n]; * are leading dimensions: layers
-of one shape that are refreshed together, and fused experts.
+G [*, m, n]; * are leading dimensions: layers of one shape that are refreshed together, and
+fused experts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eckart.optim.sharded import Rows
 
 Found = dict[str, Tensor]  # state tensors of a projector
 Draw = Callable[[], Tensor]
-Enough = Literal["rows", "columns", "all"]  # of a gradient that is sharded along its rows
+Enough = Literal["rows", "columns", "all"]  # what a process needs of a row-sharded gradient
 Side = Literal["auto", "reverse", "left", "right", "both"]
 
 
@@ -38,18 +38,18 @@ class Basis(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Some coordinates of a matrix [*, m, n], by their numbers: no product is needed."""
+    """A subset of a matrix's columns, rows or entries, by index: no product is needed."""
 
     places: Tensor  # int64 [*, r]
     axis: int  # -1: columns, R is [*, m, r]; -2: rows, R is [*, r, n]
     entries: bool = False  # of all m n entries in one row: R is [*, 1, r]
 
     def lined(self, t: Tensor) -> Tensor:
-        """A matrix as the places count it."""
+        """The matrix t [*, m, n]; flattened to [*, 1, m n] for single entries."""
         return t.reshape(*t.shape[:-2], 1, -1) if self.entries else t
 
     def along(self, t: Tensor) -> Tensor:
-        """The places beside every line of a (lined) matrix."""
+        """The indices expanded to the shape that gather and scatter need on a (lined) matrix."""
         places = self.places.unsqueeze(-3 - self.axis)
         shape = list(t.shape)
         shape[self.axis] = self.places.shape[-1]
@@ -70,7 +70,7 @@ Directions = Basis | Chosen
 
 
 def as_matrix(t: Tensor, leading: int = 0) -> Tensor:
-    """A parameter or gradient seen as [*, m, n]: all dimensions after the rows are one.
+    """A parameter or gradient reshaped to [*, m, n]: dimensions after the rows are flattened.
 
     `leading` dimensions are kept (fused experts have one). A convolution [out, in, kh, kw]
     becomes [out, in*kh*kw]. A view wherever strides allow.
@@ -90,14 +90,14 @@ def down(G: Tensor, basis: Directions) -> Tensor:
 
 
 def up(R: Tensor, basis: Basis) -> Tensor:
-    """left R right, in R's dtype: a full matrix. The step uses `add_up_` instead."""
+    """left R right, in R's dtype, as a full matrix. To update a weight use `add_up_`."""
     if basis.left is not None:
         R = basis.left.to(R.dtype) @ R
     return R if basis.right is None else R @ basis.right.to(R.dtype)
 
 
 def add_up_(W: Tensor, R: Tensor, basis: Directions, *, alpha: float, beta: float = 1.0) -> None:
-    """W = beta W + alpha up(R), in place and in one product: up(R) is never stored."""
+    """W = beta W + alpha up(R), in place and in one product, without storing up(R)."""
     R = R.to(W.dtype)
     if isinstance(basis, Chosen):
         basis.add_up_(W, R, alpha, beta)
@@ -117,7 +117,7 @@ def add_up_(W: Tensor, R: Tensor, basis: Directions, *, alpha: float, beta: floa
 
 
 class Turn(Protocol):
-    """What carries moments from an old basis into a new one."""
+    """A transformation of moments from an old basis into a new one."""
 
     def mean(self, M: Tensor) -> Tensor:
         """A first moment in the new basis."""
@@ -129,7 +129,7 @@ class Turn(Protocol):
 
 
 class Rotation(NamedTuple):
-    """Between dense bases: the overlaps of their directions, applied as a basis is.
+    """The transformation between dense bases, from the inner products of their directions.
 
     right: X = P_old P_new^T, so that M X; left: X = P_new^T P_old, so that X M.
     """
@@ -140,8 +140,8 @@ class Rotation(NamedTuple):
         return up(M, self.overlap)
 
     def variance(self, V: Tensor, M: Tensor, c1: float, c2: float) -> Tensor:
-        """The variance turns with squared cosines, the squared mean as the mean does (LDAdam,
-        Robert et al. 2025); their sum may fall below 0 by an estimate's error."""
+        """Rotates the variance with squared cosines and adds the squared rotated mean (LDAdam,
+        Robert et al. 2025); abs, because estimation error may make the sum negative."""
         squares = Basis(*(None if t is None else t * t for t in self.overlap))
         V = up(V / c2 - (M / c1) ** 2, squares) + (self.mean(M) / c1) ** 2
         return (c2 * V).abs()
@@ -149,49 +149,50 @@ class Rotation(NamedTuple):
 
 def fix_signs(vectors: Tensor, dim: int) -> Tensor:
     """Flip vectors along `dim` so that the largest entry of each is positive (the first on
-    ties): singular vectors are then the same whatever LAPACK or cuSOLVER made of them."""
+    ties), so that singular vectors do not depend on the solver's choice of sign."""
     largest = vectors.gather(dim, vectors.abs().argmax(dim, keepdim=True))
     return torch.where(largest < 0, -vectors, vectors)
 
 
 def polish(Q: Tensor) -> Tensor:
-    """One Newton-Schulz step to orthonormal columns: squares the error that a decomposition
-    in this dtype left (1e-6 in fp32), for two thin products."""
+    """One Newton-Schulz step towards orthonormal columns: squares the orthogonality error of a
+    decomposition (1e-6 in fp32), at the cost of two thin products."""
     return 1.5 * Q - 0.5 * product(Q, product(Q.mT, Q))
 
 
 def usable(energy: Tensor) -> Tensor:
-    """Which matrices can give a basis, by their squared norms: neither zero nor not finite."""
+    """True where a squared norm is finite and not zero, so that a basis can be found."""
     return energy.isfinite() & (energy > 0)
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a projector has to find new bases from, for k matrices of one shape."""
+    """The inputs from which a projector finds new bases, for k matrices of one shape."""
 
-    G: Tensor  # [k, *, m, n] in fp32 or fp64, finite; maybe a share of the rows, or columns
-    old: Mapping[str, Tensor]  # the state tensors so far [k, *, ...]
-    seeds: list[int]  # k numbers from names and steps, for what is drawn
-    first: bool  # the old basis says nothing yet
+    G: Tensor  # [k, *, m, n] in fp32 or fp64, finite; maybe a shard of the rows or columns
+    old: Mapping[str, Tensor]  # the current state tensors [k, *, ...]
+    seeds: list[int]  # k seeds from names and steps, for random draws
+    first: bool  # True where there is no old basis yet
     size: tuple[int, int]  # m and n of the whole matrices
-    matrix: int = 0  # the number of G's first [m, n] among those of its parameter
-    rows: Rows = field(default_factory=Rows)  # which of them, or of G^T's, there are in G
+    matrix: int = 0  # the index of G's first [m, n] among those of its parameter
+    rows: Rows = field(default_factory=Rows)  # which rows of the whole G, or of G^T, G holds
 
     def across(self, Z: Tensor, from_left: bool) -> Tensor:
-        """G^T Z of Z [k, *, m, b], of which this process needs its own rows alone, or G Z of
-        Z [k, *, n, b], of which it finds its own rows alone."""
-        if from_left:  # columns together, as a QR wants them
+        """G^T Z (`from_left`), from this process's rows of Z [k, *, m, b]; or G Z for a whole
+        Z [k, *, n, b], of which only this process's rows are returned."""
+        if from_left:  # the result is column-major, as QR needs it
             return self.rows.total(product(Z.mT, self.G)).mT
         return product(self.G, Z)
 
     def squared(self, Z: Tensor, on_left: bool) -> Tensor:
-        """G G^T Z of Z [k, *, m, b], or G^T G Z of Z [k, *, n, b]; whole on every process."""
+        """G G^T Z for Z [k, *, m, b], or G^T G Z for Z [k, *, n, b]; whole on every process."""
         if on_left:
             return self.rows.whole(self.across(self.across(self.rows.part(Z), True), False))
         return self.across(self.across(Z, False), True)
 
     def reached(self, Z: Tensor, on_left: bool) -> Tensor:
-        """G Z of Z [k, *, n, b], for the left, or G^T Z of Z [k, *, m, b]; whole."""
+        """G Z for Z [k, *, n, b] (`on_left`), or G^T Z for Z [k, *, m, b]; whole on every
+        process."""
         if on_left:
             return self.rows.whole(self.across(Z, False))
         return self.across(self.rows.part(Z), True)
@@ -199,18 +200,18 @@ class Search:
 
 @dataclass(frozen=True)
 class Projector(Part):
-    """The contract of a projector."""
+    """Interface of a projector."""
 
     identity: ClassVar[bool] = False
     names: ClassVar[tuple[str, ...]] = ("left", "right")  # of its state tensors, if present
-    derived: ClassVar[bool] = False  # is its state whole on all processes, the basis made of it?
-    decomposes: ClassVar[bool] = True  # and so must wait for the device at a search
-    measures: ClassVar[bool] = False  # does a search also find how large G is, as "energy"?
-    orthonormal: ClassVar[bool] = True  # are its directions?
-    fleeting: ClassVar[bool] = False  # does its basis live for one step, found with its state?
+    derived: ClassVar[bool] = False  # state is whole on all processes; the basis is made from it
+    decomposes: ClassVar[bool] = True  # `find` uses a decomposition, which syncs with the device
+    measures: ClassVar[bool] = False  # `find` also returns G's energy, as "energy"
+    orthonormal: ClassVar[bool] = True  # the directions are orthonormal
+    fleeting: ClassVar[bool] = False  # `find` returns a basis "left" that is used for one step
 
     def takes(self, shape: Sequence[int], leading: int) -> bool:
-        """Can a parameter of this shape be projected?"""
+        """True where a parameter of this shape can be projected."""
         return len(shape) >= leading + 2
 
     def ranks(self, m: int, n: int) -> tuple[int, int]:
@@ -218,40 +219,41 @@ class Projector(Part):
         return 0, 0
 
     def init(self, W: Tensor) -> dict[str, Tensor]:
-        """The state tensors of a basis to start from, for W [*, m, n]: some coordinates."""
+        """Initial state tensors for W [*, m, n]: the basis of the first r coordinates."""
         raise NotImplementedError
 
     def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Directions:
-        """The basis that the state tensors stand for, in the dtype and place of `like`."""
+        """The basis given by the state tensors, in the dtype and on the device of `like`."""
         return Basis(state.get("left"), state.get("right"))
 
     def find(self, search: Search) -> Found:
-        """New state tensors [k, *, ...]; where it is known by the way, also R, as "low"."""
+        """New state tensors [k, *, ...]; also R, as "low", where computing them yields it."""
         raise NotImplementedError
 
     def turn(
         self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], size: tuple[int, int]
     ) -> Turn:
-        """How moments go over from one basis to another."""
+        """The transformation of moments from the old basis into the new one."""
         left = new["left"].mT @ old["left"] if "left" in old else None
         right = old["right"] @ new["right"].mT if "right" in old else None
         return Rotation(Basis(left, right))
 
     def from_shards(self, first: bool, size: tuple[int, int]) -> Enough:
-        """What of G does each process need for a search, the first one or a later one: a share of
-        the rows, a share of the columns, or all?"""
+        """What each process needs of G for `find`, in the first or a later search: its shard of
+        the rows, a share of the columns, or all."""
         return "all"
 
     def from_gram(self, first: bool, size: tuple[int, int]) -> bool:
-        """Are G's leading singular vectors the basis that a search finds?"""
+        """True where `find` returns G's exact leading singular vectors, which a Gram matrix
+        gives too."""
         return False
 
     def unsplit(self) -> tuple[str, ...]:
-        """Which axes of a sharded parameter, "rows" or "columns", must be whole."""
+        """The axes, "rows" or "columns", along which a parameter must not be sharded."""
         return ()
 
     def stored(self, found: Found) -> Found:
-        """The state tensors of a basis that is given as left [*, m, r] or right [*, r, n]."""
+        """The state tensors that store a basis given as left [*, m, r] or right [*, r, n]."""
         return found
 
     def low(self, W: Tensor) -> Tensor:
@@ -271,8 +273,8 @@ class Identity(Projector):
 
 @dataclass(frozen=True)
 class Whole(Projector):
-    """No projection either, but what moves is a matrix [*, m, n]: for inner rules that need
-    to know it. Vectors follow the rule's `vectors`."""
+    """No projection, but gradients reach the inner rule as matrices [*, m, n], which Muon needs.
+    Vectors follow the rule's `vectors`."""
 
     names: ClassVar[tuple[str, ...]] = ()
 
@@ -282,17 +284,17 @@ class Whole(Projector):
 
 @dataclass(frozen=True)
 class Subspace(Projector):
-    """Projects one side of each matrix, or both, on r orthonormal directions.
+    """Projects one side of each matrix, or both, onto r orthonormal directions.
 
-    auto projects the short side (the right one of a square matrix), so that the moments
-    have long side x r entries; reverse the long side. A rank above min(m, n) is cut there; a
-    float is a share of min(m, n).
+    side="auto" projects the short side (the right one of a square matrix), so that the moments
+    have long side x r entries; "reverse" the long side. The rank is at most min(m, n); a float
+    is a share of min(m, n).
     """
 
     rank: int | float
     side: Side = "auto"
     basis_dtype: Literal["param", "float32"] = "param"
-    skip_if_no_saving: bool = False  # where Adam's own state would not be larger
+    skip_if_no_saving: bool = False  # leave matrices out whose state would be as large as Adam's
 
     def ranks(self, m: int, n: int) -> tuple[int, int]:
         r = self.rank if isinstance(self.rank, int) else share(self.rank, min(m, n))
@@ -324,7 +326,7 @@ class Subspace(Projector):
 
 
 def share(of: float, size: int) -> int:
-    """So much of a size, in whole numbers and at least 1."""
+    """The share `of` a size, rounded, at least 1."""
     return max(1, round(of * size))
 
 
@@ -335,11 +337,11 @@ def top_eigenvectors(C: Tensor, rank: int) -> Tensor:
 
 
 def gaussian(rows: int, columns: int, seed: int) -> Tensor:
-    """Standard normal numbers, the same on every machine: drawn on the CPU, in fp32."""
+    """Standard normal numbers fp32 [rows, columns], drawn on the CPU: the same everywhere."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def parts(left: Draw, right: Draw, left_rank: int, right_rank: int) -> Found:
-    """The parts of a basis that have a rank."""
+    """{"left": left(), "right": right()} without those of rank 0, which are not computed."""
     found = {"left": left} if left_rank else {}
     return {k: make() for k, make in (found | ({"right": right} if right_rank else {})).items()}

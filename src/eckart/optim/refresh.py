@@ -1,4 +1,4 @@
-"""When a basis changes, and what becomes of the moments that were written in it."""
+"""When bases are recomputed, and how the moments are carried over to a new basis."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Refresh(Part):
-    """A new basis every `every` steps of a parameter's own count, the first at its step 0.
+    """A new basis every `every` steps of a parameter's own step count, the first at step 0.
 
-    Staggered, each parameter has its own phase, from a hash of its name: no step carries
-    all decompositions, and neither order nor grouping matters.
+    With `stagger` each parameter has its own phase, from a hash of its name, so that the
+    decompositions are spread over the steps, independently of order and grouping.
 
-    `adaptive`: where the leading direction hardly changes (the mean cosine over the last five
-    refreshes is at least this), the parameter's own interval is doubled (Q-GaLore).
+    `adaptive`: the parameter's interval is doubled where the mean cosine between successive
+    leading directions, over the last five refreshes, is at least this (Q-GaLore).
 
-    `moments`: keep them as they are (GaLore), rotate them into the new basis (LDAdam), or
-    reset them, so that the next step is a first step again (FRUGAL).
+    `moments`: kept as they are (GaLore), rotated into the new basis (LDAdam), or reset to
+    zero together with their bias correction (FRUGAL).
     """
 
     every: int = 200
@@ -49,30 +49,31 @@ class Refresh(Part):
     adaptive: float | None = None
 
     def next(self, step: int, name: str, gap: int) -> int:
-        """The step at which the refresh after the one at `step` is due, `gap` steps being the
-        parameter's own interval."""
+        """The step of the refresh after the one at `step`; `gap` is the parameter's interval in
+        steps."""
         phase = zlib.crc32(name.encode()) if self.stagger else 0
         return step + gap - (step + phase) % gap
 
     def init(self, W: Tensor) -> State:
-        """State of an adaptive interval: its length, and the last five cosines."""
+        """The state of an adaptive interval: its length in steps, and the last five cosines."""
         if self.adaptive is None:
             return {}
         return {"gap": self.every, "cosines": torch.full((5,), torch.nan, device=W.device)}
 
     def stretch(self, state: State, cosines: Tensor, cosine: Tensor) -> None:
-        """Double the interval where the leading direction keeps; one host read."""
+        """Record a cosine and double the interval where the leading direction is stable; one
+        host sync."""
         cosines.copy_(torch.cat([cosines[1:], cosine[None]]))
         if self.adaptive is not None and bool(cosines.mean() >= self.adaptive):  # NaN: too few
             state["gap"] *= 2
 
 
 def refresh(entries: list[Entry]) -> None:
-    """Find new bases for those entries of one shape that are due, from their gradients.
+    """Compute new bases from the gradients, for those entries of one shape that are due.
 
     A zero or non-finite gradient gives no basis: the old one stays and the parameter is due
-    again at its next step. (Where a parameter holds several matrices, as experts do, it is
-    due again only if none of them gave one.)
+    again at its next step. (A parameter with several matrices, such as experts, is due again
+    only if none of them gave one.)
     """
     if not entries[0].projected or not entries[0].rule.projector.names:
         return  # there is no basis
@@ -86,7 +87,7 @@ def refresh(entries: list[Entry]) -> None:
 
 
 def refresh_together(entries: list[Entry], first: bool) -> None:
-    """One batched decomposition."""
+    """Refresh the bases of entries of one shape with one batched decomposition."""
     rule = entries[0].rule
     layout = None if entries[0].layout is None else entries[0].layout.own
     projector, source = rule.projector, rule.source
@@ -99,7 +100,7 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
         ok, found = found_from_gradients(entries, layout, old, first)
     new = {name: chosen(ok, found[name], old[name]) for name in names}
     if projector.decomposes or rule.refresh.every > 1:
-        # the one host read; a decomposition has synchronised anyway
+        # the only host sync; a decomposition has synchronised anyway
         found_one = ok.reshape(len(entries), -1).any(1).float()
         sum_([found_one], others(entries[0]))
         fresh = (found_one > 0).tolist()
@@ -141,7 +142,7 @@ def refresh_together(entries: list[Entry], first: bool) -> None:
 
 
 def all_rows(entry: Entry, name: str) -> Tensor:
-    """A tensor of a basis for this process's matrices, whole."""
+    """A state tensor of the basis for this process's matrices, gathered over rows and columns."""
     t, layout, leading = entry.state[name], entry.layout, entry.group["leading"]
     if layout is None:
         return t
@@ -151,16 +152,16 @@ def all_rows(entry: Entry, name: str) -> Tensor:
 
 
 def others(entry: Entry) -> Groups:
-    """The processes that have other matrices of the same parameter."""
+    """The groups of processes that hold other matrices (experts) of the same parameter."""
     return () if entry.layout is None else entry.layout.groups("lead")
 
 
 def found_from_gradients(
     entries: list[Entry], layout: Layout | None, old: dict[str, Tensor], first: bool
 ) -> tuple[Tensor, Found]:
-    """Which gradients can give a basis, bool [k, *], and the bases of all.
+    """Which gradients can give a basis, bool [k, *], and the new state tensors of all.
 
-    Gradients are gathered where they are sharded, unless shares of them are enough.
+    Sharded gradients are gathered, unless the projector needs only a part on each process.
     """
     projector, size = entries[0].rule.projector, entries[0].size
     enough, rows = projector.from_shards(first, size), Rows()
@@ -179,16 +180,16 @@ def found_from_gradients(
         found = projector.find(search)
         return usable(found.pop("energy")), found
     ok = usable(rows.total(torch.linalg.vector_norm(G, dim=(-2, -1)).square()))
-    # a NaN would end a batched decomposition; asking a CPU costs nothing and saves a copy of G
+    # a NaN makes a batched decomposition raise; on a CPU the check is free and saves a copy of G
     if projector.decomposes and not (G.is_cpu and bool(ok.all())):
         search = replace(search, G=torch.where(ok[..., None, None], G, 0))
     return ok, projector.find(search)
 
 
 def by_gram(layout: Layout, entry: Entry) -> bool:
-    """Is less sent than all of G, where leading singular vectors are found from a Gram matrix?
+    """True where finding leading singular vectors from a Gram matrix sends less than gathering G.
 
-    G is split along its m rows over p processes. Each sends (p - 1) / p times so many numbers:
+    G is split along its m rows over p processes. Each sends (p - 1) / p times as many numbers:
 
         gathering G               m n
         on the right              n (n + 1)            a sum of half of G^T G
@@ -196,7 +197,7 @@ def by_gram(layout: Layout, entry: Entry) -> bool:
         on the left,   m <= n     m n / p + m (m + 1)  a sum of half of G G^T: `columns_of`
         on both,       m <= n     the same + n r       and G^T U is gathered
 
-    On the right alone it is always so, and split along its columns G is gathered.
+    On the right alone a Gram matrix always sends less; a G split along its columns is gathered.
     """
     (m, n), (left, right) = entry.size, entry.rule.projector.ranks(*entry.size)
     rows = layout.groups("rows")
@@ -209,7 +210,7 @@ def by_gram(layout: Layout, entry: Entry) -> bool:
 
 
 def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found]:
-    """The same from the eigenvectors of a summed Gram matrix, as `by_gram` says.
+    """As `found_from_gradients`, from the eigenvectors of a summed Gram matrix; see `by_gram`.
 
     In fp64, since the Gram matrix squares the condition number.
     """
@@ -223,7 +224,7 @@ def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found
     C = G.mT @ G
     sum_symmetric_([C], layout.groups("rows"))
     ok = usable(C.diagonal(dim1=-2, dim2=-1).sum(-1))
-    # a NaN would end a batched decomposition
+    # a NaN makes a batched decomposition raise
     C, G = (torch.where(ok[..., None, None], t, 0) for t in (C, G))
     near = far = top_eigenvectors(C, left or right)
     if right if turned else left:  # of the other side: G V = U S
@@ -234,11 +235,10 @@ def found_from_gram(entries: list[Entry], layout: Layout) -> tuple[Tensor, Found
 
 
 def renew_moments(entries: list[Entry], kept: list[int], old: Found, new: Found) -> None:
-    """Keep, rotate or reset the moments of the entries whose bases change, those at the places
-    `kept`; old and new state of the projector [k, *, ...].
+    """Keep, rotate or reset the moments of the entries at the indices `kept`, whose bases change.
 
-    Moments that have seen as many steps are turned together, where the inner rule knows no
-    shapes.
+    `old` and `new` are the projector's state tensors [k, *, ...]. Where the inner rule is
+    elementwise, moments with the same step count are rotated in one batch.
     """
     rule = entries[0].rule
     projector, inner = rule.projector, rule.inner
@@ -267,7 +267,7 @@ def renew_moments(entries: list[Entry], kept: list[int], old: Found, new: Found)
 
 
 def write(tensors: Tensors, values: Tensors) -> None:
-    """Copy each value into the tensor in its place."""
+    """Copy each value into the tensor of the same index."""
     if tensors:
         torch._foreach_copy_(tensors, values)
 
@@ -282,6 +282,6 @@ def leading_direction(basis: Directions) -> Tensor:
 
 
 def chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """The new state where the gradient could give one, in the stored dtype."""
+    """`new` where ok, else `old`; in the dtype of the old state."""
     ok = ok.reshape(*ok.shape, *(1,) * (old.dim() - ok.dim()))
     return torch.where(ok, new.to(old.dtype), old)

@@ -1,8 +1,7 @@
-"""What becomes of the part of a gradient that lies outside the subspace, and how it is held
-in check.
+"""Rules for the part of a gradient outside the subspace, and the limit on its growth.
 
-A residual rule writes the weights itself, so that what scales lines of the long side makes
-nothing of the size of G: it commutes with a projection of the short side.
+A residual rule updates the weights itself. A scaling of lines of the long side commutes with a
+projection of the short side, so no temporary of G's size is needed.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NormGrowth(Part):
-    """No term may be longer than `gamma` times what was left of it in the step before.
+    """Limits an update's norm to `gamma` times its limited norm in the step before.
 
-    q = max(n / (s + 1e-8), gamma) / gamma divides the term, of norm n; s = n / q is kept. A
-    term of norm 0 says nothing and leaves s as it was.
+    An update of norm n is divided by q = max(n / (s + 1e-8), gamma) / gamma, and s = n / q is
+    kept for the next step. An update of norm 0 leaves s unchanged.
     """
 
     gamma: float = 1.01
 
     def limit(self, n: Tensor, s: Tensor) -> Tensor:
-        """q, like n; updates s in place. s = 0: there was no term yet."""
+        """q, shaped like n; updates s in place. s = 0 before the first update."""
         q = torch.where(s > 0, (n / (s + 1e-8)).clamp(min=self.gamma) / self.gamma, 1.0)
         s.copy_(torch.where(n > 0, n / q, s))
         return q
@@ -42,22 +41,22 @@ class NormGrowth(Part):
 
 @dataclass(frozen=True)
 class Residual(Part):
-    """The contract of a residual rule. It needs all of G, and one side unprojected."""
+    """Interface of a residual rule. It needs the full G, and one side unprojected."""
 
-    orthonormal: ClassVar[bool] = True  # must the basis be?
+    orthonormal: ClassVar[bool] = True  # requires an orthonormal basis
 
     def move(self, entries: list[Entry], direction: Direction, rate: float, keep: float) -> None:
-        """W = keep W - rate U, where U is scale up(N), and what the rule makes of the rest of
-        G. Each N still has its bias correction before it."""
+        """W = keep W - rate U, where U is scale up(N) plus the rule's use of the rest of G. N
+        is given by `direction`, its bias correction not yet applied."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Rescaled(Residual):
-    """Fira (Chen et al. 2024): the rest of the gradient, scaled line by line as the inner rule
-    rescaled the part inside.
+    """Fira (Chen et al. 2024): applies the rest of the gradient, each line scaled by the factor
+    by which the inner rule scaled the projected one.
 
-        phi_j = |N_j| / (|R_j| + 1e-8)          j runs over the long side, or is one for all
+        phi_j = |N_j| / (|R_j| + 1e-8)          j runs over the long side, or one phi for all
         S = phi (G - c up(R)) / q               q from the limiter
         U = scale up(N) + S = (phi / q) G + scale up(N - (c / scale) (phi / q) R)
 
@@ -89,10 +88,10 @@ class Rescaled(Residual):
 
 @dataclass(frozen=True)
 class Replaced(Residual):
-    """APOLLO (Zhu et al. 2025): the whole gradient, scaled line by line as the inner rule
-    rescaled its projection, which serves for nothing else.
+    """APOLLO (Zhu et al. 2025): applies the full gradient, each line scaled by the factor by
+    which the inner rule scaled the projected one; the projection has no other use.
 
-        phi_j = |N_j| / (|R_j| + 1e-8)          j runs over the long side, or is one for all
+        phi_j = |N_j| / (|R_j| + 1e-8)          j runs over the long side, or one phi for all
         U = scale phi G / q                     q from the limiter
     """
 
@@ -111,8 +110,8 @@ class Replaced(Residual):
 
 @dataclass(frozen=True)
 class Outside(Residual):
-    """FRUGAL (Zmushko et al. 2024): the rest of the gradient, G - up(R), through an inner rule
-    without a state. The rest is formed, for one matrix at a time."""
+    """FRUGAL (Zmushko et al. 2024): applies the rest of the gradient, G - up(R), through an inner
+    rule without state. The rest is computed for one matrix at a time."""
 
     inner: Inner = field(default_factory=Memoryless)
 
@@ -130,7 +129,7 @@ class Outside(Residual):
 
 
 def spans(entry: Entry) -> bool:
-    """Does the subspace hold everything, so that what is left of a gradient is rounding?"""
+    """True where the subspace is the whole space, so that the rest is rounding error."""
     projector, size = entry.rule.projector, entry.size
     return isinstance(projector, Subspace) and max(projector.ranks(*size)) == min(size)
 
@@ -143,11 +142,10 @@ def factors(
     by: Literal["line", "matrix"],
     most: float | None = None,
 ) -> Tensor:
-    """phi / q [k, *, m, 1] or [k, *, 1, n] where phi goes by lines, else [k, *, 1, 1].
+    """phi / q, [k, *, m, 1] or [k, *, 1, n] for one phi per line, else [k, *, 1, 1].
 
-    S = phi (G - c up(R)) is what the limiter holds back. R [k, *, a, b], and N alike, is the
-    direction before its bias correction. One collective for lines and one for norms where the
-    weights are sharded.
+    q limits S = phi (G - c up(R)). R [k, *, a, b]; N, of the same shape, is the direction
+    before its bias correction. Sharded weights need one collective for lines and one for norms.
     """
     rule, layout = entries[0].rule, entries[0].layout
     side = -2 if rule.projector.ranks(*entries[0].size)[0] else -1  # the projected one
@@ -172,7 +170,7 @@ def factors(
 
 
 def limited(entries: list[Entry], N: Tensors, limiter: NormGrowth) -> Tensors:
-    """N, held back as a whole: its norm is that of up(N), the basis being orthonormal."""
+    """N divided by the limiter's q. |N| = |up(N)|, as the basis is orthonormal."""
     low = stacked(N)
     lengths = squares(low, -1).sum((-2, -1))
     layout = entries[0].layout
@@ -182,7 +180,7 @@ def limited(entries: list[Entry], N: Tensors, limiter: NormGrowth) -> Tensors:
 
 
 def held_back(entries: list[Entry], lengths: Tensor, limiter: NormGrowth) -> Tensor:
-    """q [k, *, 1, 1] for entries, from squared lengths [k, *]; the limiter's states move."""
+    """The limiter's q [k, *, 1, 1] from squared norms [k, *]; updates the limiter's state."""
     states = [e.tensors["limiter"] for e in entries]
     before = torch.stack(states)
     q = limiter.limit(lengths.sqrt(), before)
@@ -198,7 +196,7 @@ def squares(t: Tensor, dim: int) -> Tensor:
 def norms(t: Tensor, dim: int) -> Tensor:
     """Norms of lines along a dimension, which is kept; in fp32 at least."""
     wide = torch.promote_types(t.dtype, torch.float32)
-    if t.is_cpu and dim == -2:  # where torch's own take ten times as long
+    if t.is_cpu and dim == -2:  # here torch.linalg.vector_norm takes ten times as long
         rows = max(1, CACHED // max(1, t[..., :1, :].numel()))
         sums = [part.to(wide).square().sum(dim, keepdim=True) for part in t.split(rows, dim)]
         return (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)).sqrt()

@@ -1,10 +1,10 @@
-"""A rule: how a gradient becomes a change of the weights, as a sentence of small parts.
+"""Rule: how a gradient becomes a weight update, composed of small parts.
 
     G --source--> X --projector--> R --inner--> N --scale, residual--> dW --> W
 
-Parts are frozen dataclasses of plain values. They hold no tensors: what must be remembered
-lives in the optimizer's state, under the names that the parts give. A rule is therefore a
-value: it can be compared, written into a checkpoint and read by people.
+Parts are frozen dataclasses of plain values. They hold no tensors: their state lives in the
+optimizer's state, under names that the parts define. Rules can therefore be compared and
+stored in a checkpoint as plain data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from eckart.optim.residual import NormGrowth, Residual
 from eckart.optim.sharded import Kind, Layout, layout_of, local
 from eckart.optim.source import Source
 
-KINDS: dict[str, Kind] = {  # of state tensors that are not laid out as R is
+KINDS: dict[str, Kind] = {  # of state tensors that are not sharded as R is
     "row": "row",
     "column": "column",
     "left": "left",
@@ -52,27 +52,27 @@ KINDS: dict[str, Kind] = {  # of state tensors that are not laid out as R is
 
 @dataclass(frozen=True)
 class Rule(Part):
-    """The parts, in the order in which a gradient passes them.
+    """The parts of an update rule.
 
-    A matrix that the projector cannot take (a vector, or one where nothing would be saved
-    and the projector says so) follows `plain`, the inner rule alone.
+    A parameter that the projector does not take (a vector, or a matrix where
+    `skip_if_no_saving` applies) follows `plain`, the inner rule alone.
     """
 
     inner: Inner = field(default_factory=Adam)
     projector: Projector = field(default_factory=Identity)
     refresh: Refresh = field(default_factory=Refresh)
     source: Source | None = None  # what is projected; None: the gradient
-    residual: Residual | None = None  # what becomes of G outside the subspace
-    limiter: NormGrowth | None = None  # on that residual; without one on the whole update
+    residual: Residual | None = None  # how the part of G outside the subspace is applied
+    limiter: NormGrowth | None = None  # of that residual's norm; without one of the update's
     blocks: Blocks | None = None  # which parameters train at a time; None: all
-    resting: Inner | None = None  # of those that do not; None: they stand still
-    vectors: Inner | None = None  # of what is no matrix; None: `inner`
-    pair: PairRule | None = None  # how factors B, A move together; others follow the rest
-    scale: float = 1.0  # on the projected-back update, beside the learning rate
-    scale_by: Literal["one", "ratio", "tall", "rms"] = "one"  # and the matrix's shape
-    weight_decay: float = 0.0  # decoupled; a group's own value wins
-    decay: Literal["before", "after"] = "before"  # the update, as torch does, or after it
-    rounding: Literal["nearest", "stochastic"] = "nearest"  # of bf16 weights when they move
+    resting: Inner | None = None  # the rule of the others; None: they are frozen
+    vectors: Inner | None = None  # the rule of parameters that are no matrices; None: `inner`
+    pair: PairRule | None = None  # the rule of factor pairs B, A; others follow the other parts
+    scale: float = 1.0  # a factor on the projected-back update, beside the learning rate
+    scale_by: Literal["one", "ratio", "tall", "rms"] = "one"  # see `size_of_step`
+    weight_decay: float = 0.0  # decoupled; overridden by a group's own value
+    decay: Literal["before", "after"] = "before"  # before the update, as in torch, or after it
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of bf16 weights when updated
 
     def __post_init__(self) -> None:
         if self.refresh.moments == "rotate" and not self.inner.turns:
@@ -148,7 +148,7 @@ class Rule(Part):
 
     @property
     def plain(self) -> Rule:
-        """The inner rule alone, on the full gradient."""
+        """The rule of unprojected parameters: the inner rule (or `vectors`) on the gradient."""
         return dataclasses.replace(
             self,
             inner=self.vectors or self.inner,
@@ -165,42 +165,42 @@ class Rule(Part):
 
     @property
     def at_rest(self) -> Rule:
-        """What a parameter follows while its block rests."""
+        """The rule of a parameter while its block does not train."""
         return dataclasses.replace(self.plain, inner=self.resting or self.inner)
 
     def on(self, shape: torch.Size | tuple[int, ...], leading: int = 0) -> Rule:
-        """The rule that a parameter of this shape really follows: this one, or `plain`."""
+        """The rule for a parameter of this shape: this one, or `plain` if it is not projected."""
         if self.projector.identity or self.projector.takes(shape, leading):
             return self
         return self.plain
 
     def moments(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of a parameter's state tensors, those that belong to the inner rule."""
+        """The state tensors that belong to the inner rule."""
         others = {*self.projector.names, "limiter", "cosines"}
         if self.source is not None:
             others |= set(self.source.names)
         return {name: t for name, t in tensors.items() if name not in others}
 
     def sides(self, shape: Sequence[int], leading: int = 0) -> tuple[bool, bool]:
-        """Is the left, is the right side of this parameter projected?"""
+        """Whether the left and the right side of this parameter are projected."""
         if self.projector.identity:
             return False, False
         left, right = self.projector.ranks(shape[leading], prod(shape[leading + 1 :]))
         return left > 0, right > 0
 
     def layout(self, name: str, p: Tensor, leading: int = 0) -> Layout | None:
-        """How a parameter that follows this rule lies on the processes."""
+        """How a parameter that follows this rule is sharded; None where it is not."""
         matrix = not self.projector.identity
         return layout_of(name, p, leading, matrix, *self.sides(p.shape, leading))
 
     def kind(self, key: str) -> Kind:
-        """How the state tensor of this name is laid out where the parameter is sharded."""
+        """How the state tensor of this name is sharded where the parameter is."""
         return KINDS.get(key, "low")
 
     def start(self, p: Tensor, leading: int = 0, layout: Layout | None = None) -> State:
-        """The state of a parameter before its first step, laid out as the parameter is."""
+        """The state of a parameter before its first step, sharded as the parameter is."""
         if self.pair is not None:
-            return {"step": 0}  # the rest is made when both factors are there
+            return {"step": 0}  # the rest is made by `pair.prepare`, which has both factors
         if self.projector.identity and (layout is None or self.inner.elementwise):
             return {"step": 0} | self.inner.init(p)
         if layout is not None:
@@ -226,37 +226,38 @@ class Rule(Part):
         return state
 
     def state_elements(self, *shape: int, leading: int = 0) -> int:
-        """Elements of optimizer state that a parameter of this shape takes."""
+        """The number of elements in the optimizer state of a parameter of this shape."""
         state = self.on(shape, leading).start(torch.empty(shape, device="meta"), leading)
         return sum(t.numel() for t in state.values() if isinstance(t, Tensor))
 
     @property
     def passes(self) -> int:
-        """Gradients that one step needs, each after the last one's moves."""
+        """Gradients that one step needs, each computed after the previous pass's update."""
         return 1 if self.pair is None else self.pair.passes
 
     @property
     def idles(self) -> bool:
-        """Are there parameters without a gradient at some steps? A reducer (DDP) must know."""
+        """True where some parameters have no gradient at some steps, which DDP must know."""
         resting = self.blocks is not None and self.resting is None
         return resting or (self.pair is not None and self.pair.rests(0) != "")
 
     def size_of_step(self, m: int, n: int) -> float:
-        """`scale`, times what the shape asks for: sqrt(m / n), sqrt(max(1, m / n)), or
-        0.2 sqrt(max(m, n)), with which an orthogonal step is as long as Adam's."""
+        """`scale` times a factor for the matrix's shape: sqrt(m / n) ("ratio"),
+        sqrt(max(1, m / n)) ("tall"), or 0.2 sqrt(max(m, n)) ("rms"), which makes an orthogonal
+        step as long as Adam's."""
         by = {"ratio": m / n, "tall": max(1.0, m / n), "rms": 0.04 * max(m, n)}
         return self.scale * by.get(self.scale_by, 1.0) ** 0.5
 
     @property
     def needs_gradient(self) -> bool:
-        """Does the update need all of G, so that R alone must not be kept?"""
+        """True where the update needs the full G, so that keeping R alone is not enough."""
         whole = not self.projector.names or self.refresh.every == 1
         every_step = not self.projector.identity and whole
         return self.residual is not None or self.source is not None or every_step
 
 
 def difference(saved: Any, current: Any, path: str = "rule") -> list[tuple[str, str]]:
-    """Where two described rules differ: (path, "saved -> current") pairs."""
+    """Where two described rules differ: (path, "saved ..., now ...") pairs."""
     if isinstance(saved, dict) and isinstance(current, dict):
         keys = list(dict.fromkeys([*saved, *current]))
         return [d for k in keys for d in difference(saved.get(k), current.get(k), f"{path}.{k}")]
@@ -264,7 +265,7 @@ def difference(saved: Any, current: Any, path: str = "rule") -> list[tuple[str, 
 
 
 def check_same(saved: dict[str, Any], rule: Rule) -> None:
-    """Raise UsageError where a checkpoint was made under another rule."""
+    """Raise UsageError where a checkpoint was made with another rule."""
     differs = difference(saved, rule.describe())
     if differs:
         raise UsageError(
