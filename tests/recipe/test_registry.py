@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import pytest
 
 from eckart.errors import FileError, UsageError
-from eckart.recipe import registry
+from eckart.jobs.settings.config import resolve
+from eckart.recipe import Recipe, registry
 from eckart.recipe.literals import REQUIRED
 
 FILE = '''"""Thing: a method of one number.
@@ -201,6 +202,19 @@ def test_a_method_on_another_axis_is_sent_there(folder):
     )
 
 
+@pytest.mark.parametrize("axis", registry.IDLE)
+def test_a_method_that_nothing_carries_out_is_refused(folder, axis):
+    (folder / axis).mkdir()
+    (folder / axis / "my_thing.py").write_text(FILE.replace("Weights", axis.capitalize()))
+    said = f"nothing carries out {axis} yet\n  {axis} = my-thing  unused\nLeave it out."
+    with pytest.raises(UsageError, match=said):
+        resolve("finetune", "m", "d", [f"{axis}=my-thing"])
+    with pytest.raises(UsageError, match=f"unknown key {axis}.size"):
+        resolve("finetune", "m", "d", [f"{axis}.size=3"])
+    with pytest.raises(UsageError, match=said if axis == "attention" else "not a choice for"):
+        Recipe(attention=registry.load("my-thing")())
+
+
 def test_files_that_are_no_methods_are_named(folder):
     path = folder / "weights" / "broken.py"
     path.write_text("x = = 1\n")
@@ -229,6 +243,5 @@ def test_the_stub_lists_the_methods():
 
 def test_the_defaults_exist():
     for axis, name in registry.DEFAULTS.items():
-        if any(e.axis == axis for e in registry.methods().values()):
-            assert registry.find(name, axis)
+        assert registry.find(name, axis)
     assert registry.find(registry.FULL, "weights").base == "trained"

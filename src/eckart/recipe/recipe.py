@@ -54,6 +54,8 @@ class Recipe:
     def check(self) -> None:
         """Raise UsageError for combinations that cannot work, with the reason."""
         weights, update, precision = self.weights, self.update, self.precision
+        for method in self.choices:
+            registry.refuse_idle(method.slug, method.axis)
         if update is not None:
             update.rule()  # refuses parts that do not go together
         if weights is not None and precision is not None:

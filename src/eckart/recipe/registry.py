@@ -42,7 +42,8 @@ CONTRACT = Path(__file__).with_name("method.py")
 
 # What `auto` and an unnamed axis stand for, where no other rule decides. The one place
 # outside a method's file that knows a slug.
-DEFAULTS = {"weights": "lora", "update": "adamw", "compress": "svd", "compose": "cmlora"}
+DEFAULTS = {"weights": "lora", "update": "adamw", "compress": "svd"}
+IDLE = ("attention", "compose")  # axes whose methods nothing carries out yet
 FULL = "dense"  # the weights choice that trains the matrices themselves
 # Names that other tools use for a choice -> what to type.
 ELSEWHERE = {
@@ -163,6 +164,14 @@ def find(name: str, axis: str | None = None, place: str = "") -> Entry:
             fix=f"It is one for {entry.axis}: type {entry.axis}={entry.name}",
         )
     return entry
+
+
+def refuse_idle(name: str, axis: str) -> None:
+    """Raise UsageError for a method of an axis that would be left unused."""
+    if axis in IDLE:
+        raise UsageError(
+            f"nothing carries out {axis} yet", [(f"{axis} = {name}", "unused")], "Leave it out."
+        )
 
 
 def spelled(name: str) -> str:

@@ -149,8 +149,10 @@ def chosen_entries(given: Given, command: str, settled: dict[str, str]) -> Entri
     found: dict[Key, Entry | None] = {}
 
     def take(key: Key, name: str) -> Entry | None:
-        found[key] = None if name in ("auto", "none") else registry.find(name)
-        return found[key]
+        entry = found[key] = None if name in ("auto", "none") else registry.find(name)
+        if entry is not None:
+            registry.refuse_idle(entry.name, entry.axis)
+        return entry
 
     def name_of(*key: str) -> str:
         setting = given.get((*key, "name"))
@@ -166,11 +168,11 @@ def chosen_entries(given: Given, command: str, settled: dict[str, str]) -> Entri
             if reason:
                 settled[f"{axis}.name"] = reason
         take((axis,), name)
-    for axis in ("compress", "compose"):
-        name = name_of(axis)
-        if name == "auto" and (command == axis or spoken(axis)):
-            name, settled[f"{axis}.name"] = DEFAULTS[axis], f"the default for {axis}"
-        take((axis,), name)
+    name = name_of("compress")
+    if name == "auto" and (command == "compress" or spoken("compress")):
+        name, settled["compress.name"] = DEFAULTS["compress"], "the default for compress"
+    take(("compress",), name)
+    take(("compose",), name_of("compose"))
     for key in dict.fromkeys(k[:2] for k in given if k[0] == "objective"):
         take(key, key[1])
     for axis in ("weights", "update"):
