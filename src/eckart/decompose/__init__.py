@@ -1,4 +1,4 @@
-"""Matrices into factors: truncated, whitened, by budget."""
+"""Low-rank factorisations of matrices, and choices of the rank."""
 
 from eckart.decompose.ranks import rank_for_energy
 from eckart.decompose.svd import (

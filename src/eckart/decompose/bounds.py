@@ -1,9 +1,10 @@
-"""When can attention, and with it LoRA's gradient, be had in less than quadratic time?
+"""Whether attention, and with it LoRA's gradient, can be computed in subquadratic time.
 
 With logits S = c Q K^T of range R = max |S|, exp(S) is a polynomial of degree g up to a
-relative error e^2R R^(g+1) / (g+1)!, and a polynomial of degree g in q . k is a product of
-F = C(h + g, g) features of q and k: attention costs L F instead of L^2. So the range of the
-logits, which an adapter can move, decides; keys may be centred first, which changes no softmax.
+relative error e^2R R^(g+1) / (g+1)!, and a polynomial of degree g in q . k is an inner product
+of F = C(h + g, g) features of q and k: attention then costs L F instead of L^2. Whether that is
+less depends on R, which an adapter can change. Centring the keys first does not change the
+softmax.
 
 Source: J. Hu, M. Su, E. Kuo, Z. Song, H. Liu, "Computational Limits of Low-Rank Adaptation
 Fine-Tuning for Transformer Models", 2024, which has the threshold without its constant,
@@ -19,14 +20,14 @@ import math
 import torch
 from torch import Tensor
 
-HIGHEST = 200  # degrees looked at: features are beyond all lengths long before
-CHUNK = 256  # queries whose logits live at once
+HIGHEST = 200  # largest degree tried: there are more features than tokens long before
+CHUNK = 256  # queries whose logits are in memory at once
 
 
 def required_degree(reach: float, eps: float = 1e-2) -> int:
-    """The least g with e^2R R^(g+1) / (g+1)! <= eps: every exp(x), |x| <= R, is that near.
+    """The least degree g with relative error e^2R R^(g+1) / (g+1)! <= eps for |x| <= R = reach.
 
-    HIGHEST + 1 where no degree up to HIGHEST will do.
+    HIGHEST + 1 where no degree up to HIGHEST is enough.
     """
     if reach == 0:
         return 0
@@ -38,25 +39,27 @@ def required_degree(reach: float, eps: float = 1e-2) -> int:
 
 
 def feature_count(h: int, degree: int) -> int:
-    """F = C(h + g, g): monomials of h numbers up to a degree; also the break-even length."""
+    """F = C(h + g, g), the number of monomials of h numbers up to a degree; also the number of
+    tokens above which polynomial attention is cheaper."""
     return math.comb(h + degree, degree)
 
 
 def regime(reach: float, h: int, length: int, eps: float = 1e-2) -> str:
-    """easy where the features of the required degree are fewer than the tokens, else hard."""
+    """Returns "easy" where the required degree has fewer features than there are tokens, else
+    "hard"."""
     degree = required_degree(reach, eps)
     return "easy" if degree <= HIGHEST and feature_count(h, degree) < length else "hard"
 
 
 def centred(K: Tensor) -> Tensor:
-    """Keys [*, L, h] without their mean over the tokens: the softmax stays as it is."""
+    """Keys [*, L, h] minus their mean over tokens, which leaves the softmax unchanged."""
     return K - K.mean(-2, keepdim=True)
 
 
 def logit_reach(Q: Tensor, K: Tensor, scale: float) -> Tensor:
-    """max |c q . k| over all pairs of tokens, [*]; never more than CHUNK rows of S at once.
+    """max |c q . k| over all pairs of tokens, [*]; computes at most CHUNK rows of S at once.
 
-    Q, K [*, L, h]. All pairs count, those that a mask leaves out too: an upper bound there.
+    Q, K [*, L, h]. Masked pairs are included, so with a mask it is an upper bound.
     """
     found = Q.new_zeros(Q.shape[:-2], dtype=torch.float32)
     for rows in Q.float().split(CHUNK, dim=-2):
@@ -66,10 +69,10 @@ def logit_reach(Q: Tensor, K: Tensor, scale: float) -> Tensor:
 
 
 def largest_easy_scale(reach_without: float, reach_with: float, h: int, length: int) -> float:
-    """How much louder an adapter may become before a head is hard; 0 where it is hard without.
+    """The largest factor on an adapter with which a head stays easy; 0 where it is hard without.
 
-    The reach is taken to grow in proportion from `reach_without` (adapter off) to
-    `reach_with` (as it is); infinite where the adapter does not make it grow.
+    The reach is taken to be linear in the factor, from `reach_without` (0, adapter off) to
+    `reach_with` (1); infinite where the adapter does not increase it.
     """
     if regime(reach_without, h, length) == "hard":
         return 0.0

@@ -1,15 +1,15 @@
-"""Attention by polynomials: what a fast gradient through it computes, and how far it is off.
+"""Attention with a polynomial in place of exp, in linear time, and the error of its gradient.
 
     exp(S) ~ p_g(S) = sum_{t <= g} S^t / t!     S = c Q K^T
     p_g(c q . k) = phi(q) . phi(k)              phi: all monomials up to degree g, F of them
     O = phi(Q) (phi(K)^T V) / D                 D = phi(Q) (phi(K)^T 1): linear in L
 
-The forward pass and its derivative belong together: the gradient is a true one, of a
-surrogate. Even degrees keep every D positive; odd ones need not.
+The gradient is the exact derivative of this approximate forward pass. D is always positive for
+even degrees, not for odd ones.
 
 Source: J. Hu, M. Su, E. Kuo, Z. Song, H. Liu, "Computational Limits of Low-Rank Adaptation
-Fine-Tuning for Transformer Models", 2024, which puts the polynomial into the gradient of the
-exact attention; that costs h times as much for the same degree of O and dV.
+Fine-Tuning for Transformer Models", 2024. There the polynomial replaces exp in the gradient of
+exact attention, which costs h times as much for the same degree of O and dV.
 
 L tokens, h numbers in a head, c the scale of the logits, F = C(h + g, g) features.
 """
@@ -26,15 +26,15 @@ from torch import Tensor
 
 from eckart.decompose.bounds import feature_count
 
-CHUNK = 128  # tokens whose logits live at once in a causal pass
+CHUNK = 128  # tokens whose logits are in memory at once in a causal pass
 
 
 @lru_cache(maxsize=16)
 def monomials(h: int, degree: int) -> tuple[list[tuple[list[int], list[int]]], list[float]]:
     """How to build all monomials of h numbers, degree by degree, and their weights.
 
-    For each degree the index of the factor that is known already, among those one degree
-    below, and of the number it is multiplied by. A monomial x^a has weight 1 / prod a_i!.
+    Each monomial is one of the degree below times one number: for each degree, the indices of
+    both. A monomial x^a has weight 1 / prod a_i!.
     """
     levels, weights = [], [1.0]
     below: dict[tuple[int, ...], int] = {(): 0}
@@ -69,9 +69,10 @@ def series(S: Tensor, degree: int) -> Tensor:
 def polynomial_attention(
     Q: Tensor, K: Tensor, V: Tensor, scale: float, degree: int, causal: bool = False
 ) -> Tensor:
-    """O [*, L, h]: attention with p_g in place of exp, never L x L numbers.
+    """O [*, L, h]: attention with p_g in place of exp, without L x L matrices.
 
-    Q, K, V [*, L, h]. Causal: within a chunk by the logits, before it by carried moments.
+    Q, K, V [*, L, h]. Causal attention uses logits within a chunk and accumulated moments of
+    features for earlier tokens.
     """
     V1 = torch.cat([V, torch.ones_like(V[..., :1])], -1)  # the last column becomes D
     if not causal:
@@ -87,14 +88,15 @@ def polynomial_attention(
 
 
 def divided(summed: Tensor) -> Tensor:
-    """Sums [*, L, h + 1] over their last column."""
+    """Sums [*, L, h + 1] divided by their last column, [*, L, h]."""
     return summed[..., :-1] / summed[..., -1:]
 
 
 def gradients(
     Q: Tensor, K: Tensor, V: Tensor, dO: Tensor, scale: float, degree: int | None, causal: bool
 ) -> dict[str, Tensor]:
-    """O, dQ, dK and dV of attention, exact where the degree is None; L x L numbers, no autograd.
+    """O, dQ, dK, dV of attention with p_degree, or with exp where the degree is None; by L x L
+    matrices and without autograd.
 
     With W = p(S) / D:  dS = (p'(S) / D) * (dO V^T - rowsum(dO * O)), dQ = c dS K,
     dK = c dS^T Q, dV = W^T dO. All [*, L, h].

@@ -1,9 +1,9 @@
-"""Products of large fp32 matrices on a CPU, by the library that uses all of the processor.
+"""Products of large fp32 matrices on a CPU, by oneDNN where it is faster than MKL.
 
-torch multiplies by MKL, which leaves AVX-512 alone on processors that are not Intel's; oneDNN,
-which torch carries too, does not: 2.2 times as fast on a Zen 5. Processor, dtype and shape alone
-decide, so that a resumed run multiplies as before; `torch.backends.mkldnn.enabled = False` turns
-it off.
+torch multiplies by MKL, which does not use AVX-512 on other processors than Intel's. oneDNN,
+which is part of torch, does: 2.2 times as fast on a Zen 5. The choice depends only on processor,
+dtype and shape, so a resumed run computes the same; `torch.backends.mkldnn.enabled = False`
+turns it off.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CACHED = 2**18  # numbers that are still in a core's cache after they were written
-LEAST = 2**22  # multiplications; below, oneDNN's preparations take longer than they save
-PIECE = 1024  # of the inner dimension: one long chain of sums is rounded 2.2 times as much as MKL's
+CACHED = 2**18  # numbers that fit in a core's cache
+LEAST = 2**22  # multiplications; below, oneDNN's set-up takes longer than it saves
+PIECE = 1024  # of the inner dimension; in one piece the rounding error is 2.2 times MKL's
 
 
 @cache
 def preferred() -> bool:
-    """Does this processor know AVX-512, and is MKL not made for it?"""
+    """True on a CPU with AVX-512 that MKL is not optimised for (AMD)."""
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return known and wide and "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
 
 
 def fits(A: Tensor, B: Tensor) -> bool:
-    """Is A B, or each product of two stacks, one that oneDNN makes faster? It has no backward
-    pass."""
+    """True where oneDNN computes A B, or each product of two stacks, faster. Never while autograd
+    records, as the operation has no backward pass."""
     return (
         not torch.compiler.is_compiling()
         and A.is_cpu
@@ -44,7 +44,7 @@ def fits(A: Tensor, B: Tensor) -> bool:
 
 
 def product(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A [*, m, k] times B [*, k, n], plus a bias [n]."""
+    """A [*, m, k] @ B [*, k, n], plus a bias [n]."""
     if not fits(A, B):
         return A @ B if bias is None else F.linear(A, B.mT, bias)
     if A.dim() > 2:
@@ -60,7 +60,7 @@ def product(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_product_(C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
-    """C = beta C + alpha A B in place, of two dimensions or three."""
+    """C = beta C + alpha A B in place, for matrices or stacks of them [k, m, n]."""
     if not fits(A, B):
         add_ = C.addmm_ if C.dim() == 2 else C.baddbmm_
         add_(A, B, alpha=alpha, beta=beta)
@@ -68,7 +68,7 @@ def add_product_(C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0, beta: floa
         for c, a, b in zip(C, A, B, strict=True):
             add_product_(c, a, b, alpha, beta)
     else:
-        rows = max(1, CACHED // C.shape[1])  # whose product is added while it is cached
+        rows = max(1, CACHED // C.shape[1])  # so that each product is added while in cache
         for c, a in zip(C.split(rows), A.split(rows), strict=True):
             if beta != 1:
                 c.mul_(beta)
@@ -82,5 +82,6 @@ def by_onednn(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def dense(t: Tensor) -> Tensor:
-    """Without gaps, transposed or not: what has any takes oneDNN a hundred times as long."""
+    """The tensor, copied unless it or its transpose is contiguous: with other strides oneDNN
+    takes a hundred times as long."""
     return t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous()

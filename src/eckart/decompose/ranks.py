@@ -1,4 +1,4 @@
-"""How large a rank must be: by the error it leaves, or by a test of one's own."""
+"""The rank needed for a given error, or to pass a given test."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from torch import Tensor
 def tail_errors(s: Tensor) -> Tensor:
     """Relative Frobenius error of the best approximation at every rank 0..k, fp64 [k + 1].
 
-    s [*, k] are the singular values, largest first; of leading dimensions the errors are joint
-    (one rank for all experts). An all-zero matrix has no error at any rank.
+    s [*, k] are the singular values, largest first. Leading dimensions (experts) share one rank
+    and have one joint error. An all-zero matrix has error 0 at any rank.
     """
     squares = s.double().square().reshape(-1, s.shape[-1]).sum(0)  # [k]
-    left = squares.flip(0).cumsum(0).flip(0)  # [k], what ranks 0..k-1 leave out
+    left = squares.flip(0).cumsum(0).flip(0)  # [k], squared errors of ranks 0..k-1
     left = torch.cat([left, left.new_zeros(1)])
     return (left / left[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
 
 
 def rank_for_energy(s: Tensor, energy: float) -> int:
-    """The smallest rank whose singular values [k] hold this share of the squared sum.
-
-    0 where all are zero.
-    """
+    """The smallest rank whose singular values hold at least the share `energy` of the squared
+    sum of s [k]; 0 where all are zero."""
     held = s.double().square().cumsum(-1)
     if not held[-1]:
         return 0
@@ -32,7 +30,7 @@ def rank_for_energy(s: Tensor, energy: float) -> int:
 
 
 def smallest_rank(good: Callable[[int], bool], most: int) -> int | None:
-    """The smallest rank from 1 to `most` that is good, given that larger ones are no worse.
+    """The smallest rank from 1 to `most` with good(rank), which must be monotonic in the rank.
 
     Doubles until one is good, then bisects: 2 log2(rank) tests. None where `most` is not good.
     """

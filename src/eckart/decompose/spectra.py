@@ -1,13 +1,13 @@
-"""How low the rank of a matrix is, judged by its singular values.
+"""Measures of how low the rank of a matrix is, from its singular values.
 
-    stable rank     |W|_F^2 / |W|_2^2        how many values are as large as the largest
-    effective rank  exp(entropy of s / sum s) how many carry the matrix (Roy and Vetterli, 2007)
+    stable rank     |W|_F^2 / |W|_2^2
+    effective rank  exp(entropy of s / sum s)                    (Roy and Vetterli, 2007)
     energy at r     share of |W|_F^2 that the best rank-r approximation holds
 
-A random matrix of the same shape is the yardstick: its values follow the law of Marchenko and
-Pastur (1967), so a trained matrix is low-rank as far as it falls below that.
+The reference is a random matrix of the same shape, whose singular values follow the law of
+Marchenko and Pastur (1967): a trained matrix is low-rank as far as it is below that.
 
-s [*, k] are singular values, largest first; leading dimensions are judged one by one.
+s [*, k] are singular values, largest first; each of the leading dimensions has its own result.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-GRID = 20_001  # points at which a density is summed up: 1e-3 in an effective rank
+GRID = 20_001  # points of the density's numerical integral: 1e-3 in an effective rank
 
 
 def stable_rank(s: Tensor) -> Tensor:
-    """[*]; 0 for a matrix of zeros."""
+    """Stable rank [*], fp64; 0 for a matrix of zeros."""
     squares = s.double().square()
     return squares.sum(-1) / squares[..., 0].clamp_min(tiny())
 
 
 def effective_rank(s: Tensor) -> Tensor:
-    """[*]; 0 for a matrix of zeros."""
+    """Effective rank [*], fp64; 0 for a matrix of zeros."""
     s = s.double()
     total = s.sum(-1, keepdim=True)
     share = s / total.clamp_min(tiny())
@@ -36,7 +36,7 @@ def effective_rank(s: Tensor) -> Tensor:
 
 
 def energy_at(s: Tensor, rank: int) -> Tensor:
-    """[*], from 0 to 1; 1 for a matrix of zeros, of which nothing is missing."""
+    """Share of the energy held at a rank, [*] fp64 from 0 to 1; 1 for a matrix of zeros."""
     squares = s.double().square()
     total = squares.sum(-1)
     held = squares[..., :rank].sum(-1) / total.clamp_min(tiny())
@@ -49,10 +49,10 @@ def tiny() -> float:
 
 @lru_cache
 def random_spectrum(m: int, n: int) -> Tensor:
-    """Expected singular values of an m x n matrix of independent numbers, [min(m, n)].
+    """Expected singular values of an m x n matrix of independent entries, fp64 [min(m, n)].
 
-    Quantiles of Marchenko and Pastur's law for entries of variance 1 / max(m, n); exact for
-    large matrices, and within 2 % in effective rank from 32 rows on.
+    Quantiles of Marchenko and Pastur's law for entries of variance 1 / max(m, n): exact in the
+    limit of large matrices, and within 2 % in effective rank from 32 rows on.
     """
     small, large = min(m, n), max(m, n)
     root = math.sqrt(small / large)
@@ -66,5 +66,6 @@ def random_spectrum(m: int, n: int) -> Tensor:
 
 
 def share_of_random(s: Tensor, m: int, n: int) -> Tensor:
-    """Effective rank as a share of a random matrix', [*]: 1 as if untrained, near 0 low-rank."""
+    """Effective rank relative to that of a random m x n matrix, [*]: 1 for a random matrix, near
+    0 for a low-rank one."""
     return effective_rank(s) / effective_rank(random_spectrum(m, n))

@@ -1,4 +1,4 @@
-"""Matrices into factors by singular values, always in fp32 or fp64.
+"""Low-rank factorisations by SVD, always computed in fp32 or fp64.
 
 Eckart and Young (1936): the truncated SVD is the best approximation of its rank in the
 Frobenius norm, with squared error the sum of the squared singular values left out.
@@ -11,14 +11,15 @@ from torch import Tensor
 
 
 def working(M: Tensor) -> Tensor:
-    """M in the dtype of factorisations: fp64 stays, all others become fp32."""
+    """M in the dtype that factorisations are computed in: fp64 if it is fp64, else fp32."""
     return M if M.dtype == torch.float64 else M.float()
 
 
 def fix_signs(U: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the largest entry of each left vector positive: the same factors everywhere.
+    """Flip signs so that the largest entry of each left vector is positive (the first on ties):
+    factors then do not depend on the solver's choice of sign.
 
-    U [*, m, r], Vt [*, r, n]. The first entry wins a tie.
+    U [*, m, r], Vt [*, r, n].
     """
     largest = U.abs().argmax(dim=-2, keepdim=True)  # [*, 1, r]
     sign = torch.where(U.gather(-2, largest) < 0, -1.0, 1.0).to(U.dtype)
@@ -51,6 +52,7 @@ def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def recompress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-r factors of a product B A without forming it, and all its singular values."""
+    """B, A of the best rank-r approximation of a product B A, and the product's singular values;
+    the product is not formed."""
     U, s, Vt = product_svd(B, A)
     return *balanced(U[..., :rank], s[..., :rank], Vt[..., :rank, :]), s

@@ -1,8 +1,7 @@
-"""Where a parameter's rows and columns lie on the processes, and what must be summed.
+"""How parameters and their state are sharded over processes, and the collectives they need.
 
-A DTensor (FSDP2, tensor parallelism) is unwrapped once: the parts see local tensors only.
-What is then left to do between processes follows from which dimension is sharded and which
-is projected:
+A DTensor (FSDP2, tensor parallelism) is unwrapped once: the parts see local tensors only. The
+communication needed depends on which dimension is sharded and which is projected:
 
     down            a sharded side that is projected leaves partial sums of R
     norms           over every sharded side that is not projected
@@ -12,7 +11,7 @@ is projected:
                     directions, which are summed and gathered, or, on the left, from all rows
                     of a share of the columns (`columns_of`); else G is gathered
 
-Where experts are split, each process finds the bases of its own (`Layout.own`).
+Where experts are sharded, each process computes the bases of its own (`Layout.own`).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Groups = tuple[dist.ProcessGroup, ...]
 
 
 class Split(NamedTuple):
-    """Over which processes tensors [*, a, b] are split; over none of them by default."""
+    """The process groups over which tensors [*, a, b] are split; by default none."""
 
     rows: Groups = ()  # along a
     columns: Groups = ()  # along b
@@ -46,13 +45,13 @@ class Split(NamedTuple):
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Is this a DTensor? Importing their module takes half a second: only if it is there."""
+    """True for a DTensor. Does not import the DTensor module, which takes half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def local(t: Tensor) -> Tensor:
-    """This process's piece of a DTensor; any other tensor as it is. Shares memory."""
+    """This process's shard of a DTensor, sharing memory; any other tensor as it is."""
     return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
@@ -62,7 +61,7 @@ def whole(t: Tensor) -> Tensor:
 
 
 def sharded_as(other: Tensor, t: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, laid out as `other` of the same shape is."""
+    """A full tensor, equal on all processes, sharded as `other`, which has the same shape."""
     if not is_sharded(other):
         return t
     from torch.distributed.tensor import distribute_tensor
@@ -73,42 +72,42 @@ def sharded_as(other: Tensor, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter seen as [*, m, n] lies on a device mesh, and how its state follows.
+    """How a parameter [*, m, n] and its state are sharded over a device mesh.
 
-    `left` and `right`: is that side projected? A parameter that is whole on each process
-    has None in the place of a layout.
+    `left` and `right` are True where that side is projected. A parameter that is not sharded
+    has None instead of a layout.
     """
 
     mesh: Any
-    axes: tuple[str, ...]  # what each mesh dimension splits: lead, rows, columns or nothing
+    axes: tuple[str, ...]  # what each mesh dimension shards: lead, rows, columns or nothing
     placements: tuple[Any, ...]  # the parameter's own
     leading: int
     left: bool
     right: bool
-    dims: int  # of R, or of G where it is no matrix
+    dims: int  # number of dimensions of R, or of G where it is no matrix
 
     def groups(self, *axes: str) -> Groups:
-        """The process groups over which any of these axes is split."""
+        """The process groups over which any of these axes is sharded."""
         return tuple(self.mesh.get_group(i) for i, axis in enumerate(self.axes) if axis in axes)
 
     @property
     def every(self) -> Groups:
-        """All groups over which the parameter is split."""
+        """All process groups over which the parameter is sharded."""
         return self.groups("lead", "rows", "columns")
 
     @property
     def partial(self) -> Groups:
-        """Over which groups a local left^T G right^T has yet to be summed."""
+        """The groups over which a local left^T G right^T must be summed to give R."""
         return self.groups(*["rows"] * self.left, *["columns"] * self.right)
 
     @property
     def split(self) -> Groups:
-        """Over which groups R, or G where nothing is projected, is split."""
+        """The groups over which R, or G where nothing is projected, is sharded."""
         return self.groups(*self.kept("low"))
 
     @cached_property
     def own(self) -> Layout:
-        """The layout of this process's matrices, as if there were no others."""
+        """The layout of this process's experts alone, as if there were no others."""
         from torch.distributed.tensor import Replicate
 
         if "lead" not in self.axes:
@@ -120,14 +119,14 @@ class Layout:
 
     @property
     def dims_of_low(self) -> set[int]:
-        """Along which dimensions R, or G where nothing is projected, is split."""
+        """The dimensions along which R, or G where nothing is projected, is sharded."""
         kept = self.kept("low")
         splits = zip(self.axes, self.placements, strict=True)
         return {placement.dim for axis, placement in splits if axis in kept}
 
     @property
     def split_of_low(self) -> Split:
-        """How R [*, a, b], or G where nothing is projected, is split."""
+        """The split of R [*, a, b], or of G where nothing is projected."""
 
         def along(dim: int) -> Groups:
             places = enumerate(zip(self.axes, self.placements, strict=True))
@@ -138,15 +137,15 @@ class Layout:
         return Split(along(self.dims - 2), along(self.dims - 1), self.split)
 
     def kept(self, kind: Kind) -> list[str]:
-        """Which splits of the parameter a tensor of this kind shares."""
+        """The axes along which a tensor of this kind is sharded if the parameter is."""
         like_low = kind in ("low", "row", "column")
         rows = kind in ("param", "left") or (like_low and not self.left)
         columns = kind in ("param", "right") or (like_low and not self.right)
         return [*["lead"] * (kind != "shared"), *["rows"] * rows, *["columns"] * columns]
 
     def followed(self, placement: Any, kind: Kind) -> Any:
-        """A placement of the parameter for a tensor that shares it: statistics of rows have
-        no last dimension, those of columns none before it."""
+        """The parameter's placement translated to a tensor of this kind: row statistics lack the
+        last dimension, column statistics the one before it."""
         from torch.distributed.tensor import Replicate, Shard
 
         gone = {"row": self.dims - 1, "column": self.dims - 2}.get(kind)
@@ -155,7 +154,7 @@ class Layout:
         return Replicate() if placement.dim == gone else Shard(placement.dim - 1)
 
     def placements_of(self, kind: Kind) -> list[Any]:
-        """How a tensor of this kind lies on the mesh."""
+        """The DTensor placements of a tensor of this kind."""
         from torch.distributed.tensor import Replicate
 
         kept = self.kept(kind)
@@ -165,12 +164,11 @@ class Layout:
         ]
 
     def place(self, t: Tensor, kind: Kind) -> DTensor:
-        """A full tensor, the same on all processes, laid out beside the parameter.
+        """Shard a full tensor, equal on all processes, as a state tensor of this kind.
 
-        `kind`: shaped like the parameter, left [*, m, r], right [*, r, n], like R [*, a, b], a
-        row's or a column's statistics of R [*, a], [*, b], small (leading dimensions, then
-        what all processes share), or shared altogether.
-        No communication.
+        `kind`: "param" like the parameter, "left" [*, m, r], "right" [*, r, n], "low" like R
+        [*, a, b], "row" [*, a] and "column" [*, b] for statistics of R, "small" sharded along
+        leading dimensions only, "shared" not at all. No communication.
         """
         from torch.distributed.tensor import distribute_tensor
 
@@ -178,7 +176,7 @@ class Layout:
 
     @property
     def shard(self) -> int:
-        """Which shard of the parameter this process holds, as a number from 0."""
+        """The index of the shard of the parameter that this process holds."""
         place = 0
         for i, axis in enumerate(self.axes):
             if axis != "nothing":
@@ -186,7 +184,7 @@ class Layout:
         return place
 
     def gather(self, t: Tensor, shape: torch.Size, kind: Kind = "param") -> Tensor:
-        """The whole tensor of a shape and kind of which this process has the part t."""
+        """The full tensor of this shape and kind, of which t is this process's shard."""
         from torch.distributed.tensor import DTensor
 
         stride = torch.empty(shape, device="meta").stride()
@@ -199,37 +197,39 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of matrices [k, *, m, b] that this process holds: all, without a layout."""
+    """The rows of matrices [k, *, m, b] that this process holds; all where layout is None."""
 
     layout: Layout | None = None
-    m: int = 0  # of the whole
+    m: int = 0  # rows of the full matrices
 
     def total(self, t: Tensor) -> Tensor:
-        """The sum of what the shards contribute, in place."""
+        """The sum of t over the shards of rows, in place."""
         if self.layout is not None:
             sum_([t], self.layout.groups("rows"))
         return t
 
     def part(self, t: Tensor) -> Tensor:
-        """The rows here of a whole t, the same on all processes."""
+        """This process's rows of a full t, which is equal on all processes."""
         if self.layout is None:
             return t
         return local(self.layout.place(t.movedim(0, -1), "left")).movedim(-1, 0)
 
     def whole(self, t: Tensor) -> Tensor:
-        """All rows, of which t are those here."""
+        """All rows, gathered; t are this process's."""
         if self.layout is None:
             return t
-        beside = t.movedim(0, -1)  # [*, rows, b, k]: laid out as one matrix is
+        beside = t.movedim(0, -1)  # [*, rows, b, k]: sharded as one matrix is
         *lead, _, b, k = beside.shape
         shape = torch.Size([*lead, self.m, b, k])
         return self.layout.gather(beside, shape, "left").movedim(-1, 0)
 
 
 def columns_of(t: Tensor, layout: Layout, m: int) -> Tensor:
-    """All rows of a share of the columns, [*, m, b], of matrices t [*, a, n] that are split along
-    m rows; shares are as `Rows` of n would be. Of p processes each sends a p-th of what it would
-    in gathering the matrices, and has as much less to do then."""
+    """Reshard matrices from rows to columns: t [*, a, n], a shard of m rows, gives [*, m, b].
+
+    The n columns are divided as DTensor would. With p processes each sends 1 / p of what
+    gathering the matrices would send, and then works on 1 / p of the columns.
+    """
     (group,) = layout.groups("rows")
     *lead, a, n = t.shape
     rows, columns = (shares(size, dist.get_world_size(group)) for size in (m, n))
@@ -243,7 +243,7 @@ def columns_of(t: Tensor, layout: Layout, m: int) -> Tensor:
 
 
 def shares(size: int, count: int) -> list[int]:
-    """How a DTensor of this length is split: all parts but the last ones are as long."""
+    """The lengths of a DTensor's shards: ceil(size / count) each, the last ones less."""
     most = -(-size // count)
     return [max(0, min(most, size - i * most)) for i in range(count)]
 
@@ -251,8 +251,8 @@ def shares(size: int, count: int) -> list[int]:
 def layout_of(
     name: str, p: Tensor, leading: int, matrix: bool, left: bool, right: bool
 ) -> Layout | None:
-    """The layout of a parameter, which is seen as it is or as a matrix; None where it is whole on
-    this process."""
+    """The layout of a parameter, viewed as a matrix [*, m, n] if `matrix`; None where it is not
+    sharded. Raises UsageError for a convolution sharded along its inputs."""
     if not is_sharded(p):
         return None
     axes = []
@@ -276,7 +276,7 @@ def layout_of(
 
 
 def sum_(tensors: Tensors, groups: Groups, mean: bool = False) -> None:
-    """Sum (or average) each tensor over the groups, in place: one collective per group."""
+    """Sum (or average) each tensor over the groups, in place, with one collective per group."""
     if not groups or not tensors:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -289,7 +289,7 @@ def sum_(tensors: Tensors, groups: Groups, mean: bool = False) -> None:
 
 
 def sum_symmetric_(tensors: Tensors, groups: Groups) -> None:
-    """The same for symmetric matrices [*, n, n], of each of which n (n + 1) / 2 numbers travel."""
+    """`sum_` for symmetric matrices [*, n, n]; sends only n (n + 1) / 2 numbers of each."""
     if not groups:
         return
     places = [torch.triu_indices(*t.shape[-2:], device=t.device).unbind() for t in tensors]

@@ -1,4 +1,4 @@
-"""What is projected in the gradient's place: the gradient and what earlier steps left over."""
+"""Sources: what is projected instead of the gradient, such as gradient plus error feedback."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source(Part):
-    """The contract of a source."""
+    """Interface of a source."""
 
     names: ClassVar[tuple[str, ...]] = ()  # of its state tensors
 
     @property
     def lines(self) -> bool:
-        """Is what it keeps stored by whole rows?"""
+        """True where its state is stored per whole row, which must then not be sharded."""
         return False
 
     def init(self, W: Tensor) -> State:
-        """The state tensors beside a matrix W [*, m, n]."""
+        """The initial state tensors for a matrix W [*, m, n]."""
         raise NotImplementedError
 
     def receive(self, entry: Entry) -> Tensor:
-        """A [*, m, n], to be projected at this step; may be the state itself."""
+        """The matrix A [*, m, n] to project at this step; may be a state tensor."""
         raise NotImplementedError
 
     def sought(self, entry: Entry, A: Tensor) -> Tensor:
-        """What a new basis is found from; A itself by default."""
+        """The matrix that a new basis is computed from; by default A."""
         return A
 
     def turn(self, entry: Entry, sign: float) -> None:
-        """The basis is about to be replaced (sign 1), or was just now (-1)."""
+        """Called before (sign 1) and after (sign -1) the basis is replaced."""
 
     def settle(self, entry: Entry, A: Tensor) -> None:
-        """Keep what the step does not use, once entry.R = left^T A right^T is known."""
+        """Store what the step does not use, once entry.R = left^T A right^T is known."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ErrorFeedback(Source):
-    """A = G + E; then E = A - up(R): what the subspace cannot hold comes back next time.
+    """A = G + E is projected, and E = A - up(R), the part outside the subspace, is kept.
 
-    E is as large as the weights: in 32 bits it undoes the saving. 8 or 4 bits store each row
-    between its least and its greatest entry, rounded to nearest.
+    E is as large as the weights, which in 32 bits outweighs the saving. With 8 or 4 bits each
+    row is quantised between its least and its greatest entry, rounded to nearest.
 
-    With `beta`, the decay of Adam's first moment M, what M loses where the basis turns is fed
-    back, too, weighted with beta / (1 - beta) (LDAdam, Robert et al. 2025): gradients yet to
-    come would have added so much. `mix` is that rule's rho: the basis is found from
+    With `beta`, the decay of Adam's first moment M, the part of M that a change of basis loses
+    is added to A, too, times beta / (1 - beta), its weight in all later updates (LDAdam, Robert
+    et al. 2025). `mix` is that rule's rho: the basis is computed from
     mix up(M) / (1 - beta^t) + (1 - mix) A.
     """
 
@@ -93,8 +93,8 @@ class ErrorFeedback(Source):
         return b
 
     def turn(self, entry: Entry, sign: float) -> None:
-        """A += beta / (1 - beta) (up(M) before - up(M) after): nothing of it lies in the new
-        subspace, so R stays what it would be."""
+        """A += beta / (1 - beta) (up(M) before - up(M) after). The difference is orthogonal to
+        the new subspace, so R does not change."""
         if self.beta is not None:
             weight = self.beta / (1 - self.beta)
             add_up_(entry.A, entry.tensors["exp_avg"], entry.basis, alpha=sign * weight)
@@ -109,8 +109,8 @@ class ErrorFeedback(Source):
 
 @dataclass(frozen=True)
 class Momentum(Source):
-    """B += G is projected; then B -= (1 - mu) up(R) (Dion, Trion): momentum as large as the
-    weights, of which only what was used fades."""
+    """Momentum as large as the weights: B += G is projected, then B -= (1 - mu) up(R), so that
+    only the part used in the step decays (Dion, Trion)."""
 
     mu: float = 0.95
     names: ClassVar[tuple[str, ...]] = ("buffer",)

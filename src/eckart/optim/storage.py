@@ -1,10 +1,9 @@
-"""Numbers in few bits: moments in 8, a basis in 4, rows of an error in 8 or 4, weights in 16.
+"""Low-precision storage: moments in 8 bits, bases in 4, errors in 8 or 4, bf16 weights.
 
-Moments have a code per element and a scale per block: 256 elements of a line, or all of a
-shorter one. Blocks end with their line, so that they are the same on shards of rows. The codes
-are those of dynamic tree quantisation (Dettmers et al. 2022): dense near 1 and spread over
-seven decades below, since moments are. Between steps a moment takes 1 byte an element and 4 a
-block.
+Moments have a code per element and a scale per block: 256 elements of a line, or a whole shorter
+line. No block crosses lines, so that blocks are the same on shards of rows. The codes are those
+of dynamic tree quantisation (Dettmers et al. 2022), dense near 1 and spread over seven decades
+below, as moments are. A moment takes 1 byte per element and 4 per block between steps.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from eckart.optim.part import State, Tensors
 from eckart.optim.project import Basis, Enough, Found, Projector, Search, Subspace, Turn
 
 BLOCK = 256
-SMALLEST = 4096  # elements; below it nothing is worth saving, as in bitsandbytes
+SMALLEST = 4096  # elements; smaller tensors stay in 32 bits, as in bitsandbytes
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 @cache
 def levels(signed: bool) -> Tensor:
-    """The 256 values in [-1, 1] or [0, 1] that the codes stand for, ascending.
+    """The 256 values in [-1, 1] (signed) or [0, 1] that the codes represent, ascending.
 
-    Decade i of 7 (down from 1 by tens) holds 2^(6 - i) positive values, twice as many where
-    there are no negative ones: midpoints of equal parts of its upper nine tenths.
+    Decade i = 0..6 below 1, from 10^-(i + 1) to 10^-i, has 2^(6 - i) positive values, twice as
+    many if unsigned: the midpoints of equal intervals.
     """
     positive = []
     for i in range(7):
@@ -45,9 +44,9 @@ def levels(signed: bool) -> Tensor:
 
 
 def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes uint8 like x [a, *], and the largest magnitude of each block, fp32 [a, blocks].
+    """uint8 codes of x's shape [a, *], and the largest magnitude of each block, fp32 [a, blocks].
 
-    A positive second moment is never rounded to 0: the step would divide by epsilon.
+    A positive second moment is never rounded to 0, as the step would then divide by epsilon.
     """
     lines = x.float().flatten(1)  # [a, n]
     n, size = lines.shape[1], block_size(lines.shape[1])
@@ -62,14 +61,14 @@ def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """The fp32 values that codes and scales stand for."""
+    """The fp32 values of codes and scales from `quantise`."""
     lines = levels(signed).to(codes.device)[codes.flatten(1).int()]  # [a, n]
     n, size = lines.shape[1], block_size(lines.shape[1])
     return (lines * scale.repeat_interleave(size, 1)[:, :n]).view(codes.shape)
 
 
 def block_size(n: int) -> int:
-    """Elements of a line of n that share a scale: no block reaches into another line."""
+    """The number of elements that share a scale in a line of n."""
     return min(BLOCK, n)
 
 
@@ -114,13 +113,13 @@ class EightBit(Inner):
         self.store(state, moments)
 
     def widened(self, state: State) -> State:
-        """The moments as numbers; those stored in 32 bits are the state's own tensors."""
+        """The dequantised moments; moments stored in 32 bits are the state tensors themselves."""
         if "exp_avg_scale" not in state:
             return {name: state[name] for name in SIGNED}
         return {k: dequantise(state[k], state[f"{k}_scale"], s) for k, s in SIGNED.items()}
 
     def store(self, state: State, moments: State) -> None:
-        """Write the moments back."""
+        """Quantise the moments into the state; nothing to do where they are stored in 32 bits."""
         if "exp_avg_scale" in state:
             for name, signed in SIGNED.items():
                 codes, scale = quantise(moments[name], signed)
@@ -129,8 +128,8 @@ class EightBit(Inner):
 
 
 def rounded_by_chance(x: Tensor, seed: int) -> Tensor:
-    """x [*] fp32 as bf16, up or down with probabilities that make the mean exact: an update
-    below half a bf16 step is then not lost but made now and then.
+    """x [*] fp32 rounded stochastically to bf16, exact in the mean, so that updates smaller than
+    half a bf16 step are not lost.
 
     16 random bits are added below the bits that stay; the carry rounds the magnitude up.
     """
@@ -142,7 +141,7 @@ def rounded_by_chance(x: Tensor, seed: int) -> Tensor:
 
 
 def pack_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Each row of x [*, m, n] in 8 or 4 bits between its least and its greatest entry.
+    """Quantise each row of x [*, m, n] to 8 or 4 bits between its least and greatest entry.
 
     Codes uint8 [*, m, n], or [*, m, ceil(n / 2)] with two 4-bit codes a byte, low half first;
     ends fp32 [*, m, 2]. Rounded to nearest: the error is at most (greatest - least) / 510
@@ -168,8 +167,8 @@ def unpack_rows(codes: Tensor, ends: Tensor, bits: int, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed(Projector):
-    """A basis stored in 4 bits (Q-GaLore): each direction between its least and its greatest
-    entry. What comes back is orthonormal to a few per cent.
+    """A basis stored in 4 bits (Q-GaLore), each direction quantised between its least and its
+    greatest entry. The dequantised basis is orthonormal to a few per cent.
 
     Directions are stored as rows, codes [*, r, ceil(n / 2)] and ends [*, r, 2], whole on every
     process.
@@ -229,7 +228,7 @@ class Packed(Projector):
 
 
 def pack_basis(found: Found) -> Found:
-    """The parts of a basis in 4 bits."""
+    """Quantise the parts of a basis to 4 bits."""
     packed: Found = {}
     for side, t in found.items():
         codes, ends = pack_rows(t.mT if side == "left" else t, 4)

@@ -1,4 +1,4 @@
-"""Power iteration that starts where the last step ended (Dion, Ahn et al. 2025)."""
+"""Power iteration, warm-started from the last step (Dion, Ahn et al. 2025)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from eckart.optim.project import Basis, Enough, Found, Search, Subspace, gaussia
 
 @dataclass(frozen=True)
 class Warm(Subspace):
-    """P = orth(A Q^T) [m, r] for a Q [r, n] that is then replaced by P^T A with rows of length 1.
+    """Projects A from the left on P = orth(A Q^T) [m, r]; then Q [r, n] becomes P^T A with rows
+    scaled to length 1.
 
-    Q alone is stored; P, with which A is projected from the left, lives for one step. The
-    first Q is random.
+    Only Q is stored; P is used for one step. The first Q is random.
     """
 
     names: ClassVar[tuple[str, ...]] = ("warm",)
@@ -35,7 +35,7 @@ class Warm(Subspace):
         return {"warm": eye.expand(*lead, *eye.shape).clone()}
 
     def basis(self, state: Mapping[str, Tensor], like: Tensor, size: tuple[int, int]) -> Basis:
-        """Some coordinates: what is used where A is zero and there is nothing to find."""
+        """The first r coordinates: used where A is zero, so that no P can be computed."""
         *lead, r, _ = state["warm"].shape
         eye = torch.eye(size[0], r, dtype=like.dtype, device=like.device)
         return Basis(eye.expand(*lead, *eye.shape), None)
