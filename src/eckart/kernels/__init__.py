@@ -1,4 +1,4 @@
-"""Faster forms of plain functions. Importing it registers them; without it all still runs."""
+"""Optional faster implementations of plain functions. Importing this package registers them."""
 
 from eckart.kernels.low_rank import fused_frozen_linear, fused_linear_plus_low_rank
 from eckart.kernels.shared_input import peers_at_once

@@ -52,7 +52,7 @@ class Map(NamedTuple):
 
 
 def map_of(W: Tensor, bias: Tensor | None, pair: Pair) -> Map:
-    """A frozen map and the factors of its term."""
+    """The map of a frozen matrix and its term's factors."""
     B0, A0 = pair.start or (None, None)
     return Map(W, bias, pair.A, pair.B, B0, A0, pair.scale)
 
@@ -66,7 +66,7 @@ def fused_linear_plus_low_rank(x: Tensor, W: Tensor, bias: Tensor | None, pair: 
 
 
 def fused(x: Tensor, maps: Sequence[Map]) -> tuple[Tensor, ...]:
-    """The results [.., m_i] of maps of x [.., n]. Factors have one dtype; all A train, or none."""
+    """The results [.., m_i] of maps of x [.., n]. Factors have one dtype; all or no A train."""
     scales = tuple(one.scale for one in maps)
     tensors = [t for one in maps for t in one[:-1]]
     return FusedLowRank.apply(x, scales, torch.is_grad_enabled(), *tensors)
@@ -88,7 +88,7 @@ def ordinary(x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor | None)
 
 
 def unpack(scales: Sequence[float], tensors: Sequence[Any]) -> list[Map]:
-    """The maps from a flat sequence of their tensors, six each."""
+    """The maps, from a flat sequence of their tensors, six each."""
     columns = [tensors[i::6] for i in range(6)]
     return [
         Map(W, bias, A, B, B0, A0, scale)
@@ -109,7 +109,7 @@ def thin(one: Map) -> tuple[Tensor, Tensor]:
 
 
 def cheaper_folded(flat: Tensor, maps: Sequence[Map]) -> bool:
-    """Does it cost less to put the terms into the matrices? With a margin for memory traffic."""
+    """Is it cheaper to add the terms to the matrices? With a margin for memory traffic."""
     if any(one.A0 is None for one in maps):
         return False
     narrow = {t.dtype for one in maps for t in (one.W, one.A)} - {torch.float32, torch.float64}
@@ -120,13 +120,13 @@ def cheaper_folded(flat: Tensor, maps: Sequence[Map]) -> bool:
 
 
 def folded(one: Map) -> Map:
-    """The map with its term added to its matrix; A and B stay, for their gradients."""
+    """The map with its term added to its matrix; A and B are kept for their gradients."""
     down, up = thin(one)
     return one._replace(W=torch.addmm(one.W, up, down), B0=None, A0=None)
 
 
 def side_by_side(downs: Sequence[Tensor]) -> tuple[Tensor, list[slice]]:
-    """Matrices [k_i, n] as one [sum k, n], and the rows of each."""
+    """Matrices [k_i, n] concatenated to [sum k, n], and the rows of each."""
     edges = [0]
     for down in downs:
         edges.append(edges[-1] + down.shape[0])
@@ -151,7 +151,7 @@ def into_A(dh: Tensor, maps: Sequence[Map], parts: Sequence[slice]) -> Tensor:
 
 
 class FusedLowRank(torch.autograd.Function):
-    """See the file's head. Six tensors a map, as in `Map`, after x and two constants."""
+    """See the module's docstring. Six tensors per map, as in `Map`, after x and two constants."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -232,12 +232,12 @@ class FusedLowRank(torch.autograd.Function):
 
 
 def training_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-    """As F.linear, by the products of a training pass."""
+    """F.linear with the products of a training pass."""
     return product(x, W.mT, bias)
 
 
 def base_gradient(maps: Sequence[Map], dys: Sequence[Tensor], wide: bool) -> Tensor:
-    """dL/dx [t, n] of the frozen maps; uninitialised where the blocks fill it, `wide`."""
+    """dL/dx [t, n] of the frozen maps; with `wide` uninitialised, as the blocks fill it."""
     if wide:
         return dys[0].new_empty(dys[0].shape[0], maps[0].W.shape[1])
     dx = product(dys[0], maps[0].W)
@@ -262,7 +262,7 @@ class WideGradient(torch.autograd.Function):
 
 
 def blocks(flat: Tensor, width: int) -> list[slice]:
-    """Slices of rows whose copies, this wide, fit the cache of a CPU; one where none are made."""
+    """Slices of rows whose copies of this width fit a CPU's cache; one if nothing is copied."""
     rows = size = flat.shape[0]
     if flat.device.type == "cpu" and flat.dtype != torch.float32:
         size = min(BLOCK, max(128, CACHED // width // 128 * 128))

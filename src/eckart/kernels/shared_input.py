@@ -1,9 +1,9 @@
-"""Maps that are given the same input (q, k, v; gate, up), computed at once for the first.
+"""Maps with the same input (q, k, v; gate, up), computed together when the first is called.
 
-The others take their results when they are called with that very tensor; with another one
-they compute for themselves. Which maps are peers is known from attaching on and does not
-depend on what happened before: a run that is resumed, and a pass that checkpointing repeats,
-compute the same bits. In training alone: without a gradient it does not pay.
+The others take their results when they are called with the same tensor; with another one they
+compute their own. Which maps share an input is decided at attaching and does not depend on earlier
+calls, so a resumed run, and a pass repeated by checkpointing, compute the same bits. Only in
+training: without gradients it is not faster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eckart.linear.layers import LinearSum
 
 
 def peers_at_once(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
-    """As `linear_plus_term`; a call that finds no result of its own computes those of all peers."""
+    """`linear_plus_term` for all peers, if this call finds no stored result."""
     peers = layer._sum.peers
     if peers is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return linear_plus_term(layer, x, W, term)
@@ -38,7 +38,7 @@ def peers_at_once(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor 
 
 
 def free_map(layer: nn.Module, x: Tensor) -> Map | None:
-    """A layer's map before any gain, where nothing else sees or prepares its own call; or None."""
+    """A layer's map before any gain, if nothing else hooks into its call; else None."""
     if not isinstance(layer, LinearSum) or layer._forward_pre_hooks:
         return None
     record, (terms, _), W = layer._sum, layer.parts_of(layer.in_use()), layer.matrix()
@@ -55,6 +55,6 @@ def free_map(layer: nn.Module, x: Tensor) -> Map | None:
 
 
 def matching(maps: list[Map]) -> bool:
-    """Have they one dtype each for bases and factors, and all A trained or none?"""
+    """Do bases and factors have one dtype each, and are all or no A trained?"""
     kinds = {(m.W.dtype, m.W.shape[1], m.A.dtype, m.B.dtype, m.A.requires_grad) for m in maps}
     return len(kinds) == 1

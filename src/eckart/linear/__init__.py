@@ -1,4 +1,4 @@
-"""What is a map made of? Terms, sums of terms, and the sites where they live."""
+"""Linear maps as sums of terms: the terms, the sums, and the sites they are installed at."""
 
 from eckart.linear.layers import frozen_linear, kernels, linear_plus_term
 from eckart.linear.lowrank import LowRank, linear_plus_low_rank, low_rank

@@ -1,9 +1,8 @@
-"""Random bases that are never stored: any entry is a function of (seed, name, its place).
+"""Random bases that are never stored: each entry is a function of (seed, name, position).
 
-A counter-based generator in integer arithmetic gives the same numbers on every device, in
-every dtype and for any piece of a basis, so a file keeps a seed where others keep the
-matrices, a smaller basis is the beginning of a larger one, and torch's own generators are
-left alone.
+A counter-based generator in integer arithmetic gives the same numbers on every device, in every
+dtype and for any slice of a basis. So a file stores a seed instead of the matrices, a smaller
+basis is a prefix of a larger one, and torch's generators are not touched.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from eckart.errors import FileError
 from eckart.linear.term import Shared
 
-GENERATOR = "two rounds of splitmix64, 24 bits"  # a file names it; another one draws otherwise
+GENERATOR = "two rounds of splitmix64, 24 bits"  # stored in files, since it decides the numbers
 AT_ONCE = 1 << 22  # entries drawn in one piece: 32 MB of 64-bit integers
 
 
@@ -32,17 +31,17 @@ def keys_of(seed: int, name: str) -> tuple[int, int]:
 
 
 def signed(value: int) -> int:
-    """A 64-bit pattern as the signed integer that torch knows."""
+    """A 64-bit pattern as a signed integer, the only kind torch has."""
     return value - (1 << 64) if value >> 63 else value
 
 
 def shifted(x: Tensor, by: int) -> Tensor:
-    """Logical right shift of 64-bit patterns: torch's own copies the sign."""
+    """Logical right shift of 64-bit patterns (torch's own is arithmetic)."""
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64: a bijection of 64 bits in which every bit moves every other."""
+    """The finaliser of splitmix64: a bijection of 64 bits; each bit affects every other."""
     x = (x ^ shifted(x, 30)) * signed(0xBF58476D1CE4E5B9)
     x = (x ^ shifted(x, 27)) * signed(0x94D049BB133111EB)
     return x ^ shifted(x, 31)
@@ -51,10 +50,10 @@ def mix(x: Tensor) -> Tensor:
 def uniform(
     seed: int, name: str, i: range, j: range, k: range, device: torch.device | None = None
 ) -> Tensor:
-    """Entries [i, j, k] of a tensor, in [-1, 1), fp32: any piece, anywhere, the same numbers.
+    """Entries [i, j, k] of a tensor, in [-1, 1), fp32; the same for any slice and device.
 
-    i and k below 2^20, j below 2^24. The keys enter through xor and a sum between two
-    rounds, so that no tensor is a shifted window of another.
+    i and k below 2^20, j below 2^24. The keys enter through xor and a sum between two rounds, so
+    that no tensor is a shifted window of another.
     """
     first, second = keys_of(seed, name)
     place = [torch.arange(r.start, r.stop, device=device) for r in (i, j, k)]
@@ -64,7 +63,7 @@ def uniform(
 
 
 def pieces(count: int, each: int) -> Iterator[range]:
-    """Consecutive ranges of 0..count with at most AT_ONCE entries, `each` to a number."""
+    """Consecutive ranges that cover 0..count, at most AT_ONCE entries each; `each` per item."""
     step = max(1, AT_ONCE // max(1, each))
     for start in range(0, count, step):
         yield range(start, min(start + step, count))
@@ -129,7 +128,7 @@ class RandomBasis(Shared):
 def combine(coefficients: Tensor, basis: Tensor) -> Tensor:
     """sum_i c_i basis_i: c [*, k], basis [k, length, rank] -> [*, length, rank].
 
-    One matrix product; a beginning of a longer basis is read in place.
+    One matrix product; a prefix of a longer basis is read in place.
     """
     return (coefficients @ basis.flatten(1).to(coefficients.dtype)).unflatten(-1, basis.shape[1:])
 
@@ -139,7 +138,7 @@ Drawn = tuple[int, str, int, int]
 
 
 def in_pieces(coefficients: Tensor, basis: Tensor | Drawn) -> Iterator[tuple[Tensor, Tensor]]:
-    """Coefficients [*, k] and their basis [k, length, rank], whole where it is held."""
+    """Coefficients [*, k] with slices of their basis [k, length, rank]; a stored one is whole."""
     if isinstance(basis, Tensor):
         yield coefficients, basis
         return
@@ -150,16 +149,16 @@ def in_pieces(coefficients: Tensor, basis: Tensor | Drawn) -> Iterator[tuple[Ten
 
 
 def combined(coefficients: Tensor, basis: Tensor | Drawn, known: Tensor | None = None) -> Tensor:
-    """As `combine`, for a basis that is held or drawn: in the forward pass and again backwards.
+    """`combine`, forward and backward, for a basis that is stored or drawn piece by piece.
 
-    With `known`, the value found for the same coefficients before, up to a constant, the
-    basis is read or drawn for the gradient alone.
+    With `known`, the value found before for the same coefficients, up to a constant, the basis is
+    only read or drawn for the gradient.
     """
     return Combined.apply(coefficients, basis, known)
 
 
 class Combined(torch.autograd.Function):
-    """See `combined`. Kept for the backward pass: the coefficients, and a held basis by name."""
+    """See `combined`. Saved for the backward pass: the coefficients, and a stored basis."""
 
     @staticmethod
     def forward(  # type: ignore[override]

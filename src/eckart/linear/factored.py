@@ -1,6 +1,6 @@
-"""Terms that are, at any moment, a product of two thin matrices made from their tensors.
+"""Terms that are a product of two thin matrices, which they compute from their tensors.
 
-B [*, m, r], A [*, r, n]: a subclass says what they are in `factors()`, and all else follows.
+B [*, m, r], A [*, r, n]: a subclass defines `factors()`; everything else follows from it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from eckart.linear.term import Pair, Term
 
 
 class Factored(Term):
-    """y = B A x with (B, A) = factors(), the scale inside B; never an m x n matrix.
+    """y = B A x with (B, A) = factors(), the scale inside B; no m x n matrix is formed.
 
-    The gradient reaches the tensors behind B through dL/dB = dy^T (A x), so that a pass keeps
-    r numbers per token for them, and x only where A is trained.
+    The gradient reaches the tensors behind B through dL/dB = dy^T (A x), so a pass saves r numbers
+    per token for them, and x only if A is trained.
     """
 
     def factors(self) -> tuple[Tensor, Tensor]:

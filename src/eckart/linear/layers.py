@@ -1,4 +1,4 @@
-"""How each kind of layer computes its sum of terms, mixed into the layer's own class."""
+"""How each kind of layer computes its sum of terms; mixed into the layer's own class."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from eckart.linear.structured import Structured, mixins
 from eckart.linear.term import Gain, Term, by_expert, plain_mm
 
 kernels: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""Faster forms of plain functions, filled by `eckart.kernels`; empty, all still runs."""
+"""Faster forms of plain functions, filled by `eckart.kernels`; optional."""
 
-PLAIN = (Tensor, FakeTensor)  # no subclass of another package; an estimate has no numbers
+PLAIN = (Tensor, FakeTensor)  # subclasses of other packages excluded; estimates use fake tensors
 
 
 def summed(y: Tensor | None, parts: Iterable[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """y plus the parts in y's dtype. Without a y the first part starts the sum, in `dtype`."""
+    """y plus the parts, in y's dtype. If y is None the first part starts the sum, in `dtype`."""
     for part in parts:
         y = part.to(dtype or part.dtype) if y is None else y + part.to(y.dtype)
     assert y is not None  # a map without a dense matrix has terms
@@ -31,18 +31,18 @@ def summed(y: Tensor | None, parts: Iterable[Tensor], dtype: torch.dtype | None 
 
 
 def with_gain(y: Tensor, gain: Gain | None, W: Tensor | None, terms: list[Term]) -> Tensor:
-    """y [.., m] times the gain's factor of each row, where there is a gain."""
+    """y [.., m] times the gain's factor for each row, if there is a gain."""
     return y if gain is None or W is None else y * gain.factor(W, terms).to(y.dtype)
 
 
 class LinearSum(Structured):
-    """Linear and Conv1D; also the head of a tied pair, where the map runs backwards."""
+    """Linear and Conv1D; also the head of a tied pair, which applies the transposed map."""
 
     weight: Tensor
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [*, t, n] -> [*, t, m]; for the other end of a tied pair m and n change places."""
+        """x [*, t, n] -> [*, t, m]; m and n are exchanged for the other end of a tied pair."""
         if not self._sum.enabled:
             return self.base(x)
         if self._sum.owner is not None:
@@ -62,7 +62,7 @@ class LinearSum(Structured):
         return summed(self.base(x), (term(x) for term in terms))
 
     def fused(self, x: Tensor, W: Tensor, terms: list[Term], gain: Gain | None) -> Tensor | None:
-        """The base with its only term in fewer products, where the term offers that; or None."""
+        """The base and its only term in fewer products, if the term supports it; else None."""
         # torch.func refuses autograd functions whose forward takes a context
         plain = type(W.data) in PLAIN and not torch._C._are_functorch_transforms_active()
         if self._sum.kind != "linear" or len(terms) != 1 or not plain:
@@ -74,7 +74,7 @@ class LinearSum(Structured):
         return y if self.bias is None else y + self.bias
 
     def bias_within(self) -> nn.Parameter | None:
-        """The bias that a product may take in: none under a gain, which scales no bias."""
+        """The bias that can be part of the product; none under a gain, which does not scale it."""
         return self.bias if self.in_use().gain is None else None
 
     def base(self, x: Tensor) -> Tensor:
@@ -84,20 +84,20 @@ class LinearSum(Structured):
         return super().forward(x)
 
     def parts(self, x: Tensor, W: Tensor | None) -> Tensor:
-        """The sum product by product, for a gain, another precision or a dropped matrix."""
+        """The sum, product by product: with a gain, another precision or a dropped matrix."""
         y = None if W is None else self._sum.mm(x, W.mT)
         terms, gain = self.parts_of(self.in_use())
         y = with_gain(summed(y, (term(x) for term in terms), x.dtype), gain, W, terms)
         return y if self.bias is None else y + self.bias
 
     def tied(self, x: Tensor, owner: Structured) -> Tensor:
-        """The other end of a pair whose owner holds the terms: [*, t, m] -> [*, t, n]."""
+        """The other end of a tied pair, whose owner has the terms: [*, t, m] -> [*, t, n]."""
         if mix := owner._sum.mix.get("weight"):
             return mixed(mix, x, self.base(x), lambda b, x, p: self.tied_sum(owner, b, x) - p)
         return self.tied_sum(owner, owner.in_use(), x)
 
     def tied_sum(self, owner: Structured, branch: Branch, x: Tensor) -> Tensor:
-        """The base and one branch of the owner, at this end: [*, t, m] -> [*, t, n]."""
+        """The base and one of the owner's branches, transposed: [*, t, m] -> [*, t, n]."""
         W, (terms, gain) = owner.matrix(), owner.parts_of(branch)
         x = with_gain(x, gain, W, terms)
         parts = (term.back(x) if self._sum.flipped else term(x) for term in terms)
@@ -105,14 +105,15 @@ class LinearSum(Structured):
 
 
 def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + bias, x [*, t, n] and W [m, n]: the reference a kernel may take over."""
+    """x W^T + bias, x [*, t, n] and W [m, n]: the reference that a kernel may replace."""
     return F.linear(x, W, bias)
 
 
 def linear_plus_term(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tensor | None:
-    """A layer's frozen matrix with its only term, before any gain, in fewer products where the
-    term offers that, else None: the reference for a kernel that computes several layers of one
-    input at once."""
+    """A layer's frozen matrix with its only term, before any gain, in fewer products if the
+    term supports it, else None. The reference for a kernel that computes several layers with
+    the same input at once.
+    """
     pair, bias = term.pair(), layer.bias_within()
     if pair is None:
         trained = W.requires_grad or (bias is not None and bias.requires_grad)
@@ -122,7 +123,7 @@ def linear_plus_term(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tens
 
 
 class EmbeddingSum(Structured):
-    """Embedding: columns of the map for the ids. Its own scale multiplies terms too."""
+    """Embedding: columns of the map for the ids. The layer's own scale also applies to terms."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [..] -> [.., m]."""
@@ -137,7 +138,7 @@ class EmbeddingSum(Structured):
         return with_gain(y, gain, W, terms)
 
     def look_up(self, term: Term, ids: Tensor) -> Tensor:
-        """A term's columns as this layer scales them: [..] -> [.., m]."""
+        """A term's columns with this layer's scale: [..] -> [.., m]."""
         part = term.columns(ids)
         # Gemma and BART multiply what they look up; a class attribute would hide the buffer.
         scale = getattr(self, "embed_scale", None)
@@ -145,9 +146,9 @@ class EmbeddingSum(Structured):
 
 
 class ConvSum(Structured):
-    """Conv1d, Conv2d, Conv3d of one group: terms see patches [b, t, n], n = c * kh * kw.
+    """Conv1d, Conv2d, Conv3d with one group: terms see patches [b, t, n], n = c * kh * kw.
 
-    t counts the places of the output, the last axis fastest.
+    t counts output positions, the last axis fastest.
     """
 
     bias: nn.Parameter | None
@@ -158,7 +159,7 @@ class ConvSum(Structured):
     _reversed_padding_repeated_twice: list[int]  # of the last axis first
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [b, c, h, w] -> [b, m, h', w'], or without b."""
+        """x [b, c, h, w] -> [b, m, h', w'], with or without b."""
         (terms, gain), W = self.parts_of(self.in_use()), self.matrix()
         mix = self._sum.mix.get("weight")
         if not self._sum.enabled or (W is not None and not mix and not terms):
@@ -195,7 +196,7 @@ class ConvSum(Structured):
         return found.squeeze(0) if single else found
 
     def as_image(self, y: Tensor, x: Tensor) -> Tensor:
-        """Results y [b, t, m] for an input x [b, c, h, w] as an image: [b, m, h', w']."""
+        """Results y [b, t, m] for an input x [b, c, h, w], reshaped to [b, m, h', w']."""
         pads = self._reversed_padding_repeated_twice
         axes = range(len(self.kernel_size))
         shape = x.shape[-len(axes) :]
@@ -229,9 +230,9 @@ class ExpertSum(Structured):
         return out.view(x.shape[0], k, x.shape[-1]).sum(1).to(x.dtype)
 
     def sorted_tokens(self, expert: Tensor) -> tuple[Tensor, list[int]]:
-        """Tokens [t] in the order of their experts, and where those of each begin and end.
+        """Tokens [t] in the order of their experts, and the start and end of each expert's tokens.
 
-        Where there are no numbers (an estimate) each expert has as many.
+        With fake tensors (an estimate) all experts get the same number.
         """
         if isinstance(expert, FakeTensor):
             shares = [len(expert) * e // self.num_experts for e in range(self.num_experts + 1)]

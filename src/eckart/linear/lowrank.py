@@ -19,12 +19,11 @@ RowFactor = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class LowRank(Term):
-    """scale * B (R) A, with each tensor trained or frozen by choice.
+    """scale * B (R) A, with each tensor trained or frozen.
 
-    `start`, where given, is a frozen pair (B0, A0) whose product is subtracted, so that a
-    term that does not start at zero starts at the base all the same. `phi` names a
-    function of torch.nn.functional between the factors and makes the term nonlinear.
-    `dropout` acts on the input of A only.
+    `start`, if given, is a frozen pair (B0, A0) whose product is subtracted, so that a term with a
+    nonzero initial product still starts at the base. `phi` names a function of torch.nn.functional
+    between the factors and makes the term nonlinear. `dropout` acts on the input of A only.
     """
 
     rank_axes: ClassVar[dict[str, int]] = {"B": -1, "A": -2}
@@ -76,13 +75,13 @@ class LowRank(Term):
 
     @property
     def plain_pair(self) -> bool:
-        """Is it s B A and nothing else, with both factors trained? Row factors are for these."""
+        """Is it s B A and nothing else, with both factors trained? Row factors require this."""
         others = (self.R, self.B0, self.phi or None)
         return all(other is None for other in others) and {"A", "B"} <= set(self._parameters)
 
     @property
     def row_factor(self) -> Tensor | None:
-        """The row factor [*, m] for the coming backward pass; None where there is none."""
+        """The row factor [*, m] for the next backward pass; None if there is none."""
         if self.branch_gradient is None or not torch.is_grad_enabled():
             return None
         return self.branch_gradient(self.B.detach(), self.A.detach(), self.scale)
@@ -171,7 +170,7 @@ def low_rank(
     phi: Callable[[Tensor], Tensor] | None = None,
     mm: Product = plain_mm,
 ) -> Tensor:
-    """scale * B phi(R A x): x [*, t, n] -> [*, t, m]. The scale is folded into the thin side."""
+    """scale * B phi(R A x): x [*, t, n] -> [*, t, m]. The scale multiplies the thin tensors."""
     h = mm(x, A.mT)  # [*, t, r]
     h = h if R is None else mm(h, R.mT)
     h = h if phi is None else phi(h)
@@ -181,8 +180,7 @@ def low_rank(
 def linear_plus_low_rank(x: Tensor, W: Tensor, bias: Tensor | None, pair: Pair) -> Tensor:
     """x W^T + bias + x (scale (B A - B0 A0))^T in W's dtype: the reference for a kernel.
 
-    x [*, t, n], W [m, n]. The thin products are computed in the factors' dtype, their sum with
-    the base in the base's.
+    x [*, t, n], W [m, n]. Thin products use the factors' dtype, their sum with the base the base's.
     """
     y, wide = F.linear(x, W, bias), x.to(pair.A.dtype)
     part = low_rank(wide, pair.A, pair.B, pair.scale)
@@ -193,11 +191,11 @@ def linear_plus_low_rank(x: Tensor, W: Tensor, bias: Tensor | None, pair: Pair) 
 
 
 class RowScaled(torch.autograd.Function):
-    """scale * (x A^T) B^T, or backwards scale * (x B) A, where dL/d(B A), of which the
-    gradients of A and B are thin products, has each row multiplied by `factor` [m].
+    """scale * (x A^T) B^T, or transposed scale * (x B) A, whose backward multiplies each row of
+    dL/d(B A) by `factor` [m] before the gradients of A and B are taken from it.
 
-    dL/dx is left as it is, and `factor` is a constant. The m x n gradient is never formed:
-    it is left^T right, with left [t, m] and right [t, n] the two ends of the map.
+    dL/dx is unchanged, and `factor` is a constant. The m x n gradient is never formed: it is
+    left^T right, with left [t, m] and right [t, n] the two ends of the map.
     """
 
     @staticmethod
@@ -218,13 +216,13 @@ class RowScaled(torch.autograd.Function):
         left, right = (t.reshape(-1, t.shape[-1]) for t in ((x, dy) if ctx.back else (dy, x)))
         h = right @ A.mT if h is None else h.reshape(-1, h.shape[-1])  # [t, r]
         dB = factor[:, None] * (left.mT @ h) * ctx.scale  # [m, r]
-        # the factor stands inside the sum over rows: scale B, not dy, and no [t, m] copy is made
+        # the factor is inside the sum over rows: scaling B, not dy, avoids a [t, m] copy
         dA = ((left @ (factor[:, None] * B)) * ctx.scale).mT @ right  # [r, n]
         return dx, dA, dB, None, None, None
 
 
 class RowScaledProduct(torch.autograd.Function):
-    """h B^T, where h [.., r] holds columns of A: dL/d(B A) has each row times `factor` [m].
+    """h B^T, where h [.., r] holds columns of A: rows of dL/d(B A) are multiplied by `factor` [m].
 
     A is reached through h alone, so both gradients are scaled here.
     """
@@ -243,7 +241,7 @@ class RowScaledProduct(torch.autograd.Function):
 
 
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype that autocast gives to products; as they are where it is off."""
+    """The tensors in the dtype that autocast uses for products; unchanged if autocast is off."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -1,9 +1,9 @@
-"""Several adapters on one map at once: summed with weights, or another one for each row.
+"""Several adapters on one map: a weighted sum, or a different adapter for each row.
 
     y = p + sum_a w_a D_a(x) + bias        p = W x, the base's product
 
-D_a is what an adapter adds: the sum of its terms, or g_a (p + its terms) - p where it has a
-gain g_a, so that a gain of one adapter scales nothing of another.
+D_a is the change by adapter a: the sum of its terms, or g_a (p + its terms) - p if it has a gain
+g_a, so that one adapter's gain does not scale another's terms.
 
 b rows, t tokens, m out, n in, r rank.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Branch:
-    """One adapter's part of a sum: its children's names in the module, and its weight."""
+    """One adapter's part of a sum: the names of its children in the module, and its weight."""
 
     terms: tuple[str, ...] = ()
     gain: str | None = None
@@ -39,7 +39,7 @@ NOTHING = Branch()
 
 @dataclass(frozen=True)
 class Mix:
-    """The branches of one sum, for all rows or row by row."""
+    """The active branches of one sum, for all rows or row by row."""
 
     branches: tuple[Branch, ...]
     rows: Tensor | None = None  # int64 [b]: the branch of each row
@@ -50,14 +50,16 @@ Change = Callable[[Branch, Tensor, Tensor], Tensor]  # (branch, x, p) -> what it
 
 
 def gained(mix: Mix) -> bool:
-    """Has one of the branches a gain?"""
+    """Does any branch have a gain?"""
     return any(branch.gain is not None for branch in mix.branches)
 
 
 def change_of(
     layer: Structured, run: Run, param: str = "weight", expert: Tensor | None = None
 ) -> Change:
-    """What a branch of this layer adds; `expert` [t] says whose token it is in fused experts."""
+    """The function that computes a branch's change to this layer's output; `expert` [t] is each
+    token's expert in fused experts.
+    """
 
     def change(branch: Branch, x: Tensor, p: Tensor) -> Tensor:
         terms, gain = layer.parts_of(branch)
@@ -73,9 +75,9 @@ def change_of(
 
 
 def mixture(layer: Structured, mix: Mix, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """y [b, .., m], the base's result with its bias, plus what all branches add.
+    """y [b, .., m], the base's result with its bias, plus the changes of all branches.
 
-    Plain pairs, row by row, are one batched product. A gain scales no bias.
+    Row by row, plain pairs are one batched product. A gain does not scale the bias.
     """
     if mix.rows is not None and not gained(mix):
         pairs = row_pairs([layer.parts_of(branch)[0] for branch in mix.branches])
@@ -89,9 +91,9 @@ def mixture(layer: Structured, mix: Mix, x: Tensor, y: Tensor, bias: Tensor | No
 
 
 def mixed(mix: Mix, x: Tensor, p: Tensor, change: Change) -> Tensor:
-    """p [b, .., m] plus what the branches add; a branch of its own for each row where so chosen.
+    """p [b, .., m] plus the changes of the branches, or of one branch for each row.
 
-    Row by row each branch runs once, on its own rows of x [b, .., n].
+    Row by row, each branch runs once, on its own rows of x [b, .., n].
     """
     y = p
     if mix.rows is None:
@@ -109,9 +111,9 @@ def mixed(mix: Mix, x: Tensor, p: Tensor, change: Change) -> Tensor:
 
 
 def owners_of(rows: Tensor, x: Tensor) -> Tensor:
-    """The branch of each leading entry of x: beams, windows and tokens follow their row.
+    """The branch of each leading entry of x: beams, windows and tokens belong to their row.
 
-    Raises UsageError where the entries are no whole multiple of the rows.
+    Raises UsageError if the number of entries is not a multiple of the number of rows.
     """
     count, found = len(rows), x.shape[0]
     if found % count:
@@ -124,9 +126,10 @@ def owners_of(rows: Tensor, x: Tensor) -> Tensor:
 
 
 def row_pairs(branches: Sequence[Sequence[Term]]) -> list[tuple[Tensor, Tensor]] | None:
-    """Each branch as one pair B [m, r], A [r, n]; None where one of them is no such product.
+    """Each branch as one pair B [m, r], A [r, n]; None if any branch is not such a product.
 
-    A branch without terms is a pair of rank 0. Dropout in training is not a product either.
+    A branch without terms is a pair of rank 0. With dropout in training a branch is not a product
+    either.
     """
     found: list[tuple[Tensor, Tensor] | None] = []
     for terms in branches:
@@ -145,7 +148,7 @@ def row_pairs(branches: Sequence[Sequence[Term]]) -> list[tuple[Tensor, Tensor]]
 def low_rank_rows(
     x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], owners: Tensor, mm: Product = plain_mm
 ) -> Tensor:
-    """B_i A_i x for each row by its own pair: two batched products, ranks padded with zeros.
+    """B_i A_i x with each row's own pair: two batched products, ranks padded with zeros.
 
     x [b, .., n], owners int64 [b], pairs of B [m, r_i], A [r_i, n] -> [b, .., m].
     """
@@ -158,7 +161,7 @@ def low_rank_rows(
 
 
 def padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B [*, m, r], A [*, r, n] with zero components up to a rank; the product is the same."""
+    """B [*, m, r], A [*, r, n] padded to a rank with zero components; the product is the same."""
     more = rank - A.shape[-2]
     B = torch.cat([B, B.new_zeros(*B.shape[:-1], more)], dim=-1)
     return B, torch.cat([A, A.new_zeros(*A.shape[:-2], more, A.shape[-1])], dim=-2)

@@ -1,4 +1,4 @@
-"""Linear layers without some of their rows or columns, and factors put back to full size."""
+"""Removing rows or columns of linear layers, and scattering slices back to full size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def narrow(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Keep these outputs and inputs (int64 indices, in order), in place; the bias follows."""
+    """Keep only these outputs and inputs (int64 indices, in order), in place; the bias too."""
     weight: Tensor = layer.weight.detach()
     bias: Tensor | None = layer.bias
     if rows is not None:
@@ -22,7 +22,7 @@ def narrow(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None 
 
 
 def replace(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a layer other parameters; which of them are trained stays as it is."""
+    """Replace a layer's parameters; `requires_grad` stays as it was."""
     layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=layer.bias.requires_grad)
@@ -30,9 +30,9 @@ def replace(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def take_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give linear maps the shapes of saved tensors, without values, so that these can be loaded.
+    """Resize linear maps to the shapes of saved tensors, which can then be loaded.
 
-    Names that are not here, and equal shapes, are left alone.
+    Unknown names and equal shapes are left alone. New parameters have no values.
     """
     for path, layer in model.named_modules():
         saved = tensors.get(f"{path}.weight")
@@ -44,7 +44,7 @@ def take_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def spread(thin: Tensor, kept: Tensor, size: int, axis: int) -> Tensor:
-    """Slices put back to where they were kept from, zeros elsewhere: `size` along `axis`."""
+    """Scatter slices to the indices they were kept from, zeros elsewhere: `size` along `axis`."""
     shape = list(thin.shape)
     shape[axis] = size
     return thin.new_zeros(shape).index_copy(axis, kept.to(thin.device), thin)

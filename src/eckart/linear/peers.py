@@ -14,9 +14,9 @@ from eckart.linear.structured import Structured
 
 
 class Peers:
-    """Maps of the same input, and results computed for all of them that wait to be taken.
+    """Maps with the same input, and results computed for all of them at once.
 
-    A result is given out for the very tensor that it was computed from, unchanged since.
+    A result is returned only for the tensor that it was computed from, unchanged since then.
     """
 
     def __init__(self, members: Sequence[nn.Module]):
@@ -31,17 +31,17 @@ class Peers:
         Peers.__init__(self, **state)
 
     def forget(self) -> None:
-        """Drop results that nobody took."""
+        """Drop results that were not used."""
         self.input: Any = None  # a weak reference, and the version of what it refers to
         self.waiting: dict[int, Tensor] = {}  # id of a member -> its result
 
     def keep(self, x: Tensor, results: Sequence[Tensor]) -> None:
-        """The results of all members for an input."""
+        """Store the results of all members for an input."""
         self.input = weakref.ref(x), x._version
         self.waiting = {id(m): y for m, y in zip(self.members, results, strict=True)}
 
     def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The result for a layer, once, if it was computed for this very input."""
+        """The stored result for a layer, if computed from this very input; it is removed."""
         if self.input is None or self.input[0]() is not x or self.input[1] != x._version:
             return None
         return self.waiting.pop(id(layer), None)
@@ -49,7 +49,7 @@ class Peers:
 
 @dataclass
 class Common:
-    """A value that depends on the input alone, and how many members have yet to ask for it."""
+    """A value that depends on the input alone, and how many members have not asked for it yet."""
 
     input: weakref.ref[Tensor]
     key: tuple[Hashable, int]  # which value it is, and the version of the input
@@ -58,7 +58,7 @@ class Common:
 
 
 def once(peers: Peers | None, x: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """A value that depends on x alone: made for the first member that asks, dropped at the last."""
+    """A value that depends on x alone: computed for the first member, dropped after the last."""
     if peers is None or torch.compiler.is_compiling() or x.is_inference():
         return make()
     known, named = peers.common, (key, x._version)
@@ -71,7 +71,7 @@ def once(peers: Peers | None, x: Tensor, key: Hashable, make: Callable[[], Tenso
 
 
 def make_peers(modules: Sequence[nn.Module]) -> None:
-    """Let structured maps know that they are given the same input."""
+    """Register structured maps as having the same input."""
     peers = Peers(modules)
     for module in modules:
         if isinstance(module, Structured):

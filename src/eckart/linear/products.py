@@ -1,9 +1,9 @@
-"""In which dtype bf16 activations and fp32 factors are multiplied.
+"""The dtype in which bf16 activations and fp32 factors are multiplied.
 
-A product in bf16 accumulates in fp32 and rounds its result once, as the sum that it enters is
-rounded anyway. It takes a quarter of an fp32 product's time where the processor knows bf16, and
-several times as long where that is emulated. Gradients of what is held in fp32 are no such
-sums: they are computed in fp32 always.
+A bf16 product accumulates in fp32 and rounds its result once, as the sum that it is added to is
+rounded anyway. It takes a quarter of the time of an fp32 product on processors with bf16 support,
+and several times as long where bf16 is emulated. Gradients of fp32 tensors are always computed in
+fp32.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ BF16_ON_CPU = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def emulated(x: Tensor) -> bool:
-    """Are products in x's dtype emulated here? In fp32 they are then tens of times faster."""
+    """Are products in x's dtype emulated on this processor? fp32 is then tens of times faster."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not BF16_ON_CPU
 
 
 def fitting(x: Tensor, W: Tensor, *trained: Tensor) -> bool:
-    """Are all of one dtype, or x and W in bf16 beside fp32, with autocast off?"""
+    """Do all have one dtype, or are x and W in bf16 with fp32 tensors, with autocast off?"""
     if not alike(x, W):
         return False
     kinds = {t.dtype for t in trained}
@@ -43,7 +43,7 @@ def within_sum(x: Tensor, factor: Tensor) -> torch.dtype:
 
 
 def add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y += a @ b in place, all of two dimensions; a and b may be of a wider dtype than y."""
+    """y += a @ b in place, all of two dimensions; a and b may have a wider dtype than y."""
     if y.dtype == a.dtype:
         y.addmm_(a, b)
     else:
@@ -51,7 +51,7 @@ def add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:
-    """y [t, m], which an autograd function made from x [.., n], as [.., m].
+    """Reshape y [t, m], which an autograd function made from x [.., n], to [.., m].
 
     Not as a view: a model that adds to its layers' results in place (Falcon) could not change it.
     """

@@ -1,4 +1,4 @@
-"""Values that change only when the optimizer steps, computed once for all passes until then."""
+"""Caches values that change only when the optimizer steps, across passes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ T = TypeVar("T")
 class Remembered(Generic[T]):
     """The latest value of a pure function of tensors.
 
-    It is used again while the tensors hold the same numbers. Those are compared with a copy:
-    torch's version counters miss writes through `.data` and what FSDP gathers. `frozen`
-    tensors, too large for a copy, are compared by address and version, `scalars` by value.
-    Nothing is remembered while compiling or under torch.func, nor of fake, sharded or inference
-    tensors, nor on an accelerator, where a comparison would make the host wait in every pass.
-    A copy or a pickle forgets.
+    It is reused while the tensors hold the same numbers, compared with a copy: torch's version
+    counters miss writes through `.data` and what FSDP gathers. `frozen` tensors, too large for a
+    copy, are compared by address and version, `scalars` by value. Nothing is cached while
+    compiling or under torch.func, for fake, sharded or inference tensors, or on an accelerator,
+    where a comparison would synchronise the host in every pass. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -37,7 +36,7 @@ class Remembered(Generic[T]):
         frozen: Sequence[Tensor] = (),
         scalars: tuple[float, ...] = (),
     ) -> T:
-        """compute() without a gradient, or what it gave for these numbers before."""
+        """compute() without a gradient, or the value cached for the same numbers."""
         traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if traced or not all(map(comparable, (*tensors, *frozen))):
             with torch.no_grad():
@@ -52,13 +51,13 @@ class Remembered(Generic[T]):
 
 
 def comparable(tensor: Tensor) -> bool:
-    """Is this an ordinary tensor (no fake, inference or distributed one) on the CPU?"""
+    """Is this an ordinary tensor (not fake, inference or distributed) on the CPU?"""
     ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu
     return ordinary and not tensor.is_inference()
 
 
 def same(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
-    """Do these hold the numbers of those, in the same dtype and on the same device?"""
+    """Do these tensors equal their copies, in the same dtype and on the same device?"""
     return len(tensors) == len(copies) and all(
         t.dtype == c.dtype and t.device == c.device and torch.equal(t, c)
         for t, c in zip(tensors, copies, strict=True)

@@ -1,4 +1,4 @@
-"""The scale of a LoRA pair, s = alpha / r or alpha / sqrt(r), and PEFT's words for it."""
+"""The scale of a LoRA pair, s = alpha / r or alpha / sqrt(r), to and from PEFT's config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def peft_entries(term: LowRank, scaling: str) -> dict[str, Any]:
 
 
 def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rank, alpha, scaling and dropout of a LoraConfig; PEFT's defaults where it is silent."""
+    """rank, alpha, scaling and dropout of a LoraConfig; PEFT's defaults for missing entries."""
     return {
         "rank": config.get("r", 8),
         "alpha": float(config.get("lora_alpha", 8)),

@@ -1,7 +1,7 @@
-"""Places where a linear map lives: every layer type is seen as a matrix [*, m, n].
+"""Sites, the places where a linear map lives: every layer type is seen as a matrix [*, m, n].
 
-The one file that knows layer types, ours and others'. Foreign classes are known by their
-qualified names, so that nothing is imported for their sake.
+The only file that knows layer types. Classes of other packages are recognised by their qualified
+names, so that the packages need not be imported.
 
     Linear      weight [m, n]                     as it is
     Conv1D      weight [n, m] (GPT-2)             transposed
@@ -10,7 +10,7 @@ qualified names, so that nothing is imported for their sake.
     experts     a 3-D parameter [e, m, n]         one matrix per expert
 
 A Linear may be quantised: its weight is then a tensor of torchao's or a packed parameter of
-bitsandbytes. Its own forward computes with it; `dequantised` says what matrix it stands for.
+bitsandbytes. Its own forward computes with it; `dequantised` returns the matrix.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of torch:
 
 @dataclass(frozen=True)
 class Horizon:
-    """What is known of the training ahead: optimizer steps, the peak lr, warm-up steps."""
+    """The schedule of the training ahead: optimizer steps, the peak lr, warm-up steps."""
 
     steps: int | None = None
     lr: float = 0.0
@@ -43,7 +43,7 @@ class Horizon:
 
     @property
     def first_lr(self) -> float:
-        """The learning rate of the first step: one warm-up step's share of the peak."""
+        """The learning rate of the first step: the peak divided by the warm-up steps."""
         return self.lr / max(1, self.warmup)
 
 
@@ -78,7 +78,7 @@ class Site:
 
     @property
     def prefix(self) -> str:
-        """What stands before a term's name among the module's children."""
+        """The prefix of a term's name among the module's children."""
         return f"{self.param}_" if self.kind == "experts" else ""
 
     @property
@@ -132,7 +132,7 @@ def quantised(tensor: Any) -> bool:
 
 
 def dequantised(tensor: Tensor, module: nn.Module) -> Tensor:
-    """The matrix that a quantised weight of this module stands for; any other tensor itself."""
+    """The dequantised matrix of this module's weight; any other tensor is returned as it is."""
     raw: Any = getattr(module, "weight", None)
     if not quantised(tensor) and not quantised(raw):
         return tensor
@@ -192,7 +192,7 @@ def as_stored(matrix: Tensor, module: Any, kind: str) -> Tensor:
 def reads_past_module(parent: nn.Module, name: str) -> str:
     """Why terms on this child would be skipped: its parent reads its weight instead of calling it.
 
-    In words for an error; empty where the child is called.
+    Text for an error; empty if the child is called.
     """
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return "reads its weight without calling it"
@@ -211,15 +211,15 @@ def reads_past_module(parent: nn.Module, name: str) -> str:
 
 
 def forward_replaced(module: nn.Module) -> bool:
-    """Was this layer's forward replaced on the object, past its class? Terms would be skipped."""
+    """Was this layer's forward replaced on the instance? Terms would then be skipped."""
     return "forward" in vars(module) and HOOKED not in vars(module)
 
 
 def more_than_its_matrix(module: nn.Module) -> bool:
-    """Does the class of this layer compute anything else than torch's own layer would?
+    """Does this layer's class compute anything other than torch's own layer would?
 
-    A forward of its own (offsets, a number format) is tried on one small input. A quantised layer
-    counts as a product, and so does one without numbers (an estimate).
+    An overridden forward (offsets, a number format) is tested on one small input. Quantised layers
+    and layers without values (an estimate) count as plain products.
     """
     layer: Any = next((cls for cls in type(module).__mro__ if cls in LAYERS), None)
     weight = module._parameters.get("weight")
@@ -240,7 +240,7 @@ def more_than_its_matrix(module: nn.Module) -> bool:
 
 
 def small_input(layer: Any, weight: Tensor) -> Tensor:
-    """The smallest input that one of torch's layers takes: [1, n], ids [3] or one patch."""
+    """The smallest valid input of one of torch's layers: [1, n], ids [3] or one patch."""
     if isinstance(layer, nn.Embedding):
         return torch.arange(min(3, len(weight)), device=weight.device)
     kernel = zip(getattr(layer, "dilation", ()), getattr(layer, "kernel_size", ()), strict=True)
@@ -249,7 +249,7 @@ def small_input(layer: Any, weight: Tensor) -> Tensor:
 
 
 def find_sites(model: nn.Module, seed: int = 0) -> list[Site]:
-    """All sites in the order of named_modules; a tied group is one site, the embedding's."""
+    """All sites in the order of named_modules; a tied group is one site, at the embedding."""
     sites: dict[int, Site] = {}
     for path, module in model.named_modules():
         for site in module_sites(path, module, seed):
@@ -277,7 +277,7 @@ def module_sites(path: str, module: nn.Module, seed: int) -> Iterator[Site]:
 
 
 def join(first: Site, other: Site) -> Site:
-    """Two uses of one parameter: the embedding keeps the terms, the other refers to it."""
+    """Merge two uses of one parameter: the embedding keeps the terms, the other refers to it."""
     if other.kind == "embedding" and first.kind != "embedding":
         first, other = other, first
     return dataclasses.replace(

@@ -16,7 +16,7 @@ from eckart.linear.term import Pair, Product, by_expert, plain_mm
 
 
 class Spectral(Factored):
-    """scale * B diag(s) A, each of the three trained or frozen by choice."""
+    """scale * B diag(s) A, with each of the three trained or frozen."""
 
     rank_axes: ClassVar[dict[str, int]] = {"B": -1, "s": -1, "A": -2}
     B: Any

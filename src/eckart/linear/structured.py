@@ -1,11 +1,11 @@
-"""A linear map as a named sum of terms, in the place where the map already lives.
+"""A linear map as a named sum of terms, installed in the existing module.
 
     y = gain * sum_i term_i(x) + bias
 
-Terms become children of the module (`q_proj.lora.A` beside `q_proj.weight`) and the
-module's class becomes a cached subclass of its own class: names, ties, dtype checks and
-foreign code that looks at the module go on working. Where the dense matrix is dropped, its
-parameter goes and a read-only `weight` stands for it.
+Terms become children of the module (`q_proj.lora.A` beside `q_proj.weight`), and the module's class
+becomes a cached subclass of its own class: names, ties, dtype checks and other code that inspects
+the module continue to work. Where the dense matrix is dropped, its parameter is removed and a
+read-only `weight` replaces it.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ mixins: dict[str, type] = {}
 
 @dataclass
 class Sum:
-    """What a structured module remembers: the names of its parts, per parameter."""
+    """A structured module's record of the names of its parts, per parameter."""
 
     kind: str
-    use: dict[str, Branch] = field(default_factory=dict)  # its terms and gain in use
-    children: dict[str, list[str]] = field(default_factory=dict)  # all of them, in use or not
-    mix: dict[str, Mix] = field(default_factory=dict)  # where several adapters are in use
-    owner: Any = None  # where the terms live, when they live elsewhere (tied)
-    flipped: bool = False  # this end of a tied pair runs the map backwards
+    use: dict[str, Branch] = field(default_factory=dict)  # the active terms and gain
+    children: dict[str, list[str]] = field(default_factory=dict)  # all of them, active or not
+    mix: dict[str, Mix] = field(default_factory=dict)  # if several adapters are active
+    owner: Any = None  # the module that has the terms, if it is another one (tied)
+    flipped: bool = False  # this end of a tied pair applies the transposed map
     mm: Product = plain_mm
     enabled: bool = True
     peers: Any = None  # this map and those that are given the same input, see `peers.py`
 
 
 class Structured(nn.Module):
-    """Mixed into a module's own class. `forward` is given by the kind of layer."""
+    """Mixed into a module's own class. The kind of layer defines `forward`."""
 
     _sum: Sum
     _mixin: ClassVar[type]
@@ -60,11 +60,11 @@ class Structured(nn.Module):
     _dropped: ClassVar[bool]  # is there no dense matrix?
 
     def in_use(self, param: str = "weight") -> Branch:
-        """The terms and gain in use of one parameter, under their names in the module."""
+        """The active terms and gain of one parameter, under their names in the module."""
         return self._sum.use.get(param, NOTHING)
 
     def parts_of(self, branch: Branch) -> tuple[list[Term], Gain | None]:
-        """The terms and the gain that a branch names."""
+        """The terms and the gain of a branch."""
         terms: list[Term] = [getattr(self, name) for name in branch.terms]
         return terms, None if branch.gain is None else getattr(self, branch.gain)
 
@@ -76,7 +76,7 @@ class Structured(nn.Module):
         return None if tensor is None else as_matrix(tensor, self, self._sum.kind)
 
     def merged(self, param: str = "weight") -> Tensor:
-        """The matrix that the sum in use stands for, [*, m, n], in fp64."""
+        """The matrix equal to the active sum, [*, m, n], in fp64."""
         base, mix = self.matrix(param), self._sum.mix.get(param)
         if mix is not None and base is not None:
             whole = base.detach().double()
@@ -85,7 +85,7 @@ class Structured(nn.Module):
         return self.sum_of(param, self.in_use(param))
 
     def sum_of(self, param: str, branch: Branch) -> Tensor:
-        """The base's matrix with one branch, its weight left out: [*, m, n], in fp64."""
+        """The base's matrix plus one branch, ignoring its weight: [*, m, n], in fp64."""
         base, (terms, gain) = self.matrix(param), self.parts_of(branch)
         parts = [] if base is None else [base.detach().double()]
         parts += [term.dense().detach().double() for term in terms]
@@ -106,9 +106,9 @@ def _revive(mixin: type, own: type, dropped: bool) -> nn.Module:
 
 @cache
 def structured_class(mixin: type, own: type, *, dropped: bool) -> type:
-    """The subclass of a layer's own class that runs a sum of terms; one for each combination.
+    """The subclass of a layer's own class that computes a sum of terms; cached.
 
-    Where the dense matrix was dropped it has a read-only `weight`, computed from the terms.
+    If the dense matrix was dropped it has a read-only `weight`, computed from the terms.
     """
     names: dict[str, Any] = {"_mixin": mixin, "_own": own, "_dropped": dropped}
     if dropped:
@@ -117,7 +117,7 @@ def structured_class(mixin: type, own: type, *, dropped: bool) -> type:
 
 
 def read_only_weight(module: Structured) -> Tensor:
-    """The matrix of the sum in the layer's own layout, computed when asked for."""
+    """The matrix of the sum in the layer's own layout, computed on access."""
     reference = next(module.parameters())
     return as_stored(module.merged().to(reference.dtype), module, module._sum.kind)
 
@@ -125,8 +125,8 @@ def read_only_weight(module: Structured) -> Tensor:
 def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> None:
     """Make a site's module a sum: its dense matrix (unless dropped) plus `parts`.
 
-    `parts` maps names to terms; a Gain stands under any name. Tied modules get an
-    unregistered reference to the terms. With `drop` the dense parameter is removed.
+    `parts` maps names to terms, and may include a Gain. Tied modules get an unregistered reference
+    to the terms. With `drop` the dense parameter is removed.
     """
     module: Any = site.module
     if site.kind == "conv" and getattr(module, "groups", 1) != 1:
@@ -162,7 +162,7 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
 
 
 def tie(other: Any, owner: Site) -> None:
-    """Let another module that shares a site's matrix run the site's terms."""
+    """Make another module that shares a site's matrix use the site's terms."""
     kind = kind_of(other)
     assert kind is not None  # find_sites saw it as a layer
     take_class(other, structured_class(mixins[kind], other.__class__, dropped=False))
@@ -172,7 +172,7 @@ def tie(other: Any, owner: Site) -> None:
 
 
 def drop_dense(site: Site) -> None:
-    """Remove the dense parameter; a read-only `weight` stands in for it on single maps."""
+    """Remove the dense parameter; on single maps a read-only `weight` replaces it."""
     module = site.module
     del module._parameters[site.param]
     if site.kind == "experts":
@@ -184,9 +184,9 @@ def drop_dense(site: Site) -> None:
 def uninstall(
     module: nn.Module, param: str = "weight", names: Collection[str] | None = None
 ) -> None:
-    """Take terms of one parameter away, all or those of these names in the module.
+    """Remove the terms of one parameter, all or those with these names in the module.
 
-    The class goes back when none is left.
+    The module's own class is restored when no term is left.
     """
     if not isinstance(module, Structured):
         return
@@ -204,7 +204,7 @@ def uninstall(
 def put_in_use(
     module: Structured, param: str, branches: Sequence[Branch], rows: Tensor | None = None
 ) -> None:
-    """Let these branches, and no others, be the sum that a parameter runs."""
+    """Make these branches, and no others, the active sum of a parameter."""
     record = module._sum
     record.mix.pop(param, None)
     plain = rows is None and all(b.weight == 1.0 for b in branches)
@@ -216,9 +216,10 @@ def put_in_use(
 
 
 def take_class(module: nn.Module, cls: type) -> None:
-    """Make a module one of another class, of the same layout.
+    """Change a module's class to one with the same layout.
 
-    Hooks of accelerate (models on several devices) hold the forward of the class that was.
+    accelerate's hooks (models on several devices) hold the forward of the old class, so they are
+    given the new one.
     """
     module.__class__ = cls
     if HOOKED in vars(module):
@@ -226,14 +227,15 @@ def take_class(module: nn.Module, cls: type) -> None:
 
 
 def restore_class(module: Structured) -> None:
-    """Give a module its own class back."""
+    """Restore a module's own class."""
     take_class(module, module._own)
     del module.__dict__["_sum"]
 
 
 def fold(site: Site, dtype: torch.dtype | None = None) -> Tensor:
-    """The merged matrix of a site in its stored layout, rounded once: to the layer's own dtype
-    where none is asked for."""
+    """The merged matrix of a site in its stored layout, rounded once, to the layer's own dtype
+    unless another one is given.
+    """
     module: Any = site.module
     reference = module._parameters.get(site.param)
     reference = next(module.parameters()) if reference is None else reference

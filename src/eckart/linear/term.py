@@ -24,13 +24,13 @@ def plain_mm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def alike(*tensors: Tensor) -> bool:
-    """Have they one dtype, and is autocast off? Then matrices may be added before a product."""
+    """Do they have one dtype, with autocast off? Matrices may then be added before a product."""
     off = not torch.is_autocast_enabled(tensors[0].device.type)
     return off and len({t.dtype for t in tensors}) == 1
 
 
 def by_expert(x: Tensor, offsets: list[int], run: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """run(rows, e) on the rows of each expert that has some: x [t, n] sorted -> [t, m]."""
+    """Call run(rows, e) on each expert's rows, if it has any: x [t, n] sorted -> [t, m]."""
     spans = enumerate(zip(offsets, offsets[1:], strict=False))
     parts = [run(x[a:b], e) for e, (a, b) in spans if b > a]
     return torch.cat(parts) if parts else run(x[:0], 0)
@@ -46,15 +46,15 @@ class Pair(NamedTuple):
 
 
 class Part(nn.Module):
-    """What is added to a model and can be rebuilt from plain data: terms, gains, shared tensors."""
+    """A module that can be rebuilt from plain data: terms, gains, shared tensors."""
 
     @classmethod
     def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:
-        """A part of stored shapes without values, to load into, its __init__ not run.
+        """A part with stored shapes but without values, to load into; its __init__ is not called.
 
         `tensors` maps names to {shape, dtype, trained} and `scalars` are plain attributes, as
         `describe` wrote them. A part with derived tensors that are not saved overrides this to
-        draw them again.
+        compute them again.
         """
         part = cls.__new__(cls)
         nn.Module.__init__(part)
@@ -65,7 +65,7 @@ class Part(nn.Module):
         return part
 
     def register(self, name: str, tensor: Tensor | None, trained: bool) -> None:
-        """A parameter where it is trained, a saved buffer where it is frozen or absent."""
+        """Register a parameter if it is trained, or a saved buffer if it is frozen or None."""
         if tensor is not None and trained:
             self.register_parameter(name, nn.Parameter(tensor))
         else:
@@ -73,7 +73,7 @@ class Part(nn.Module):
 
 
 class Term(Part):
-    """One summand. A subclass defines `forward` and, where it is linear, `dense`."""
+    """One summand. A subclass defines `forward` and, if it is linear, `dense`."""
 
     linear: ClassVar[bool] = True
     """False where a nonlinearity stands between the factors: then there is no dense()."""
@@ -89,11 +89,11 @@ class Term(Part):
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        """The matrix it stands for, [*, m, n], in the dtype of its tensors."""
+        """The term as a matrix [*, m, n], in the dtype of its tensors."""
         raise NotImplementedError(f"{type(self).__name__} is not linear: it has no dense form")
 
     def back(self, x: Tensor) -> Tensor:
-        """x [*, t, m] -> [*, t, n], for the other end of a tied pair."""
+        """x [*, t, m] -> [*, t, n], the transposed map, for the other end of a tied pair."""
         return self.mm(x, self.dense().to(x.dtype))
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -105,12 +105,13 @@ class Term(Part):
         return None
 
     def pair(self) -> Pair | None:
-        """The factors that `forward` multiplies by, where it is exactly that; else None."""
+        """The factors that `forward` multiplies by, if it does nothing else; else None."""
         return None
 
     def with_base(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x (W + dense())^T + bias for the site's frozen W [m, n] and bias, where one product for
-        both is cheaper and equals the base while dense() is zero; else None."""
+        """x (W + dense())^T + bias for the site's frozen W [m, n] and bias, if one product for both
+        is cheaper and equals the base while dense() is zero; else None.
+        """
         return None
 
     def grouped(self, x: Tensor, offsets: list[int]) -> Tensor:
@@ -130,25 +131,26 @@ class Term(Part):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def bind(self, shared: Mapping[str, nn.Module], home: nn.Module, param: str) -> None:
-        """Take references to what lives elsewhere: shared bases, the site's own matrix.
+        """Take references to modules elsewhere: shared bases, the site's own matrix.
 
-        `shared` are the modules at the model's root; `home.matrix(param)` is the dense
-        matrix [*, m, n] beside this term. Called after building and after loading. Keep
-        references out of the registry, with `self.__dict__[...] = module`: a module
-        registered twice would be saved twice.
+        `shared` are the modules at the model's root; `home.matrix(param)` is the dense matrix [*,
+        m, n] beside this term. Called after building and after loading. Store references with
+        `self.__dict__[...] = module`, so that they are not registered: a module registered twice
+        would be saved twice.
         """
 
     def pack(self, name: str, tensor: Tensor) -> Tensor | None:
-        """One of its tensors, whole and on the CPU, as a file holds it, where fewer bits give the
-        same function; None where it is held as it is."""
+        """One of its tensors, whole and on the CPU, in the form that files store, if fewer bits
+        give the same function; None if it is stored as it is.
+        """
         return None
 
     def unpack(self, name: str, held: Tensor, shape: torch.Size) -> Tensor:
-        """A tensor of this shape from what `pack` made of it."""
+        """A tensor of this shape, from the result of `pack`."""
         raise NotImplementedError(f"{type(self).__name__} packs nothing")
 
     def select(self, kept: Tensor) -> None:
-        """Keep only these rank components (int64 indices), in place of the tensors."""
+        """Keep only these rank components (int64 indices), in place."""
         for name, axis in self.rank_axes.items():
             tensor = getattr(self, name)
             if tensor is None:
@@ -160,7 +162,7 @@ class Term(Part):
 
 
 class Gain(Part):
-    """A factor for each output row, which sees the site's matrix and its terms."""
+    """A factor for each output row, computed from the site's matrix and its terms."""
 
     def factor(self, weight: Tensor, terms: list[Term]) -> Tensor:
         """weight [*, m, n] -> [*, m]."""
@@ -168,15 +170,15 @@ class Gain(Part):
 
 
 class Shared(Part):
-    """Tensors that live once at the model's root and that terms of many sites refer to."""
+    """Tensors stored once at the model's root, to which terms of many sites refer."""
 
     def forward(self, x: Any) -> Any:
-        """The identity, since a root such as nn.Sequential calls each of its children."""
+        """The identity, because a root such as nn.Sequential calls each of its children."""
         return x
 
 
 def describe(part: nn.Module) -> dict[str, Any]:
-    """Plain data from which `Part.empty` rebuilds a part: its class, saved tensors, scalars."""
+    """Plain data for `Part.empty`: a part's class, saved tensors and scalars."""
     tensors = {
         name: {
             "shape": list(tensor.shape),
@@ -194,9 +196,9 @@ def describe(part: nn.Module) -> dict[str, Any]:
 
 
 def joint_factors(parts: Iterable[nn.Module]) -> tuple[Tensor, Tensor] | None:
-    """The parts of one map as one product, side by side: exact B [*, m, R], A [*, R, n].
+    """The parts of one map as one product, concatenated: exact B [*, m, R], A [*, R, n].
 
-    None where there are none, or where one is no such product: a gain, a nonlinear term.
+    None if there are no parts, or if one is not such a product: a gain, a nonlinear term.
     """
     pairs = [part.factors() if isinstance(part, Term) else None for part in parts]
     known = [pair for pair in pairs if pair is not None]
