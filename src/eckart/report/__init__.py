@@ -1,4 +1,4 @@
-"""Results as pages: one self-contained HTML per run and per comparison, a page of the claims."""
+"""Report pages: self-contained HTML for a run or a bench, and Markdown for all claims."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ HOMES = {"page": "run", "comparison": "bench"}  # name -> the file whose `page` 
 
 
 def __getattr__(name: str) -> Any:
-    """Found when it is used: drawing needs matplotlib, the page of the claims does not."""
+    """Import lazily: figures need matplotlib, the page of the claims does not."""
     if name in HOMES:
         return import_module(f"eckart.report.{HOMES[name]}").page
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The page of a bench: verdicts with their intervals, curves over learning rates, costs."""
+"""The HTML page of a bench: verdicts with intervals, curves over learning rates, costs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def page(document: Mapping[str, Any]) -> str:
     rows: Sequence[Row] = document["methods"]
     sections = [
         Section("Verdicts", verdicts(document["metric"], rows)),
-        Section("Other metrics", beside(document["metric"], rows)),
+        Section("Other metrics", other_metrics(document["metric"], rows)),
         Section("Learning rates", rates(document, rows)),
         Section("Seeds", seeds(document, rows)),
         Section("Costs", costs(rows)),
@@ -25,11 +25,11 @@ def page(document: Mapping[str, Any]) -> str:
         Section("Recipes", [recipes(rows)]),
     ]
     title = f"{', '.join(r['name'] for r in rows[1:])} against {document['baseline']}"
-    return html(title, lead(rows), sections, document["repeat"])
+    return html(title, summary(rows), sections, document["repeat"])
 
 
-def lead(rows: Sequence[Row]) -> str:
-    """The answer in a sentence."""
+def summary(rows: Sequence[Row]) -> str:
+    """The verdicts in one sentence."""
     said: dict[str, list[str]] = {}
     for row in rows[1:]:
         said.setdefault(row["verdict"], []).append(row["name"])
@@ -51,12 +51,12 @@ def verdicts(metric: str, rows: Sequence[Row]) -> list[Figure | Table | Text]:
         "95\u00a0%, p is corrected for the number of methods. Visible from: the smallest true "
         "difference that is seen in 80\u00a0% of such benches; below it nothing was looked for."
     )
-    drawn = better_by(metric, rows)
+    drawn = difference_figures(metric, rows)
     return [Table(head, cells), *drawn, *(Text(r) for r in reasons), Text(note)]
 
 
-def beside(metric: str, rows: Sequence[Row]) -> list[Figure | Table | Text]:
-    """The other metrics of the same runs: told, and no verdict is by them."""
+def other_metrics(metric: str, rows: Sequence[Row]) -> list[Figure | Table | Text]:
+    """Tables and figures of the other metrics, which enter no verdict."""
     found: list[Figure | Table | Text] = []
     for other in (name for name in rows[0]["test"] if name != metric):
         head = ["method", f"test {other}", "from", "to", "over seeds", "better by", "from", "to"]
@@ -66,13 +66,13 @@ def beside(metric: str, rows: Sequence[Row]) -> list[Figure | Table | Text]:
             for r in rows
             for test in [r["test"][other]]
         ]  # fmt: skip
-        found += [Table(head, cells), *better_by(other, rows)]
+        found += [Table(head, cells), *difference_figures(other, rows)]
     said = f"Rates were chosen by {metric} and the verdicts are by it; this is of the same runs."
     return [*found, Text(said)] if found else []
 
 
-def better_by(metric: str, rows: Sequence[Row]) -> list[Figure]:
-    """Each method's difference to the baseline with its interval."""
+def difference_figures(metric: str, rows: Sequence[Row]) -> list[Figure]:
+    """A figure of each method's difference to the baseline, with intervals."""
     found = [(r["name"], r["differences"][metric]) for r in rows]
     drawn = [(n, d["mean"], *d["interval"]) for n, d in found if d["interval"][0] is not None]
     title = f"Better than the baseline by: {metric}"
@@ -80,7 +80,7 @@ def better_by(metric: str, rows: Sequence[Row]) -> list[Figure]:
 
 
 def unit(metric: str) -> str:
-    """What a metric is counted in, for an axis."""
+    """The unit of a metric, for an axis label."""
     return "nats" if metric == "loss" else metric
 
 
@@ -89,7 +89,7 @@ def paired(d: Row) -> list[str]:
 
 
 def rates(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Table]:
-    """The metric by learning rate with the band of seeds, and what a wrong rate costs."""
+    """The metric by learning rate with the range over seeds, and the cost of a wrong rate."""
     metric, drawn = document["metric"], []
     for row in rows:
         points = [p for p in row["lr_curve"] if p["mean"] is not None]
@@ -122,7 +122,7 @@ def rates(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Tab
 
 
 def seeds(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Table]:
-    """The metric by seed on test rows, and how stable the order is."""
+    """The test metric by seed, and the stability of the ranking."""
     metric = document["metric"]
     drawn = [
         Curve(r["name"], range(1, len(values) + 1), values, marks=True)
@@ -143,7 +143,7 @@ def seeds(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Figure | Tab
 
 
 def costs(rows: Sequence[Row]) -> list[Figure | Table]:
-    """All four budgets of one run, whichever was the limit."""
+    """Steps, tokens, seconds and memory of one run of each method."""
     head = ["method", "trained", "steps", "tokens", "seconds", "peak MB", "state MB"]
     cells = [
         [
@@ -172,7 +172,7 @@ def held_fixed(document: Mapping[str, Any]) -> Table:
 
 
 def recipes(rows: Sequence[Row]) -> Table:
-    """Every candidate's choice on each axis, with all fields."""
+    """Each method's choice on each axis, with all its fields."""
     cells = [
         [row["name"], axis, choice["name"], fields_of(choice)]
         for row in rows
@@ -183,7 +183,7 @@ def recipes(rows: Sequence[Row]) -> Table:
 
 
 def fields_of(choice: Mapping[str, Any]) -> str:
-    """`rank=16, targets=[attn,mlp]`, as one types them; what is empty is left out."""
+    """Fields in command-line syntax, `rank=16, targets=[attn,mlp]`; empty ones are left out."""
 
     def typed(value: Any) -> str:
         return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)

@@ -1,6 +1,6 @@
-"""The page of all claims, made from the documents of `eckart reproduce`.
+"""The Markdown page of all claims, from the JSON documents of `eckart reproduce`.
 
-python -m eckart.report.claims FOLDER prints the page over FOLDER/*.json.
+`python -m eckart.report.claims FOLDER` prints the page for FOLDER/*.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ been seen in 80 % of such experiments: what is smaller than that was not looked 
 
 
 def page(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a table of verdicts, then each claim with its numbers."""
+    """The page in Markdown: a table of verdicts, then a section for each claim."""
     order = sorted(documents, key=lambda d: d["name"])
     counts = {v: sum(d["verdict"] == v for d in order) for v in VERDICTS}
     parts = [HEAD, ", ".join(f"{n} {v}" for v, n in counts.items() if n) + ".\n"]
@@ -43,7 +43,7 @@ def summary(d: Mapping[str, Any]) -> list[str]:
 
 
 def section(d: Mapping[str, Any]) -> str:
-    """One claim."""
+    """The section of one claim."""
     e = d["evidence"]
     parts = [f"## {d['name']}\n", f"**{d['verdict'].capitalize()}**: {d['claim']}."]
     if d.get("reason"):

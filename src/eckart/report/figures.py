@@ -1,8 +1,8 @@
-"""Figures as SVG that takes its colours from the page: one drawing for light and dark.
+"""SVG figures whose colours are CSS variables, so that one figure serves light and dark pages.
 
-matplotlib draws with stand-in colours, which become CSS variables: --ink for text and axes,
---faint for the grid, --c0 to --c7 for curves. Text stays text, so it can be searched, read
-aloud and printed. The same figure is the same bytes every time.
+matplotlib draws with placeholder colours, which are replaced by variables: --ink for text and
+axes, --faint for the grid, --c0 to --c7 for curves. Text stays text, so it can be searched and
+read by screen readers. Output is deterministic, byte for byte.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from matplotlib.ticker import MaxNLocator
 INK, FAINT = "#010101", "#020202"
 CURVES = tuple(f"#0301{i:02x}" for i in range(8))
 VARIABLES = {INK: "--ink", FAINT: "--faint"} | {c: f"--c{i}" for i, c in enumerate(CURVES)}
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")  # curves differ by more than their colour
-WIDE, HIGH = 5.2, 3.1  # inches: text is still 10 pixels high on a phone
-BELOW, LINE = 4, 0.2  # curves from which on their names stand below; inches of a line of names
-NUMBERED = 12  # columns up to which a number has room in its cell
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")  # curves are told apart without colour, too
+WIDE, HIGH = 5.2, 3.1  # inches; text is at least 10 pixels high on a phone
+BELOW, LINE = 4, 0.2  # most curves with a legend inside; height of a legend line in inches
+NUMBERED = 12  # most columns of a heat map with numbers in its cells
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -48,7 +48,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of points, with a band where there is one."""
+    """One line of a plot, with an optional band from `low` to `high`."""
 
     label: str
     x: Sequence[float]
@@ -56,12 +56,12 @@ class Curve:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     marks: bool = False
-    color: int | None = None  # None: the next one
+    color: int | None = None  # index of --c0 to --c7; None: the next one
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its title and what it shows in words."""
+    """An SVG figure with its title and alternative text."""
 
     title: str
     alt: str
@@ -78,9 +78,9 @@ def curves(
     log_y: bool = False,
     alt: str = "",
 ) -> Figure:
-    """Lines over a common axis. A value that is not finite leaves a gap."""
+    """A line plot. Values that are not finite leave a gap."""
     with matplotlib.rc_context(STYLE):
-        below = -(-len(drawn) // 2) if len(drawn) > BELOW else 0  # lines of names
+        below = -(-len(drawn) // 2) if len(drawn) > BELOW else 0  # lines of the legend
         canvas = Canvas(figsize=(WIDE, HIGH + LINE * below), layout="constrained")
         axes = canvas.add_subplot()
         for i, c in enumerate(drawn):
@@ -101,21 +101,21 @@ def curves(
             canvas.legend(loc="outside lower center", ncols=2)
         elif len(drawn) > 1:
             axes.legend()
-        return finished(canvas, title, alt or spoken(title, drawn, y_label))
+        return to_svg(canvas, title, alt or alt_text(title, drawn, y_label))
 
 
-def spoken(title: str, drawn: Sequence[Curve], y_label: str) -> str:
-    """What a set of curves shows, for who cannot see it: where each begins and ends."""
+def alt_text(title: str, drawn: Sequence[Curve], y_label: str) -> str:
+    """Alternative text for a line plot: where each curve begins and ends."""
     ends = [f"{c.label} from {c.y[0]:.3g} to {c.y[-1]:.3g}" for c in drawn if len(c.y)]
     return f"{title}. {y_label}: {'; '.join(ends)}."
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, float]], x_label: str) -> Figure:
-    """Horizontal bars: group -> category -> value, one colour per category."""
+    """Stacked horizontal bars: group -> category -> value, one colour per category."""
     names = list(groups)
     categories = list(dict.fromkeys(c for values in groups.values() for c in values))
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        below = -(-len(categories) // 3) if len(categories) > 1 else 0  # lines of names
+        below = -(-len(categories) // 3) if len(categories) > 1 else 0  # lines of the legend
         height = max(1.8, 0.9 + 0.42 * len(names)) + LINE * below
         canvas = Canvas(figsize=(WIDE, height), layout="constrained")
         axes = canvas.add_subplot()
@@ -132,11 +132,11 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], x_label: str) ->
             f"{name}: " + ", ".join(f"{c} {v:.3g}" for c, v in groups[name].items())
             for name in names
         ]
-        return finished(canvas, title, f"{title}, {x_label}. {'; '.join(parts)}.")
+        return to_svg(canvas, title, f"{title}, {x_label}. {'; '.join(parts)}.")
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], x_label: str) -> Figure:
-    """Means with their intervals, one under the other, and a line at 0."""
+    """A forest plot: (label, mean, low, high) per row, and a vertical line at 0."""
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
         canvas = Canvas(figsize=(WIDE, max(1.6, 0.9 + 0.4 * len(rows))), layout="constrained")
         axes = canvas.add_subplot()
@@ -150,13 +150,13 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], x_lab
         said = [
             f"{label} {mean:.3g} from {low:.3g} to {high:.3g}" for label, mean, low, high in rows
         ]
-        return finished(canvas, title, f"{title}, {x_label}. {'; '.join(said)}.")
+        return to_svg(canvas, title, f"{title}, {x_label}. {'; '.join(said)}.")
 
 
 def heat(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]
 ) -> Figure:
-    """A number for each row and column, shaded from the least to the greatest."""
+    """A heat map of values[row][column]; NaN cells stay empty."""
     known = [v for row in values for v in row if v == v]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
@@ -173,20 +173,20 @@ def heat(
                 )  # fmt: skip
                 if len(columns) <= NUMBERED:
                     axes.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=9)
-        step = -(-len(columns) // NUMBERED)  # every so many columns have their name
+        step = -(-len(columns) // NUMBERED)  # every step-th column is labelled
         shown = range(0, len(columns), step)
         axes.set_xticks(shown, [columns[j] for j in shown], rotation=45 if len(shown) > 8 else 0)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         alt = f"{title}: {len(rows)} by {len(columns)} values from {low:.3g} to {high:.3g}."
-        return finished(canvas, title, alt)
+        return to_svg(canvas, title, alt)
 
 
-def finished(canvas: Any, title: str, alt: str) -> Figure:
-    """The canvas as SVG for a page: variables for colours, a title, no size of its own."""
+def to_svg(canvas: Any, title: str, alt: str) -> Figure:
+    """The canvas as inline SVG: CSS variables for colours, title and description, no fixed size."""
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title}):  # ids repeat, and differ by figure
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # ids are fixed by title
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]

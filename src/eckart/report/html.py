@@ -1,4 +1,4 @@
-"""One self-contained page: sections of figures, tables and text. No network, no scripts."""
+"""A self-contained HTML page of figures, tables and text, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from markupsafe import Markup
 
 from eckart.report.figures import Figure
 
-LONG = 24  # rows of a table above which it is folded
+LONG = 24  # rows; longer tables are collapsed
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a head; columns after the first are set right where they are numbers."""
+    """A table of text cells; numeric columns after the first are right-aligned."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -28,7 +28,7 @@ class Table:
 
     @property
     def folded(self) -> bool:
-        """Is it too long to stand in the way? On paper it is open."""
+        """Is the table long enough to be collapsed? In print it is expanded."""
         return bool(self.caption) and len(self.rows) > LONG
 
     def numeric(self, column: int) -> bool:
@@ -38,7 +38,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph, or lines as they are."""
+    """A paragraph, or preformatted lines (`as_is`)."""
 
     text: str
     as_is: bool = False
@@ -53,7 +53,7 @@ Item = Table | Text | Figure
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the items under it."""
 
     title: str
     items: Sequence[Item]
@@ -64,7 +64,7 @@ class Section:
 
 
 def html(title: str, lead: str, sections: Sequence[Section], command: str = "") -> str:
-    """The page. Sections without items are left out."""
+    """Render the page. Sections without items are left out."""
     shown = [section for section in sections if section.items]
     return template().render(title=title, lead=lead, sections=shown, command=command)
 
@@ -78,5 +78,5 @@ def template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["drawn"] = lambda figure: Markup(figure.svg)  # ours, and escaped there
+    environment.filters["drawn"] = lambda figure: Markup(figure.svg)  # escaped in to_svg
     return environment.get_template("page.html.j2")

@@ -1,6 +1,6 @@
-"""The page of a training run: what happened, what was learned, what it cost, why it was so.
+"""The HTML page of a training run: curves, spectra, coverage, memory, samples, settings.
 
-Every part is left out where its facts are: a run of ten steps has a page too.
+A section without data is left out.
 """
 
 from __future__ import annotations
@@ -35,35 +35,37 @@ def page(
     samples: Sequence[tuple[str, str, str]] = (),
     resolved: Sequence[tuple[str, str, str]] = (),
 ) -> str:
-    """One self-contained HTML page of a run.
+    """The self-contained HTML page of a run.
 
     `facts`: run.json (name, recipe, seconds, eval {before, after}, warnings, versions, ...).
     `metrics`: rows of metrics.jsonl; their keys are step, loss, eval_loss, learning_rate*,
-    grad_norm, update_norm, penalty, and others, which get a figure of their own.
-    `spectra`: step -> site -> singular values of what was learned (the last step is drawn).
+    grad_norm, update_norm, penalty; any other key gets a figure of its own.
+    `spectra`: step -> site -> singular values of the learned update.
     `overlaps`: site -> [(step, share of the old subspace in the new one)] at refreshes.
-    `unseen`: why there are no spectra or overlaps where one would look for them.
-    `coverage`: role -> {trained, projected, frozen, unreachable} elements.
+    `unseen`: reasons for missing spectra or overlaps.
+    `coverage`: role -> number of elements {trained, projected, frozen, unreachable}.
     `memory`: {"estimated": {category: bytes}, "measured": {category: bytes}}.
-    `samples`: (prompt, before, after). `resolved`: (key, value, reason; "" where given).
+    `samples`: (prompt, before, after). `resolved`: (key, value, reason; "" where the user set it).
     """
     sections = [
         Section("Training", training(metrics)),
         Section("What was learned", learned(spectra or {}, overlaps or {}, unseen)),
-        Section("What was trained", reached(coverage or {})),
-        Section("Memory", remembered(memory or {})),
+        Section("What was trained", coverage_items(coverage or {})),
+        Section("Memory", memory_items(memory or {})),
         Section("Samples", [sample(*s) for s in samples]),
         Section("Every choice and its reason", choices(resolved)),
-        Section("This run", [about(facts)]),
+        Section("This run", [facts_table(facts)]),
     ]
-    return html(str(facts.get("name") or facts.get("run") or "run"), lead(facts), sections, command)
+    return html(
+        str(facts.get("name") or facts.get("run") or "run"), summary(facts), sections, command
+    )
 
 
-def lead(facts: Mapping[str, Any]) -> str:
-    """One sentence: what was trained and what came of it."""
+def summary(facts: Mapping[str, Any]) -> str:
+    """The recipe and the result in one line."""
     recipe, score = facts.get("recipe") or {}, facts.get("eval") or {}
     named = recipe.items() if isinstance(recipe, Mapping) else [("recipe", recipe)]
-    parts = [", ".join(f"{axis} {words(choice)}" for axis, choice in named if choice)]
+    parts = [", ".join(f"{axis} {name_of(choice)}" for axis, choice in named if choice)]
     before, after = score.get("before") or {}, score.get("after") or {}
     if "loss" in before and "loss" in after:
         parts.append(f"held-out loss {before['loss']:.3f} → {after['loss']:.3f}")
@@ -72,8 +74,8 @@ def lead(facts: Mapping[str, Any]) -> str:
     return "; ".join(p for p in parts if p)
 
 
-def words(choice: Any) -> str:
-    """A choice's name."""
+def name_of(choice: Any) -> str:
+    """The name of a choice."""
     return str(choice.get("name", "")) if isinstance(choice, Mapping) else str(choice)
 
 
@@ -90,7 +92,7 @@ NO_FIGURE = {"step", "epoch", "seconds", "total_flos"}
 
 
 def training(metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Loss, rate and norms over steps, then whatever else was logged."""
+    """Figures of loss, learning rate and norms over steps, then of all other logged metrics."""
     found: list[Figure] = []
     taken: set[str] = set(NO_FIGURE)
     for title, (stems, label, logarithmic) in DRAWN.items():
@@ -113,7 +115,7 @@ def keys_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def curve(metrics: Sequence[Mapping[str, Any]], key: str) -> Curve | None:
-    """One metric over steps; None where it is no number."""
+    """One metric over steps; None where it has no numeric values."""
     points = [
         (row["step"], row[key])
         for row in metrics
@@ -130,7 +132,7 @@ def learned(
     overlaps: Mapping[str, Sequence[tuple[int, float]]],
     unseen: Sequence[str] = (),
 ) -> list[Figure | Table | Text]:
-    """Singular values of the change, its effective rank over time and by place, overlaps."""
+    """Singular values and effective ranks of the update, and overlaps of subspaces."""
     found: list[Figure | Table | Text] = [Text(why) for why in unseen]
     if spectra:
         last, named = spectra[max(spectra)], roles({site for at in spectra.values() for site in at})
@@ -150,10 +152,10 @@ def learned(
                 Curve(r, steps, effective_ranks(at.get(r, ()) for at in by_step)) for r in by_role
             ]
             found.append(curves("Effective rank", over, "step", "effective rank"))
-        found += by_place(last, named)
-        found += [roles_of(last, named), matrices_of(last)]
+        found += rank_by_layer(last, named)
+        found += [table_by_role(last, named), table_by_matrix(last)]
     if overlaps:
-        names = without_common(list(overlaps)[:8])
+        names = without_common_prefix(list(overlaps)[:8])
         drawn = [
             Curve(name, [s for s, _ in points], [v for _, v in points], marks=True)
             for name, points in zip(names, overlaps.values(), strict=False)
@@ -166,31 +168,31 @@ def learned(
 SPECTRAL = ("effective rank", "stable rank", f"rank for {ENERGY:.0%}")
 
 
-def numbers_of(values: Sequence[float]) -> tuple[float, float, int]:
-    """What `SPECTRAL` names, of one matrix."""
-    s = torch.tensor(values or [0.0], dtype=torch.float64)  # of rank 0 there are no values
+def spectral_numbers(values: Sequence[float]) -> tuple[float, float, int]:
+    """The numbers named in `SPECTRAL` for one matrix, from its singular values."""
+    s = torch.tensor(values or [0.0], dtype=torch.float64)  # rank 0 has no singular values
     return float(effective_rank(s)), float(stable_rank(s)), rank_for_energy(s, ENERGY)
 
 
 def effective_ranks(spectra: Iterable[Sequence[float]]) -> list[float]:
-    """Of each matrix; 0 for one without values."""
+    """The effective rank of each spectrum; 0 for an empty one."""
     return [float(effective_rank(torch.tensor(s, dtype=torch.float64))) for s in spectra]
 
 
-def matrices_of(last: Spectra) -> Table:
-    """A line for each matrix."""
+def table_by_matrix(last: Spectra) -> Table:
+    """A table of spectral numbers, one row per matrix."""
     rows = []
     for site, values in last.items():
-        effective, stable, needed = numbers_of(values)
+        effective, stable, needed = spectral_numbers(values)
         rows.append([site, f"{len(values)}", f"{effective:.1f}", f"{stable:.1f}", f"{needed}"])
     return Table(["matrix", "values", *SPECTRAL], rows, "By matrix")
 
 
-def roles_of(last: Spectra, named: Mapping[str, str]) -> Table:
-    """Medians over the matrices of a role."""
+def table_by_role(last: Spectra, named: Mapping[str, str]) -> Table:
+    """A table of spectral numbers, the median over the matrices of each role."""
     by_role: dict[str, list[tuple[float, float, int]]] = {}
     for site, values in last.items():
-        by_role.setdefault(named[site], []).append(numbers_of(values))
+        by_role.setdefault(named[site], []).append(spectral_numbers(values))
     rows = [
         [name, f"{len(each)}", *(f"{median(column):.1f}" for column in zip(*each, strict=True))]
         for name, each in by_role.items()
@@ -198,8 +200,8 @@ def roles_of(last: Spectra, named: Mapping[str, str]) -> Table:
     return Table(["role", "matrices", *SPECTRAL], rows, "Medians by role")
 
 
-def without_common(paths: Sequence[str]) -> list[str]:
-    """Paths without the words that all begin with; a path alone stays whole."""
+def without_common_prefix(paths: Sequence[str]) -> list[str]:
+    """Dotted paths without their common prefix; a single path stays whole."""
     if len(paths) < 2:
         return list(paths)
     words = [path.split(".") for path in paths]
@@ -209,8 +211,8 @@ def without_common(paths: Sequence[str]) -> list[str]:
     return [".".join(w[shared:]) for w in words]
 
 
-def by_place(last: Spectra, named: Mapping[str, str]) -> list[Figure]:
-    """Effective rank by layer and role, where the names tell both."""
+def rank_by_layer(last: Spectra, named: Mapping[str, str]) -> list[Figure]:
+    """A heat map of effective rank by layer and role, where paths have layer numbers."""
     cells: dict[str, dict[int, float]] = {}
     for site, values in last.items():
         layer = next((int(part) for part in site.split(".") if part.isdigit()), None)
@@ -225,9 +227,9 @@ def by_place(last: Spectra, named: Mapping[str, str]) -> list[Figure]:
 
 
 def roles(sites: Collection[str]) -> dict[str, str]:
-    """What each matrix is for: the fewest last words of its path that tell it from other kinds.
+    """The role of each matrix: the shortest suffix of its path that is unique to its kind.
 
-    Numbers, and words that all paths have, are none of a kind.
+    Layer numbers and words common to all paths are ignored.
     """
     words = {site: [word for word in site.split(".") if not word.isdigit()] for site in sites}
     common = set.intersection(*map(set, words.values())) if words else set()
@@ -244,7 +246,7 @@ def roles(sites: Collection[str]) -> dict[str, str]:
 
 
 def grouped(spectra: Spectra, named: Mapping[str, str]) -> dict[str, list[float]]:
-    """Mean singular values over the matrices of one role, up to the shortest of them."""
+    """Mean singular values over the matrices of each role, cut to the shortest spectrum."""
     rows: dict[str, list[Sequence[float]]] = {}
     for site, values in spectra.items():
         rows.setdefault(named[site], []).append(values)
@@ -255,12 +257,12 @@ def grouped(spectra: Spectra, named: Mapping[str, str]) -> dict[str, list[float]
 
 
 def relative(values: Sequence[float]) -> list[float]:
-    """As shares of the largest; what is zero but for rounding is left out of a log plot."""
+    """Values divided by the largest; values of rounding size become NaN, for a log plot."""
     return [v / values[0] if v > 1e-7 * values[0] else nan for v in values]
 
 
-def reached(coverage: Mapping[str, Mapping[str, int]]) -> list[Figure | Table]:
-    """Elements by role and fate; shares in the figure, counts in the table."""
+def coverage_items(coverage: Mapping[str, Mapping[str, int]]) -> list[Figure | Table]:
+    """Trained, projected, frozen and unreachable elements by role: shares and counts."""
     if not coverage:
         return []
     states = ("trained", "projected", "frozen", "unreachable")
@@ -271,15 +273,15 @@ def reached(coverage: Mapping[str, Mapping[str, int]]) -> list[Figure | Table]:
     }
     rows = [[name, *(f"{row.get(s, 0):,}" for s in states)] for name, row in coverage.items()]
     present = [s for s in states if any(s in share for share in shares.values())]
-    of = f"{present[0]}, " if len(present) == 1 else ""  # one colour alone has no name beside it
+    of = f"{present[0]}, " if len(present) == 1 else ""  # bars draws no legend for one category
     return [
         bars("Share by role", shares, f"{of}% of the role's elements"),
         Table(["role", *states], rows),
     ]
 
 
-def remembered(memory: Mapping[str, Mapping[str, float]]) -> list[Figure | Table]:
-    """Bytes by category, estimated beside measured."""
+def memory_items(memory: Mapping[str, Mapping[str, float]]) -> list[Figure | Table]:
+    """Tensor bytes by category, estimated and measured."""
     if not memory:
         return []
     drawn = {n: {c: b / MB for c, b in parts.items() if b} for n, parts in memory.items()}
@@ -298,8 +300,8 @@ def choices(resolved: Sequence[tuple[str, str, str]]) -> list[Table]:
     return [Table(["key", "value", "reason"], rows)] if rows else []
 
 
-def about(facts: Mapping[str, Any]) -> Table:
-    """What run.json says beside what the sections show."""
+def facts_table(facts: Mapping[str, Any]) -> Table:
+    """All entries of run.json as a table."""
     rows = [
         [
             key,
