@@ -1,1 +1,1 @@
-"""From words and files to a validated job whose every open key is settled, with reasons."""
+"""Configuration: command-line words and YAML files become a validated job."""

@@ -1,7 +1,7 @@
-"""One setting against one type: the value in that type, or an error with the place.
+"""Validation of one setting: its value converted to the key's type, or an error with its place.
 
-Types are the annotations of a section or a method (`Annotated[int, Ge(1)] | Literal["auto"]`);
-pydantic judges strictly, so that a bool is no number and a text is no rank.
+Types are the annotations of a section or a method (`Annotated[int, Ge(1)] | Literal["auto"]`).
+pydantic validates in strict mode: a bool is not accepted as a number, nor a string as a rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 def checked(setting: Setting, hint: Any, default: Any, more: str) -> Any:
     """The setting's value, converted to the type. Raises UsageError naming key, place and range.
 
-    `default` is what leaving the key out would give; `more` says where all keys are listed.
+    `default` is the key's default; `more` ends the message with where all keys are listed.
     """
     value = shaped(setting.value, setting.text, hint)
     try:
@@ -48,7 +48,7 @@ def checked(setting: Setting, hint: Any, default: Any, more: str) -> Any:
 
 
 def choices(hint: Any) -> list[str]:
-    """The words of a type that is words alone; empty for any other."""
+    """The choices of a type that consists of literals; empty for any other."""
     options = [o for o in alternatives(hint) if o is not type(None)]
     if any(typing.get_origin(o) is not Literal for o in options):
         return []
@@ -65,10 +65,10 @@ def is_finite(value: Any) -> bool:
 
 
 def shaped(value: Any, text: str, hint: Any) -> Any:
-    """What was written, in the form that the type asks for.
+    """The value in the form that the type needs, before validation.
 
-    YAML reads `off`, `0001` and `none` as what they may not be meant to be: where the type
-    wants text, the text counts. A single value stands for a list of one.
+    YAML reads `off` as a bool, `0001` as a number and `none` as text: if the type is text, the
+    value as typed is used. A single value becomes a list of one.
     """
     options = alternatives(hint)
     words = [w for o in options if typing.get_origin(o) is Literal for w in typing.get_args(o)]
@@ -124,7 +124,7 @@ def expected(hint: Any) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as one types it."""
+    """A value in the form in which it is typed."""
     if isinstance(value, tuple | list):
         return f"[{', '.join(written(v) for v in value)}]"
     if value is None or isinstance(value, bool):

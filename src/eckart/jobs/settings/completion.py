@@ -1,7 +1,7 @@
-"""Completions for the shell: keys, methods, choices and presets.
+"""Shell completions: keys, methods, choices and presets.
 
-Reads the registry and the tree of keys alone, so that a press of the tab key costs neither
-torch nor a method. The places of MODEL and DATA belong to the shell's own file names.
+Only the registry and the tree of keys are read, so that completing imports neither torch nor a
+method. MODEL and DATA are completed as file names by the shell.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from eckart.io.shapes import PRESETS
 from eckart.jobs.settings.tree import OWN, SECTIONS
 from eckart.recipe import registry
 
-ANY = "method"  # short for the axis on which a name lives
+ANY = "method"  # method=NAME sets the axis of that method
 PLAIN = ("model", "data", "out", "track")  # keys without a section
-PLACES = {"convert": 1, "inspect": 1, "generate": 1, "compress": 1}  # paths; other commands take 2
+PLACES = {"convert": 1, "inspect": 1, "generate": 1, "compress": 1}  # path arguments; others 2
 
 
 def method_names() -> list[str]:
@@ -27,7 +27,7 @@ def method_names() -> list[str]:
 def completions(command: str, typed: Sequence[str], begun: str) -> list[str]:
     """Completions of the word `begun` after the words `typed`, sorted.
 
-    Bash takes `method=lo` for three words; then the part behind the `=` is answered alone.
+    Bash splits `method=lo` into three words; then only the part after the `=` is returned.
     """
     *before, word, whole = joined([*typed, begun])
     words = [w for w in before if isinstance(w, str)]
@@ -43,7 +43,7 @@ def completions(command: str, typed: Sequence[str], begun: str) -> list[str]:
 
 
 def joined(words: Sequence[str]) -> list[Any]:
-    """The words with those around a lone `=` put together, and whether the last was whole."""
+    """The words, joined again around each `=`, and whether the last was not split."""
     found: list[Any] = []
     after = False
     for word in words:
@@ -56,7 +56,7 @@ def joined(words: Sequence[str]) -> list[Any]:
 
 
 def chosen(words: Sequence[str]) -> dict[str, registry.Entry]:
-    """The method that these words choose on each axis, else the axis' default."""
+    """The method chosen by these words on each axis, or the axis' default."""
     entries = registry.methods()
     found = {axis: entries[name] for axis, name in registry.DEFAULTS.items() if name in entries}
     for word in words:
@@ -80,7 +80,7 @@ def keys(command: str, methods: Mapping[str, registry.Entry]) -> Iterator[str]:
 
 
 def values(key: str, methods: Mapping[str, registry.Entry]) -> list[str]:
-    """What a key may be set to, where that can be listed."""
+    """The values that a key may have; empty if they cannot be listed."""
     section, _, name = key.partition(".")
     axis = None if key == ANY else section
     if axis in (None, *registry.questions()) and name in ("", "name"):
@@ -94,7 +94,7 @@ def values(key: str, methods: Mapping[str, registry.Entry]) -> list[str]:
 
 
 def choices(kind: Any) -> Iterator[str]:
-    """The words in a type: those of its literals, true and false of a bool."""
+    """The words of a type: its literals, and true and false for a bool."""
     if kind is bool:
         yield from ("false", "true")
     elif get_origin(kind) is Literal:

@@ -1,10 +1,10 @@
-"""Words and files -> a validated job, before anything is loaded.
+"""Resolves command-line words and YAML files to a validated job, before anything is loaded.
 
     resolve("finetune", "m", "d.jsonl", ["method=lora", "train.lr=1e-3"], files=["job.yaml"])
 
 Precedence, lowest first: the methods' and sections' defaults, each -c file in order, the
-command line. Every key knows where it was written, so that an error can name the place. What
-is `auto` stays so until the job settles it, with a reason (`Job.settle`).
+command line. Every key keeps the place where it was written, for error messages. A value `auto`
+is decided later, with a reason, when model and data are known (`Job.settle`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from eckart.recipe.registry import DEFAULTS, FULL, Entry
 if TYPE_CHECKING:
     from eckart.recipe.method import Method
 
-TRAINS = ("finetune", "pretrain", "linearize", "bench")  # commands with a recipe in any case
-NEEDS: dict[str, tuple[Key, ...]] = {  # command -> what it cannot do without
+TRAINS = ("finetune", "pretrain", "linearize", "bench")  # commands that always have a recipe
+NEEDS: dict[str, tuple[Key, ...]] = {  # command -> required keys
     **dict.fromkeys(TRAINS, (("model",), ("data", "train"))),
     "compress": (("model",),),
     "generate": (("model",),),
@@ -58,7 +58,7 @@ NEEDS: dict[str, tuple[Key, ...]] = {  # command -> what it cannot do without
     "convert": (("model",),),
     "inspect": (("model",),),
 }
-SHOWN = {"convert": "SOURCE --to FORM", "inspect": "SOURCE"}  # what is typed, without a -c file
+SHOWN = {"convert": "SOURCE --to FORM", "inspect": "SOURCE"}  # usage without a -c file
 OUT = "runs/{name}"
 SCHEMA = "All keys: eckart config schema"
 
@@ -144,7 +144,7 @@ Entries = Mapping[Key, Entry | None]  # ("weights",), ("heal", "weights"), ...
 def chosen_entries(given: Given, command: str, settled: dict[str, str]) -> Entries:
     """The registry's entry for each axis that has a choice; None for `auto` and `none`.
 
-    The names that `auto` stands for are decided here and written with the reason to `settled`.
+    `auto` is replaced by a method's name, and the reason is added to `settled`.
     """
     found: dict[Key, Entry | None] = {}
 
@@ -183,7 +183,7 @@ def chosen_entries(given: Given, command: str, settled: dict[str, str]) -> Entri
 
 
 def automatic(axis: str, command: str, found: Entries) -> tuple[str, str]:
-    """What `auto` means on an axis, and why; precision stays `auto` until the model is known."""
+    """The method for `auto` on an axis, and the reason; precision stays `auto` until later."""
     if axis == "attention":
         return "none", ""
     if axis == "update":
@@ -209,7 +209,7 @@ def choice(given: Given, axis: str, entries: Entries) -> Choice:
 
 
 def suited(choices: Mapping[str, Choice], said: set[str], settled: dict[str, str]) -> Choice:
-    """The weights with what the update asks for, in fields that were not given; says which."""
+    """The weights method with the fields that the update asks for, where they were not given."""
     from eckart.recipe.recipe import fitted
 
     choice, update = choices["weights"], choices["update"]
@@ -249,20 +249,20 @@ def build(entry: Entry, given: Given, prefix: Key) -> Method:
         )
     try:
         return cls(**values)
-    except UsageError as e:  # what several fields together break: say where each was written
+    except UsageError as e:  # fields that do not fit together: add where each was written
         places = [(f"{s.name} = {s.text}", s.place) for k, s in given.items() if k[:-1] == prefix]
         raise UsageError(e.what, [*e.facts, *places], e.fix) from None
 
 
 def is_unset(setting: Setting) -> bool:
-    """Is this one of the compression's sizes, left open for another one?"""
+    """Is this a size of the compression that is null because another one was given?"""
     return setting.key[-1] in BUDGET and setting.value is None
 
 
 def checked_override(
     override: Mapping[str, Any], entry: Entry, setting: Setting, hints: Mapping[str, Any], more: str
 ) -> dict[str, Any]:
-    """An override names where it holds (`match`) and only fields of its method."""
+    """Raise UsageError unless an override has `match` and otherwise only fields of its method."""
     if "match" not in override:
         raise UsageError(
             f"an override without match     {setting.place}",
@@ -299,7 +299,7 @@ def section(cls: type, given: Given, prefix: Key, base: Any = None) -> Any:
 
 
 def sources(setting: Setting) -> tuple[Source, ...]:
-    """What data.train says: a path, or a list of paths and {path: ..., weight: ...}."""
+    """The sources in data.train: a path, or a list of paths and {path: ..., weight: ...}."""
     items = setting.value if isinstance(setting.value, list) else [setting.value]
     found: list[Source] = []
     for item in items:
@@ -323,7 +323,7 @@ def sources(setting: Setting) -> tuple[Source, ...]:
 
 
 def budget(given: Given, method: Method | None) -> Budget:
-    """The compression's size, with the method's own defaults; rank or error replace a share."""
+    """The compression's size over the method's defaults; a given rank or error replaces `keep`."""
     own = {name: getattr(method, name) for name in BUDGET if hasattr(method, name)}
     said: Budget = section(Budget, given, ("compress",), Budget(**own))
     if ("compress", "keep") not in given and (said.rank is not None or said.error is not None):
@@ -351,7 +351,7 @@ def plain_value(given: Given, name: str, hint: Any, default: Any) -> Any:
 
 
 def refuse_unknown(given: Given, entries: Entries, command: str = "") -> None:
-    """Raise UsageError for the first key that no section and no chosen method has."""
+    """Raise UsageError for the first key that is in no section and no chosen method."""
     known: list[Key] = [(name,) for name in (*OWN.get(command, ()), *PLAIN)]
     for prefix, entry in entries.items():
         known += [(*prefix, name) for name in ("name", *(entry.fields if entry else ()))]

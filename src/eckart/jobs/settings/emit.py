@@ -12,7 +12,7 @@ from eckart.jobs.settings.tree import Source
 
 
 def plain(value: Any) -> Any:
-    """Lists, dicts and scalars, as YAML has them."""
+    """The value as lists, dicts and scalars."""
     if isinstance(value, Source):
         given = {f.name: getattr(value, f.name) for f in fields(value)}
         unusual = {f.name: given[f.name] for f in fields(value)[1:] if given[f.name] != f.default}
@@ -39,7 +39,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flow(value: Any) -> str:
-    """A value on one line, as one types it after `key=`."""
+    """A value on one line, in the form typed after `key=`."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
 

@@ -1,4 +1,4 @@
-"""A job: all that a command needs to know, validated, and how it is written down."""
+"""The validated configuration of a command, and its form in config.yaml and resolved.yaml."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAIN = ("model", "out", "track")  # keys without a section
 
 @dataclass(frozen=True)
 class Flags:
-    """What is asked of the command line itself, not of the job."""
+    """Options of the command line that are not keys of the job."""
 
     out: str | None = None
     seed: int | None = None
@@ -36,7 +36,7 @@ NO_FLAGS = Flags()
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen on one axis: a slug with its method, or `auto` or `none` without."""
+    """The choice on one axis: a slug with its method, or `auto` or `none` without one."""
 
     name: str
     method: Method | None = None
@@ -48,7 +48,7 @@ AUTO = Choice("auto")
 
 @dataclass(frozen=True)
 class Healing:
-    """The training after a compression; `train` has the job's own values below heal.train's."""
+    """The training after a compression; `train` is the job's, overridden by heal.train."""
 
     steps: int
     weights: Choice
@@ -58,7 +58,7 @@ class Healing:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a command needs to know, validated."""
+    """The validated configuration of a command."""
 
     command: str
     model: str | None
@@ -89,7 +89,7 @@ class Job:
         return Recipe(objective=objectives, **chosen)
 
     def settle(self, key: str, value: Any, reason: str) -> Job:
-        """This job with one key of a section decided (train.lr, heal.train.steps), and why."""
+        """A copy with one key of a section decided (train.lr, heal.train.steps), and the reason."""
         *sections, field_name = key.split(".")
         parts = [self, *(getattr(self, s) for s in sections[:1])]
         parts += [getattr(parts[-1], s) for s in sections[1:]]
@@ -98,21 +98,21 @@ class Job:
         return dataclasses.replace(value, settled={**self.settled, key: reason})
 
     def choose(self, axis: str, choice: Choice, reason: str) -> Job:
-        """This job with the choice on one axis decided, and why."""
+        """A copy with the choice on one axis decided, and the reason."""
         choices = {**self.choices, axis: choice}
         settled = {**self.settled, f"{axis}.name": reason}
         return dataclasses.replace(self, choices=choices, settled=settled)
 
     def dump(self) -> str:
-        """config.yaml: what was given, merged. Resolving it again gives an equal job."""
+        """config.yaml: the given keys, merged. Resolving it again gives an equal job."""
         return emit(nested(self.given))
 
     def dump_resolved(self) -> str:
-        """resolved.yaml: every key, with the reason behind it where something was decided."""
+        """resolved.yaml: every key, with the reason as a comment where a value was decided."""
         return emit(nested(self.everything()), self.settled)
 
     def everything(self) -> dict[str, Any]:
-        """All keys with their values now."""
+        """All keys with their current values."""
         keys = [*PLAIN]
         for section in ("data", "train", "eval"):
             keys += [f"{section}.{f.name}" for f in dataclasses.fields(SECTIONS[section])]
@@ -124,7 +124,7 @@ class Job:
         keys += ["heal.steps"] if self.command == "compress" else []
         keys += [key for key in (*self.given, *self.settled) if key.startswith("heal.")]
         if "train.steps" in self.settled:
-            keys.remove("train.epochs")  # the steps stand for them now
+            keys.remove("train.epochs")  # replaced by train.steps
         return {key: value_at(self, key) for key in dict.fromkeys(keys)}
 
 

@@ -1,4 +1,4 @@
-"""Layers of settings -> one: shorthands written out, later layers over earlier ones."""
+"""Merges layers of settings: shorthands are expanded, and later layers override earlier ones."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ Given = dict[Key, Setting]
 
 
 def merge(layers: Sequence[Sequence[Setting]], command: str) -> Given:
-    """The settings that hold, by key, under their full names.
+    """The settings in force, by full key.
 
     Keys are (section, field), (axis, "name" or field), ("heal", axis, field) and
-    ("objective", slug, field). A layer that names another method for an axis starts that axis
-    anew: the earlier method's fields mean nothing there. What a layer says about objectives
-    by name replaces all of them.
+    ("objective", slug, field). A layer that names another method for an axis drops the earlier
+    method's fields. A layer that names objectives replaces all earlier ones.
     """
     given: Given = {}
-    method: Entry | None = None  # what method.X is about
+    method: Entry | None = None  # the method that method.X belongs to
     for layer in layers:
         settings, method = write_out(layer, command, method, given)
         if any(renames_objectives(s) for s in settings):
@@ -41,7 +40,7 @@ def merge(layers: Sequence[Sequence[Setting]], command: str) -> Given:
             if s.key[-1] == "name" and before is not None and before.value != s.value:
                 drop(given, fields_of(given, s.key[:-1]))
             rivals = [k for group in EXCLUSIVE if s.key in group for k in group]
-            if says_something(s):  # of several ways to say how much, the last layer's holds
+            if says_something(s):  # of keep, rank and error the last layer's counts
                 drop(given, set(rivals) - {other.key for other in settings})
         given.update({s.key: s for s in settings if s.key != ("objective",)})
     return given
@@ -50,7 +49,7 @@ def merge(layers: Sequence[Sequence[Setting]], command: str) -> Given:
 def write_out(
     layer: Sequence[Setting], command: str, method: Entry | None, given: Given
 ) -> tuple[list[Setting], Entry | None]:
-    """One layer under full names, and the method that method.X is about after it.
+    """One layer with full keys, and the method that method.X belongs to after it.
 
     method.X belongs to the method=NAME before it, else to the layer's first, else to the last
     one of an earlier layer.
@@ -84,7 +83,7 @@ def write_out(
 
 
 def home(entry: Entry) -> Key:
-    """Where the keys of a method live."""
+    """The prefix of a method's keys."""
     return (entry.axis, entry.name) if entry.axis == "objective" else (entry.axis,)
 
 
@@ -96,7 +95,7 @@ def axis_prefix(key: Key) -> Key | None:
 
 
 def named_setting(s: Setting, prefix: Key) -> Setting:
-    """`weights=lora` or `weights.name=lora` as the one setting that names the method."""
+    """The setting of a method's name, from `weights=lora` or `weights.name=lora`."""
     word = word_of(s)
     undecided = word == "auto" or (word == "none" and prefix[-1] in OPTIONAL)
     name = word if undecided else registry.find(word, prefix[-1], s.place).name
@@ -104,7 +103,7 @@ def named_setting(s: Setting, prefix: Key) -> Setting:
 
 
 def word_of(s: Setting) -> str:
-    """The word that names a method; null is `none`."""
+    """A method's name; null is `none`."""
     return "none" if s.value is None else str(s.value) if isinstance(s.value, str) else s.text
 
 
@@ -143,7 +142,7 @@ def renames_objectives(s: Setting) -> bool:
 
 
 def fields_of(given: Given, prefix: Key) -> list[Key]:
-    """The keys of one axis' method, its name included; the compression's size is not one."""
+    """The keys of one axis' method and its name, without the compression's size."""
     keys = [k for k in given if k[:-1] == prefix]
     return [k for k in keys if not (prefix == ("compress",) and k[-1] in BUDGET)]
 

@@ -1,7 +1,6 @@
 """Errors of the command-line parser (unknown words, options, missing values) as UsageErrors.
 
-The parser's faults are known by what they carry, so that no room but the command line has to
-know the parser.
+They are recognised by their attributes, so that only the command line imports the parser.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def mistyped(fault: Any, words: Sequence[str], commands: Any) -> EckartError:
     """
     command, options = meant(words, commands)
     more = f"All options: {command} --help"
-    if hasattr(fault, "possibilities"):  # no option is called so
+    if hasattr(fault, "possibilities"):  # an unknown option
         return UsageError(
             f"unknown option {fault.option_name}     {PLACE}",
             fix=f"{option_meant(fault.option_name, options)} {more}".strip(),
@@ -51,7 +50,7 @@ def mistyped(fault: Any, words: Sequence[str], commands: Any) -> EckartError:
 
 
 def of_words(fault: Any, command: str) -> EckartError:
-    """A word that is no command, or one too many."""
+    """The error for an unknown command, or for one word too many."""
     _, _, rest = fault.message.partition("No such command ")
     if rest:
         typed = rest.split("'")[1]
@@ -72,7 +71,7 @@ def of_words(fault: Any, command: str) -> EckartError:
 
 
 def meant(words: Sequence[str], commands: Any) -> tuple[str, list[Any]]:
-    """The command that the first words name, as it is typed, and its options."""
+    """The command named by the first words, in full, and its options."""
     found, name = commands, "eckart"
     for word in words:
         if word not in getattr(found, "commands", ()):
@@ -82,13 +81,13 @@ def meant(words: Sequence[str], commands: Any) -> tuple[str, list[Any]]:
 
 
 def option_meant(typed: str, options: Sequence[Any]) -> str:
-    """`Did you mean --json?`; empty where no option is near."""
+    """`Did you mean --json?`; empty if no option is similar."""
     close = nearest(typed, [opt for p in options for opt in p.opts if opt.startswith("--")])
     return f"Did you mean {close[0]}?" if close else ""
 
 
 def said_by(option: str, words: Sequence[str]) -> str:
-    """What stands after an option; empty where the option was not typed."""
+    """The word after an option; empty if the option was not typed."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == option:
             return following

@@ -1,4 +1,4 @@
-"""What is said to a key that is not there, and to keys that exclude each other."""
+"""Errors for unknown keys, keys that exclude each other, and keys that a command does not read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eckart.recipe import registry
 ALL = ("model", "data", "out", "track", "weights", "update", "precision", "attention", "objective",
        "train", "eval")  # fmt: skip
 LENGTHS = ("steps", "epochs", "batch_size", "accumulate", "schedule", "warmup", "clip", "seed")
-READS: dict[str, tuple[str, ...]] = {  # command -> its keys, or what they begin with
+READS: dict[str, tuple[str, ...]] = {  # command -> its keys and sections
     **dict.fromkeys(("finetune", "pretrain"), ALL),
     "compress": ("model", "data", "out", "track", "precision", "compress", "heal", "train", "eval"),
     "bench": ("model", "data", "out", "eval.metrics", *(f"train.{name}" for name in LENGTHS)),
@@ -25,11 +25,11 @@ READS: dict[str, tuple[str, ...]] = {  # command -> its keys, or what they begin
     "inspect": ("model", "data.train"),
 }
 PER_CANDIDATE = (*AXES, "train.lr")  # of which each candidate of a bench has its own: said there
-TAKES = {"generate": ("MODEL",)}  # command -> its words without a key, where not MODEL DATA
+TAKES = {"generate": ("MODEL",)}  # command -> positional words; others MODEL DATA
 
 
 def unknown_key(setting: Setting, known: Sequence[str], more: str) -> UsageError:
-    """The error for a key that is not there: what it is called here, or the nearest key.
+    """The error for an unknown key, which suggests our name for it or the nearest key.
 
     `known` are all keys, the likeliest first; `more` says where they are listed.
     """
@@ -49,9 +49,9 @@ def in_section(key: str, section: str) -> bool:
 
 
 def unknown_flag(word: str, following: str, options: Sequence[str]) -> UsageError:
-    """The error for --lr 1e-3 or --lr=1e-3, which is train.lr=1e-3 here, or for --jsn.
+    """The error for an unknown option: --lr 1e-3, which is train.lr=1e-3 here, or --jsn.
 
-    `options` are those that the command has.
+    `options` are the command's.
     """
     name, _, text = word.lstrip("-").partition("=")
     setting = Setting((name.replace("-", "_"),), None, COMMAND_LINE, text or following)
@@ -66,16 +66,16 @@ def unknown_flag(word: str, following: str, options: Sequence[str]) -> UsageErro
 
 
 def own_keys() -> list[str]:
-    """The keys that every job has, with the fields of the methods that are there by default."""
+    """The keys that every job has, and the fields of the default methods."""
     defaults = [registry.find(registry.DEFAULTS[axis]) for axis in ("weights", "update")]
     known = [f"{e.axis}.{field}" for e in defaults for field in e.fields]
     return known + [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
 
 
 def refuse_word(word: str, command: str, place: int) -> None:
-    """Raise UsageError for a word that is no key and stands where the command takes none.
+    """Raise UsageError for a positional word that the command does not take.
 
-    `place` counts such words from 0: MODEL, DATA.
+    `place` is its position from 0: MODEL, DATA.
     """
     takes = TAKES.get(command, ("MODEL", "DATA"))
     if not word.strip():
@@ -100,7 +100,7 @@ def refuse_word(word: str, command: str, place: int) -> None:
 
 
 def nearest_key(name: str, keys: Sequence[str]) -> str | None:
-    """The key that was meant: one of the same or a similar last word, first in its own section."""
+    """The key with the same or a similar last word, first looked for in its section."""
     head, _, tail = name.rpartition(".")
     everywhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
     siblings = {key.rpartition(".")[2]: key for key in keys if in_section(key, head)}
@@ -113,7 +113,7 @@ def nearest_key(name: str, keys: Sequence[str]) -> str | None:
 
 
 def from_habit(setting: Setting, known: Sequence[str]) -> str:
-    """What a key of other tools is called here; empty where it is none."""
+    """A hint with our name for a key of another tool; empty if it is not known."""
     word = next((part for part in setting.key if part in SWITCHES), setting.key[-1])
     entries = registry.methods()
     slug = entries.get(word.removeprefix("peft_").removeprefix("use_").replace("_", "-"))
@@ -136,7 +136,7 @@ def from_habit(setting: Setting, known: Sequence[str]) -> str:
 
 
 def refuse_alternatives(given: Given) -> None:
-    """Raise UsageError where one layer says the same thing in two ways."""
+    """Raise UsageError if one layer sets two keys that exclude each other."""
     for group in EXCLUSIVE:
         said = [given[key] for key in group if key in given and says_something(given[key])]
         if len(said) > 1:
@@ -148,9 +148,9 @@ def refuse_alternatives(given: Given) -> None:
 
 
 def refuse_unread(words: Sequence[str], command: str) -> None:
-    """Raise UsageError for key=value words that the command would leave unused.
+    """Raise UsageError for key=value words that the command does not read.
 
-    Only what was typed is asked: a -c file may serve several commands.
+    Keys of a -c file are not checked: one file may serve several commands.
     """
     typed = merge([read_words(words)], command)
     if command == "compress":
@@ -170,7 +170,7 @@ def refuse_unread(words: Sequence[str], command: str) -> None:
 
 
 def refuse_trained(typed: Given) -> None:
-    """Raise UsageError where a method that trains is to compress."""
+    """Raise UsageError for a compression with a method that trains."""
     for axis, words in (("weights", ""), ("update", "heal.update={} ")):
         said = typed.get((axis, "name"))
         if said is not None and said.value not in ("auto", "none"):
@@ -183,5 +183,5 @@ def refuse_trained(typed: Given) -> None:
 
 
 def is_among(key: Key, names: Sequence[str]) -> bool:
-    """Is this one of the keys, or in one of the sections?"""
+    """Is this key one of `keys`, or in a section among them?"""
     return key[0] in names or ".".join(key) in names

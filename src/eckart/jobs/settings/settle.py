@@ -1,8 +1,8 @@
-"""What `auto` means: every key that was left open gets a value and a reason.
+"""Decides keys that are `auto`: each gets a value and a reason.
 
-Each function takes a job and the facts it needs and returns a job with something settled.
-What a person set is never changed. A resumed run takes the values it began with, so that
-another machine's memory does not change its course.
+Each function takes a job and the facts it needs, and returns a job with some keys decided.
+Values set by the user are never changed. A resumed run keeps the values that it began with, so
+that a machine with other memory trains alike.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ OPEN = (
     "eval.every",
     "eval.metrics",
 )
-LASTING = ("weights", "update", "attention")  # axes whose shapes and moments a checkpoint holds
+LASTING = ("weights", "update", "attention")  # axes that decide a checkpoint's shapes
 ROWS = {"pretrain": 32}  # rows in a step; other commands take 16
 EPOCHS = {"pretrain": 1.0}  # passes where neither steps nor epochs are given; others take 3
-STEPS = {"pretrain": (100, 10_000)}  # and the least and the most of them; others (30, 1000)
-LONGEST = {"cuda": 1024}  # tokens in a row where nothing is said; 512 elsewhere
+STEPS = {"pretrain": (100, 10_000)}  # bounds of the steps then; others (30, 1000)
+LONGEST = {"cuda": 1024}  # default tokens in a row; 512 on other devices
 SHARE = 0.9  # of the free memory that a batch may fill: allocators lose some to gaps
 
 
 def as_it_began(job: Job, run: Path) -> Job:
-    """A resumed job with every open key as the run settled it. UsageError where it could not
-    go on with the checkpoint's shapes and moments."""
+    """A resumed job with every `auto` key as the run decided it. UsageError if the checkpoint's
+    shapes and moments do not fit the job."""
     file = run / "resolved.yaml"
     if not file.is_file():
-        return job  # it stopped before anything was settled
+        return job  # it stopped before anything was decided
     before = resolve(job.command, files=[file])
     if latest_checkpoint(run) is not None:
         require_same_methods(job, before, run)
@@ -60,12 +60,12 @@ def as_it_began(job: Job, run: Path) -> Job:
 
 
 def require_same_methods(job: Job, before: Job, run: Path) -> None:
-    """Raise UsageError where what is trained, or the rule by which, is not the run's own."""
+    """Raise UsageError if weights, update or attention differ from those of the resumed run."""
     facts = []
     for axis in LASTING:
         names = [j.choices[axis].name for j in (before, job)]
         if names[0] != names[1]:
-            if f"{axis}.name" in job.given:  # else it is the adapter's that the run went on with
+            if f"{axis}.name" in job.given:  # else it comes from the adapter that the run continued
                 facts.append((axis, f"the run {names[0]}, now {names[1]}"))
             continue
         for key in (key for key in job.given if key.startswith(f"{axis}.")):
@@ -81,7 +81,7 @@ def require_same_methods(job: Job, before: Job, run: Path) -> None:
 
 
 def with_as_many_rows(job: Job, before: Job) -> Job:
-    """A resumed job whose steps have as many rows as they had, on however many processes."""
+    """A resumed job with the same rows per step, even on another number of processes."""
     train, was = job.train, before.train
     if train.processes == was.processes or "auto" in (train.batch_size, was.batch_size):
         return job
@@ -105,7 +105,7 @@ def with_as_many_rows(job: Job, before: Job) -> Job:
 
 
 def precision(job: Job, device: torch.device) -> Job:
-    """bf16 where the device computes in it, else fp32."""
+    """Decide the precision: bf16 if the device supports it, else fp32."""
     if job.choices["precision"].name != "auto":
         return job
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -118,7 +118,7 @@ def precision(job: Job, device: torch.device) -> Job:
 
 
 def layerwise(job: Job) -> Job:
-    """What layer-wise mode asks of the job. Raises UsageError where it cannot work."""
+    """Set what layer-wise mode needs. Raises UsageError if it cannot work with the job."""
     if not job.train.layerwise:
         return job
     recipe, train = job.recipe(), job.train
@@ -153,17 +153,17 @@ def layerwise(job: Job) -> Job:
 
 
 def gradient_bytes(train: Train, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of gradients that are alive at once at most."""
+    """Peak bytes of gradients that exist at the same time."""
     if not train.layerwise:
         return sum(size(p) for group in optimizer.param_groups for p in group["params"])
-    whole = train.accumulate == 1 and train.processes == 1  # a micro-batch is the whole step
+    whole = train.accumulate == 1 and train.processes == 1  # a step is one micro-batch
     return peak_gradient_bytes(optimizer.param_groups, "first" if whole else "step")
 
 
 def seq_len(job: Job, context: int | None, device: torch.device) -> Job:
-    """The model's context, at most what trains at a bearable pace.
+    """Decide data.seq_len: the model's context, up to a limit that keeps steps fast.
 
-    Raises UsageError for rows that are longer than the context.
+    Raises UsageError if the given length is longer than the context.
     """
     if job.data.seq_len != "auto":
         if context is not None and int(job.data.seq_len) > context:
@@ -180,7 +180,7 @@ def seq_len(job: Job, context: int | None, device: torch.device) -> Job:
 
 
 def horizon(job: Job, rows: int, recipe: Recipe) -> Job:
-    """Rows in a step, steps, rate, and how often to save and to look."""
+    """Decide the number of steps, the learning rate, and how often to save and evaluate."""
     per_step = rows_per_step(job, rows)
     if job.train.steps == "auto":
         job = job.settle("train.steps", *steps_for(job, rows, per_step))
@@ -209,7 +209,7 @@ def horizon(job: Job, rows: int, recipe: Recipe) -> Job:
 
 
 def rows_per_step(job: Job, rows: int) -> int:
-    """How many rows make a step on one process, before memory says how they are split."""
+    """Rows of a step on one process, before they are split to fit memory."""
     batch_size, accumulate = job.train.batch_size, job.train.accumulate
     parts = 1 if accumulate == "auto" else int(accumulate)
     if batch_size != "auto":
@@ -238,11 +238,11 @@ def steps_for(job: Job, rows: int, per_step: int) -> tuple[int, str]:
 def batch(
     job: Job, rows: int, fixed: int, kept: Callable[[bool], Line], free: int, whole: bool
 ) -> Job:
-    """How the `rows` of a step are split, and whether activations are computed again.
+    """Decide the batch size, accumulation and activation checkpointing for `rows` per step.
 
-    `fixed` bytes are there whatever the batch; `kept(checkpointing)` are those of its rows;
-    `whole` is true where an objective compares the rows of a step. Raises OutOfRoom where the
-    fixed part alone does not fit.
+    `fixed` bytes do not depend on the batch; `kept(checkpointing)` gives the activations' bytes
+    by rows; `whole` keeps a step in one batch, for objectives that compare the rows of a step.
+    Raises OutOfRoom if the fixed part alone does not fit.
     """
     if fixed > free:
         raise OutOfRoom(
@@ -277,7 +277,7 @@ def largest_divisor(number: int, most: int) -> int:
 
 
 def metrics(job: Job, names: tuple[str, ...]) -> Job:
-    """What is measured on held-out data. UsageError for what is not measured here."""
+    """Decide the metrics on held-out data. UsageError for an unknown metric."""
     if job.eval.metrics != "auto":
         for name in job.eval.metrics:
             if name not in names:
@@ -291,6 +291,6 @@ def metrics(job: Job, names: tuple[str, ...]) -> Job:
 
 
 def warmup_steps(train: Train) -> int:
-    """A share of the steps below 1, a number of steps from 1 on."""
+    """Warm-up steps: train.warmup is a share of the steps if below 1, else their number."""
     share = train.warmup
     return round(share * int(train.steps)) if share < 1 else int(share)

@@ -1,7 +1,7 @@
-"""Keys of LLaMA-Factory and axolotl as keys of ours, one by one.
+"""Translates keys of LLaMA-Factory and axolotl to keys of a job.
 
-Most are answered by the same table that answers keys typed from habit (words.HABITS); what has
-no counterpart is kept with its line, and nothing is guessed in its place.
+Most are in the table that also gives hints for keys typed on the command line (words.HABITS). A
+key without a counterpart is reported with its line; its meaning is never guessed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MORE = {  # keys of the two tools beside the habits
     "datasets": "data.train",
     "galore_rank": "update.rank",
 }
-SILENT = (  # what a job of ours does by itself, or has no need of
+SILENT = (  # done by default here, or not needed
     "do_train", "do_eval", "overwrite_output_dir", "overwrite_cache", "logging_steps", "stage",
     "preprocessing_num_workers", "dataloader_num_workers", "plot_loss", "save_only_model",
     "ddp_timeout", "strict", "is_llama_derived_model", "sample_packing", "pad_to_sequence_len",
@@ -32,12 +32,12 @@ SILENT = (  # what a job of ours does by itself, or has no need of
     "tf32", "template", "dataset_dir", "dataset_prepared_path", "packing", "eval_strategy",
     "per_device_eval_batch_size", "eval_batch_size", "lora_modules_to_save",
 )  # fmt: skip
-TRAINED_ALIKE = ("sft", "pt")  # LLaMA-Factory's stages that finetune is
+TRAINED_ALIKE = ("sft", "pt")  # LLaMA-Factory's stages that `finetune` covers
 
 
 @dataclass
 class Found:
-    """The words of a job, and what could not be said in them: (key, place, why)."""
+    """The translated keys, and those that could not be translated as (key, place, reason)."""
 
     tool: str
     words: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Found:
 
 
 def from_keys(tool: str, settings: list[Setting]) -> Found:
-    """Keys by the table of habits, their values as they are written here."""
+    """Translate settings of another tool, keys and values."""
     found = Found(tool)
     table = {**HABITS, **MORE}
     for setting in settings:
@@ -67,7 +67,7 @@ def from_keys(tool: str, settings: list[Setting]) -> Found:
 
 
 def method_named(key: str) -> registry.Entry | None:
-    """use_galore, peft_use_dora: the method that a switch of other tools turns on."""
+    """The method turned on by a switch of another tool, such as use_galore or peft_use_dora."""
     slug = key.removeprefix("peft_").removeprefix("use_")
     if slug == key:
         return None
@@ -75,7 +75,7 @@ def method_named(key: str) -> registry.Entry | None:
 
 
 def take(found: Found, setting: Setting, key: str) -> None:
-    """One key of ours from one of theirs."""
+    """Take over one setting whose key has a counterpart."""
     value = setting.value
     if value is None:
         return
@@ -165,7 +165,7 @@ def optimizer(found: Found, setting: Setting) -> None:
     if entry is None or entry.axis != "update":
         found.lose(setting)
     else:
-        found.words.setdefault("update", entry.name)  # a switch such as use_galore goes first
+        found.words.setdefault("update", entry.name)  # a switch such as use_galore has precedence
 
 
 def half(found: Found, setting: Setting) -> None:
@@ -182,13 +182,13 @@ def half(found: Found, setting: Setting) -> None:
 
 
 def held_in_bytes() -> str:
-    """The precision that converts the base itself."""
+    """The precision that quantises the base."""
     entries = registry.methods().values()
     return next(e.name for e in entries if e.axis == "precision" and e.declares.get("converts"))
 
 
 def quantised_base(found: Found, setting: Setting) -> None:
-    """load_in_8bit: true, quantization_bit: 8; what was said of activations stays."""
+    """load_in_8bit: true, quantization_bit: 8; a precision of activations is kept."""
     if setting.value in (True, "true") or str(setting.value) == "8":
         before = registry.methods().get(str(found.words.get("precision")))
         found.words["precision"] = held_in_bytes()
@@ -199,7 +199,7 @@ def quantised_base(found: Found, setting: Setting) -> None:
 
 
 def stage(found: Found, setting: Setting) -> None:
-    """LLaMA-Factory's stages: what is trained alike, or an error."""
+    """LLaMA-Factory's stage: sft and pt are finetune; others raise an error."""
     if setting.value not in TRAINED_ALIKE:
         raise UsageError(
             "this trains on preferences or rewards, which no command here does",
@@ -209,7 +209,7 @@ def stage(found: Found, setting: Setting) -> None:
 
 
 def steps(found: Found, setting: Setting) -> None:
-    """max_steps, where it is one: -1 stands for none."""
+    """max_steps; -1 means none."""
     if positive(setting.value):
         found.words.pop("train.epochs", None)
         found.words["train.steps"] = setting.value
@@ -221,7 +221,7 @@ def epochs(found: Found, setting: Setting) -> None:
 
 
 def warmup(found: Found, setting: Setting) -> None:
-    """Steps win over a share where both are set."""
+    """warmup_steps or warmup_ratio; steps count if both are set."""
     if setting.value and (setting.key[0] == "warmup_steps" or "train.warmup" not in found.words):
         found.words["train.warmup"] = setting.value
 
@@ -242,7 +242,7 @@ def principal(found: Found, setting: Setting) -> None:
 
 
 def tracker(found: Found, setting: Setting) -> None:
-    """wandb_project and its like name a tracker by their first word."""
+    """The tracker named by the key's first part: wandb_project, mlflow_tracking_uri."""
     if setting.value:
         found.words["track"] = [setting.key[0].split("_")[0]]
 

@@ -1,4 +1,4 @@
-"""Files and key=value words -> settings: a key, a value, and the place where it was written.
+"""Parses YAML files and key=value words to settings: key, value, and where it was written.
 
 weights: {name: lora, rank: 16}   -> weights.name, weights.rank     job.yaml, line 3
 train.lr=1e-3                     -> train.lr                       command line
@@ -21,11 +21,11 @@ from eckart.errors import FileError, UsageError, nearest
 
 Key = tuple[str, ...]
 COMMAND_LINE = "command line"
-WORD = re.compile(r"[A-Za-z_][\w.\-]*=")  # how a key=value word starts; a path has no such start
+WORD = re.compile(r"[A-Za-z_][\w.\-]*=")  # the start of a key=value word; no path starts so
 # A glob such as *.q_proj, which YAML would take for an alias.
 GLOB = re.compile(r"(?:^|(?<=[\[,\s]))\*[^,\]\s'\"]*")
 
-# What people type from habit -> the key here. A method that lacks the field is said so.
+# Keys of other tools -> our key, for hints and for importing their files.
 HABITS = {
     "r": "weights.rank",
     "lora_r": "weights.rank",
@@ -92,7 +92,7 @@ HABITS = {
     "torch_dtype": "precision",
     "dtype": "precision",
 }
-# Those whose values are not ours: what stands here is said; an import of files has its own ways.
+# Keys of other tools whose values differ -> the hint; imports translate them in code (theirs.py).
 SWITCHES = {
     "use_rslora": "weights.scaling=rslora",
     "peft_use_rslora": "weights.scaling=rslora",
@@ -116,8 +116,8 @@ class Setting:
     key: Key
     value: Any
     place: str
-    text: str  # the value as it was typed, for words that YAML takes for numbers or booleans
-    typed: str = ""  # the key as it was typed, where a shorthand was written out
+    text: str  # the value as typed: YAML reads some words as numbers or booleans
+    typed: str = ""  # the key as typed, if it was a shorthand
 
     @property
     def name(self) -> str:
@@ -205,7 +205,7 @@ def plain(config: Any) -> Any:
 def flatten(
     node: yaml.MappingNode, values: Mapping[Any, Any], above: Key, path: str
 ) -> Iterator[Setting]:
-    """The leaves of a mapping with their lines. A list is a leaf."""
+    """The settings in a YAML mapping, with their lines. A list is one value."""
     for key_node, value_node in node.value:
         key = (*above, *str(key_node.value).split("."))
         value = values.get(key_node.value, values.get(yaml.safe_load(key_node.value)))
@@ -217,7 +217,7 @@ def flatten(
 
 
 def settings_of(tree: Mapping[str, Any], place: str) -> list[Setting]:
-    """The leaves of a plain nested dict, all from one place."""
+    """The settings in a nested dict, all with the same place."""
     found: list[Setting] = []
     for key, value in tree.items():
         name = str(key)  # YAML reads {1.5: x} with a number for a key
