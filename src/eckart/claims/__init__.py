@@ -1,6 +1,6 @@
-"""What a paper promises, on a scale that a laptop can check: one file per paper, no code to run.
+"""Claims of papers as small experiments for a laptop: one declarative file per paper.
 
-A claim file reads like the protocol of an experiment:
+A claim file describes an experiment:
 
     CLAIM = Claim(
         says="a few thousand trained numbers recover nearly all that full fine-tuning gains",
@@ -11,10 +11,11 @@ A claim file reads like the protocol of an experiment:
         unseen="parity with full fine-tuning at billions of parameters",
     )
 
-The lab (`jobs/lab/bare_loop.py`, handed over by `eckart reproduce`) trains every arm with its own
-best learning rate, then several seeds in which all arms see the same data in the same order, and
-judges each statement on the differences within seeds. What a lab cannot train by a recipe
-alone, a function of the claim file does (`Arm(run=...)`), or measures (`Arm(watch=...)`).
+`eckart reproduce` searches the best learning rate of every arm, trains it on several seeds in
+which all arms see the same data in the same order, and tests each statement on the differences
+within seeds. Training that a recipe cannot express is a function of the claim file
+(`Arm(run=...)`), as are additional measurements (`Arm(watch=...)`); both receive a `Lab`, which
+jobs/lab/bare_loop.py implements.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ SMALL: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples as tensors of equal length, by the names under which the model takes them.
+    """Examples as tensors [rows, ...], keyed by the model's argument names.
 
     The learning rate is chosen on `validation` and reported on `test`.
     """
@@ -69,51 +70,51 @@ class Splits:
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data and its training: what all arms of a claim have in common."""
+    """Model, data and training settings that all arms of a claim share."""
 
     data: str | Callable[[], Splits] = "pydoc-prose"
-    """A corpus of io/corpora.py as bytes, or a function of the claim file that makes tensors."""
+    """The name of a corpus in io/corpora.py, read as bytes, or a function that returns tensors."""
 
     pretrained: str | None = "stdlib-code"
-    """The corpus that the model was trained on before, once for all; None: random weights."""
+    """The corpus that the initial model was pretrained on; None: random weights."""
 
     shape: Mapping[str, Any] = field(default_factory=lambda: SMALL)
-    """Fields of the transformers configuration, `vocab_size` left out for text."""
+    """Fields of the transformers configuration, without `vocab_size` for text."""
 
     kind: str = "llama"
     """transformers' model_type."""
 
     head: str = "causal"
-    """What the model is for: causal, classification, image, ... (io/presets.py)."""
+    """The model's task: causal, classification, image, ... (io/presets.py)."""
 
     steps: int = 200
     batch_size: int = 16
     seq_len: int = 64
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises; then a cosine."""
+    """Share of the steps with linear warm-up; a cosine follows."""
     floor: float = 0.0
-    """Share of the learning rate that is left at the end."""
+    """Share of the learning rate at the end of the cosine."""
     clip: float | None = 1.0
     pretraining_steps: int = 1200
     evaluated: int | None = None
-    """Rows of each held-out part that are evaluated; None: all of them."""
+    """Rows of each held-out split that are evaluated; None: all."""
     score: Callable[[nn.Module, Batch], Quantities] | None = None
-    """Further quantities of the test examples, for example an accuracy; means over batches."""
+    """Additional quantities of a test batch, such as an accuracy; averaged over batches."""
 
 
-# --- the lab, as a claim sees it -----------------------------------------------------------
+# --- the interface for a claim's functions -------------------------------------------------
 
 
 class Lab(Protocol):
-    """What a claim's own functions are given: one arm at one seed and learning rate."""
+    """The argument of a claim's own functions: trains one arm at one seed and learning rate."""
 
     task: Task
     seed: int
     lr: float
-    steps: int  # fewer than the task's in a quick check or a first look at a learning rate
+    steps: int  # fewer than the task's in a quick check or a short run of the search
 
     def model(self) -> nn.Module:
-        """A fresh start model in training mode: the pretrained one, or random from the seed."""
+        """A fresh initial model in training mode: the pretrained one, or random by seed."""
         ...
 
     def batch(self, step: int) -> Batch:
@@ -121,7 +122,7 @@ class Lab(Protocol):
         ...
 
     def batches(self, count: int) -> list[Batch]:
-        """Calibration batches from the training examples, none of them a training batch."""
+        """Calibration batches from the training examples, drawn apart from the training batches."""
         ...
 
     def train(
@@ -134,7 +135,7 @@ class Lab(Protocol):
         watch: Watches | None = None,
         **attach: Any,
     ) -> Trained:
-        """Attach the recipe to the model and train it; `attach` goes to eckart.attach."""
+        """Attach the recipe to the model and train it; `attach` is passed to eckart.attach."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -142,7 +143,7 @@ class Lab(Protocol):
         ...
 
     def on(self, text: str | Corpus) -> Lab:
-        """The same lab with other text, cut into bytes as the task's own is."""
+        """The same lab on another text, split into bytes as the task's own."""
         ...
 
 
@@ -168,27 +169,27 @@ END = -1
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to do the task. Neither recipe nor run: the start model, only evaluated."""
+    """One variant in an experiment. Without recipe and run, the initial model is evaluated."""
 
     name: str
     recipe: Recipe | None = None
     lr: float | None = None
-    """Where the search for the learning rate begins; None: the recipe's default."""
+    """The centre of the learning-rate search; None: the recipe's default."""
     search: bool = True
-    """Is the learning rate searched? Else `lr` is taken as it is, or none where nothing trains."""
+    """Search the learning rate; otherwise use `lr` as it is (None where nothing is trained)."""
     watch: Watches = field(default_factory=dict)
-    """Quantities of the claim's own, measured during training: {10: norms, END: angles}."""
+    """Functions that measure additional quantities, by step: {10: norms, END: angles}."""
     loss_at: tuple[int, ...] = ()
-    """Steps after which the test loss is measured too, as `loss@STEP`."""
+    """Steps after which the test loss is also measured, as `loss@STEP`."""
     also_train: tuple[str, ...] = ()
-    """Modules trained whole beside the recipe's."""
+    """Modules trained in full beside the recipe's parameters."""
     run: Callable[[Lab], Quantities] | None = None
-    """Instead of training by the recipe: anything, from the lab to named numbers. Must give
-    `validation` where its learning rate is searched."""
+    """A function that replaces training by the recipe and returns quantities. They must include
+    `validation` where the learning rate is searched."""
     task: Task | None = None
     """This arm's own task, where it differs."""
     full: bool = False
-    """Only with --full; left out otherwise, and said so."""
+    """Run this arm only with --full."""
 
 
 UNTOUCHED = Arm("untouched", search=False)
@@ -196,10 +197,10 @@ UNTOUCHED = Arm("untouched", search=False)
 
 @dataclass(frozen=True)
 class Statement:
-    """A number per seed that is positive exactly where the sentence holds.
+    """A sentence, and a function of one seed's results that is positive where the sentence holds.
 
-    Confirmed where the interval of its mean over seeds lies above 0, refuted where it lies
-    below, else not seen.
+    Confirmed where the confidence interval of its mean over seeds lies above 0, refuted where it
+    lies below, otherwise not seen.
     """
 
     text: str
@@ -228,19 +229,19 @@ def higher(
 def matches(
     arm: str, *, of: str, within: float, quantity: str = "loss", unit: str = "nats"
 ) -> Statement:
-    """The arm is at most `within` above another: as good, up to a margin said beforehand."""
+    """The arm's quantity is at most `within` above another's: equal up to a fixed margin."""
     text = f"{quantity} of {arm} is at most {within:g} above that of {of}"
     return Statement(text, lambda r: within - (r[arm][quantity] - r[of][quantity]), unit)
 
 
 def near(arm: str, *, of: str, share: float) -> Statement:
-    """The arm's loss is at most a share above another's."""
+    """The arm's loss is at most `share` (relative) above another's."""
     text = f"loss of {arm} is at most {share:.0%} above that of {of}"
     return Statement(text, lambda r: (1 + share) * r[of]["loss"] - r[arm]["loss"])
 
 
 def recovers(arm: str, share: float, *, of: str, start: str, quantity: str = "loss") -> Statement:
-    """The arm gains at least a share of what another gains over the start."""
+    """The arm's gain over `start` is at least `share` of the gain of `of`."""
     text = f"{arm} recovers {share:.0%} of what {of} gains over {start}"
 
     def excess(r: Results) -> float:
@@ -252,13 +253,13 @@ def recovers(arm: str, share: float, *, of: str, start: str, quantity: str = "lo
 
 
 def at_most(arm: str, limit: float, quantity: str, unit: str = "") -> Statement:
-    """A measured quantity is at most a limit that the paper or its theory gives."""
+    """The quantity is at most a limit that the paper or its theory gives."""
     text = f"{quantity} of {arm} is at most {limit:g}"
     return Statement(text, lambda r: limit - r[arm][quantity], unit)
 
 
 def at_least(arm: str, limit: float, quantity: str, unit: str = "") -> Statement:
-    """A measured quantity is at least a limit that the paper or its theory gives."""
+    """The quantity is at least a limit that the paper or its theory gives."""
     text = f"{quantity} of {arm} is at least {limit:g}"
     return Statement(text, lambda r: r[arm][quantity] - limit, unit)
 
@@ -266,7 +267,7 @@ def at_least(arm: str, limit: float, quantity: str, unit: str = "") -> Statement
 def ordered(
     arms: Sequence[str], quantity: str = "loss", unit: str = "nats"
 ) -> tuple[Statement, ...]:
-    """The quantity falls from each arm to the next: one statement per step."""
+    """The quantity decreases from each arm to the next: one statement per pair."""
     return tuple(
         lower(b, than=a, quantity=quantity, unit=unit) for a, b in zip(arms, arms[1:], strict=False)
     )
@@ -274,25 +275,25 @@ def ordered(
 
 @dataclass(frozen=True)
 class Claim:
-    """A paper's claim, the experiment that tests it here, and what would count as an answer."""
+    """A paper's claim and the experiment that tests it."""
 
     says: str
     """The claim in one sentence, as far as it is tested here."""
     arms: tuple[Arm, ...]
     statements: tuple[Statement, ...]
-    """What must hold: all confirmed -> confirmed; one refuted -> refuted; else not seen."""
+    """Confirmed if all are confirmed, refuted if one is refuted, otherwise not seen."""
     control: Statement
-    """A difference that is there beyond doubt. Where it is not seen, nothing is concluded."""
+    """The positive control: a known difference. If it is not confirmed, there is no verdict."""
     task: Task = field(default_factory=Task)
     full: Task | None = None
-    """The task of --full, where it is a larger one."""
+    """The task under --full; None: `task`."""
     unseen: str = ""
-    """What the paper claims beside this and no experiment of this size can show."""
+    """Further claims of the paper that an experiment of this size cannot show."""
     seeds: int = 5
-    """Seeds of the report; at least 3. --full takes twice as many."""
+    """Number of test seeds, at least 3; --full uses twice as many."""
 
     def chosen(self, budget: Budget) -> tuple[Arm, ...]:
-        """The arms that a budget runs."""
+        """The arms that run under a budget."""
         return tuple(arm for arm in self.arms if budget == "full" or not arm.full)
 
 
@@ -303,13 +304,13 @@ Budget = Literal["quick", "default", "full"]
 
 
 def folders() -> list[Path]:
-    """This folder, and those of ECKART_CLAIMS (separated like PATH)."""
+    """This folder, and those in ECKART_CLAIMS (separated like PATH)."""
     more = os.environ.get("ECKART_CLAIMS", "").split(os.pathsep)
     return [Path(__file__).parent, *(Path(p) for p in more if p)]
 
 
 def slugs() -> list[str]:
-    """All claims by the names that people type, sorted."""
+    """The names of all claims, sorted, with hyphens."""
     return sorted(path.stem.replace("_", "-") for path in files())
 
 
@@ -319,7 +320,10 @@ def files() -> Iterator[Path]:
 
 
 def load(slug: str) -> Claim:
-    """The claim of a slug, hyphens or underscores; UsageError names the nearest one."""
+    """Load a claim by its name, with hyphens or underscores.
+
+    Raises UsageError with the nearest name for an unknown one.
+    """
     name = slug.replace("-", "_")
     path = next((p for p in files() if p.stem == name), None)
     if path is None:
@@ -330,6 +334,6 @@ def load(slug: str) -> Claim:
         return import_module(f"eckart.claims.{name}").CLAIM
     spec = spec_from_file_location(f"eckart_claim_{name}", path)
     assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look themselves up
+    module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses need the module there
     spec.loader.exec_module(module)
     return module.CLAIM

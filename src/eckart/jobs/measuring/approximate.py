@@ -1,9 +1,9 @@
-"""A low-rank stand-in for what a model became, at any rank, with the error of each matrix.
+"""Low-rank approximations of a trained model at any rank, with the error of each matrix.
 
-    update   D = W_after - W_base of each matrix, its best factors as plain LoRA on the base
-    model    W itself of each matrix, by the compression that needs no data
+    of_update   approximates D = W_after - W_base of each matrix, as plain LoRA on the base
+    of_model    approximates W of each matrix, by the compression that needs no data
 
-Both are truncated SVDs, so the error of a matrix at rank r is known from its singular values.
+Both are truncated SVDs, so the error of a matrix at rank r follows from its singular values.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from eckart.recipe.vocabulary import held_whole
 
 @dataclass
 class Approximation:
-    """What `at(rank)` gives, and how good it is. Only the last one asked for is alive."""
+    """Approximations `at(rank)` and their errors. Each call of `at` invalidates the last handle."""
 
     of: str  # what the errors are relative to: "update" or "weights"
     at: Callable[[int], Handle]
     spectra: Mapping[str, Tensor]  # path -> singular values [*, k] of what is approximated
     roles: Mapping[str, str]
-    whole: Mapping[str, int] = field(default_factory=dict)  # rank from which a matrix is kept dense
-    left: tuple[str, ...] = ()  # parameters whose change no low-rank form holds
+    whole: Mapping[str, int] = field(default_factory=dict)  # path -> rank from which it stays dense
+    left: tuple[str, ...] = ()  # changed parameters outside all sites, left out
 
     @property
     def most(self) -> int:
-        """The rank at which every matrix is exact."""
+        """The smallest rank at which every matrix is exact."""
         return max((s.shape[-1] for s in self.spectra.values()), default=0)
 
     def errors(self, rank: int) -> dict[str, float]:
-        """Relative Frobenius error by matrix."""
+        """The relative Frobenius error of each matrix at this rank."""
         found = {}
         for path, s in self.spectra.items():
             kept = rank >= self.whole.get(path, s.shape[-1])
@@ -56,7 +56,7 @@ class Approximation:
         return found
 
     def by_role(self, rank: int) -> dict[str, tuple[float, float, str]]:
-        """The median and the largest error of each role, and where the largest is."""
+        """Role -> (median error, largest error, path of the largest)."""
         grouped: dict[str, list[tuple[float, str]]] = {}
         for path, error in self.errors(rank).items():
             grouped.setdefault(self.roles[path], []).append((error, path))
@@ -74,11 +74,11 @@ def plain_lora(rank: int, paths: list[str]) -> Any:
 def of_update(
     after: nn.Module, carried: Handle | None, base: nn.Module, whole: Sequence[str] = ()
 ) -> Approximation:
-    """What a model has become, as plain LoRA on its base.
+    """The difference between a model and its base, as plain LoRA on the base.
 
-    `after` may carry terms (`carried` is their handle); the modules `whole`, a head that was
-    trained with them, are copied into `base`, and so go into the adapter. Raises UsageError
-    where a term is no linear map, or where nothing has changed.
+    `after` may have terms attached (`carried` is their handle). Modules in `whole`, such as a
+    trained head, are copied into `base` and become part of the adapter. Raises UsageError where
+    a term is not linear, or where nothing has changed.
     """
     name = fingerprint(base, held_whole(base, whole))
     for path in whole:
@@ -120,7 +120,7 @@ def of_update(
 
 
 def matrix_of(after: nn.Module, carried: Handle | None, site: Site) -> Tensor:
-    """The matrix [*, m, n] in fp64 that stands at a base's site in the other model."""
+    """The matrix [*, m, n] in fp64 of the other model, terms merged, at a site of the base."""
     if carried is not None and site.path in carried.attached:
         for name, term in carried.terms()[site.path].items():
             if not term.linear:
@@ -137,14 +137,14 @@ def matrix_of(after: nn.Module, carried: Handle | None, site: Site) -> Tensor:
 
 
 def pair(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> dict[str, Tensor]:
-    """The first components as PEFT names them."""
+    """The first `rank` components as lora_B [*, m, r] and lora_A [*, r, n]."""
     U, s, Vt = svd
     B, A = balanced(U[..., :rank], s[..., :rank], Vt[..., :rank, :])
     return {"lora_B": B.contiguous(), "lora_A": A.contiguous()}
 
 
 def of_model(load: Callable[[], Any]) -> Approximation:
-    """A model with its own matrices truncated; `load` gives a fresh one."""
+    """The model with its matrices truncated; `load` returns a fresh copy of it."""
     method = registry.load(registry.DEFAULTS["compress"])
     first = load()
     recipe = Recipe(weights=method(rank=1))  # type: ignore[call-arg, arg-type]
@@ -155,7 +155,7 @@ def of_model(load: Callable[[], Any]) -> Approximation:
         for path, site in {s.path: s for s in sites_of(load())}.items()
         if path in sites
     }
-    # from this rank on factors would be larger than the matrix, which then stays as it is
+    # from this rank on the factors would be larger than the matrix, which then stays dense
     dense_from = {p: -(-s.shape[0] * s.shape[1] // sum(s.shape)) for p, s in sites.items()}
 
     def at(rank: int) -> Handle:

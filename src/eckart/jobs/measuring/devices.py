@@ -1,4 +1,4 @@
-"""Where a model is, and its inputs with it."""
+"""The device of a model, and moving batches to it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,5 +12,5 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors moved; what is no tensor stays."""
+    """The batch with its tensors moved to `device`; other values are kept."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

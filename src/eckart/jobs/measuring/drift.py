@@ -1,6 +1,7 @@
-"""How far a model's choices are from another's: words on a text, classes on texts or images.
+"""How far a model's predictions are from another model's, on texts or images.
 
-KL(other || model), in nats per token (or class), and how often both have the same first choice.
+Measures KL(other || model), in nats per token (or class), and how often the top prediction of
+both is the same.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from eckart.io.preprocessing import Preprocessing
 from eckart.io.text import read
 from eckart.jobs.measuring.scores import score
 
-TEXT = "pydoc-prose"  # always there: Python's own reference
-ROWS, LENGTH = 32, 128  # of text, and tokens in each
+TEXT = "pydoc-prose"  # available everywhere: Python's own reference
+ROWS, LENGTH = 32, 128  # rows of text, tokens in a row
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -55,30 +56,30 @@ def of_text(
     task: str = "causal",
     length: int = LENGTH,
 ) -> Sample:
-    """Rows of `sources`, or of a text that is always there; as many tokens whatever the length."""
+    """A sample of `sources`, or of a built-in text: at most ROWS * LENGTH tokens."""
     length, most = min(length, context or length), max(1, ROWS * LENGTH // length)
     data = read([], tokenizer, length, packing=False, eval=list(sources) or TEXT)
     found = [row for rows in data.evaluation.values() for row in rows]
-    rows = [CHOICES.get(task, dict)(found[i]) for i in spread(len(found), most)]
+    rows = [CHOICES.get(task, dict)(found[i]) for i in evenly_spaced(len(found), most)]
     lengths = [len(row["input_ids"]) for row in rows]
     return Sample(rows, data.collate, ", ".join(data.evaluation), lengths, task not in CHOICES)
 
 
 def of_images(preprocessing: Preprocessing, sources: Sequence[Any]) -> Sample:
-    """Images of `sources`, whatever their classes."""
+    """A sample of the images of `sources`; their labels are ignored."""
     data = images.read([], preprocessing, eval=list(sources))
     found = [row for rows in data.evaluation.values() for row in rows]
-    rows = [{**found[i], "labels": 0} for i in spread(len(found))]
+    rows = [{**found[i], "labels": 0} for i in evenly_spaced(len(found))]
     return Sample(rows, data.collate, ", ".join(data.evaluation), data.lengths(rows), False)
 
 
-def spread(count: int, most: int = ROWS) -> list[int]:
-    """At most so many places, evenly over `count`."""
+def evenly_spaced(count: int, most: int = ROWS) -> list[int]:
+    """At most `most` evenly spaced indices into `count` rows."""
     places = np.linspace(0, count - 1, min(most, count)).round().astype(int)
     return [int(i) for i in places]
 
 
-# A label at every place where a model with classes has a choice; which one makes no difference.
+# Dummy labels at every position where a classifier predicts: KL does not read their values.
 CHOICES: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
     "classification": lambda row: {"input_ids": row["input_ids"], "labels": 0},
     "tagging": lambda row: {

@@ -1,9 +1,9 @@
-"""How far the logits of each attention head reach on a text, the adapter on and off.
+"""The largest attention logits of each head on a text, with the adapter on and off.
 
-Queries, keys and values are taken where the model hands them to attention: after biases,
-rotation and norms, with keys and values repeated for grouped queries. Beside the reach that
-the theory's bound asks for, each degree with fewer features than tokens is tried: the error of
-the gradient by polynomials on the text itself, for a random gradient of the output.
+Queries, keys and values are taken as the model passes them to attention: after biases, rotation
+and norms, with keys and values repeated for grouped queries. The reach of a head is its largest
+|logit|, which enters the theory's bound. Each polynomial degree with fewer features than tokens
+is also tried on the text: the error of the approximate gradient for a random output gradient.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from eckart.linear.sites import seeded_generator
 from eckart.recipe import Handle, terms_off
 
 PROBE = "eckart_reach"
-EPS = 1e-2  # relative error that a fast gradient may have
-TRIED = 1024  # tokens of a row at most: an exact gradient takes L^2
+EPS = 1e-2  # largest relative error of a fast gradient
+TRIED = 1024  # most tokens of a row for errors: an exact gradient takes L^2
 NORMS = ("q", "k", "k_centred", "v")
 
 
 @dataclass
 class Layer:
-    """What a layer's heads did on the text: largest entries and logits, [heads] each."""
+    """Maxima over a text for the heads of one layer: entries, logits and errors, [heads] each."""
 
     width: int
-    norms: dict[str, Tensor]  # largest |entry| of Q, K, K centred and V
+    norms: dict[str, Tensor]  # largest |entry| of Q, K, centred K and V
     reach: Tensor
     centred: Tensor
     errors: dict[int, Tensor]  # degree -> largest relative error of dQ, dK, dV
 
     def widen(self, other: Layer) -> None:
-        """Take in another row."""
+        """Update the maxima with another row."""
         for name in NORMS:
             self.norms[name] = torch.maximum(self.norms[name], other.norms[name])
         self.reach = torch.maximum(self.reach, other.reach)
@@ -62,17 +62,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class HeadReach:
-    """One head: what its logits reach, and what that asks of a polynomial."""
+    """One head: its largest logits, and the polynomial degree that they require."""
 
     layer: int
     head: int
     width: int  # h
     length: int  # L
     reach: float  # max |S|
-    centred: float  # the same with centred keys, which decides
-    without: float  # that with the adapter off; the same number where there is none
+    centred: float  # the same with centred keys, which the bound uses
+    without: float  # `centred` with the adapter off; equal to it without an adapter
     norms: Mapping[str, float]  # largest |entry| of q, k, k_centred, v
-    errors: Mapping[int, float]  # of the gradient by polynomials, by degree; few features alone
+    errors: Mapping[int, float]  # degree -> relative error of the gradient
 
     @property
     def degree(self) -> int:
@@ -84,7 +84,7 @@ class HeadReach:
 
     @property
     def regime(self) -> str:
-        """easy by the bound; measured where a degree does on the text; else hard."""
+        """The bound's regime; "measured" where the bound says hard but a degree reaches EPS."""
         hard = self.regime_by_bound == "hard"
         return "measured" if hard and self.measured_degree is not None else self.regime_by_bound
 
@@ -94,7 +94,7 @@ class HeadReach:
 
     @property
     def measured_degree(self) -> int | None:
-        """The least degree whose gradient is within EPS on the text."""
+        """The smallest degree whose gradient error on the text is at most EPS."""
         return next((g for g, error in sorted(self.errors.items()) if error <= EPS), None)
 
     @property
@@ -103,7 +103,7 @@ class HeadReach:
 
     @property
     def largest_easy_scale(self) -> float | None:
-        """How much louder the adapter may become before the bound calls it hard; None: any."""
+        """The largest factor on the adapter that the bound still calls easy; None: any."""
         scale = largest_easy_scale(self.without, self.centred, self.width, self.length)
         return scale if math.isfinite(scale) else None
 
@@ -122,7 +122,7 @@ class HeadReach:
 
 
 def reaches(model: Any, text: Sample, handle: Handle | None = None) -> list[HeadReach]:
-    """All heads of a model, layer by layer; none where its attention cannot be looked into."""
+    """All heads of a model by layer; empty where its attention cannot be replaced."""
     found = measured(model, text)
     adapter = handle is not None and handle.weights.base == "frozen"
     with terms_off(model) if adapter else nullcontext():
@@ -147,10 +147,10 @@ def reaches(model: Any, text: Sample, handle: Handle | None = None) -> list[Head
 
 @torch.inference_mode()
 def measured(model: Any, text: Sample) -> dict[int, Layer]:
-    """All layers by number, over all rows one by one."""
+    """Layer number -> maxima over all rows, which run one at a time."""
     found: dict[int, Layer] = {}
     device = next(model.parameters()).device
-    with probed(model, found):
+    with recording(model, found):
         for row in text.rows:
             ids = torch.as_tensor([list(row["input_ids"])], device=device)
             model(input_ids=ids, use_cache=False)
@@ -158,8 +158,8 @@ def measured(model: Any, text: Sample) -> dict[int, Layer]:
 
 
 @contextmanager
-def probed(model: Any, found: dict[int, Layer]) -> Iterator[None]:
-    """Let attention write its reach down on the way, and compute as before."""
+def recording(model: Any, found: dict[int, Layer]) -> Iterator[None]:
+    """Record the maxima of every attention call into `found`; outputs are those of sdpa."""
     before = model.config._attn_implementation
     plain: Any = AttentionInterface._global_mapping.get("sdpa")
 
@@ -169,7 +169,7 @@ def probed(model: Any, found: dict[int, Layer]) -> Iterator[None]:
         layer = getattr(module, "layer_idx", None)
         if layer is not None:
             causal = bool(getattr(module, "is_causal", True))
-            row = looked_at(query, key, value, kwargs.get("scaling"), causal)
+            row = measure_row(query, key, value, kwargs.get("scaling"), causal)
             if int(layer) in found:
                 found[int(layer)].widen(row)
             else:
@@ -185,10 +185,10 @@ def probed(model: Any, found: dict[int, Layer]) -> Iterator[None]:
         AttentionInterface._global_mapping.pop(PROBE, None)
 
 
-def looked_at(
+def measure_row(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool
 ) -> Layer:
-    """One row; query [1, heads, L, h], key and value [1, kv heads, L, h]."""
+    """The maxima of one row; query [1, heads, L, h], key and value [1, kv heads, L, h]."""
     heads, length, h = query.shape[1:]
     Q, K, V = (
         t[0].float().repeat_interleave(heads // t.shape[1], dim=0) for t in (query, key, value)
@@ -200,7 +200,7 @@ def looked_at(
     errors: dict[int, Tensor] = {}
     if length <= TRIED:
         dO = torch.randn(V.shape, generator=seeded_generator(0, "dO")).to(V)
-        for degree in affordable(h, length):
+        for degree in degrees_to_try(h, length):
             found = gradient_errors(Q, middle, V, dO, scale, degree, causal)
             worst = torch.stack([found[name] for name in ("dQ", "dK", "dV")]).amax(0)
             errors[degree] = worst.nan_to_num(float("inf")).cpu()
@@ -208,6 +208,6 @@ def looked_at(
     return Layer(h, norms, reach, with_centred, errors)
 
 
-def affordable(h: int, length: int) -> list[int]:
-    """Degrees from 1 whose features are fewer than the tokens; a handful at most."""
+def degrees_to_try(h: int, length: int) -> list[int]:
+    """Degrees from 1 to 8 with fewer features than tokens."""
     return [g for g in range(1, 9) if feature_count(h, g) < length]

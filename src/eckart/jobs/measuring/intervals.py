@@ -1,6 +1,6 @@
-"""Intervals of means over rows, by the bootstrap: what other rows would have given.
+"""Bootstrap confidence intervals of means over rows.
 
-The unit that is drawn again is the row, not the token. Needs scipy, which `available` asks.
+Rows are resampled, not tokens. Needs scipy (see `available`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from importlib.util import find_spec
 import numpy as np
 
 DRAWS = 2000
-AT_ONCE = 2**22  # numbers resampled at a time
-FEW = 20  # rows below which a percentile interval is clearly too narrow
+AT_ONCE = 2**22  # numbers in one batch of resamples
+FEW = 20  # below this number of rows a percentile interval is clearly too narrow
 
 
 def available() -> bool:
-    """Is scipy there?"""
+    """Is scipy installed?"""
     return find_spec("scipy") is not None
 
 
 def interval(sums: np.ndarray, counts: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
-    """Where sum(sums) / sum(counts) lies for other draws of the rows; the same at every call.
+    """The percentile interval of sum(sums) / sum(counts) over resampled rows; deterministic.
 
     sums, counts [rows]. NaN for fewer than two rows.
     """
@@ -32,7 +32,7 @@ def interval(sums: np.ndarray, counts: np.ndarray, alpha: float = 0.05) -> tuple
     def ratio(s: np.ndarray, c: np.ndarray, axis: int = -1) -> np.ndarray:
         return s.sum(axis) / c.sum(axis)
 
-    if np.ptp(sums / counts) == 0:  # scipy warns of what is degenerate
+    if np.ptp(sums / counts) == 0:  # degenerate: scipy would warn
         return float(sums[0] / counts[0]), float(sums[0] / counts[0])
     found = stats.bootstrap(
         (sums, counts),

@@ -1,8 +1,8 @@
-"""Batch norms while a model is taught: they keep the statistics that they came with.
+"""Keeps batch norms in evaluation mode during training, with the statistics they were loaded with.
 
-Else a pass that only measures would change the model, a row could not be seen alone, a step
-would depend on how its rows are split, and an adapter's base would drift from the model that
-the adapter names. Scale and shift of the norms are trained where the recipe trains them.
+Otherwise a forward pass for measuring would change the model, an output would depend on the other
+rows of its batch, and an adapter's base would drift from the model that the adapter names. Scale
+and shift are trained where the recipe trains them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def hold_statistics(model: nn.Module) -> None:
-    """Let every batch norm use its own statistics, in training as well."""
+    """Make every batch norm use its running statistics, in training mode too."""
     for module in model.modules():
         if isinstance(module, _BatchNorm) and evaluated not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(evaluated)
 
 
 def evaluated(norm: nn.Module, _: Any) -> None:
-    """Before its forward pass: as in evaluation, whatever the model is in."""
+    """A forward pre-hook that puts the batch norm into evaluation mode."""
     norm.training = False

@@ -1,13 +1,13 @@
-"""How fast this machine is at a model's own kind of layer, measured in a few seconds.
+"""Measures this machine's speed on one layer of a model in a few seconds, to predict step times.
 
 One layer of the same width, with its share of the vocabulary, runs forward and backward on
-random weights, several times: operations over seconds is the rate that a job of the same shape
-may expect. A step of the update rule on one matrix adds what each trained element costs.
+random weights several times, which gives operations per second. A step of the update rule on
+one matrix gives the optimizer's seconds per trained element.
 
-The interval goes from the fastest pass to 1.75 times the slowest, for what is not measured: a
-method's own work on matrices, reading data, writing a line, and whatever else the machine does
-meanwhile. Evaluation and checkpoints are in neither end. How often the truth lies
-inside is in docs/estimate.md, and held by tests/jobs/test_speed.py.
+The predicted interval goes from the fastest pass to 1.75 times the slowest, to allow for what is
+not measured: a method's own work on matrices, reading data, logging, and other load on the
+machine. It includes neither evaluation nor checkpoints. How often the true time lies inside is
+in docs/estimate.md and tested by tests/jobs/test_speed.py.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from eckart.jobs.measuring.imagined import ON_CPU, batch
 from eckart.jobs.measuring.shallow import cut
 from eckart.optim import LowRankOptimizer, Rule
 
-SECONDS = 2.0  # of measuring, after a pass that warms up
-PASSES = (3, 20)  # at least and at most
-TOKENS = (32, 512)  # of a pass: those that warm up, and the most
-VOCABULARY = 256  # at least
-WIDEST = 1024  # of the matrix that the optimizer moves
-PAIRS = 8  # of factors in its place: more than one, since pairs of a rank move together
+SECONDS = 2.0  # of measuring, after a warm-up pass
+PASSES = (3, 20)  # the fewest and the most
+TOKENS = (32, 512)  # of the warm-up pass, and the most of any pass
+VOCABULARY = 256  # tokens at least
+WIDEST = 1024  # largest width of the matrix on which the optimizer is timed
+PAIRS = 8  # factor pairs in its place; several, since pairs of one rank are updated in a batch
 HELD = "(20 of 22 small trainings on a CPU were inside; large ones and GPUs were not tried)"
-UNSEEN = 1.75  # times the slowest pass: twenty of twenty-two trainings were within it
+UNSEEN = 1.75  # upper end over the slowest pass: 20 of 22 trainings were within it
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Floating-point operations per second: the median pass, the slowest and the fastest."""
+    """Floating-point operations per second of the median, the slowest and the fastest pass."""
 
     typical: float
     slow: float
     fast: float
-    of: str  # what was run
-    moving: float = 0.0  # seconds that a step of the optimizer takes for each trained element
+    of: str  # what was run, in words
+    moving: float = 0.0  # seconds of an optimizer step per trained element
 
     def seconds(self, operations: float, trained: int = 0) -> tuple[float, float, float]:
-        """A step of so many operations and trained elements: typically, and between what."""
+        """Seconds of a step with so many operations and trained elements: (typical, low, high)."""
         step = self.moving * trained
         slowest = UNSEEN * (operations / self.slow + step)
         return operations / self.typical + step, operations / self.fast + step, slowest
@@ -64,9 +64,9 @@ def measured(
     rule: Rule | None = None,
     rank: int | None = None,
 ) -> Speed:
-    """The speed of one layer of this configuration on a batch of this shape, or less of it.
+    """The speed of one layer of this configuration on `rows` x `length` tokens, or fewer.
 
-    A configuration that cannot be cut to one layer is measured by a product of its width.
+    A configuration that cannot be cut to one layer is measured by a matrix product of its width.
     """
     layer = one_layer(config, dtype, place)
     if layer is None:
@@ -84,13 +84,16 @@ def measured(
     few = min(TOKENS[0], length)
     warm = passing(1, few)
     warm()
-    rows, length = shape_within(rows, length, few, took(warm, place))
+    rows, length = shape_within(rows, length, few, elapsed(warm, place))
     found = timed(passing(rows, length), place, f"one layer on {rows} x {length} tokens")
     return replace(found, moving=moving(config, place, rule, rank))
 
 
 def shape_within(rows: int, length: int, few: int, seconds: float) -> tuple[int, int]:
-    """Rows and tokens of which enough passes end in time, where `few` tokens take `seconds`."""
+    """The largest (rows, length) of which PASSES[0] passes fit into SECONDS.
+
+    `few` tokens take `seconds`.
+    """
     most = int(few * max(1.0, SECONDS / (PASSES[0] * seconds)))
     most = min(TOKENS[1], most)
     length = min(length, most)
@@ -100,10 +103,10 @@ def shape_within(rows: int, length: int, few: int, seconds: float) -> tuple[int,
 def moving(
     config: Any, place: torch.device, rule: Rule | None = None, rank: int | None = None
 ) -> float:
-    """Seconds of a step with clipping, for each element of a square matrix; AdamW's without a rule.
+    """Seconds per element of an optimizer step with clipping on a square matrix.
 
-    A rule for factor pairs moves pairs of this rank. A step that renews a basis is left out
-    where others do not. Of blocks that take turns the matrix is in the one that trains.
+    AdamW where no rule is given; a rule for factor pairs is timed on pairs of this rank. Steps
+    that refresh a basis are left out, unless all do. Block-wise rules have one active block.
     """
     width = min(int(getattr(config, "hidden_size", None) or WIDEST), WIDEST)
     shapes = [(width, width)]
@@ -118,12 +121,12 @@ def moving(
     group = {"params": tensors, "pairs": pairs}
     optimizer = LowRankOptimizer([group], rule=rule and replace(rule, blocks=None), clip=1.0)
     optimizer.step()
-    seconds = median(took(optimizer.step, place) for _ in range(PASSES[0]))
+    seconds = median(elapsed(optimizer.step, place) for _ in range(PASSES[0]))
     return seconds / sum(tensor.numel() for tensor in tensors)
 
 
 def one_layer(config: Any, dtype: torch.dtype, place: torch.device) -> nn.Module | None:
-    """One layer of the configuration's model, with its share of the words; None if it has none."""
+    """A one-layer model with its share of the vocabulary; None where it cannot be built."""
     small = cut(config, 1)
     layers = int(getattr(config, "num_hidden_layers", None) or 1)
     small.vocab_size = max(VOCABULARY, int(getattr(config, "vocab_size", 0) or 0) // layers)
@@ -134,19 +137,19 @@ def one_layer(config: Any, dtype: torch.dtype, place: torch.device) -> nn.Module
         with place, quiet():
             model: nn.Module = task_class("causal").from_config(small, dtype=dtype)
     except (ValueError, TypeError, IndexError, KeyError, AssertionError, AttributeError):
-        return None  # said in `of`: another way of measuring was taken
+        return None  # the caller measures a product instead, and says so in `of`
     return model.train()
 
 
 def by_product(config: Any, dtype: torch.dtype, place: torch.device, tokens: int) -> Speed:
-    """The speed of a product [tokens, d] by [d, d]."""
+    """The speed of a matrix product [tokens, d] by [d, d]."""
     d = int(getattr(config, "hidden_size", None) or 1024)
     x, W = (torch.randn(size, d, dtype=dtype, device=place) for size in (tokens, d))
     return timed(lambda: x @ W, place, f"a product of width {d}")
 
 
 def timed(once: Callable[[], Any], place: torch.device, of: str) -> Speed:
-    """Run it until the time is up."""
+    """Time `once` repeatedly, within the limits of PASSES and SECONDS."""
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
         once()
     operations = counter.get_total_flops()
@@ -155,18 +158,18 @@ def timed(once: Callable[[], Any], place: torch.device, of: str) -> Speed:
     while len(rates) < PASSES[0] or (
         len(rates) < PASSES[1] and time.perf_counter() - begun < SECONDS
     ):
-        rates.append(operations / took(once, place))
+        rates.append(operations / elapsed(once, place))
     rates.sort()
     return Speed(rates[len(rates) // 2], rates[0], rates[-1], of)
 
 
 def digits(seconds: float) -> str:
-    """0.17, 4.2, or 1,580."""
+    """Seconds at two significant digits: 0.17, 4.2 or 1,580."""
     return f"{seconds:.2g}" if seconds < 10 else f"{seconds:,.0f}"
 
 
-def took(once: Callable[[], Any], place: torch.device) -> float:
-    """Seconds of doing it, on a device until it has done it."""
+def elapsed(once: Callable[[], Any], place: torch.device) -> float:
+    """Seconds of one call, including a wait for the device."""
     start = time.perf_counter()
     once()
     if place.type == "cuda":
