@@ -7,6 +7,7 @@ of a second pass, as storages live and die, within a tenth; a step's own tempora
 """
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,20 @@ def test_a_batch_of_any_size_is_known_from_one_row_and_two(slug):
     known = line(lambda rows: found.activations(rows, 12))
     # a map whose many tokens make another way cheaper keeps less
     assert known.of(6) == pytest.approx(found.activations(6, 12), rel=0.01)
+
+
+@pytest.mark.parametrize("architecture", ("llama", "gpt2"))
+def test_trained_weights_in_bf16_are_imagined_under_autocast(architecture):
+    recipe, model, batch = recipe_with("dense"), tiny(architecture), batch_for(architecture)
+    plain = activation_bytes(attach(model, recipe, steps=20).model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = activation_bytes(model, batch)
+    assert wanted < plain
+    half = replace(recipe, precision=registry.load("bf16")())
+    found = imagined(half, architecture)
+    rows, length = batch["input_ids"].shape
+    assert found.activations(rows, length) == wanted
+    assert found.peak(rows, length) < imagined(recipe, architecture).peak(rows, length)
 
 
 @pytest.mark.parametrize("architecture", ("llama", "gpt2"))

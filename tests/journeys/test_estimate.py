@@ -6,9 +6,11 @@ import re
 import pytest
 import yaml
 
+from eckart.io.corpora import bytes_tokenizer
 from eckart.io.models import load_model
 from eckart.jobs import proposals
 from eckart.jobs.measuring.speed import HELD
+from tests import tiny
 from tests.journeys.adapters import adapter
 from tests.journeys.runs import eckart, model_folder, workplace
 
@@ -20,6 +22,8 @@ def place(tmp_path_factory):
     model_folder(folder / "shape")
     (folder / "shape" / "model.safetensors").unlink()
     (folder / "shape" / "tokenizer.json").unlink()
+    tiny.gpt2(vocab_size=257).save_pretrained(folder / "gpt2")
+    bytes_tokenizer().save_pretrained(folder / "gpt2")
     return folder
 
 
@@ -96,20 +100,31 @@ def test_recipes_that_fit_are_proposed_with_the_reason(place, monkeypatch):
     assert eckart("estimate", *words, "--fit", "lots").err.startswith("cannot read lots as a size")
 
 
-def test_what_is_estimated_is_what_a_training_takes(place, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "method", "sine"),
+    [
+        ("m", ("method=lora",), 1024),
+        ("m", ("weights=dense", "precision=bf16"), 1024),  # under autocast
+        ("m", ("update=galore", "train.layerwise=true"), 1024),
+        ("gpt2", ("method=lora",), 0),  # one row alone keeps other tensors than several
+        ("m", ("method=dylora",), 1024),  # composes its factors where rows are many
+    ],
+)
+def test_what_is_estimated_is_what_a_training_takes(place, tmp_path, model, method, sine):
     """Rows of the full length: then activations agree too, but for the rotations of positions,
-    which rows of data bring for each of them (1 kB a sine, here)."""
+    which rows of data bring for each of them (a sine and a cosine of so many bytes, here)."""
     file = tmp_path / "long.jsonl"
     row = json.dumps({"text": "low rank is enough for most of what a model learns " * 2})
     file.write_text((row + "\n") * 40)
-    words = ("method=lora", "train.batch_size=4", "train.steps=2", "data.seq_len=32")
-    ran = eckart("finetune", place / "m", file, *words, "-o", tmp_path / "r", "--json")
-    found = eckart("estimate", "finetune", place / "m", *words, "--json").document
+    words = (*method, "train.batch_size=4", "train.steps=2", "data.seq_len=32")
+    ran = eckart("finetune", place / model, file, *words, "-o", tmp_path / "r", "--json")
+    found = eckart("estimate", "finetune", place / model, *words, "--json").document
     said, known = found["memory"], ran.document["memory"]["estimated"]
-    assert known["activations"] - said.pop("activations") == (4 - 1) * 2 * 1024
+    assert known["activations"] - said.pop("activations") == (4 - 1) * 2 * sine
     assert said == {name: known[name] for name in said}
-    measured = ran.document["memory"]["measured"]["activations"]
-    assert measured == pytest.approx(known["activations"], rel=1e-4)  # a label or two
+    measured = ran.document["memory"]["measured"]
+    assert measured.pop("activations") == pytest.approx(known["activations"], rel=1e-4)  # a label
+    assert measured == {name: known[name] for name in measured}
     assert found["parameters"]["trainable"] == ran.document["parameters"]["trainable"]
     assert found["parameters"]["by_role"] == ran.document["parameters"]["by_role"]
     assert found["batch"] == {"rows": 4, "accumulate": 1, "seq_len": 32}

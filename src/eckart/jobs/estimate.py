@@ -53,7 +53,7 @@ def run(job: Job) -> dict[str, Any]:
     require_data(job)
     screen = Screen(quiet=job.flags.json)
     place = prepare.device()
-    job, config = of_source(settle.precision(job, place))
+    job, config = of_source(settle.precision(settle.layerwise(job), place))
     task = task_of(job, config)
     if job.command == "compress":
         return compressed(job, config, place, screen)
@@ -73,6 +73,8 @@ def run(job: Job) -> dict[str, Any]:
     free, total = room(place)
     job, activations = with_batch(job, found, free, (count, length))
     parts = {**found.fixed, "activations": activations}
+    if found.optimizer is not None:
+        parts["gradients"] = settle.gradient_bytes(job.train, found.optimizer)
     rows = int(job.train.batch_size)
     forward, backward = found.flops(1, length)
     again = forward if job.train.checkpointing else 0
@@ -282,8 +284,8 @@ def with_batch(job: Job, found: Imagined, free: int, data: tuple[int, int]) -> t
         job = settle.batch(job, rows, fixed, kept, free, False)
     except OutOfRoom:  # said below with all numbers, not raised
         job = settle.batch(job, rows, 0, kept, 2**60, False)
-    checkpointing = bool(job.train.checkpointing)
-    return job, kept(checkpointing).of(int(job.train.batch_size))
+    rows, checkpointing = int(job.train.batch_size), bool(job.train.checkpointing)
+    return job, found.activations(rows, length, checkpointing)
 
 
 def compressed(job: Job, config: Any, place: torch.device, screen: Screen) -> dict[str, Any]:

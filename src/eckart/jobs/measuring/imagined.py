@@ -31,7 +31,15 @@ from eckart.io.heads import outside
 from eckart.io.preprocessing import USUAL, sides
 from eckart.io.presets import quiet
 from eckart.io.tasks import TASKS, task_class
-from eckart.jobs.measuring.memory import Live, activation_bytes, model_bytes, size, state_bytes
+from eckart.jobs.measuring.memory import (
+    Live,
+    activation_bytes,
+    autocast,
+    autocasts,
+    model_bytes,
+    size,
+    state_bytes,
+)
 from eckart.jobs.measuring.norms import hold_statistics
 from eckart.linear import Horizon, Site, Structured, install
 from eckart.recipe import Handle, Recipe, Weights, registry
@@ -82,6 +90,7 @@ class Imagined:
     coverage: str
     by_formula: bool = False
     live: Any = field(default=None, repr=False)  # what passes run on: (mode, handle)
+    optimizer: Any = field(default=None, repr=False)  # None where sizes come from `cost`
     task: str = "causal"
     packed: bool = False  # are rows filled with texts that are kept apart?
 
@@ -150,7 +159,7 @@ class Imagined:
         """The model in training, without gradients before and after."""
         mode, handle = self.live
         model: Any = handle.model
-        with mode:
+        with mode, autocast(model, autocasts(handle.recipe.precision, handle.weights)):
             model.train()
             if checkpointing:
                 model.activation_checkpointing_enable()
@@ -245,6 +254,7 @@ def imagine(
             by_role=handle.coverage.by_role,
             coverage=str(handle.coverage),
             live=(mode, handle),
+            optimizer=optimizer,
             task=task,
             packed=packed,
         )

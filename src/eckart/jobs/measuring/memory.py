@@ -12,11 +12,12 @@ Figures are tensor bytes, not the process's size, which depends on allocators.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from eckart.errors import UsageError
 from eckart.jobs.measuring.devices import model_device
 from eckart.linear.sites import quantised
-from eckart.recipe import Handle
+from eckart.recipe import Handle, Weights
 
 
 def model_bytes(handle: Handle) -> dict[str, int]:
@@ -171,6 +172,31 @@ def activation_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
     finally:
         model.train(was_training)
     return found
+
+
+def autocasts(precision: Any, weights: Weights) -> bool:
+    """Whether products run in bf16 autocast while the weights, which are trained, stay in fp32."""
+    return getattr(precision, "dtype", "") == "bfloat16" and weights.trains_the_model
+
+
+@contextmanager
+def autocast(model: Any, enabled: bool) -> Iterator[None]:
+    """Run the model's forward passes in this block under bf16 autocast, as Trainer does.
+
+    Each pass has its own autocast, so that weights cast to bf16 live no longer than in a training.
+    """
+    if not enabled:
+        yield
+        return
+    own = vars(model).get("forward")
+    context = torch.autocast(model_device(model).type, torch.bfloat16)
+    model.forward = convert_outputs_to_fp32(context(model.forward))
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:  # of an earlier training
+            model.forward = own
 
 
 class Line(NamedTuple):

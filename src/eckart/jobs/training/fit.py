@@ -32,7 +32,7 @@ from eckart.io.run import Run
 from eckart.io.tasks import TASKS
 from eckart.io.text import Data
 from eckart.jobs.measuring.devices import model_device
-from eckart.jobs.measuring.memory import Kept, held_state_bytes, model_bytes
+from eckart.jobs.measuring.memory import Kept, autocasts, held_state_bytes, model_bytes
 from eckart.jobs.settings.config import Job
 from eckart.jobs.settings.settle import gradient_bytes, warmup_steps
 from eckart.jobs.training import held_out
@@ -117,8 +117,6 @@ def arguments(job: Job, run: Run, handle: Handle, data: Data) -> TrainingArgumen
     train, steps = job.train, int(job.train.steps)
     device = model_device(handle.model)
     evaluated = bool(data.evaluation)
-    precision = job.choices["precision"].method
-    half = getattr(precision, "dtype", "") == "bfloat16"
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     return TrainingArguments(
         output_dir=str(run.folder),
@@ -142,7 +140,7 @@ def arguments(job: Job, run: Run, handle: Handle, data: Data) -> TrainingArgumen
         activation_checkpointing=bool(train.checkpointing),
         torch_compile=train.compile,
         # Trained weights stay in fp32: in bf16 small updates would be rounded to nothing.
-        bf16=half and handle.weights.trains_the_model,
+        bf16=autocasts(job.choices["precision"].method, handle.weights),
         use_cpu=device.type == "cpu",
         report_to=list(job.track) or "none",
         disable_tqdm=True,

@@ -20,6 +20,8 @@ from eckart.jobs.measuring.devices import model_device, on_device
 from eckart.jobs.measuring.memory import (
     Line,
     activation_bytes,
+    autocast,
+    autocasts,
     line,
     model_bytes,
     room,
@@ -200,10 +202,15 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
     place = model_device(handle.model)
     held = ("weights", "factors", "teacher")  # already there
     free = room(place)[0] + sum(parts.get(name, 0) for name in held)
+    half = autocasts(job.choices["precision"].method, handle.weights)
+
+    def measure(rows: int, checkpointing: bool) -> int:
+        with autocast(handle.model, half):
+            return bytes_of_rows(handle.model, data, rows, checkpointing)
 
     @cache
     def kept(checkpointing: bool) -> Line:
-        return line(lambda rows: bytes_of_rows(handle.model, data, rows, checkpointing))
+        return line(lambda rows: measure(rows, checkpointing))
 
     job = settle.batch(
         job,
@@ -214,8 +221,12 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
         any(o.couples_batch for o in handle.recipe.objective),
     )
     handle.recipe.require_no_accumulation(int(job.train.accumulate))
-    parts["activations"] = kept(bool(job.train.checkpointing)).of(int(job.train.batch_size))
-    return job, parts
+    parts["gradients"] = settle.gradient_bytes(job.train, optimizer)  # by what is accumulated
+    rows, checkpointing = int(job.train.batch_size), bool(job.train.checkpointing)
+    activations = kept(checkpointing).of(rows)
+    if sum(parts.values()) + activations <= free:  # exact: several rows may be computed otherwise
+        activations = measure(rows, checkpointing)
+    return job, {**parts, "activations": activations}
 
 
 def bytes_of_rows(model: Any, data: Data, count: int, checkpointing: bool) -> int:
