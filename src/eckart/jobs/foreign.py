@@ -1,6 +1,6 @@
 """`eckart config import FILE`: a configuration of PEFT, LLaMA-Factory or axolotl as a job file.
 
-What a key means here stands in settings/theirs.py; what has no counterpart is listed with its
+What a key means here stands in settings/other_tools.py; what has no counterpart is listed with its
 line. The result is resolved before it is printed, so that what is printed is valid.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.headers import read_json
 from eckart.jobs.settings.config import Job, resolve
-from eckart.jobs.settings.theirs import Found, from_keys
+from eckart.jobs.settings.other_tools import Found, from_keys
 from eckart.jobs.settings.words import Setting, read_file
 from eckart.recipe.registry import FULL
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from eckart.errors import UsageError, nearest
 from eckart.jobs.settings.merge import AXES, EXCLUSIVE, Given, merge, says_something
-from eckart.jobs.settings.theirs import SILENT
+from eckart.jobs.settings.other_tools import SILENT
 from eckart.jobs.settings.tree import SECTIONS
 from eckart.jobs.settings.words import COMMAND_LINE, HABITS, SWITCHES, Key, Setting, read_words
 from eckart.recipe import registry

@@ -92,7 +92,7 @@ HABITS = {
     "torch_dtype": "precision",
     "dtype": "precision",
 }
-# Keys of other tools whose values differ -> the hint; imports translate them in code (theirs.py).
+# Keys of other tools whose values differ -> the hint; other_tools.py translates them in files.
 SWITCHES = {
     "use_rslora": "weights.scaling=rslora",
     "peft_use_rslora": "weights.scaling=rslora",
