@@ -1,7 +1,6 @@
-"""All that touches a disk or a hub: models, data, run folders in; adapters and models out.
+"""Everything that reads or writes files or the hub: models, adapters, data, run folders.
 
-Names are found when first used, so that opening a run folder imports neither transformers
-nor datasets.
+Names are imported lazily, so that opening a run folder imports neither transformers nor datasets.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
-"""Text that every machine has, and tokenizers made from text: no network, no downloads.
+"""Built-in text and tokenizers trained on it: no network, no downloads.
 
-The corpora are Python's own library (PSF-2.0) and its reference prose. Their bytes depend on
-the Python build, so no checksum is fixed here: runs record the corpus' SHA-256 and the Python
-version, and are compared only where both agree.
+The corpora are Python's own library (PSF-2.0) and its reference prose. Their bytes depend on the
+Python build, so no checksum is fixed here: runs record the corpus' SHA-256 and the Python version,
+and are compared only if both agree.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Corpus:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of all texts, one after the other in UTF-8."""
+        """SHA-256 of all texts, concatenated in UTF-8."""
         return hashlib.sha256(b"".join(text.encode() for _, text in self.documents)).hexdigest()
 
     @property
@@ -65,30 +65,30 @@ class Corpus:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Does a document of this name belong to the held-out share?
+    """Is a document of this name in the held-out share?
 
-    SHA-256(key) mod round(1 / fraction) == 0: mod 20 for 5 %. It depends on the name alone,
-    so that a larger corpus moves no document across.
+    SHA-256(key) mod round(1 / fraction) == 0: mod 20 for 5 %. It depends on the name alone, so no
+    document changes sides in a larger corpus.
     """
     digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest, "big") % round(1 / fraction) == 0
 
 
 def stdlib_code() -> Corpus:
-    """The source of Python's standard library, in the order of its sorted paths."""
+    """The source files of Python's standard library, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         parts = path.relative_to(root).parts
         if any(part in LEFT_OUT or part.startswith(LEFT_OUT_PREFIXES) for part in parts):
             continue
-        with tokenize.open(path) as file:  # honours the file's own coding line
+        with tokenize.open(path) as file:  # respects the file's encoding declaration
             documents.append(("/".join(parts), file.read()))
     return Corpus("stdlib-code", tuple(documents))
 
 
 def pydoc_prose() -> Corpus:
-    """The language reference that `help()` shows, an entry a document."""
+    """The language reference that `help()` shows, one document per entry."""
     topics = import_module("pydoc_data.topics").topics
     return Corpus("pydoc-prose", tuple((name, topics[name]) for name in sorted(topics)))
 
@@ -104,10 +104,10 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a special token, `<|end|>`, as end and padding.
 
-    `special` are further ones; `<|mask|>` among them is the mask.
+    `special` are further special tokens; `<|mask|>` among them is the mask token.
 
-    Any text can be encoded; decoding gives it back exactly. Train on the training split
-    alone. `split_digits` keeps every digit a token of its own, for arithmetic.
+    Any text can be encoded and decodes to itself exactly. Train on the training split alone.
+    `split_digits` makes every digit its own token, for arithmetic.
     """
     tokenizer = Tokenizer(models.BPE())
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)

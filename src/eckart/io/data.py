@@ -1,4 +1,4 @@
-"""Encoded data: what is known of it, its rows, and where it is kept between runs."""
+"""Encoded data: its rows, facts about it, and the cache."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from eckart.io.folder import close_with_manifest, write_folder, write_json
 from eckart.io.packing import Collate
 from eckart.io.sources import DataSource
 
-CACHE_VERSION = 4  # raised when the same files would be encoded, or kept, differently
-Rows = Any  # a Dataset, or the rows of one with holes (noise.Noised)
+CACHE_VERSION = 4  # to increase when the encoding or the cache format changes
+Rows = Any  # a Dataset, or rows corrupted on the fly (noise.Noised)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the data beside the rows; plain values, kept in the cache."""
+    """Facts about the data besides its rows; plain values, stored in the cache."""
 
     format: str
     """Formats found, joined by `, ` where sources differ."""
@@ -68,25 +68,25 @@ class Data(Facts):
 
     @property
     def tokens_in_a_row(self) -> float:
-        """On average, padding left out; 0 where rows are no text."""
+        """The average without padding; 0 if rows are not text."""
         return self.tokens / max(1, len(self.train))
 
     @property
     def collate(self) -> Collate:
-        """Rows of these data sets to a batch."""
+        """The function that collates rows of these data sets to a batch."""
         return Collate(self.pad)
 
     def lengths(self, rows: Rows) -> list[int]:
-        """How long each row is: its input, and labels that are not one for each token of it."""
+        """The length of each row: of its input, plus labels if they are not one per input token."""
         return [len(row["input_ids"]) + np.size(row["labels"]) for row in rows]
 
     def unit(self, count: int) -> str:
-        """So many rows, as a person reads it."""
+        """A number of rows as text, for messages."""
         most = "" if self.packed else "at most "
         return f"{count:,} row{'' if count == 1 else 's'} of {most}{self.seq_len} tokens"
 
     def keeping(self, reader: Any) -> Any:
-        """The reader as it is to be saved: a tokenizer with the template that was used."""
+        """The reader to save with the model: a tokenizer with the chat template that was used."""
         if self.chat_template:
             reader.chat_template = self.chat_template
         return reader
@@ -107,7 +107,7 @@ class Data(Facts):
 
 
 def cache_folder() -> Path:
-    """Where encoded data and made models are kept: $ECKART_CACHE, or the user's cache folder."""
+    """The cache of encoded data and built models: $ECKART_CACHE, or the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ECKART_CACHE") or Path(home) / "eckart")
 
@@ -119,7 +119,7 @@ def cache_key(
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Any],
 ) -> str:
-    """A hash of all that the encoded rows depend on."""
+    """A hash of everything that the encoded rows depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = [
         CACHE_VERSION,
@@ -134,7 +134,7 @@ def cache_key(
 
 
 def save(data: Data, folder: Path) -> None:
-    """Keep encoded data; a cache that cannot be written is done without."""
+    """Store encoded data in the cache; if the cache cannot be written, do nothing."""
     names = list(data.evaluation)
     facts = {f: getattr(data, f) for f in Facts.__dataclass_fields__}
     try:
@@ -149,14 +149,14 @@ def save(data: Data, folder: Path) -> None:
 
 
 def write_table(data: Dataset, path: Path) -> None:
-    """Write a data set's columns as an Arrow stream, which is mapped into memory when read."""
+    """Write a data set's columns as an Arrow stream, which is memory-mapped when read."""
     table = data.data.table
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
 
 
 def load(folder: Path) -> Data:
-    """Encoded data from the cache, mapped into memory."""
+    """Encoded data from the cache, memory-mapped."""
     facts = json.loads((folder / "facts.json").read_bytes())
     names = facts.pop("evaluation")
     facts["labels"] = tuple(facts["labels"])

@@ -1,6 +1,6 @@
-"""A merged model: an ordinary transformers folder with nothing of ours in it.
+"""Merged models: ordinary transformers folders without anything of eckart's.
 
-The terms are folded matrix by matrix in fp64 and rounded once; the live model stays as it is.
+The terms are merged matrix by matrix in fp64 and rounded once; the live model is unchanged.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the merged model; `dtype` None keeps the one of the base.
+    """Write the merged model; `dtype` None keeps the base's.
 
-    Warns with the measured loss where a half-precision dtype rounds away a part of the update
-    (17 % of an update a hundredth as large as the weights, in bf16). Raises UsageError where
-    the terms are no linear maps.
+    Warns with the measured loss if a half-precision dtype rounds away a part of the update (17 % of
+    an update a hundredth as large as the weights, in bf16). Raises UsageError if the terms are not
+    linear maps.
     """
     reason = obstacle(handle)
     if reason:
@@ -60,7 +60,7 @@ def save(
 
 
 def obstacle(handle: Handle) -> str | None:
-    """Why a handle cannot be merged into an ordinary model; None where it can."""
+    """Why a handle cannot be merged into an ordinary model; None if it can."""
     if not isinstance(handle.model, PreTrainedModel):
         return "the model is not one of transformers: handle.merge() folds it in place"
     for path, terms in handle.terms().items():
@@ -96,7 +96,7 @@ def merged_state(handle: Handle, dtype: torch.dtype) -> tuple[dict[str, Tensor],
 
 
 def bare(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same architecture without weights and without anything of ours: it names the files."""
+    """The same architecture without weights or terms, which writes the folder's other files."""
     config = copy.deepcopy(model.config)
     if STRUCTURE in config.__dict__:
         unlock_config(config)

@@ -1,4 +1,4 @@
-"""Parts of text to token ids with their loss mask."""
+"""Encodes parts of text to token ids with their loss mask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eckart.io.reading import Row, in_order
 
 @dataclass
 class Batch:
-    """Encoded rows, and what was counted on the way."""
+    """Encoded rows, with statistics of the encoding."""
 
     encoded: list[Encoded] = field(default_factory=list)
     targets: list[np.ndarray] = field(default_factory=list)  # labels [t] that are not the ids
@@ -29,11 +29,11 @@ class Batch:
 
 
 class Encoder:
-    """Rows to token ids, each with whether it is learnt.
+    """Encodes rows to token ids, with a mask of the tokens that count in the loss.
 
-    The parts are encoded one by one, so that a prompt has the ids it has in generation.
-    Tokenizers that change a text's beginning (SentencePiece's space) are given the whole, and
-    a token is learnt where it overlaps a trained part.
+    The parts are encoded one by one, so that a prompt has the ids it has in generation. Tokenizers
+    that change the beginning of a text (SentencePiece's space) get the whole text, and a token
+    counts in the loss if it overlaps a trained part.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int):
@@ -76,17 +76,17 @@ class Encoder:
         return batch
 
     def labelled(self, found: Sequence[Row]) -> Batch:
-        """Encode the texts of classified rows, cut off at seq_len."""
+        """Encode the texts of classified rows, truncated to seq_len."""
         batch = Batch()
         for ids in self.ids([str(row.fields["text"]) for row in found]):
             batch.tokens += self.take(batch, ids[: self.room])
         return batch
 
     def pieces_of(self, found: Sequence[Row], kind: str, frame: bool) -> Batch:
-        """Encode documents in pieces of at most seq_len, framed or not.
+        """Encode documents in pieces of at most seq_len, with special tokens if `frame`.
 
-        Pieces of less than two tokens that are not special have nothing to find, and are left
-        out.
+        Pieces with fewer than two tokens that are not special are left out: nothing can be masked
+        in them.
         """
         batch, special = Batch(), set(self.tokenizer.all_special_ids)
         if kind == "input_ids":
@@ -103,7 +103,7 @@ class Encoder:
         return batch
 
     def answered(self, found: Sequence[Row], kind: str) -> Batch:
-        """Encode questions, with their answers as targets, each cut off at seq_len."""
+        """Encode questions, with their answers as targets, each truncated to seq_len."""
         batch = Batch()
         made = [(row, pair) for row in found for pair in pairs(row, kind, self.tokenizer)]
         given = self.ids([g for _, (g, _) in made])
@@ -121,7 +121,7 @@ class Encoder:
         return batch
 
     def tagged(self, found: Sequence[Row], names: Sequence[str]) -> Batch:
-        """Encode sentences token by token; a token's first piece carries its tag's number."""
+        """Encode sentences word by word; a word's first piece has its tag's number as label."""
         batch, number = Batch(), {name: i for i, name in enumerate(names)}
         for row in found:
             words = tagged(row)
@@ -135,7 +135,7 @@ class Encoder:
         return batch
 
     def pieces_of_words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of words, and for each the number of the word that it begins; IGNORE elsewhere."""
+        """Ids of words, and for each id the number of the word that starts there, else IGNORE."""
         spaced = [("" if i == 0 else " ") + word for i, word in enumerate(words)]
         ids: list[int] = []
         first: list[int] = []
@@ -145,21 +145,21 @@ class Encoder:
         return ids, first
 
     def words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
-        """The same between the tokenizer's own first and last tokens."""
+        """`pieces_of_words` with the tokenizer's own first and last tokens."""
         ids, first = self.pieces_of_words(words)
         return self.before + ids + self.after, self.unlearnt_ends(first)
 
     def unlearnt_ends(self, labels: list[int]) -> list[int]:
-        """Labels between those of the tokenizer's own first and last tokens."""
+        """Labels with IGNORE for the tokenizer's own first and last tokens."""
         return [IGNORE] * len(self.before) + labels + [IGNORE] * len(self.after)
 
     @property
     def room(self) -> int:
-        """Tokens of a row between the tokenizer's own first and last ones."""
+        """The number of tokens of a row besides the tokenizer's own first and last ones."""
         return max(1, self.seq_len - len(self.before) - len(self.after))
 
     def take(self, batch: Batch, ids: list[int], frame: bool = True) -> int:
-        """Add an example whose every token counts, as it is or framed; its length."""
+        """Add an example whose tokens all count in the loss, framed or not; returns its length."""
         ids = self.before + ids + self.after if frame else ids
         batch.encoded.append(Encoded(np.array(ids, np.int32), np.ones(len(ids), bool)))
         return len(ids)
@@ -179,7 +179,7 @@ class Encoder:
         return [self.framed(ids, trained, framed) for ids, trained in pairs]
 
     def whole(self, parts: Sequence[Part]) -> tuple[list[int], list[bool]]:
-        """One example encoded as one text."""
+        """Encode one example as a single text."""
         text = "".join(t for t, _ in parts)
         found = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -193,7 +193,7 @@ class Encoder:
         return found["input_ids"], [bool(marks[a : max(b, a + 1)].any()) for a, b in spans]
 
     def framed(self, ids: list[int], trained: list[bool], frame: bool) -> Encoded:
-        """Ids with the tokenizer's own first and last tokens, where they are not there yet."""
+        """Ids with the tokenizer's own first and last tokens, if these are missing."""
         if frame and ids[: len(self.before)] != self.before:
             ids, trained = self.before + ids, [False] * len(self.before) + trained
         if frame and self.after and ids[-len(self.after) :] != self.after:
@@ -201,7 +201,7 @@ class Encoder:
         return Encoded(np.array(ids, np.int32), np.array(trained, bool))
 
     def add(self, batch: Batch, encoded: Encoded, row: Row, kind: str) -> None:
-        """Take an example in: cut to length, counted. Raises FileError where it teaches nothing."""
+        """Truncate, count and add an example. Raises FileError if no token counts in the loss."""
         if kind != "text" and not encoded.trained[1:].any():
             raise FileError("nothing to learn from", [(row.where, "every label is masked")])
         cut = pieces(encoded, self.seq_len)
@@ -216,7 +216,7 @@ class Encoder:
 
 
 def given_ids(row: Row, vocab: int) -> Encoded:
-    """A row that is encoded already. Raises FileError where ids or labels do not fit."""
+    """A row of token ids. Raises FileError if ids or labels are invalid."""
     ids = row.fields.get("input_ids")
     if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
         raise FileError(
@@ -231,7 +231,7 @@ def given_ids(row: Row, vocab: int) -> Encoded:
 
 
 def label(row: Row) -> str:
-    """A row's class by name."""
+    """A row's class name."""
     if row.fields.get("label") is None:
         raise FileError("the row has no label", [(row.where, "")])
     found = row.fields["label"]
@@ -245,7 +245,7 @@ def label(row: Row) -> str:
 
 
 def class_names(found: Iterable[Row], kind: str = "text+label") -> list[str]:
-    """All classes (or tags), numbers in their order, names by alphabet."""
+    """All classes (or tags), numbers by value, names alphabetically."""
     if kind == "tokens+tags":
         names = {tag for row in found for _, tag in tagged(row)}
     else:

@@ -1,4 +1,4 @@
-"""One way out and one way in for whatever was trained: `eckart.export` and `eckart.load`."""
+"""Writing and reading every format: `eckart.export` and `eckart.load`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def export(
 
 
 def reasons(handle: Handle) -> dict[str, str | None]:
-    """For each format why a handle cannot be written so; None where it can."""
+    """For each format, why a handle cannot be written in it; None if it can."""
     return {
         "peft": peft.obstacle(handle),
         "dense": dense.obstacle(handle),
@@ -77,12 +77,12 @@ def possible(handle: Handle) -> list[str]:
 def load(
     folder: str | Path, model: nn.Module | None = None, name: str = DEFAULT, **options: Any
 ) -> Handle:
-    """Read what `export` (or PEFT) wrote: the handle of a model that carries it.
+    """Load what `export` (or PEFT) wrote; returns the handle of the model.
 
-    An adapter is attached to `model`, in place, or to the base that it names (`options` go to
-    its loading: dtype, task, device). With a `name` it may stand beside others on one model:
-    `handle.use(NAME)` chooses, `handle.rows([...])` chooses row by row. A factored folder is
-    a whole model. Raises UsageError for an ordinary model, which transformers loads.
+    An adapter is attached to `model`, in place, or to the base that it names (`options` are passed
+    on to its loading: dtype, task, device). Several adapters can be attached to one model under
+    different names: `handle.use(NAME)` activates one, `handle.rows([...])` one per row. A factored
+    folder is a whole model. Raises UsageError for an ordinary model, which transformers loads.
     """
     if isinstance(folder, nn.Module):
         raise UsageError("the folder comes first", fix="Type eckart.load(FOLDER, model).")
@@ -111,10 +111,9 @@ def load(
 
 
 def swap(handle: Handle, folder: str | Path) -> None:
-    """Give an adapter the values of another one from a folder, in place: nothing is recompiled.
+    """Replace an adapter's values by another one's from a folder, in place; nothing is recompiled.
 
-    Raises UsageError where the other has not the same maps, ranks and scales; the values are
-    then as they were.
+    Raises UsageError if the other has different maps, ranks or scales; nothing is changed then.
     """
     before = adapters_of(handle.model)
     weights, rows = dict(before.weights), before.rows
@@ -135,7 +134,7 @@ def swap(handle: Handle, folder: str | Path) -> None:
 
 
 def base_of(source: Source) -> str:
-    """The base that an adapter names. UsageError where it names none."""
+    """The base that an adapter names. UsageError if it names none."""
     if not source.base:
         raise UsageError(
             "the adapter does not say which base it is for",

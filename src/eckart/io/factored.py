@@ -30,7 +30,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: str = "50GB",
 ) -> None:
-    """Write the model with its terms. Raises UsageError where there are none to keep apart."""
+    """Write the model with its terms. Raises UsageError if it has none."""
     reason = obstacle(handle)
     if reason:
         raise UsageError("there is no factored model to write", [(handle.weights.slug, reason)])
@@ -43,7 +43,7 @@ def save(
 
 
 def obstacle(handle: Handle) -> str | None:
-    """Why a handle cannot be written as a factored model; None where it can."""
+    """Why a handle cannot be written as a factored model; None if it can."""
     if not isinstance(handle.model, PreTrainedModel):
         return "the model is not one of transformers"
     if not handle.attached:
@@ -58,7 +58,7 @@ def obstacle(handle: Handle) -> str | None:
 
 
 def size_lock(handle: Handle) -> dict[str, Tensor]:
-    """A tensor without elements in place of one dropped matrix; none where all are kept."""
+    """An empty tensor in place of one dropped matrix; nothing if all are kept."""
     model: Any = handle.model
     for path in handle.attached:
         site = handle.sites[path]

@@ -1,9 +1,9 @@
-"""Files and folders that are either whole or not there.
+"""Atomic writing of files and folders.
 
-Everything is written beside its target, forced to disk and renamed, so that a kill at any
-moment leaves the old content or the new one, never half of either. What a killed process
-leaves behind is hidden (`.NAME.writing-*`, `.NAME.aside-*`) and is cleared, or put back, the
-next time the same target is written.
+Everything is written beside its target, flushed to disk and renamed, so that a kill at any moment
+leaves either the old or the new content. Files left by a killed process are hidden
+(`.NAME.writing-*`, `.NAME.aside-*`) and are removed, or restored, when the same target is written
+again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def free_bytes(path: Path) -> int:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file whole: beside, forced to disk, then renamed over the old one."""
+    """Write a file atomically: beside, flushed to disk, then renamed over the old one."""
     path = Path(path).resolve()  # a link stays one
     beside = path.with_name(hidden(path.name, "writing"))
     with speaking(path):
@@ -90,12 +90,12 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file whole."""
+    """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a JSON file whole; keys keep their order."""
+    """Write a JSON file atomically; keys keep their order."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -103,9 +103,8 @@ def write_json(path: str | Path, content: Any) -> None:
 def write_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an exception.
 
-    A target with something in it is refused (UsageError), or moved aside and removed once
-    the new one is in place. Any exception removes what was written and leaves the target
-    as it was.
+    An existing target is refused (UsageError), or moved aside and removed once the new one is in
+    place. Any exception removes what was written and leaves the target as it was.
     """
     target = Path(path).resolve()  # where a link leads, which may be another disk
     recover(target)
@@ -132,7 +131,7 @@ def write_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_occupied(target: Path, overwrite: bool) -> None:
-    """Raise UsageError where writing would destroy something the user has not given up."""
+    """Raise UsageError if writing would overwrite something without `overwrite`."""
     if target.is_file():
         raise UsageError("there is a file of this name", [(str(target), "")], "Choose another -o.")
     if not target.is_dir() or not any(target.iterdir()):
@@ -165,7 +164,7 @@ def require_writable(folder: Path) -> None:
 
 
 def move_aside(target: Path) -> Path | None:
-    """Rename an existing folder to a hidden sibling; None where there was none."""
+    """Rename an existing folder to a hidden sibling; None if there was none."""
     if not target.exists():
         return None
     aside = target.with_name(hidden(target.name, "aside"))
@@ -174,7 +173,7 @@ def move_aside(target: Path) -> Path | None:
 
 
 def recover(target: Path) -> None:
-    """Undo what a killed writer left: put an orphaned old folder back, drop half-written ones."""
+    """Clean up after a killed writer: restore the old folder, remove half-written ones."""
     if not target.parent.is_dir():
         return
     for left in sorted(target.parent.glob(f".{escape(target.name)}.aside-*")):
@@ -190,7 +189,7 @@ def recover(target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, whatever of it is still there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -198,21 +197,21 @@ def remove(path: Path) -> None:
 
 
 def hidden(name: str, state: str) -> str:
-    """A sibling's name that tells which process on which machine is at work on it."""
+    """A sibling's name that identifies the process and machine that write it."""
     return f".{name}.{state}-{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def abandoned(path: Path) -> bool:
-    """Is the process that made this hidden sibling gone?
+    """Has the process that made this hidden sibling ended?
 
-    Only names made on this machine are judged: on a shared disk another machine's process
-    number says nothing here.
+    Only names made on this machine are checked: on a shared disk, process numbers of other machines
+    mean nothing here.
     """
     where, pid, _ = path.name.rsplit("-", 3)[1:]
     if where != machine():
         return False
     try:
-        with suppress(PermissionError):  # somebody else's process, and there
+        with suppress(PermissionError):  # another user's process, still running
             os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
@@ -225,7 +224,7 @@ def machine() -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file or a folder's entries to disk; file systems that cannot are let be."""
+    """Flush a file or a folder's entries to disk, on file systems that support it."""
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -246,9 +245,9 @@ def sha256_of(path: str | Path) -> str:
 
 
 def close_with_manifest(folder: str | Path, **facts: Any) -> None:
-    """List every file with its size and SHA-256 in manifest.json: the folder is whole.
+    """List every file with its size and SHA-256 in manifest.json, written last.
 
-    `facts` (plain JSON) are kept beside the list.
+    `facts` (plain JSON) are stored beside the list.
     """
     folder = Path(folder)
     files = {
@@ -260,7 +259,7 @@ def close_with_manifest(folder: str | Path, **facts: Any) -> None:
 
 
 def manifest_holds(folder: str | Path) -> bool:
-    """Are all files listed in the folder's manifest there, with their sizes and hashes?"""
+    """Do all files in the folder's manifest exist, with their sizes and hashes?"""
     folder = Path(folder)
     try:
         files: Mapping[str, Any] = json.loads((folder / MANIFEST).read_bytes())["files"]

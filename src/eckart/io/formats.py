@@ -64,9 +64,9 @@ PLAIN = (
 
 
 def format_of(row: Row, wanted: str = "auto") -> str:
-    """The format that a row's columns spell; `wanted` decides where it is not "auto".
+    """The format that a row's columns indicate, or `wanted` if it is not "auto".
 
-    Raises UsageError for preference pairs, FileError where no format fits.
+    Raises UsageError for preference pairs, FileError if no format fits.
     """
     columns = columns_of(row)
     if {"chosen", "rejected"} <= columns:
@@ -93,7 +93,7 @@ def format_of(row: Row, wanted: str = "auto") -> str:
 
 
 def require_alike(found: Sequence[Row], kind: str) -> None:
-    """Raise FileError for the first row that lacks a column of the format of all."""
+    """Raise FileError for the first row that lacks a column of the common format."""
     for row in found:
         columns = columns_of(row)
         lost = next((c for c in FORMATS[kind] if c not in columns), None)
@@ -110,7 +110,7 @@ def require_alike(found: Sequence[Row], kind: str) -> None:
 
 
 def columns_of(row: Row) -> set[str]:
-    """A row's columns; `conversations` are messages by another name."""
+    """A row's columns; `conversations` counts as `messages`."""
     return {*row.fields, *(["messages"] if "conversations" in row.fields else [])}
 
 
@@ -125,7 +125,7 @@ def spelled(row: Row) -> str:
 
 
 def field(row: Row, name: str) -> str:
-    """A text field. Raises FileError where the row lacks it or it is no text."""
+    """A text field. Raises FileError if the row lacks it or it is not text."""
     if name not in row.fields:
         raise lacking(row, name)
     value = row.fields[name]
@@ -136,9 +136,9 @@ def field(row: Row, name: str) -> str:
 
 
 def examples(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[list[Part]]:
-    """The examples of a row as parts; several where a chat template rewrites earlier turns.
+    """The examples of a row as parts; several if a chat template rewrites earlier turns.
 
-    Raises FileError, by file and line, where nothing of the row would be learnt.
+    Raises FileError, with file and line, if nothing in the row counts in the loss.
     """
     end = tokenizer.eos_token or ""
     if kind == "text":
@@ -155,9 +155,9 @@ def examples(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[li
 
 
 def pairs(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    """A row as (given, answer) texts: one for every run of trained parts, after all before it.
+    """A row as (given, answer) texts: one per run of trained parts, given all before it.
 
-    The end token is left out of the answer: it is the encoder's to add.
+    The end token is left out of the answer: the encoder adds it.
     """
     found, end = [], tokenizer.eos_token or ""
     for parts in examples(row, kind, tokenizer):
@@ -172,7 +172,7 @@ def pairs(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple
 
 
 def tagged(row: Row) -> list[tuple[str, str]]:
-    """A row's tokens with their tags. Raises FileError where these are not as many."""
+    """A row's tokens and tags. Raises FileError if their numbers differ."""
     tokens, tags = listed(row, "tokens", "a list"), listed(row, "tags", "a list")
     if len(tokens) != len(tags):
         counts = f"{len(tokens)} tokens, {len(tags)} tags"
@@ -185,10 +185,10 @@ def tagged(row: Row) -> list[tuple[str, str]]:
 
 
 def messages_of(row: Row, kind: str) -> list[dict[str, str]]:
-    """A row as role/content messages, whichever of the three spellings it has.
+    """A row as role/content messages, from any of the three formats.
 
-    A column `system` is the first of them; `history`, of earlier [question, answer] pairs,
-    stands before an instruction.
+    A column `system` becomes the first of them; `history`, of earlier [question, answer] pairs,
+    comes before an instruction.
     """
     if kind == "instruction":
         asked = field(row, "instruction")
@@ -211,7 +211,7 @@ def messages_of(row: Row, kind: str) -> list[dict[str, str]]:
 
 
 def earlier(row: Row) -> list[tuple[str, str]]:
-    """The [question, answer] pairs of a column `history`. FileError where they are none."""
+    """The [question, answer] pairs of a column `history`. FileError if they are malformed."""
     found = row.fields.get("history") or []
     pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in found]
     if any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in pairs):
@@ -220,7 +220,7 @@ def earlier(row: Row) -> list[tuple[str, str]]:
 
 
 def listed(row: Row, name: str, what: str = "a list of messages") -> list[Any]:
-    """A field that is a list with something in it. FileError where it is none."""
+    """A field that is a list and not empty. FileError otherwise."""
     value = row.fields.get(name)
     if not isinstance(value, list) or not value:
         kind = "an empty list" if value == [] else type(value).__name__
@@ -236,7 +236,7 @@ ROLES = (
 
 
 def message_of(message: Any, number: int, row: Row) -> dict[str, str]:
-    """One message with `role` and `content`; `from` and `value` are read as these."""
+    """One message with `role` and `content`; `from` and `value` are accepted for these."""
     where = f"{row.where}, message {number}"
     if not isinstance(message, Mapping):
         raise FileError("a message is not an object", [(where, type(message).__name__)])
@@ -249,7 +249,7 @@ def message_of(message: Any, number: int, row: Row) -> dict[str, str]:
         keys = ", ".join(map(str, message))
         raise FileError(f"a message has no {lost}", [(where, f"keys {keys}")])
     role = role.lower()
-    if role not in ROLES and (close := nearest(role, ROLES)):  # others are the template's affair
+    if role not in ROLES and (close := nearest(role, ROLES)):  # others: the template's choice
         fix = f"Did you mean {close[0]}?"
         raise FileError("nobody known speaks here", [(where, f"role {role}")], fix)
     return {"role": SPEAKERS.get(role, role), "content": content}
@@ -258,13 +258,12 @@ def message_of(message: Any, number: int, row: Row) -> dict[str, str]:
 def conversation(
     messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[list[Part]]:
-    """A conversation as the chat template writes it, the assistant's words trained.
+    """A conversation as the chat template writes it, with the assistant's text trained.
 
-    A template with generation markers says itself which words these are. For any other they
-    are what a message adds to the text before it, the opening of the answer (which generation
-    is given) left out. Where a template writes earlier turns differently once later ones
-    follow (it drops their reasoning, say), each answer becomes an example of its own, with
-    the text before it as generation would see it.
+    A template with generation markers says which text that is. For other templates it is what a
+    message adds to the text before it, without the generation prompt. If a template writes earlier
+    turns differently once later ones follow (it drops their reasoning, for example), each answer
+    becomes its own example, with the text before it as in generation.
     """
     template = tokenizer.chat_template or PLAIN
     if isinstance(template, dict):
@@ -288,9 +287,10 @@ def conversation(
 
 
 def answer_in(render: Callable[..., str], i: int, end: str | None) -> tuple[str, int, int]:
-    """The text up to and with message i, and where in it the answer begins and ends.
+    """The text up to and including message i, and the start and end of the answer in it.
 
-    `render(n)` is the text of the first n messages, with `opening=True` as generation gets it.
+    `render(n)` is the text of the first n messages, with `opening=True` including the generation
+    prompt.
     """
     text, before = render(i + 1), render(i)
     given = render(i, opening=True) if text.startswith(before) else before
@@ -307,7 +307,7 @@ def written(
     where: str,
     opening: bool = False,
 ) -> str:
-    """A chat template's text."""
+    """The text that a chat template produces."""
     with accepted(where):
         return str(
             tokenizer.apply_chat_template(
@@ -319,7 +319,7 @@ def written(
 def marked(
     template: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[Part]:
-    """A conversation by a template that marks what is generated."""
+    """A conversation from a template with generation markers."""
     with accepted(where):
         texts, spans = render_jinja_template(
             conversations=[messages],
@@ -332,7 +332,7 @@ def marked(
 
 @contextmanager
 def accepted(where: str) -> Iterator[None]:
-    """Turn what a chat template raises into a FileError with its own complaint."""
+    """Convert exceptions of a chat template into a FileError with the template's message."""
     try:
         yield
     except Exception as fault:  # a template can raise anything
@@ -341,7 +341,7 @@ def accepted(where: str) -> Iterator[None]:
 
 
 def cut(text: str, spans: Sequence[tuple[int, int]]) -> list[Part]:
-    """A text as parts, the spans (in order, apart) trained."""
+    """A text as parts; the spans (in order, disjoint) are trained."""
     parts: list[Part] = []
     at = 0
     for start, stop in spans:
@@ -351,13 +351,13 @@ def cut(text: str, spans: Sequence[tuple[int, int]]) -> list[Part]:
 
 
 def common_start(a: str, b: str) -> str:
-    """What two texts begin with alike."""
+    """The common prefix of two texts."""
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
     return a[: min(len(a), len(b)) if at is None else at]
 
 
 def shown(parts: Sequence[Part], most: int = 800) -> str:
-    """An example as a user reads it: what the loss is taken on stands between « and »."""
+    """An example as text for the user: trained parts are enclosed in « and »."""
     text = "".join(f"«{t}»" if trained else t for t, trained in parts if t)
     text = text.replace("»«", "")
     return text if len(text) <= most else text[: most // 2] + " [...] " + text[-most // 2 :]

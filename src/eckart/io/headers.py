@@ -1,6 +1,6 @@
-"""What lies in a folder of weights, read without reading the weights themselves.
+"""Reads the headers of weight files without reading the weights.
 
-Safetensors alone: whatever is a pickle is refused by its name.
+Safetensors only: pickles are refused by name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
 def refused(path: Path) -> FileError:
-    """The error for weights in a format that can run code when it is read."""
+    """The error for weights in a format that can execute code when it is loaded."""
     return FileError(
         "weights in this format can run code and are not read",
         [(str(path), "pickle" if path.suffix not in (".msgpack", ".h5") else path.suffix[1:])],
@@ -30,7 +30,7 @@ def refused(path: Path) -> FileError:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what a malformed or too new description does to the code that reads it into words."""
+    """Convert exceptions caused by a malformed or too new description into FileError."""
     try:
         yield
     except UsageError as fault:  # a value out of range is the file's fault here, not the user's
@@ -46,7 +46,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises FileError with the line where it is malformed."""
+    """A JSON object from a file. Raises FileError with the line if it is malformed."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as fault:
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder, the shards of an index included."""
+    """The safetensors files of a model's folder, including the shards of an index."""
     index = folder / INDEX
     if index.is_file():
         with readable(index):
@@ -69,7 +69,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def pickles_in(folder: Path) -> list[Path]:
-    """Weight files of a folder that will not be read."""
+    """Weight files of a folder that are refused."""
     known = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
     return sorted(p for p in folder.iterdir() if p.suffix in PICKLES and p.name not in known)
 
@@ -80,10 +80,10 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a safetensors file says of its tensors, and its metadata.
+    """The tensor list of a safetensors file, and its metadata.
 
-    Raises FileError where the file is missing, is not safetensors, or ends before the
-    tensors it lists; those are named.
+    Raises FileError if the file is missing, is not safetensors, or is shorter than the tensors it
+    lists; those are named.
     """
     if not path.is_file():
         raise FileError("a file of the model is missing", [(str(path), "named in its index")])
@@ -113,19 +113,19 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def unfit(path: Path, facts: Iterable[tuple[str, str]], fix: str = "") -> FileError:
-    """The error for an adapter whose tensors are not those that a model has places for."""
+    """The error for an adapter whose tensors do not fit the model."""
     return FileError("the adapter does not fit the model", [(str(path), ""), *facts], fix)
 
 
 def listed(names: list[str], what: str, most: int = 5) -> list[tuple[str, str]]:
-    """Facts for an error: the first names, and how many more there are."""
+    """Facts for an error: the first names, and the number of the others."""
     facts = [(name, what) for name in names[:most]]
     more = len(names) - most
     return facts + ([(f"and {more} more", what)] if more > 0 else [])
 
 
 def check_folder(folder: Path) -> None:
-    """Raise FileError unless the folder has a config and whole safetensors weights."""
+    """Raise FileError unless the folder has a config and complete safetensors weights."""
     if not (folder / "config.json").is_file():
         raise FileError("this folder holds no model", [(str(folder), "no config.json")])
     read_json(folder / "config.json")

@@ -1,7 +1,7 @@
-"""Heads for classes: which numbers stand for which names, in a configuration and beside an adapter.
+"""Classification heads: class names by number, in a configuration and beside an adapter.
 
-An adapter whose head was trained with it keeps the model's `config.json` beside its own files:
-its base has another head, or none, and PEFT's description has no place for the names.
+An adapter whose head was trained with it stores the model's `config.json` beside its own files: its
+base has another head, or none, and PEFT's config has no entry for the names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONFIG = "config.json"
 
 
 def names_in(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes' names in the order of their numbers; LABEL_0, ... stand for the numbers."""
+    """The class names in the order of their numbers; LABEL_0, ... count as numbers."""
     by_id = config.get("id2label") or {}
     names = tuple(str(by_id[key]) for key in sorted(by_id, key=int))
     unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(names))
@@ -31,14 +31,14 @@ def names_in(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def naming(names: Sequence[str]) -> dict[str, Any]:
-    """What a configuration says about a head for these classes."""
+    """The configuration entries of a head for these classes."""
     by_id = dict(enumerate(names))
     by_name = {name: i for i, name in by_id.items()}
     return {"num_labels": len(names), "id2label": by_id, "label2id": by_name}
 
 
 def naming_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same from a configuration on disk; nothing where it is not of a model with classes."""
+    """The same entries from a configuration on disk; empty if its model has no classes."""
     if not TASKS[task_of(config)].classes:
         return {}
     by_id = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
@@ -48,10 +48,10 @@ def naming_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_naming(handle: Handle, folder: Path, refusal: str = "") -> None:
-    """Write the model's configuration beside an adapter that holds a head for classes.
+    """Write the model's configuration beside an adapter that stores a classification head.
 
     transformers takes a `refusal` for the name of the weights' file and quotes it: for a folder
-    whose weights it would otherwise take for a whole model's.
+    whose weights it would otherwise load as a whole model's.
     """
     model: Any = handle.model
     if not (handle.also_train and isinstance(model, PreTrainedModel)):
@@ -66,7 +66,7 @@ def save_naming(handle: Handle, folder: Path, refusal: str = "") -> None:
 
 
 def outside(model: nn.Module) -> tuple[str, ...]:
-    """Children of a model beside its pretrained body that hold parameters: its head."""
+    """Children of a model outside its pretrained body that hold parameters: its head."""
     body = getattr(model, "base_model_prefix", "")
     with_head = hasattr(model, "num_labels") or TASKS[task_of_live(model)].classes  # T5's has none
     if not body or not hasattr(model, body) or not with_head:
@@ -77,13 +77,13 @@ def outside(model: nn.Module) -> tuple[str, ...]:
 
 
 def task_of_live(model: Any) -> str:
-    """What a model in memory is made for, by its class."""
+    """The task of a model in memory, from its class."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return task_of({"architectures": [type(model).__name__], "model_type": kind})
 
 
 def names_of(model: Any) -> tuple[str, ...]:
-    """The classes that a live model knows, by number; none where it is no model with classes."""
+    """The class names of a model in memory, by number; none if it has no classes."""
     if not TASKS[task_of_live(model)].classes:
         return ()
     return names_in({"id2label": model.config.id2label})

@@ -1,9 +1,8 @@
-"""Images and their classes as rows that a model trains on: recognised, split, fitted, kept.
+"""Labelled images as rows for training: recognised, split, resized and cached.
 
-What holds them is found by `pictures.py`, what a model makes of them is `preprocessing.py`'s.
-Pixels that were fitted to a model are kept between runs, under the hash of the images and of
-the size, so that each is decoded once; sets too large for that are decoded as they are asked
-for, to the same bits. Nothing is random.
+`pictures.py` finds the images, `preprocessing.py` converts them for a model. Resized pixels are
+cached between runs, under the hash of the images and of the size, so that each image is decoded
+once; sets too large for that are decoded on access, to the same bits. Nothing is random.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from eckart.io.preprocessing import Preprocessing
 from eckart.io.reading import in_order
 from eckart.io.sources import DataSource, held_out_share, sources_of
 
-CACHE_VERSION = 1  # raised when the same images would be fitted differently
-KEPT = 4 * 10**9  # bytes of fitted pixels up to which a source is kept
+CACHE_VERSION = 1  # to increase when the preprocessing changes
+KEPT = 4 * 10**9  # bytes of resized pixels up to which a source is cached
 BRIGHTEST = 4.0  # a factor that brings 255 above it is not for bytes: 1/255 gives 1, 1/127.5 2
 USUAL = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # ranges in which people keep pixels
 
 
 class ImageRows(Dataset[dict[str, Any]]):
-    """Pictures with classes; a row is {pixel_values: [c, h, w] fp32, labels: int}."""
+    """Images with classes; a row is {pixel_values: [c, h, w] fp32, labels: int}."""
 
     def __init__(
         self,
@@ -69,25 +68,25 @@ class ImageRows(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class ImageData(Data):
-    """Images to train on and to evaluate on."""
+    """Images for training and evaluation."""
 
     preprocessing: Preprocessing | None = field(default=None, kw_only=True)
     """What was done to them, to be saved with the model."""
 
     @property
     def collate(self) -> Any:
-        """Rows of these data sets to a batch."""
+        """The function that collates rows of these data sets to a batch."""
         return collate_images
 
     def lengths(self, rows: Any) -> list[int]:
-        """All alike: no image is decoded to see it."""
+        """All equal; no image is decoded for this."""
         return [1] * len(rows)
 
     def unit(self, count: int) -> str:
         return f"{count:,} images"
 
     def keeping(self, reader: Any) -> Any:
-        """The preprocessing that was done, with the range that arrays turned out to have."""
+        """The preprocessing that was applied, with the detected value range of arrays."""
         return self.preprocessing or reader
 
 
@@ -172,7 +171,7 @@ def read(
 
 
 def stratified(labels: Sequence[int], keys: Sequence[bytes], share: float) -> list[bool]:
-    """Of each class the share with the lowest hashes; at least one where it has two."""
+    """For each class the share with the lowest hashes; at least one if it has two."""
     held = [False] * len(labels)
     for c in sorted(set(labels)):
         members = sorted((i for i, x in enumerate(labels) if x == c), key=lambda i: keys[i])
@@ -190,7 +189,7 @@ def repeated(indices: Sequence[int], source: DataSource) -> list[int]:
 
 
 def joined(parts: Sequence[tuple[ImageRows, Sequence[int]]], made: Preprocessing) -> ImageRows:
-    """Chosen rows of several sources, one after the other."""
+    """The chosen rows of several sources, concatenated."""
     chosen = [rows.select(indices) for rows, indices in parts]
     return ImageRows(
         [p for rows in chosen for p in rows.pictures],
@@ -212,15 +211,15 @@ def hash_of(found: Found) -> str:
 
 
 def pixels_of(picture: Picture, where: str) -> np.ndarray:
-    """[c, h, w], decoded where it is a file."""
+    """[c, h, w], decoded if it is a file."""
     return picture if isinstance(picture, np.ndarray) else decoded(picture, where)
 
 
 def ranged(preprocessing: Preprocessing, pictures: Sequence[Picture]) -> Preprocessing:
-    """The preprocessing for the range that arrays have, where they are no bytes.
+    """The preprocessing for the value range of these arrays, if they are not bytes.
 
-    One that names a factor of its own was made for such arrays, and stays. Raises FileError
-    where nothing can be seen.
+    A preprocessing with its own rescale factor was made for such arrays, and is unchanged. Raises
+    FileError if all values are equal, or outside the range that the factor is for.
     """
     arrays = [p for p in pictures if isinstance(p, np.ndarray) and p.dtype != np.uint8]
     if len(arrays) < len(pictures) and 255 * preprocessing.factor > BRIGHTEST:
@@ -246,9 +245,9 @@ def ranged(preprocessing: Preprocessing, pictures: Sequence[Picture]) -> Preproc
 
 
 def fitted(found: Found, preprocessing: Preprocessing, cache: bool) -> Sequence[Picture]:
-    """The pictures at the model's size: kept ones, mapped into memory; else as they were.
+    """The images at the model's size: cached and memory-mapped, or else the originals.
 
-    Every image is decoded where they are to be kept, so that a broken one is named at once.
+    If they are to be cached every image is decoded, so that a broken one is reported at once.
     """
     p = preprocessing
     geometry = [CACHE_VERSION, p.height, p.width, p.channels, p.shorter, p.cubic]
@@ -278,7 +277,7 @@ def fitted(found: Found, preprocessing: Preprocessing, cache: bool) -> Sequence[
 
 
 def example_of(rows: ImageRows, names: Sequence[str]) -> str:
-    """The first image in words: its size, what the model sees of it, and its class."""
+    """A description of the first image: its size, the model's input, and its class."""
     pixels = pixels_of(rows.pictures[0], rows.where[0])
     c, height, width = pixels.shape
     seen = rows[0]["pixel_values"]

@@ -5,9 +5,9 @@
                                            .alpha              a number; the scale is alpha / r
                                            .dora_scale         [m, 1], DoRA: read alone
 
-Dots become underscores, which no rule of strings can take back: names are mapped through those
-of the model's own maps, and two that fall together are refused. A file of several models says
-by its prefix which is meant: `unet`, `te`, `te1`, `te2`, `te3`.
+Dots become underscores, which cannot be undone by a string rule: names are looked up among those
+of the model's own maps, and two that coincide are refused. In a file of several models the prefix
+names the model: `unet`, `te`, `te1`, `te2`, `te3`.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def save(
     overwrite: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write `lora.safetensors` into a folder, the same bytes for the same state.
+    """Write `lora.safetensors` into a folder; deterministic for the same state.
 
-    Raises UsageError where the method is no product of two thin matrices, or stands on a kind
-    of layer that the names do not know.
+    Raises UsageError if the method is not a product of two thin matrices, or acts on a kind of
+    layer that the names do not cover.
     """
     reason = obstacle(handle)
     if reason:
@@ -94,7 +94,7 @@ def save(
 
 
 def obstacle(handle: Handle) -> str | None:
-    """Why a handle cannot be written so; None where it can."""
+    """Why a handle cannot be written in this format; None if it can."""
     if handle.weights.base != "frozen" or handle.originals:
         return "it changes the base itself, and the file holds what is added to one"
     if not handle.attached:
@@ -112,9 +112,9 @@ def obstacle(handle: Handle) -> str | None:
 
 
 def pair_at(handle: Handle, path: str) -> tuple[Tensor, Tensor, float]:
-    """B [m, r], A [r, n] and alpha of one site; alpha = r where the scale must lie in B.
+    """B [m, r], A [r, n] and alpha of one site; alpha = r if the scale must be part of B.
 
-    A lone plain pair keeps its tensors, bit for bit, where fp32 holds its alpha.
+    A single plain pair keeps its tensors, bit for bit, if fp32 represents its alpha.
     """
     terms = list(handle.terms()[path].values())
     if len(terms) == 1 and type(terms[0]) is LowRank:
@@ -132,11 +132,11 @@ def pair_at(handle: Handle, path: str) -> tuple[Tensor, Tensor, float]:
 
 
 def load(model: nn.Module, file: str | Path, name: str = DEFAULT, part: str = "") -> Handle:
-    """Attach an adapter in kohya's names, in place, under a name among others.
+    """Attach an adapter with kohya's names, in place, under a name.
 
-    `part` says which prefix is this model's where the file has several. Raises FileError for
-    names that no map of the model has, for kinds of adapter other than a plain pair or DoRA by
-    rows, and where a tensor is missing or misshapen: each by its name.
+    `part` selects this model's prefix if the file has several. Raises FileError, with the tensor's
+    name, for names that match no map of the model, for kinds of adapter other than a plain pair or
+    DoRA by rows, and for missing or misshapen tensors.
     """
     file = file_of(file)
     require_free(model, name)
@@ -168,7 +168,7 @@ def load(model: nn.Module, file: str | Path, name: str = DEFAULT, part: str = ""
 
 
 def chosen(tensors: Mapping[str, Tensor], part: str, file: Path) -> dict[str, Tensor]:
-    """The tensors under one prefix. FileError where there are several and none is asked for."""
+    """The tensors under one prefix. FileError if there are several and none is selected."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = PREFIX.match(key)
@@ -187,7 +187,7 @@ def chosen(tensors: Mapping[str, Tensor], part: str, file: Path) -> dict[str, Te
 
 
 def grouped(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
-    """Tensors by stem and suffix. FileError for a suffix that is no pair's or DoRA's, or a half."""
+    """Tensors by stem and suffix. FileError for an unknown suffix, or half a pair."""
     by_stem: dict[str, dict[str, Tensor]] = {}
     other = []
     for key, tensor in tensors.items():
@@ -216,7 +216,7 @@ def grouped(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Te
 
 
 def with_magnitudes(by_stem: Mapping[str, Mapping[str, Tensor]], file: Path) -> bool:
-    """Is this DoRA? FileError where some maps have their magnitudes and others have none."""
+    """Is this DoRA? FileError if only some maps have magnitudes."""
     lost = [f"{stem}.{MAGNITUDE}" for stem, found in by_stem.items() if MAGNITUDE not in found]
     if lost and len(lost) < len(by_stem):
         raise FileError("the adapter is not whole", [(str(file), ""), *listed(lost, "is missing")])
@@ -224,7 +224,7 @@ def with_magnitudes(by_stem: Mapping[str, Mapping[str, Tensor]], file: Path) -> 
 
 
 def lengths(tensor: Tensor, site: Site, file: Path) -> Tensor:
-    """The magnitudes of rows [m]: from [m, 1] or [m, 1, 1, 1]. FileError for those of columns."""
+    """The magnitudes of rows [m], from [m, 1] or [m, 1, 1, 1]. FileError for those of columns."""
     m = site.shape[0]
     if tensor.shape[:1] == (m,) and tensor.numel() == m:
         return tensor.flatten()
@@ -234,7 +234,7 @@ def lengths(tensor: Tensor, site: Site, file: Path) -> Tensor:
 
 
 def refuse_kind(site: Site, file: Path) -> None:
-    """FileError for a map on which a pair in these names would mean something else."""
+    """Raise FileError for a map on which a pair in these names would mean something else."""
     if site.kind not in KINDS or site.ties:
         what = "a tied map" if site.ties else site.kind
         raise unfit(file, [(site.path, what)])
@@ -254,7 +254,7 @@ def part_of(model: nn.Module) -> str:
 
 
 def flat_names(model: nn.Module) -> dict[str, str]:
-    """Each map's path with underscores for dots. UsageError where two become one."""
+    """Each map's path with underscores for dots. UsageError if two coincide."""
     return flattened(site.path for site in sites_of(model))
 
 
@@ -275,19 +275,19 @@ def flattened(paths: Iterable[str]) -> dict[str, str]:
 
 
 def file_of(source: str | Path) -> Path:
-    """The file itself, or the one that a folder holds."""
+    """The file itself, or the one in a folder."""
     path = Path(source)
     return next(iter(sorted(path.glob("*.safetensors"))), path) if path.is_dir() else path
 
 
 def is_one(path: Path) -> bool:
-    """Does a safetensors file, or the only one of a folder, have kohya's names?"""
+    """Does a safetensors file, or the only one in a folder, use kohya's names?"""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1:
         return False
     try:
         return any(PREFIX.match(name) for name in header(files[0]))
-    except FileError:  # damaged: whoever asks says what it should have been
+    except FileError:  # damaged: the caller reports what it expected
         return False
 
 

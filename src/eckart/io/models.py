@@ -1,8 +1,8 @@
-"""What a user names as MODEL: recognised, checked, loaded.
+"""Recognises, checks and loads what a user names as MODEL.
 
-A path never touches the network. Weights are safetensors only: pickles are refused by name.
-A file is looked through before transformers reads it, because transformers fills what is
-missing or cut off with random numbers and says so in a warning.
+A path never uses the network. Weights are safetensors only: pickles are refused by name. Files are
+checked before transformers reads them, because it fills missing or truncated tensors with random
+numbers and only warns.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ ADAPTER_FILES: tuple[tuple[Kind, str, str], ...] = (  # and the key of their bas
 
 @dataclass(frozen=True)
 class Source:
-    """What stands behind a name: `path` as it is to be opened, `base` what an adapter is for."""
+    """What a name refers to: `path` to open, and `base` if it is an adapter."""
 
     kind: Kind
     path: str
@@ -67,9 +67,9 @@ class Source:
 
 
 def recognise(source: str | Path) -> Source:
-    """Say what a path, hub id or preset's name is, reading no weights and no network.
+    """What a path, hub id or preset's name is, without reading weights or using the network.
 
-    Raises FileError where a path does not exist or is nothing that can be opened.
+    Raises FileError if a path does not exist or cannot be opened as a model.
     """
     text = str(source)
     path = Path(text).expanduser()
@@ -101,7 +101,7 @@ def file_as_source(path: Path) -> Source:
 
 
 def folder_as_source(path: Path) -> Source:
-    """What a folder holds, by the names of its files. FileError where it is no model."""
+    """What a folder contains, from the names of its files. FileError if it is not a model."""
     if (path / "run.json").is_file():
         return Source("run", str(path))
     for kind, file, key in ADAPTER_FILES:
@@ -121,14 +121,15 @@ def folder_as_source(path: Path) -> Source:
 
 
 def recognise_result(source: str | Path) -> Source:
-    """As `recognise`; of a run, what its `final/` is. FileError where it has none yet."""
+    """`recognise`, but for a run its `final/`. FileError if it has none yet."""
     found = recognise(source)
     return recognise(result_of(found.path)) if found.kind == "run" else found
 
 
 def base_from(adapter: Path, base: Any) -> str | None:
-    """The base that an adapter's folder names. A relative path is one from here, or else from a
-    folder above the adapter: the one that it was trained in."""
+    """The base that an adapter's folder names. A relative path is resolved from the working
+    directory, or else from a folder above the adapter: the one that it was trained in.
+    """
     if not isinstance(base, str) or Path(base).exists():
         return base if isinstance(base, str) else None
     above = (folder / base for folder in adapter.absolute().parents)
@@ -136,12 +137,12 @@ def base_from(adapter: Path, base: Any) -> str | None:
 
 
 def named_by_kohya(path: Path) -> Source | None:
-    """An adapter in kohya's names: a file, or a folder with nothing else to load."""
+    """Is it an adapter with kohya's names: a file, or a folder with nothing else to load?"""
     return Source("kohya", str(path), kohya.base_of(path)) if kohya.is_one(path) else None
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """NAME or OWNER/NAME, with an optional @REVISION, and not below a folder that is here."""
+    """Is it NAME or OWNER/NAME, with an optional @REVISION, and not below an existing folder?"""
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?", text):
         return False
     owner, slash, _ = text.partition("/")
@@ -149,7 +150,7 @@ def looks_like_hub_id(text: str) -> bool:
 
 
 def missing(path: Path) -> FileError:
-    """The error for a path that is not there, with the nearest entries that are."""
+    """The error for a path that does not exist, with the closest existing entries."""
     folder = path.parent
     while not folder.is_dir():
         folder = folder.parent
@@ -167,7 +168,7 @@ def missing(path: Path) -> FileError:
 
 
 def download(name: str) -> Path:
-    """The folder of a hub model in the local cache, fetched if need be; safetensors only."""
+    """The folder of a hub model in the local cache, downloaded if needed; safetensors only."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -202,7 +203,7 @@ def download(name: str) -> Path:
 def folder_of(source: str | Path) -> Path:
     """The local folder of a model: the path itself, or a hub model's files in the cache.
 
-    An adapter or a run is refused here with what it is, its base being loaded first.
+    Raises FileError for an adapter or a run: its base must be loaded first.
     """
     found = recognise(source)
     if found.kind == "hub":
@@ -233,11 +234,11 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model from a folder, a run's `final/`, a factored folder or a hub id.
 
-    dtype None keeps the one it was saved in, task None the one it was made for. `config`
-    overrides fields of its configuration; with `num_labels` the head is a new one. A tensor that
-    is missing, left over or misshapen is a FileError with its name; only the head of a task
-    with classes that was asked for may be missing, and is then drawn from `seed`. In evaluation
-    mode, as transformers returns it.
+    dtype None keeps the one it was saved in, task None the one it was made for. `config` overrides
+    fields of its configuration; with `num_labels` the head is a new one. Missing, unexpected or
+    misshapen tensors raise a FileError with their names; only the head of a classification task
+    that was asked for may be missing, and is then initialised from `seed`. In evaluation mode, as
+    transformers returns it.
     """
     folder = folder_of(source)
     check_folder(folder)
@@ -273,7 +274,7 @@ def load_model(
 
 
 def starts(modules: Sequence[str]) -> tuple[str, ...]:
-    """How the names of these modules' tensors begin."""
+    """The prefixes of the names of these modules' tensors."""
     return tuple(f"{name}." for name in modules)
 
 
@@ -284,7 +285,7 @@ def problems(
     task: str | None,
     new_head: Sequence[str] = (),
 ) -> None:
-    """Raise FileError where weights and architecture do not fit; a task's head is let be."""
+    """Raise FileError if weights and architecture do not fit; a task's head is not checked."""
 
     def is_head(name: str) -> bool:
         if "pooler." in name:  # BERT's pooler serves the head, and masked models save none
@@ -311,7 +312,7 @@ def problems(
 
 
 def result_of(run: str | Path) -> Path:
-    """A run's `final/`. Raises FileError where it is not written yet."""
+    """A run's `final/`. Raises FileError if it is not written yet."""
     final = Path(run) / "final"
     if not final.is_dir():
         raise FileError(
@@ -323,15 +324,15 @@ def result_of(run: str | Path) -> Path:
 
 
 def name_of(source: str | Path) -> str:
-    """A folder's own name, or that of the run whose `final/` it is."""
+    """A folder's own name, or that of the run if it is a `final/`."""
     path = Path(source)
     return path.parent.name if path.name == "final" else path.name
 
 
 def described(source: str | Path) -> dict[str, Any]:
-    """What a configuration says of a model, an adapter's head or base, a run or a shape.
+    """The configuration of a model, of an adapter's head or base, of a run or a preset.
 
-    No weights are read; nothing is known of an adapter that names no base.
+    No weights are read; empty for an adapter that names no base.
     """
     found = recognise(source)
     if found.kind == "run":
@@ -347,21 +348,21 @@ def described(source: str | Path) -> dict[str, Any]:
 
 
 def own_task(source: str | Path) -> str:
-    """What a model, an adapter, a run or a shape is made for."""
+    """The task that a model, an adapter, a run or a preset was made for."""
     return task_of(described(source))
 
 
 def classes_known(source: str | Path) -> tuple[str, ...]:
-    """Names of a model's classes by number; none where it is no model with classes.
+    """A model's class names by number; none if it has no classes.
 
-    None either where an adapter does not say them, nor its base.
+    Also none if neither an adapter nor its base names them.
     """
     facts = described(source)
     return names_in(facts) if TASKS[task_of(facts)].classes else ()
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Does the folder have a tokenizer's own files?"""
+    """Does the folder have tokenizer files?"""
     names = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
     return any((folder / name).is_file() for name in names)
 
@@ -369,7 +370,7 @@ def holds_tokenizer(folder: Path) -> bool:
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder (a model's, an adapter's own, a run's), or of an adapter's base.
 
-    Raises FileError where there is none.
+    Raises FileError if there is none.
     """
     folder, base = Path(source), None
     if not holds_tokenizer(folder):

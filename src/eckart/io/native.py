@@ -1,4 +1,4 @@
-"""An adapter in eckart's own form: everything that differs from its base, for every method.
+"""Adapters in eckart's own format: everything that differs from the base, for every method.
 
 eckart.json         what it is: format, base and its fingerprint, method, fields, structure
 model.safetensors   the tensors, under their raw names in the model
@@ -39,9 +39,9 @@ def save(
     overwrite: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write what differs from the base; the same bytes for the same state.
+    """Write what differs from the base; deterministic for the same state.
 
-    Raises UsageError where the folder holds something and `overwrite` is False.
+    Raises UsageError if the folder is not empty and `overwrite` is False.
     """
     with write_folder(folder, overwrite) as beside:
         write_json(beside / DESCRIPTION, describe(handle))
@@ -72,10 +72,10 @@ def describe(handle: Handle) -> dict[str, Any]:
 
 
 def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
-    """Attach a saved adapter to its base, in place, under a name among others.
+    """Attach a saved adapter to its base, in place, under a name.
 
-    Raises FileError where the base is another one, where a tensor is missing, left over or
-    misshapen, and where a file is damaged; the model is then as it was before.
+    Raises FileError if the base is another one, if tensors are missing, unexpected or misshapen, or
+    if a file is damaged; the model is then unchanged.
     """
     folder = Path(folder)
     require_free(model, name)
@@ -99,7 +99,7 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """eckart.json, checked. Raises FileError where it is missing, malformed or too new."""
+    """eckart.json, validated. Raises FileError if it is missing, malformed or too new."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise FileError("this folder holds no eckart adapter", [(str(path), "is missing")])
@@ -117,6 +117,6 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def structure_of(content: dict[str, Any]) -> dict[str, Any]:
-    """What `attach_from` takes, from the content of eckart.json."""
+    """The structure for `attach_from`, from the content of eckart.json."""
     keys = ("fingerprint", "method", "fields")
     return {**content["structure"], **{key: content[key] for key in keys}}

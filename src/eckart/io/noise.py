@@ -1,13 +1,13 @@
-"""Text made into something to learn, for models that do not go on from it.
+"""Corruption of text into training examples, for models that are not decoders.
 
-    masked     15 % of the tokens are to be found: of these 80 % become the mask, 10 % another
+    masked     15 % of the tokens are to be predicted: of these 80 % become the mask, 10 % another
                token and 10 % stay (Devlin et al. 2019, section 3.1)
     spans      15 % of the tokens are left out in spans of 3, a sentinel in each one's place;
-               the answer says what stood there (Raffel et al. 2020, section 3.1.4)
-    continued  the text is cut in its middle half; the answer is the second part
+               the target is the removed text (Raffel et al. 2020, section 3.1.4)
+    continued  the text is cut in its middle half; the target is the second part
 
-What is hidden is a function of (seed, epoch, row) alone, so that a resumed run sees the same
-holes, and so do all processes. Every row has something to find.
+The corruption is a function of (seed, epoch, row) alone, so that a resumed run and all processes
+see the same. Every row has a token to predict.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from eckart.io.packing import IGNORE, drawn
 SHARE = 0.15  # of the tokens are learnt
 MASKED, OTHER = 0.8, 0.1  # of these become the mask, and another token
 SPAN = 3  # tokens left out at one place, on average
-HELD_OUT = -1  # the epoch of rows to measure on: their holes never move
+HELD_OUT = -1  # the epoch of evaluation rows: their corruption is fixed
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How the ids [t] of a text become input_ids and labels."""
+    """The corruption that turns the ids [t] of a text into input_ids and labels."""
 
     kind: str  # masked, spans or continued
     vocab: int
-    fixed: tuple[int, ...] = ()  # special tokens: they stand at known places, so teach nothing
+    fixed: tuple[int, ...] = ()  # special tokens: their places are known, so they are not predicted
     mask: int = 0
     sentinels: tuple[int, ...] = ()
     end: tuple[int, ...] = ()  # what closes a text and its answer
 
     @property
     def learnt(self) -> str:
-        """For the line about the data."""
+        """The objective, for the line about the data."""
         return {
             "masked": "loss on 15 % of the tokens, masked",
             "spans": "loss on spans left out, 15 % of the tokens",
@@ -59,7 +59,7 @@ class Noise:
 
 
 def noise_for(tokenizer: PreTrainedTokenizerBase, task: str) -> Noise:
-    """What this tokenizer has for a task. FileError where a masked model has no mask token."""
+    """The corruption for a task with this tokenizer. FileError if a mask token is missing."""
     vocab = len(tokenizer)
     fixed = tuple(sorted(tokenizer.all_special_ids))
     if task == "masked":
@@ -76,7 +76,7 @@ def noise_for(tokenizer: PreTrainedTokenizerBase, task: str) -> Noise:
 
 
 def sentinels_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids of <extra_id_0>, <extra_id_1>, ... as T5's tokenizers name what stands for a span."""
+    """Ids of T5's sentinel tokens <extra_id_0>, <extra_id_1>, ..."""
     vocab = tokenizer.get_vocab()
     found: list[int] = []
     while (name := f"<extra_id_{len(found)}>") in vocab:
@@ -90,7 +90,7 @@ def sentinels_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def masked(
     ids: np.ndarray, fixed: np.ndarray, mask: int, vocab: int, draws: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Hide 15 % of the tokens that are not fixed, at least one. All arrays [t], draws [3, t]."""
+    """Mask 15 % of the tokens that are not fixed, at least one. All arrays [t], draws [3, t]."""
     free = np.flatnonzero(~fixed)
     count = max(1, round(SHARE * len(free)))
     chosen = free[np.argsort(draws[0, free], kind="stable")[:count]]
@@ -106,7 +106,7 @@ def masked(
 def spans(
     ids: np.ndarray, sentinels: Sequence[int], end: Sequence[int], draws: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Leave out spans, a sentinel for each; kept and left-out pieces alternate, kept first."""
+    """Replace spans by sentinels; kept and removed spans alternate, a kept one first."""
     total = len(ids)
     lost = min(max(1, round(SHARE * total)), total - 1)
     count = min(max(1, round(lost / SPAN)), lost, total - lost, len(sentinels))
@@ -125,14 +125,14 @@ def spans(
 
 
 def partition(total: int, parts: int, draws: np.ndarray) -> list[int]:
-    """Sizes >= 1 of so many parts, all partitions alike in probability; draws [>= total - 1]."""
+    """A uniformly random partition of `total` into `parts` sizes >= 1; draws [>= total - 1]."""
     cuts = np.sort(np.argsort(draws[: total - 1], kind="stable")[: parts - 1]) + 1
     sizes: list[int] = np.diff([0, *cuts.tolist(), total]).tolist()
     return sizes
 
 
 def continued(ids: np.ndarray, end: Sequence[int], draws: np.ndarray) -> dict[str, np.ndarray]:
-    """Cut a text between its first and its last quarter."""
+    """Cut a text at a point between its first and its last quarter."""
     low = max(1, len(ids) // 4)
     high = max(low, len(ids) - 1 - len(ids) // 4)
     at = low + int(draws[0, 0] % np.uint64(high - low + 1))
@@ -147,7 +147,7 @@ def answered(source: Sequence[int], target: Sequence[int]) -> dict[str, np.ndarr
 
 
 class Noised(Dataset[dict[str, Any]]):
-    """Rows of text whose holes change with the epoch; the loop calls `set_epoch`."""
+    """Rows of text whose corruption changes with the epoch; the loop calls `set_epoch`."""
 
     def __init__(
         self,
@@ -176,6 +176,6 @@ class Noised(Dataset[dict[str, Any]]):
         return (self[i] for i in range(len(self)))
 
     def select(self, indices: Sequence[int]) -> Noised:
-        """Some of the rows, with the holes that they have here."""
+        """A subset of the rows, each with the same corruption as here."""
         chosen = [self.numbers[i] for i in indices]
         return Noised(self.rows, self.noise, self.seed, self.epoch, chosen)

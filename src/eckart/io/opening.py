@@ -1,4 +1,4 @@
-"""Open whatever a person names as MODEL: a model, an adapter with its base, or a run."""
+"""Opens what a user names as MODEL: a model, an adapter with its base, or a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADAPTERS: dict[str, Callable[..., Handle]] = {
 
 @dataclass(frozen=True)
 class Opened:
-    """A live model, and the handle of the adapter it carries (None for a model of its own)."""
+    """A model in memory, and the handle of its adapter (None for a plain model)."""
 
     model: Any
     handle: Handle | None
@@ -36,11 +36,10 @@ class Opened:
 def open_model(
     source: str | Path, dtype: torch.dtype | None = None, task: str | None = None, seed: int = 0
 ) -> Opened:
-    """Load a model, or an adapter onto its base; a run stands for its `final/`.
+    """Load a model, or an adapter onto its base; a run means its `final/`.
 
-    An adapter that keeps a configuration beside it brings its head, on whatever its base is
-    made for. Raises FileError for what cannot be opened, naming the file, and for an adapter
-    whose base is not where it says.
+    An adapter with its own configuration replaces the base's head. Raises FileError for what cannot
+    be opened, with the file, and for an adapter whose base does not exist.
     """
     found = recognise(source)
     if found.kind == "run":
@@ -60,7 +59,7 @@ def on_base(
     task: str | None = None,
     seed: int = 0,
 ) -> Opened:
-    """An adapter on this base, whatever base it names."""
+    """Load an adapter onto this base, whatever base it names."""
     own, head = Path(adapter.path) / CONFIG, {}
     if own.is_file():
         facts = read_json(own)

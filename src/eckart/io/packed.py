@@ -1,6 +1,6 @@
-"""Tensors that a method's file holds in fewer bits than they are trained in (`Term.pack`).
+"""Stores tensors of finished adapters in fewer bits than they were trained in (`Term.pack`).
 
-Checkpoints hold what is trained; only a finished adapter is packed. Names stay as they are.
+Checkpoints are not packed. Names are unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from eckart.recipe import Handle
 
 
 def packed(handle: Handle, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a handle as its file holds it."""
+    """The state of a handle as files store it."""
     found = dict(tensors)
     for key, term, name in owned(handle):
         held = term.pack(name, standalone(tensors[key]))
@@ -25,7 +25,7 @@ def packed(handle: Handle, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpacked(handle: Handle, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back of `packed`; what is not as expected is left, to be refused by name."""
+    """The inverse of `packed`; unexpected tensors are left as they are, to be refused later."""
     found, state = dict(tensors), handle.named_state()
     for key, term, name in owned(handle):
         expected = term.pack(name, standalone(state[key]))
@@ -37,7 +37,7 @@ def unpacked(handle: Handle, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def owned(handle: Handle) -> Iterator[tuple[str, Term, str]]:
-    """Names in files of the terms' own tensors, with the term and its name for each."""
+    """The terms' own tensors: name in files -> the term and its name for the tensor."""
     for stem, part in handle.carried().items():
         if isinstance(part, Term):
             for name in part.state_dict():

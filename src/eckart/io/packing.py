@@ -30,20 +30,20 @@ IGNORE = -100  # the label that every loss in transformers leaves out
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example: ids [t], and whether each is learnt [t]."""
+    """One example: ids [t], and a mask [t] of those that count in the loss."""
 
     ids: np.ndarray  # int32
     trained: np.ndarray  # bool
 
     def labels(self) -> np.ndarray:
-        """ids where they are learnt, IGNORE elsewhere and on the first token. [t] int32"""
+        """ids that count in the loss; IGNORE elsewhere and on the first token. [t] int32"""
         labels = np.where(self.trained, self.ids, IGNORE).astype(np.int32)
         labels[:1] = IGNORE
         return labels
 
 
 def pieces(example: Encoded, seq_len: int) -> list[Encoded]:
-    """A document cut into pieces of at most seq_len tokens."""
+    """Split a document into pieces of at most seq_len tokens."""
     return [
         Encoded(example.ids[at : at + seq_len], example.trained[at : at + seq_len])
         for at in range(0, len(example.ids), seq_len)
@@ -53,8 +53,8 @@ def pieces(example: Encoded, seq_len: int) -> list[Encoded]:
 def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Indices of examples grouped into blocks of at most `room` tokens: best fit, longest first.
 
-    Each example goes where the least room is left over; O(n log room). Within a block and
-    among blocks the original order is kept, so that neighbours stay near one another.
+    Each example is placed where it leaves the least room; O(n log room). Within a block and among
+    blocks the original order is kept, so that neighbours stay close.
     """
     blocks: list[list[int]] = []
     open_at: dict[int, list[int]] = {}  # free tokens -> blocks that have as many
@@ -82,7 +82,7 @@ def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 def pack(examples: Sequence[Encoded], seq_len: int, pad: int) -> Dataset:
     """Blocks of exactly seq_len tokens: input_ids, labels, position_ids.
 
-    Room left over is filled with an example of padding that nothing attends to.
+    The rest of a block is filled with an example of padding that nothing attends to.
     """
     blocks = fit([len(e.ids) for e in examples], seq_len)
     shape = (len(blocks), seq_len)
@@ -109,7 +109,7 @@ def rows(examples: Sequence[Encoded]) -> Dataset:
 
 
 def ragged(**columns: Sequence[np.ndarray]) -> Dataset:
-    """A data set of columns whose entries [t] have lengths of their own."""
+    """A data set of columns whose entries [t] have different lengths."""
     made = {}
     for name, entries in columns.items():
         offsets = np.cumsum([0, *(len(e) for e in entries)])
@@ -124,7 +124,7 @@ def classified(examples: Sequence[Encoded], classes: Sequence[int]) -> Dataset:
 
 
 def lists(values: np.ndarray, offsets: np.ndarray) -> Any:
-    """An Arrow column of int32 lists from their values end to end."""
+    """An Arrow column of int32 lists, from their concatenated values."""
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
@@ -133,9 +133,9 @@ def dataset(columns: Mapping[str, Any]) -> Dataset:
 
 
 def repeated(data: Dataset, weight: float, key: str) -> Dataset:
-    """A data set whose rows appear `weight` times: whole copies, and a fixed share of one more.
+    """A data set whose rows appear `weight` times: whole copies, and a fixed fraction once more.
 
-    Which rows make up the share depends on `key` alone.
+    Which rows are in the fraction depends on `key` alone.
     """
     whole, share = divmod(weight, 1)
     chosen = order(len(data), int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"), 0)
@@ -148,7 +148,7 @@ def repeated(data: Dataset, weight: float, key: str) -> Dataset:
 
 @dataclass(frozen=True)
 class Collate:
-    """Rows to a batch. Packed rows are stacked; others padded on the right to the longest.
+    """Collates rows to a batch. Packed rows are stacked; others padded on the right to the longest.
 
     `pad` fills input_ids where there is no token.
     """
@@ -178,12 +178,12 @@ def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
 
 
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A shuffle of n rows that depends on (n, seed, epoch) and nothing else. [n] int64"""
+    """A permutation of n rows that depends on (n, seed, epoch) alone. [n] int64"""
     return np.argsort(drawn(n, seed, epoch), kind="stable")
 
 
 def drawn(count: int, *key: int) -> np.ndarray:
-    """So many uint64 numbers, a function of the key. [count]
+    """`count` random uint64 numbers, a function of the key. [count]
 
     Philox's raw numbers are the same in every version of numpy; its permutations need not be.
     """
@@ -194,7 +194,7 @@ def drawn(count: int, *key: int) -> np.ndarray:
 class Shuffled(Sampler[int]):
     """Every row once, in `order(n, seed, epoch)`; the loop calls `set_epoch`.
 
-    `tell` hears of each epoch too: rows may change with it.
+    `tell` is called with each epoch too, for rows that change with it.
     """
 
     def __init__(self, n: int, seed: int, tell: Callable[[int], None] | None = None):
@@ -217,11 +217,11 @@ class Shuffled(Sampler[int]):
 
 @torch.no_grad()
 def isolates_documents(model: PreTrainedModel) -> bool:
-    """Does this model keep packed examples apart? Tried on it, in two short forward passes.
+    """Does this model keep packed examples apart? Tested with two short forward passes.
 
-    Two sequences differ in their first example only. Packed, the second example's logits must
-    not see the difference; read as one text they do, which gives the scale. A model that takes
-    no position_ids (or ignores them, as OPT does) fails, and is to be trained unpacked.
+    Two sequences differ in their first example only. Packed, the second example's logits must not
+    depend on the difference; as one text they do, which gives the scale. A model that takes no
+    position_ids (or ignores them, as OPT does) fails, and must be trained unpacked.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False

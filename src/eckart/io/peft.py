@@ -1,8 +1,8 @@
-"""Adapters in PEFT's files, both ways, exactly; nothing is added to its JSON.
+"""Writes adapters in PEFT's format, exactly; nothing is added to its JSON.
 
-Out: a method that has a form of its own in PEFT says so (`peft_type`, `to_peft`). Any other
-low-rank method becomes plain LoRA by its exact factors with the scale inside B, so that
-alpha = r everywhere. In: `peft_read.py`.
+A method with its own PEFT type declares it (`peft_type`, `to_peft`). Any other low-rank method is
+written as plain LoRA with its exact factors and the scale inside B, so that alpha = r everywhere.
+`peft_read.py` reads the format.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     uniform: bool = False,
 ) -> None:
-    """Write an adapter that stock PEFT loads to the same function.
+    """Write an adapter that PEFT loads to the same function.
 
-    `uniform` pads every rank with zeros to the largest and keeps no scale, for readers that
-    know one rank and one alpha (vLLM, llama.cpp). Raises UsageError where the method has no
+    `uniform` pads every rank with zeros to the largest and stores no scale, for readers that
+    support only one rank and one alpha (vLLM, llama.cpp). Raises UsageError if the method has no
     exact form in PEFT.
     """
     reason = obstacle(handle, uniform)
@@ -79,7 +79,7 @@ def save(
 
 
 def obstacle(handle: Handle, uniform: bool = False) -> str | None:
-    """Why a handle cannot be written for PEFT; None where it can."""
+    """Why a handle cannot be written for PEFT; None if it can."""
     weights = handle.weights
     if weights.base != "frozen" or handle.originals:
         return "it changes the base itself, and PEFT's files hold what is added to one"
@@ -100,7 +100,7 @@ def obstacle(handle: Handle, uniform: bool = False) -> str | None:
 
 
 def unreadable(site: Site, parts: Mapping[str, nn.Module]) -> str | None:
-    """What PEFT cannot do at this kind of layer."""
+    """What PEFT does not support at this kind of layer."""
     gained = any(isinstance(part, Gain) for part in parts.values())
     if site.kind == "conv":
         module: Any = site.module
@@ -113,7 +113,7 @@ def unreadable(site: Site, parts: Mapping[str, nn.Module]) -> str | None:
 
 
 def expected_trained(handle: Handle) -> list[str]:
-    """Raw names of what an adapter's file holds: the terms', and whole modules trained beside."""
+    """Raw names of the tensors in an adapter's file: those of terms, and modules trained whole."""
     names = [
         f"{stem}.{key}" for stem, part in handle.carried().items() for key in part.state_dict()
     ]
@@ -123,7 +123,7 @@ def expected_trained(handle: Handle) -> list[str]:
 
 
 def native_entries(handle: Handle) -> dict[str, Entry] | None:
-    """Every site in the words of the method's own PEFT type; None where it has none."""
+    """Every site in the form of the method's own PEFT type; None if it has none."""
     if handle.weights.peft_type is None:
         return None
     entries: dict[str, Entry] = {}
@@ -136,7 +136,7 @@ def native_entries(handle: Handle) -> dict[str, Entry] | None:
 
 
 def general_entries(handle: Handle, uniform: bool) -> dict[str, Entry]:
-    """Every site as plain LoRA: its terms' exact factors side by side, alpha = r."""
+    """Every site as plain LoRA: the exact factors of its terms, concatenated, alpha = r."""
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for path, terms in handle.terms().items():
         pair = joint_factors(terms.values())
@@ -175,7 +175,7 @@ def translate(handle: Handle, uniform: bool = False) -> tuple[dict[str, Any], di
 
 
 def tied_tensors(site: Site, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same update as the tied head sees it: (B A)^T = A^T B^T."""
+    """The same update for the tied head: (B A)^T = A^T B^T."""
     if site.kind != "embedding" or not site.ties:
         return {}
     A, B = matrices["lora_B"].detach().mT, matrices["lora_A"].detach().mT
@@ -221,7 +221,7 @@ def describe(handle: Handle, entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def patterned(entries: Mapping[str, Entry], tied: Sequence[Site]) -> dict[str, Any]:
-    """The entries of all sites as one config, with patterns where ranks and alphas differ."""
+    """The entries of all sites as one config, with patterns if ranks and alphas differ."""
     per_site = {path: config for path, (_, config) in entries.items()}
     for site in tied:  # PEFT looks the tied head up in the patterns under its own name
         per_site |= dict.fromkeys(site.ties, per_site[site.path])
@@ -238,6 +238,6 @@ def patterned(entries: Mapping[str, Entry], tied: Sequence[Site]) -> dict[str, A
 
 
 def task_of(model: nn.Module) -> str | None:
-    """PEFT's task, where it adds nothing to the model; None for all others."""
+    """PEFT's task type, if it adds nothing to the model; None for all others."""
     name = type(model).__name__
     return next((task for ending, task in TASKS.items() if name.endswith(ending)), None)

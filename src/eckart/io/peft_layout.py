@@ -1,7 +1,7 @@
-"""How PEFT lays an adapter out: names of tensors, their shapes by kind of layer, its patterns.
+"""PEFT's layout of adapters: names of tensors, their shapes by kind of layer, and patterns.
 
-A site's tensors are matrices as [*, m, n] sees them: lora_A [*, r, n], lora_B [*, m, r],
-lora_magnitude_vector [*, m]. Read from PEFT 0.21.
+A site's tensors are matrices in the layout [*, m, n]: lora_A [*, r, n], lora_B [*, m, r],
+lora_magnitude_vector [*, m]. As in PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def to_layout(site: Site, name: str, matrix: Tensor) -> tuple[str, Tensor]:
-    """PEFT's suffix and tensor for a matrix; a name that no rule knows stays as it is."""
+    """PEFT's suffix and tensor for a matrix; unknown names stay as they are."""
     if site.kind == "embedding" and name in EMBEDDING:
         return EMBEDDING[name], matrix
     if site.kind == "conv":
@@ -46,7 +46,7 @@ def to_layout(site: Site, name: str, matrix: Tensor) -> tuple[str, Tensor]:
 
 
 def from_layout(site: Site, suffix: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """The name and matrix of one of PEFT's tensors: the way back of `to_layout`."""
+    """The name and matrix of one of PEFT's tensors: the inverse of `to_layout`."""
     name = suffix.removesuffix(".weight")
     if site.kind == "embedding":
         name = {theirs: ours for ours, theirs in EMBEDDING.items()}.get(name, name)
@@ -64,9 +64,9 @@ def from_layout(site: Site, suffix: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 
 def stem(site: Site, chosen: Iterable[str]) -> str:
-    """What stands before a site's suffixes. `chosen` are the paths of all adapted sites.
+    """The prefix of a site's suffixes. `chosen` are the paths of all adapted sites.
 
-    PEFT wraps a module once for each adapted parameter of it, the last one outermost.
+    PEFT wraps a module once for each adapted parameter, the last one outermost.
     """
     if site.kind != "experts":
         return PREFIX + site.path
@@ -83,9 +83,9 @@ def parameters(module: nn.Module) -> list[str]:
 
 
 def short_names(chosen: Sequence[str], everything: Iterable[str]) -> list[str]:
-    """The shortest ends of paths that mean all of `chosen` and nothing else, sorted.
+    """The shortest suffixes of paths that match all of `chosen` and nothing else, sorted.
 
-    PEFT takes a name for a path and for the end of one, whatever stands before.
+    PEFT matches a name against a path and against its suffixes.
     """
     wanted, names = set(chosen), set()
     paths = list(everything)
@@ -100,7 +100,7 @@ def short_names(chosen: Sequence[str], everything: Iterable[str]) -> list[str]:
 
 
 def meant(names: str | Iterable[str] | None, path: str) -> bool:
-    """Does PEFT's `target_modules` (names, or one regular expression) mean this path?"""
+    """Does PEFT's `target_modules` (names, or one regular expression) match this path?"""
     if names is None:
         return False
     if isinstance(names, str):
@@ -109,7 +109,7 @@ def meant(names: str | Iterable[str] | None, path: str) -> bool:
 
 
 def saved_whole(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
-    """Paths of the modules that an adapter holds whole."""
+    """Paths of the modules that an adapter stores whole."""
     names = config.get("modules_to_save")
     return [path for path, _ in model.named_modules() if path and meant(names, path)]
 
@@ -128,8 +128,8 @@ def with_patterns(config: Mapping[str, Any], path: str) -> dict[str, Any]:
 def to_patterns(per_site: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """One config for sites whose ranks and alphas may differ; both patterns or neither.
 
-    A rank pattern alone would change the scale. Raises ValueError naming an entry that has
-    no pattern and differs between sites.
+    A rank pattern alone would change the scale. Raises ValueError with the name of an entry that
+    has no pattern and differs between sites.
     """
     counted: dict[tuple[Any, ...], int] = {}
     for entries in per_site.values():
@@ -149,6 +149,6 @@ def to_patterns(per_site: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def plain_number(value: float) -> int | float:
-    """A number without the rounding of its making (31.999999999999996 is 32)."""
+    """A number without floating-point noise (31.999999999999996 is 32)."""
     rounded = float(f"{value:.12g}")
     return int(rounded) if rounded.is_integer() else rounded

@@ -1,7 +1,7 @@
-"""Where each tensor of PEFT's files belongs in a model: its site, or a module held whole.
+"""Assigns each tensor of PEFT's files to a site, or to a module stored whole.
 
-PEFT drops a tensor without a place in silence, and gives one end of a tied pair an update that
-the other does not have; here both are refused by name.
+PEFT silently ignores tensors that match nothing, and applies an update to one end of a tied pair
+only; both are refused here by name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def assign(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Tensors by site and name, and those of whole modules by raw name.
 
-    Raises FileError for every tensor that has no place.
+    Raises FileError for every tensor that matches nothing.
     """
     modules = dict(model.named_modules())
     sites = {site.path: site for site in sites_of(model)}
@@ -64,7 +64,7 @@ def assign(
 
 
 def split(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """A tensor's name as the longest path of a module and the rest."""
+    """A tensor's name as the longest path of a module, and the rest."""
     parts = key.split(".")
     for count in range(len(parts) - 1, 0, -1):
         path = ".".join(parts[:count])
@@ -88,7 +88,7 @@ def site_of(
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
 ) -> Site | None:
-    """The site of a tensor; for experts told by how often PEFT wrapped the module."""
+    """The site of a tensor; for experts from how often PEFT wrapped the module."""
     if path in sites:
         return sites[path]
     names = config.get("target_parameters") or []
@@ -105,7 +105,7 @@ def check_tied(
     assigned: Mapping[str, Mapping[str, Tensor]],
     by_suffix: Mapping[str, Tensor],
 ) -> list[str]:
-    """Tensors of a tied head must be the embedding's, transposed; returns those that are not."""
+    """Check that a tied head's tensors are the embedding's, transposed; returns all others."""
     ours = assigned.get(site.path, {})
     same = {"lora_A.weight": ours.get("lora_B"), "lora_B.weight": ours.get("lora_A")}
     wrong = []
@@ -123,7 +123,7 @@ def refuse_untied(
     config: Mapping[str, Any],
     folder: Path,
 ) -> None:
-    """An adapter on one end of a tied pair, or with two scales, is another function: FileError."""
+    """Raise FileError for an adapter on one end of a tied pair, or with two scales."""
     for path in assigned:
         ties = sites[path].ties
         by_peft = config.get("ensure_weight_tying") and path.rsplit(".", 1)[-1] in TIED_BY_PEFT
@@ -145,7 +145,7 @@ def missing(
     whole: Mapping[str, Tensor],
     modules: Mapping[str, nn.Module],
 ) -> list[str]:
-    """What the config promises and the file does not hold."""
+    """Tensors that the config requires and the file lacks."""
     layers = config.get("layers_to_transform")
     numbers = {layers} if isinstance(layers, int) else set(layers or ())
     lost = []

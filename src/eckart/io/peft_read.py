@@ -1,7 +1,7 @@
-"""Adapters that PEFT (or `peft.save`) wrote, read to the last tensor.
+"""Reads adapters that PEFT (or `peft.save`) wrote, without ignoring any tensor.
 
-PEFT warns of missing tensors and drops left-over ones in silence; here both are named and
-refused, and so is every option that has no counterpart.
+PEFT warns of missing tensors and ignores unexpected ones silently; both are refused here by name,
+and so is every option without a counterpart.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
 
 def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
-    """Attach an adapter that PEFT (or `save`) wrote, in place, under a name among others.
+    """Attach an adapter that PEFT (or `save`) wrote, in place, under a name.
 
-    Raises FileError for a type or option that has no counterpart here, and where tensors are
-    missing, left over or misshapen. PEFT's own files do not say which base they belong to; those
-    of `save` do, and another one is a FileError.
+    Raises FileError for a type or option without a counterpart here, and for missing, unexpected or
+    misshapen tensors. PEFT's own files do not identify their base; those of `save` do, and another
+    base raises a FileError.
     """
     folder = Path(folder)
     require_free(model, name)
@@ -76,9 +76,9 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
 
 
 def require_its_base(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
-    """Raise FileError for another base than the file's header names, where it names one.
+    """Raise FileError if the file's header names another base.
 
-    A model of another class has another head, and an adapter may serve both: not compared.
+    Not compared for a model of another class: its head differs, and the adapter may fit both.
     """
     made_on, _, expected = read_header(folder / TENSORS)[1].get(BASE, "").partition(" ")
     if made_on == class_of(model) and not stands_for_another(model):
@@ -87,7 +87,7 @@ def require_its_base(model: nn.Module, config: Mapping[str, Any], folder: Path) 
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and tensors of a folder, renamed types brought up to date, prefix off."""
+    """The config and tensors of a folder, with current type names and without PEFT's prefix."""
     if not (folder / DESCRIPTION).is_file():
         raise FileError("this folder holds no PEFT adapter", [(str(folder), f"no {DESCRIPTION}")])
     config = read_json(folder / DESCRIPTION)
@@ -102,7 +102,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def method_of(config: Mapping[str, Any], folder: Path) -> Weights:
-    """The method that a config means. Raises FileError where there is none here."""
+    """The method that a config describes. Raises FileError if there is none."""
     where = str(folder / DESCRIPTION)
     set_options = [name for name in UNKNOWN if config.get(name)]
     if set_options:
@@ -138,10 +138,10 @@ def method_of(config: Mapping[str, Any], folder: Path) -> Weights:
 def take_shared(
     method: Weights, tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the method keeps once at the root, by name, and all other tensors.
+    """The tensors that the method stores once at the root, by name, and all others.
 
-    PEFT up to 0.21 repeats these for every module; copies that differ are a FileError, and
-    so is one that is missing.
+    PEFT up to 0.21 repeats these for every module; copies that differ, or a missing one, raise a
+    FileError.
     """
     shared, rest = dict[str, Tensor](), dict[str, Tensor]()
     for key, tensor in tensors.items():
@@ -170,7 +170,7 @@ def attach(
     folder: Path,
     name: str = DEFAULT,
 ) -> Handle:
-    """Build the parts of every site and put them in; nothing is drawn at random."""
+    """Build the parts of every site and install them; nothing is drawn at random."""
     sites = {site.path: site for site in sites_of(model) if site.path in assigned}
     with readable(folder / DESCRIPTION):
         each = {path: of_type(method, with_patterns(config, path)) for path in sites}
@@ -206,7 +206,7 @@ def built(
     each: Mapping[str, Weights],
     assigned: Mapping[str, Mapping[str, Tensor]],
 ) -> tuple[dict[str, dict[str, nn.Module]], list[tuple[str, str]]]:
-    """The parts of every site by its own method, and what is wrong with their tensors."""
+    """The parts of every site by its own method, and errors in their tensors."""
     parts, faults = dict[str, dict[str, nn.Module]](), list[tuple[str, str]]()
     for path, site in sites.items():
         tensors = {name: standing(t) for name, t in assigned[path].items()}
@@ -230,14 +230,14 @@ def of_type(method: Weights, config: Mapping[str, Any]) -> Weights:
 
 
 def standing(tensor: Tensor) -> Tensor:
-    """Half precision becomes fp32, as PEFT trains it; all else stays."""
+    """Half precision converted to fp32, as PEFT trains it; other dtypes unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def misshapen(
     site: Site, tensors: Mapping[str, Tensor], method: Weights
 ) -> Iterable[tuple[str, str]]:
-    """Faults of a factor pair whose shapes do not fit the site or the config's rank."""
+    """Errors of a factor pair whose shapes do not fit the site or the config's rank."""
     if not {"lora_A", "lora_B"} <= set(tensors):
         return
     (m, n), rank = site.shape, getattr(method, "rank", tensors["lora_A"].shape[-2])
@@ -249,7 +249,7 @@ def misshapen(
 
 
 def overrides(method: Weights, each: Mapping[str, Weights]) -> tuple[dict[str, Any], ...]:
-    """The fields in which sites differ from the method, one override for those that agree."""
+    """The fields in which sites differ from the method, grouped into one override per value."""
     names = [f.name for f in dataclasses.fields(method) if f.name not in ("targets", "overrides")]
     grouped: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     for path, own in each.items():

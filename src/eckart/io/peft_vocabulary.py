@@ -1,4 +1,4 @@
-"""Embeddings in PEFT's files: resized, trained whole, or trained in the rows of some tokens."""
+"""Embeddings in PEFT's files: resized, trained whole, or trained for some tokens only."""
 
 from __future__ import annotations
 

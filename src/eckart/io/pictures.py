@@ -1,6 +1,6 @@
-"""What holds labelled images: a folder per class, arrays in .npz, tables with an image column.
+"""Finds labelled images: a folder per class, arrays in .npz, tables with an image column.
 
-Everything is found here and nothing is decoded; `images.py` makes rows of it.
+Nothing is decoded here; `images.py` makes rows of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Picture = np.ndarray | Path | bytes  # [c, h, w] in its own range, or something 
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds, before it is split."""
+    """The content of a source, before it is split."""
 
     pictures: list[Picture]
     classes: list[str]
@@ -44,12 +44,12 @@ class Found:
 
     @cached_property
     def keys(self) -> list[bytes]:
-        """Hashes of the contents: equal images stay on one side of the split."""
+        """Hashes of the contents: equal images are on the same side of the split."""
         return [content_of(picture) for picture in self.pictures]
 
 
 def content_of(picture: Picture) -> bytes:
-    """SHA-256 of an image as it lies there."""
+    """SHA-256 of an image as stored."""
     if isinstance(picture, Path):
         return bytes.fromhex(sha256_of(picture))
     raw = picture.tobytes() if isinstance(picture, np.ndarray) else picture
@@ -57,9 +57,9 @@ def content_of(picture: Picture) -> bytes:
 
 
 def holds_images(source: str) -> bool:
-    """Is this a source of images, not of text? Names, endings and columns are looked at.
+    """Is this a source of images, not of text? Decided by names, suffixes and columns.
 
-    A folder is one where more images than other data lie in folders below it.
+    A folder is one if it has subfolders with more images than other data.
     """
     path = Path(source).expanduser()
     if not path.exists() and source == DIGITS:
@@ -79,12 +79,12 @@ def holds_images(source: str) -> bool:
 
 
 def is_picture(feature: Any) -> bool:
-    """Is this a column of images, for `datasets`?"""
+    """Is this a column of images in `datasets`?"""
     return type(feature).__name__ == "Image"
 
 
 def images_of(pattern: str) -> list[Path]:
-    """The image files that a glob matches."""
+    """The image files that match a glob."""
     return [path for path in matches(pattern) if path.suffix.lower() in IMAGES]
 
 
@@ -96,7 +96,7 @@ def tables_of(source: str) -> list[Path]:
 
 
 def in_columns(path: Path) -> bool:
-    """Has a Parquet file a column of images, by its name and type? A broken file has none."""
+    """Does a Parquet file have a column of images, by name and type? False for a broken file."""
     try:
         schema = pyarrow.parquet.read_schema(path)
     except (pa.ArrowException, OSError):
@@ -115,7 +115,7 @@ def is_image(kind: pa.DataType) -> bool:
 
 
 def found_in(source: str) -> Found:
-    """The images of a source, whichever kind it is. Raises FileError by file."""
+    """The images of a source of any kind. Raises FileError with the file."""
     path = Path(source).expanduser()
     if has_magic(source) and not path.exists():
         return of_files(images_of(source)) if images_of(source) else in_tables(tables_of(source))
@@ -140,7 +140,7 @@ def found_in(source: str) -> Found:
 
 
 def in_folder(root: Path) -> Found:
-    """A folder per class; `train` and one of `test`, `val`, ... split it where they are there."""
+    """A folder per class; subfolders `train` and `test`, `val`, ... define the split."""
     below = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != "."}
     test = next((below[name] for name in HELD_OUT if name in below), None)
     parts = [(root, False)]
@@ -165,7 +165,7 @@ def in_folder(root: Path) -> Found:
 
 
 def of_files(files: Sequence[Path], classes: Sequence[str] = ()) -> Found:
-    """Image files, of the classes named or of those that their folders are called."""
+    """Image files with their classes, by default the names of their folders."""
     return Found(
         pictures=list(files),
         classes=list(classes) or [file.parent.name for file in files],
@@ -186,7 +186,7 @@ def in_npz(path: Path) -> Found:
 
 
 def named(arrays: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> np.ndarray:
-    """The array under one of the names. Raises FileError with the names that are there."""
+    """The array under one of the names. Raises FileError with the existing names."""
     for name in names:
         if name in arrays:
             return arrays[name]
@@ -216,7 +216,7 @@ def in_arrays(pixels: np.ndarray, labels: np.ndarray, where: str) -> Found:
 
 
 def in_tables(paths: Sequence[Path]) -> Found:
-    """Parquet files of one kind, one after the other."""
+    """Parquet files of one kind, concatenated."""
     parts = [in_parquet(path) for path in paths]
     return Found(
         pictures=[x for part in parts for x in part.pictures],
@@ -236,7 +236,7 @@ def in_parquet(path: Path) -> Found:
 
 
 def in_dataset(dataset: Any, source: str) -> Found:
-    """A data set of `datasets`; classes that it names have their names."""
+    """A data set of `datasets`, with its class names if it has any."""
     found = in_table(dataset.with_format("arrow")[:], source)
     label = next(name for name in CLASS_NAMES if name in dataset.column_names)
     names = getattr(dataset.features[label], "names", None)
@@ -272,7 +272,7 @@ def in_table(table: pa.Table, path: str) -> Found:
 
 
 def encoded_in(entry: Mapping[str, Any]) -> bytes | Path | None:
-    """The image of a {bytes, path} entry; of the two the bytes where they are there."""
+    """The image of a {bytes, path} entry; the bytes if it has both."""
     path = entry.get("path")
     return entry.get("bytes") or (Path(path) if path and Path(path).is_file() else None)
 
@@ -311,7 +311,7 @@ def digits() -> Found:
 
 
 def decoded(picture: Path | bytes, where: str) -> np.ndarray:
-    """An encoded image as uint8 [c, h, w], grey or RGB. Raises FileError by name."""
+    """An encoded image as uint8 [c, h, w], grey or RGB. Raises FileError with its name."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as fault:

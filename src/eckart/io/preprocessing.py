@@ -1,9 +1,9 @@
-"""How an image becomes a model's input: fitted to its size, scaled, centred.
+"""Image preprocessing: resize, rescale and normalise to a model's input.
 
-A model's own `preprocessor_config.json` is followed: size, what is cut out, factor, mean and
-standard deviation, as transformers' processors for classes of images understand them. A model
-without one is given pixels from -1 to 1. What was done is saved beside what was trained, so
-that it is done again. Nothing is random, and neither torchvision nor, for arrays, PIL is needed.
+A model's own `preprocessor_config.json` is followed: size, crop, factor, mean and standard
+deviation, as transformers' image processors interpret them. A model without one gets pixels from -1
+to 1. The preprocessing is saved with the trained model, so that it is repeated. Nothing is random,
+and neither torchvision nor, for arrays, PIL is needed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ORDINARY = {  # of a processor that transformers builds for what we did
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Pixels [c, h, w] to a model's [channels, height, width], fp32."""
+    """Converts pixels [c, h, w] to a model's [channels, height, width], fp32."""
 
     height: int
     width: int
@@ -56,7 +56,7 @@ class Preprocessing:
     file: Mapping[str, Any] = field(default_factory=dict)  # the file it is from
 
     def fit(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels of the model's size and channels, in their own range; bytes stay bytes."""
+        """Pixels at the model's size and channels, in their own value range; bytes stay bytes."""
         x = with_channels(torch.from_numpy(np.array(pixels, np.float32)), self.channels)
         if self.shorter is not None:
             x = middle(self.resized(x, *around(x, self.shorter)), self.height, self.width)
@@ -67,7 +67,7 @@ class Preprocessing:
         return np.ascontiguousarray(x.numpy())
 
     def resized(self, x: Tensor, height: int, width: int) -> Tensor:
-        """[c, h, w] -> [c, height, width], averaging what falls together."""
+        """[c, h, w] -> [c, height, width], with antialiasing."""
         if x.shape[1:] == (height, width):
             return x
         mode = "bicubic" if self.cubic else "bilinear"
@@ -75,7 +75,7 @@ class Preprocessing:
         return whole.clamp(x.min(), x.max())  # bicubic overshoots
 
     def scaled(self, pixels: np.ndarray) -> Tensor:
-        """Fitted pixels as the model takes them."""
+        """Resized pixels, rescaled and normalised for the model."""
         x = torch.from_numpy(np.array(pixels, np.float32)) * self.factor
         return (x - column(self.mean)) / column(self.std)
 
@@ -99,7 +99,7 @@ class Preprocessing:
         return f"{size}; mean {mean}, deviation {std} ({self.source})"
 
     def document(self) -> dict[str, Any]:
-        """The content of preprocessor_config.json: the file it is from, or one that says this."""
+        """The content of preprocessor_config.json: the original file, or an equivalent one."""
         if self.file:
             return dict(self.file)
         size: dict[str, int] = {"height": self.height, "width": self.width}
@@ -117,12 +117,12 @@ class Preprocessing:
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write it beside a model or an adapter, as a tokenizer is."""
+        """Write it beside a model or an adapter, like a tokenizer."""
         write_text(Path(folder) / FILE, json.dumps(self.document(), indent=2) + "\n")
 
 
 def column(values: tuple[float, ...]) -> Tensor:
-    """[c, 1, 1], to stand beside pixels [c, h, w]."""
+    """[c, 1, 1], to broadcast over pixels [c, h, w]."""
     return torch.tensor(values, dtype=torch.float32)[:, None, None]
 
 
@@ -131,7 +131,7 @@ def each(values: tuple[float, ...], channels: int) -> list[float]:
 
 
 def with_channels(x: Tensor, channels: int) -> Tensor:
-    """Pixels [c, h, w] with so many channels: grey repeated, colour weighed, alpha dropped."""
+    """Convert pixels [c, h, w] to `channels`: grey repeated, colour weighted, alpha dropped."""
     x = x[:3] if x.shape[0] == 4 else x
     if channels == 1 and x.shape[0] == 3:
         return torch.einsum("chw,c->hw", x, torch.tensor(LUMA))[None]
@@ -154,7 +154,7 @@ def around(x: Tensor, shorter: int) -> tuple[int, int]:
 
 
 def middle(x: Tensor, height: int, width: int) -> Tensor:
-    """The middle of [c, h, w], with zeros around it where that is smaller."""
+    """The centre crop of [c, h, w], zero-padded if it is smaller."""
     lack = (max(0, height - x.shape[1]), max(0, width - x.shape[2]))
     if any(lack):
         up, left = (lack[0] + 1) // 2, (lack[1] + 1) // 2
@@ -167,11 +167,11 @@ def middle(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def load_preprocessing(source: str | Path, shape: tuple[int, int] | None = None) -> Preprocessing:
-    """What a model, an adapter or a run does to images.
+    """The preprocessing of a model, an adapter or a run.
 
-    By its own file, or its base's; without one by its configuration, pixels from -1 to 1.
-    `shape`: height and width where nothing else says them. Raises FileError for a file that
-    asks for what is not known here.
+    From its own file, or its base's; otherwise from its configuration, with pixels from -1 to 1.
+    `shape`: height and width if nothing else defines them. Raises FileError for a file with
+    unsupported options.
     """
     facts = described(source)
     found = recognise(source)
@@ -188,7 +188,7 @@ def load_preprocessing(source: str | Path, shape: tuple[int, int] | None = None)
 
 
 def from_config(facts: Mapping[str, Any], shape: tuple[int, int] | None) -> Preprocessing:
-    """The plain one for a configuration."""
+    """The default preprocessing for a configuration."""
     size = facts.get("image_size") or (facts.get("vision_config") or {}).get("image_size")
     why = "the model's image_size" if size else "the images' own size"
     if not size and shape is None:
@@ -199,7 +199,7 @@ def from_config(facts: Mapping[str, Any], shape: tuple[int, int] | None) -> Prep
 
 
 def from_file(facts: Mapping[str, Any], channels: int, file: Path) -> Preprocessing:
-    """What preprocessor_config.json says. Raises FileError where that is not understood."""
+    """The preprocessing in preprocessor_config.json. Raises FileError for unsupported options."""
     unknown = [
         key for key, wanted in facts.items()
         if key.startswith("do_") and wanted is True and key not in KNOWN
@@ -236,7 +236,7 @@ def from_file(facts: Mapping[str, Any], channels: int, file: Path) -> Preprocess
 
 
 def sides(size: Any) -> tuple[int, int]:
-    """Height and width of any of the ways to say them."""
+    """Height and width, from any of the forms that configurations use."""
     if isinstance(size, Mapping):
         edge = size.get("shortest_edge")
         return int(size.get("height", edge)), int(size.get("width", edge))

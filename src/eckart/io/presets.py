@@ -1,4 +1,4 @@
-"""Models from random weights, whose initial values depend on names alone."""
+"""Models with random weights, whose initial values depend only on seed and module names."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["PRESETS", "Preset", "build_model", "config_of", "fill", "quiet"]
 
 
 def config_of(source: str | Path | PretrainedConfig, vocab: int | None = None) -> PretrainedConfig:
-    """The configuration that a preset's name, a config.json or its folder stands for.
+    """The configuration of a preset's name, a config.json or its folder.
 
-    `vocab` replaces its vocabulary size. Special token ids that lie outside the vocabulary
-    are dropped, the tokenizer's being the ones that count.
+    `vocab` replaces its vocabulary size. Special token ids outside the vocabulary are dropped, as
+    the tokenizer's are the ones used.
     """
     if isinstance(source, PretrainedConfig):
         config = source
@@ -78,7 +78,8 @@ def build_model(
 def initialise(model: PreTrainedModel, seed: int) -> None:
     """Draw every module's initial values by its architecture's own rule, from its own seed.
 
-    Children come before their parents, whose rule may rescale them (GPT-2's projections).
+    Children are initialised before their parents, whose rule may rescale them (GPT-2's
+    projections).
     """
     owners: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
@@ -97,7 +98,7 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def fill(model: PreTrainedModel, names: set[str], seed: int) -> None:
-    """Redraw the modules that hold these tensors: a head that a checkpoint does not have."""
+    """Redraw the modules that hold these tensors: a head missing from a checkpoint."""
     modules = {name.rpartition(".")[0] for name in names}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name in sorted(modules):
@@ -107,7 +108,7 @@ def fill(model: PreTrainedModel, names: set[str], seed: int) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' reports and progress bars off the screen: errors are ours to word."""
+    """Suppress transformers' messages and progress bars: eckart reports errors itself."""
     logging = transformers.utils.logging
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -28,7 +28,7 @@ from eckart.io.sources import KNOWN, TEXTS, DataSource, dataset_in, ending, file
 
 @dataclass(frozen=True)
 class Row:
-    """One example as it was written. `key` decides on which side of the split it falls."""
+    """One example as written in the file. `key` decides on which side of the split it falls."""
 
     fields: Mapping[str, Any]
     where: str  # "notes.jsonl, line 7"
@@ -36,7 +36,7 @@ class Row:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of classes in the order of their numbers: numbers by size, names by alphabet."""
+    """Class names in the order of their numbers: numbers by value, names alphabetically."""
     return sorted(names, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n))
 
 
@@ -61,7 +61,7 @@ def rows_of(source: DataSource) -> Iterator[Row]:
 
 
 class OtherEncoding(FileError):
-    """A file that is not in the encoding that it is read by."""
+    """A file that is not in the encoding it is read with."""
 
 
 def naming_encoding(source: DataSource, files: list[Path]) -> str:
@@ -73,7 +73,7 @@ def naming_encoding(source: DataSource, files: list[Path]) -> str:
 
 
 def rows_in(file: Path, name: str, encoding: str = "utf-8") -> Iterator[Row]:
-    """The rows of one file. `name` is the document's key where the file is one document."""
+    """The rows of one file. `name` is the document's key if the file is one document."""
     kind, row, nothing = ending(file), None, "no rows"
     if file.stat().st_size == 0:
         raise FileError("the file is empty", [(str(file), "0 bytes")])
@@ -107,7 +107,7 @@ def unpacked(file: Path) -> bytes:
 
 
 def decoded(content: bytes, file: Path, encoding: str) -> str:
-    """Bytes as text. Raises FileError with the line of the first byte that does not fit."""
+    """Bytes as text. Raises FileError with the line of the first invalid byte."""
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as fault:
@@ -121,7 +121,7 @@ def decoded(content: bytes, file: Path, encoding: str) -> str:
 
 
 def keyed(fields: Any, where: str) -> Row:
-    """A row whose side of the split hangs on its content: equal rows stay together."""
+    """A row whose side of the split depends on its content: equal rows stay together."""
     if not isinstance(fields, dict):
         kind = type(fields).__name__
         raise FileError("a row is not an object", [(where, kind)], 'Each is {"text": ...}.')

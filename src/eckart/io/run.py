@@ -101,7 +101,7 @@ class Run:
 
     @classmethod
     def resume(cls, folder: str | Path) -> Run:
-        """Open an existing run to go on with it. Raises FileError where it is no run."""
+        """Open an existing run to continue it. Raises FileError if it is not a run."""
         path = require_run(folder)
         run = cls(path, lock(path))
         run._drop_torn_line()
@@ -121,11 +121,11 @@ class Run:
     # What was asked and decided
 
     def write_config(self, text: str) -> None:
-        """config.yaml, as given."""
+        """Write config.yaml, as given."""
         write_text(self.folder / "config.yaml", text)
 
     def write_resolved(self, text: str) -> None:
-        """resolved.yaml: every key with its value, and the reason where it was `auto`."""
+        """Write resolved.yaml: every key with its value, and the reason if it was `auto`."""
         write_text(self.folder / "resolved.yaml", text)
 
     @property
@@ -140,18 +140,18 @@ class Run:
     # What happened
 
     def log(self, file: str = METRICS, **values: Any) -> None:
-        """Append one line to a log, in one write, so that a kill tears no other line."""
+        """Append one line to a log, in a single write, so that a kill corrupts no other line."""
         line = (json.dumps(values) + "\n").encode()
         path = self.folder / file
         with speaking(path), open(path, "ab", buffering=0) as log:
             log.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl."""
+        """All complete lines of metrics.jsonl."""
         return read_metrics(self.folder)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after a step, which a resumed run will write again."""
+        """Drop the lines after a step, which a resumed run writes again."""
         for file in LOGS:
             if (self.folder / file).exists():
                 kept = [m for m in read_lines(self.folder, file) if m.get("step", 0) <= step]
@@ -178,7 +178,7 @@ class Run:
         return self.folder / "report.html"
 
     def latest(self) -> Path | None:
-        """The newest checkpoint whose manifest holds; None where there is none."""
+        """The newest checkpoint whose manifest is valid; None if there is none."""
         return latest_checkpoint(self.folder)
 
     def drop_from(self, step: int) -> None:
@@ -212,12 +212,12 @@ class Run:
 
     @property
     def has_results(self) -> bool:
-        """Is there a checkpoint, a stage or a trial, which a resumed run would go on from?"""
+        """Is there a checkpoint, a stage or a trial from which a run could be resumed?"""
         return any(any(part.iterdir()) for part in self.folder.iterdir() if part.is_dir())
 
 
 def require_run(folder: str | Path) -> Path:
-    """The absolute path of a run's folder. Raises FileError where it is none."""
+    """The absolute path of a run's folder. Raises FileError if it is not a run."""
     path = Path(folder).absolute()
     if (path / "run.json").is_file():
         return path
@@ -231,7 +231,7 @@ def require_run(folder: str | Path) -> Path:
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """A run.json's content; {} where there is none. FileError where it cannot be read."""
+    """A run.json's content; {} if there is none. FileError if it cannot be read."""
     path = folder / "run.json"
     try:
         return json.loads(path.read_bytes()) if path.exists() else {}
@@ -240,7 +240,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def refuse_elsewhere(run: Path, command: str, paths: Sequence[str]) -> None:
-    """Raise FileError where a run's paths are not here, but are in the folder it was begun in."""
+    """Raise FileError if a run's paths do not exist here, but in the folder it was started in."""
     begun = Path(facts_of(run).get("folder", "."))
     lost = [path for path in paths if not Path(path).exists() and (begun / path).exists()]
     if lost:
@@ -268,7 +268,7 @@ def place_of(out: str | Path) -> Path:
 
 
 def refuse_taken(folder: Path, overwrite: bool) -> None:
-    """Raise UsageError where another run is being written, or something stands in the way."""
+    """Raise UsageError if another process writes this run, or the folder is not empty."""
     if (folder / ".lock").exists():
         os.close(lock(folder))
     refuse_occupied(folder, overwrite)
@@ -325,23 +325,23 @@ def claim_number(parent: Path) -> Path:
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """The checkpoints of a run, newest first, whole or not."""
+    """The checkpoints of a run, newest first, complete or not."""
     found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def latest_checkpoint(run: str | Path) -> Path | None:
-    """The newest checkpoint of a run folder whose manifest holds."""
+    """The newest checkpoint of a run folder whose manifest is valid."""
     return next((p for p in checkpoint_folders(Path(run)) if manifest_holds(p)), None)
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics.jsonl."""
+    """All complete lines of a run's metrics.jsonl."""
     return read_lines(run, METRICS)
 
 
 def read_lines(run: str | Path, file: str) -> list[dict[str, Any]]:
-    """All whole lines of one of a run's logs; a torn last line is left out."""
+    """All complete lines of one of a run's logs; an incomplete last line is left out."""
     path = Path(run) / file
     if not path.exists():
         return []
@@ -350,7 +350,7 @@ def read_lines(run: str | Path, file: str) -> list[dict[str, Any]]:
 
 
 def versions() -> Mapping[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
+    """Versions of Python and of the packages that affect a run's numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -361,5 +361,5 @@ def versions() -> Mapping[str, str]:
 
 
 def exit_code(fault: BaseException) -> int:
-    """The exit code an exception ends the command line with."""
+    """The exit code of the command line for an exception."""
     return 130 if isinstance(fault, KeyboardInterrupt) else getattr(fault, "exit_code", 1)

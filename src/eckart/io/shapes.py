@@ -1,4 +1,4 @@
-"""Shapes of models by name, for `pretrain`; plain data, so that a list of them costs nothing."""
+"""Presets: model shapes by name, for `pretrain`; plain data, so that listing them costs nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A shape of a transformers architecture. `vocab` is what it has where none is given."""
+    """A shape of a transformers architecture. `vocab` is its default vocabulary size."""
 
     kind: str  # transformers' model_type
     shape: dict[str, Any]

@@ -1,7 +1,7 @@
-"""Models larger than memory: tensors read one by one, written as they come.
+"""Models larger than memory: tensors are read and written one by one.
 
-`Shards` opens a model's safetensors files without reading them; `ShardWriter` fills numbered
-files of a bounded size and names them in an index, as transformers expects.
+`Shards` opens a model's safetensors files without reading them; `ShardWriter` writes numbered files
+of a limited size and their index, as transformers expects.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from eckart.io.tensors import save
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a model's folder by name, each read from disk when it is asked for.
+    """The tensors of a model's folder by name, each read from disk on access.
 
-    Files are checked when opened (FileError for a missing or cut-off one) and closed at the
-    end of the `with` block. Nothing is cached: what is read twice is read from disk twice.
+    Files are checked when opened (FileError for a missing or truncated one) and closed at the end
+    of the `with` block. Nothing is cached.
     """
 
     def __init__(self, source: str | Path):
@@ -79,7 +79,7 @@ class Shards(Mapping[str, Tensor]):
     def below(self, prefix: str) -> dict[str, Tensor]:
         """All tensors of one module, by their names inside it.
 
-        Raises FileError, with the nearest module, where there are none.
+        Raises FileError, with the nearest module, if there are none.
         """
         dot = prefix + "." if prefix else ""
         found = {name[len(dot) :]: self[name] for name in self if name.startswith(dot)}
@@ -116,7 +116,7 @@ class ShardWriter:
             self.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor. Raises UsageError where the name was written before."""
+        """Add one tensor. Raises UsageError if the name was written before."""
         if name in self._pending or any(name in names for names in self._shards):
             raise UsageError("a tensor is written twice", [(name, str(self.folder))])
         ready = tensor.detach().cpu().contiguous()
@@ -137,7 +137,7 @@ class ShardWriter:
         return self.folder / f"part-{i}.safetensors"
 
     def close(self) -> None:
-        """Write what is pending, and the index where there is more than one file."""
+        """Write pending tensors, and the index if there is more than one file."""
         if self._pending or not self._shards:
             self._flush()
         count = len(self._shards)
@@ -154,5 +154,5 @@ class ShardWriter:
 
 
 def size(tensors: Any) -> int:
-    """Bytes of tensors together."""
+    """Total bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,4 +1,4 @@
-"""What a user names as data: entries with weights, and the files or data set behind each."""
+"""Resolves what a user names as data: entries with weights, and their files or data sets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DataSource:
     encoding: str = "utf-8"
 
     def described(self, *facts: str) -> str:
-        """The source's line of a summary; facts that are empty are left out."""
+        """The source's line of a summary; empty facts are left out."""
         weight = f"weight {self.weight:g}" if self.weight != 1 else ""
         return f"{self.name}: " + "; ".join(fact for fact in (*facts, weight) if fact)
 
@@ -63,7 +63,7 @@ def sources_of(given: Any) -> list[DataSource]:
 
 
 def checked(entry: Any) -> Mapping[str, Any]:
-    """An entry as a mapping. Raises UsageError for a key or a value that it cannot have."""
+    """An entry as a mapping. Raises UsageError for an unknown key or an invalid value."""
     if isinstance(entry, str | Path | Corpus):
         return {"path": entry}
     if not isinstance(entry, Mapping) or "path" not in entry:
@@ -97,7 +97,7 @@ def held_out_share(eval: Any) -> tuple[float, list[DataSource]]:
 
 
 def stem(path: str) -> str:
-    """A short name for a source: the file's name without its endings, or a glob's folder."""
+    """A short name for a source: the file's name without its suffixes, or a glob's folder."""
     if has_magic(path):
         parts = Path(path).parts
         fixed = [*parts[: next(i for i, part in enumerate(parts) if has_magic(part))], path]
@@ -109,7 +109,7 @@ def stem(path: str) -> str:
 
 
 def ending(path: Path) -> str:
-    """What decides how a file is read: its ending below .gz or .zst."""
+    """The suffix that decides how a file is read, without .gz or .zst."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
@@ -117,7 +117,7 @@ def ending(path: Path) -> str:
 
 
 def files_of(source: DataSource) -> list[Path]:
-    """The files of a path, a folder (all below it that can be read, sorted) or a glob."""
+    """The files of a path, a folder (all supported ones below it, sorted) or a glob."""
     text = str(source.path)
     path = Path(text).expanduser()
     if path.is_file():
@@ -148,13 +148,13 @@ def files_below(root: Path) -> list[Path]:
 
 
 def matches(pattern: str) -> list[Path]:
-    """The files that a glob matches, sorted."""
+    """The files that match a glob, sorted."""
     found = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
     return [path for path in map(Path, found) if path.is_file()]
 
 
 def content_hash(source: DataSource) -> str:
-    """SHA-256 over a source's file names and bytes; over a hub data set's own fingerprint."""
+    """SHA-256 over a source's file names and bytes, or a hub data set's own fingerprint."""
     if isinstance(source.path, Corpus):
         return source.path.sha256
     if is_hub(source.path):
@@ -169,13 +169,13 @@ def content_hash(source: DataSource) -> str:
 
 
 def is_hub(name: str) -> bool:
-    """A name that is no path here and could be a data set on the hub."""
+    """Is it a name that is not an existing path and could be a data set on the hub?"""
     suffixed = Path(name).suffix in TEXTS + TABLES + PACKED
     return not suffixed and not Path(name).expanduser().exists() and looks_like_hub_id(name)
 
 
 def hub_dataset(name: str) -> Any:
-    """The train split of a hub data set. Raises FileError where it cannot be had."""
+    """The train split of a hub data set. Raises FileError if it is not available."""
     import datasets
 
     repository, _, revision = name.partition("@")
@@ -191,7 +191,7 @@ def hub_dataset(name: str) -> Any:
 
 
 def dataset_in(name: str) -> Any:
-    """A folder that `Dataset.save_to_disk` wrote, or a data set of the hub; None for others."""
+    """A folder written by `Dataset.save_to_disk`, or a hub data set; None for others."""
     folder = Path(name).expanduser()
     if (folder / "state.json").is_file():
         import datasets

@@ -1,4 +1,4 @@
-"""What a model is for: a task, the Auto class that loads it, and how a configuration tells.
+"""Tasks of models: the Auto class that loads each, and how a configuration indicates it.
 
 causal          goes on from a text (llama, gpt2)
 masked          fills in hidden words (bert)
@@ -27,13 +27,13 @@ from eckart.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Task:
-    """What jobs need to know of a task; `gives` says in an error what such a model does."""
+    """What jobs need to know of a task; `gives` describes such a model in errors."""
 
     auto: str  # transformers' class that loads it
     gives: str
     language: bool = False  # is it learnt from text as it is?
     classes: bool = False  # has it a head for classes, which the data names?
-    chosen: bool = False  # is there one choice at its own place, so that it can be right?
+    chosen: bool = False  # is it one choice per position, so that accuracy is defined?
     sees: str = "text"  # or images
     unit: str = "token"  # what has a label
     labels: str = "tokens"  # several of them, as `eval` counts them
@@ -75,9 +75,9 @@ def task_class(task: str) -> Any:
 
 
 def task_of(config: PretrainedConfig | Mapping[str, Any]) -> str:
-    """The task that a configuration was saved for; of a bare shape the usual one of its type.
+    """The task that a configuration was saved for; for a bare shape, its type's usual one.
 
-    BERT can be made a decoder too, so for its like `is_decoder` decides.
+    BERT can be a decoder too, so `is_decoder` decides for models like it.
     """
     facts = config.to_dict() if isinstance(config, PretrainedConfig) else config
     kind = str(facts.get("base_model_type") or facts.get("model_type"))

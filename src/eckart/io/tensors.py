@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files: written the same way twice, read with every fault named."""
+"""Named tensors in safetensors files: deterministic writing, reading with clear errors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def write_tensors(
 ) -> None:
     """Write tensors under sorted names, whole and contiguous, on the CPU.
 
-    A sharded tensor (DTensor) is gathered; tensors that share memory are copied apart.
-    `metadata` are more words for the file's header.
+    A sharded tensor (DTensor) is gathered; tensors that share memory are copied. `metadata` are
+    further entries of the file's header.
     """
     save({name: standalone(tensors[name]) for name in sorted(tensors)}, path)
     if metadata:
@@ -34,7 +34,7 @@ def write_tensors(
 
 
 def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file with these words in its header, in sorted order."""
+    """A safetensors file with these entries in its header, in sorted order."""
     length = int.from_bytes(data[:8], "little")
     content = json.loads(data[8 : 8 + length])
     content["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
@@ -44,14 +44,14 @@ def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write CPU tensors as they are, into a file as open to others as its folder is."""
+    """Write CPU tensors as they are, into a file with the permissions of its folder."""
     with speaking(path):
         save_file(dict(tensors), path, metadata=METADATA)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves 0o600
 
 
 def standalone(tensor: Tensor) -> Tensor:
-    """A contiguous CPU tensor that shares memory with nothing else."""
+    """A contiguous CPU tensor that shares no memory with other tensors."""
     whole = tensor.detach()
     if hasattr(whole, "full_tensor"):
         whole = whole.full_tensor()
@@ -61,8 +61,7 @@ def standalone(tensor: Tensor) -> Tensor:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU.
 
-    Raises FileError where it is missing (naming a pickle that stands in its place), cut off
-    or damaged.
+    Raises FileError if it is missing (naming a pickle found instead), truncated or damaged.
     """
     if not path.is_file():
         for pickle in pickles_in(path.parent):

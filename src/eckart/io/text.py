@@ -1,8 +1,8 @@
-"""What a user names as DATA: recognised, split, encoded, masked and packed.
+"""Text data: recognised, split, encoded, masked and packed.
 
-Nothing here is random. What is held out depends on names and contents, encoding is cached
-under the hash of all it depends on, and shuffling (packing.order) is a function of seed,
-epoch and row.
+Nothing here is random. The held-out rows depend on names and contents, encoding is cached under a
+hash of everything it depends on, and shuffling (packing.order) is a function of seed, epoch and
+row.
 """
 
 from __future__ import annotations
@@ -73,20 +73,20 @@ def read(
     seed: int = 0,
     labels: Sequence[str] = (),
 ) -> Data:
-    """Read, split, encode and pack data for a task of text; data with classes has its own.
+    """Read, split, encode and pack data for a task on text; labelled data decides its own task.
 
-    `sources`: a path (file, folder, glob, hub id), the name of a corpus ("stdlib-code"), a
-    {path, weight, name, encoding} entry, or a list of these. `eval`: the share held out (0 for
-    none), or sources of its own; where `sources` is empty these are all there is. `packing`
-    fills blocks of seq_len tokens with examples that do not attend to one another; ask
-    `isolates_documents(model)` whether the model can.
+    `sources`: a path (file, folder, glob, hub id), the name of a corpus ("stdlib-code"), a {path,
+    weight, name, encoding} entry, or a list of these. `eval`: the share to hold out (0 for none),
+    or sources of its own; if `sources` is empty these are all there is. `packing` fills blocks of
+    seq_len tokens with examples that do not attend to one another; `isolates_documents(model)`
+    tells whether the model supports this.
 
-    Documents longer than seq_len are cut into pieces; conversations and completions are cut
-    off, and left out where nothing learnt remains. Where holes in a text are to be filled
-    (io/noise.py) they depend on `seed`; those of held-out rows do not. `labels` are the
-    classes in the order of the model's numbers; without them they are the data's. Raises
-    FileError with file and line where a row is malformed or would teach nothing, UsageError for
-    a format that the task cannot learn from.
+    Documents longer than seq_len are split into pieces; conversations and completions are
+    truncated, and left out if no trained token remains. Corruption of text (io/noise.py) depends on
+    `seed`; that of held-out rows does not. `labels` are the classes in the order of the model's
+    numbers; by default they are the data's. Raises FileError with file and line if a row is
+    malformed or has nothing to train on, UsageError for a format that the task cannot be trained
+    on.
     """
     if seq_len < 2:
         raise UsageError("data.seq_len is too small", [(f"data.seq_len = {seq_len}", "at least 2")])
@@ -112,14 +112,14 @@ def first_rows(
     task: str,
     count: int,
 ) -> Data:
-    """At most `count` rows of each source as `read` makes them, unpacked; the rest is not read."""
+    """At most `count` rows of each source as `read` returns them, unpacked."""
     form = Form(seq_len, packing=False, format=format, task=task)
     return noised(encode(sources_of(sources), [], 0.0, tokenizer, form, count), tokenizer, 0)
 
 
 @dataclass(frozen=True)
 class Form:
-    """What rows are made into, as it was asked for; `encode` settles it by the data."""
+    """How rows are to be encoded, as requested; `encode` completes it from the data."""
 
     seq_len: int
     packing: bool
@@ -129,7 +129,7 @@ class Form:
 
 
 def noised(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
-    """Data whose rows are text alone, as rows with holes; other data as it is."""
+    """Data whose rows are text alone, as corrupted rows; other data unchanged."""
     if not data.holed:
         return data
     noise = noise_for(tokenizer, data.task)
@@ -145,7 +145,7 @@ def encode(
     form: Form,
     first: int | None = None,
 ) -> Data:
-    """`read` without its cache, and before holes are made; of the `first` rows or of all."""
+    """`read` without its cache and before corruption, for the `first` rows or all."""
     encoder = Encoder(tokenizer, form.seq_len)
     read_in = [(source, *recognised(source, form.format, first)) for source in [*given, *others]]
     kinds = {kind for _, kind, _ in read_in}
@@ -221,7 +221,7 @@ def settled(form: Form, read_in: Sequence[tuple[DataSource, str, Sequence[Row]]]
 def made(
     found: Sequence[Row], kind: str, encoder: Encoder, form: Form, noise: Noise | None
 ) -> tuple[Dataset, Batch]:
-    """Rows of one format as the task has them, and what was counted on the way."""
+    """Rows of one format as the task needs them, with statistics of the encoding."""
     if form.task == "classification":
         batch = encoder.labelled(found)
         return classified(batch.encoded, [form.labels.index(label(r)) for r in found]), batch
@@ -239,9 +239,9 @@ def made(
 
 
 def task_for(formats: Mapping[str, str], task: str) -> str:
-    """The task that sources of these formats, {name: format}, teach a model made for `task`.
+    """The task on which data of these formats, {name: format}, trains a model made for `task`.
 
-    Raises UsageError where formats have different tasks, or the model's cannot use them.
+    Raises UsageError if formats have different tasks, or the model cannot use them.
     """
     kinds = set(formats.values())
     found = {CLASSES.get(kind, task) for kind in kinds}
@@ -268,7 +268,7 @@ def task_for(formats: Mapping[str, str], task: str) -> str:
 
 
 def holed(kinds: Set[str], task: str) -> bool:
-    """Is the text alone there, and what is to be found in it made as it is read?"""
+    """Are the rows text alone, corrupted as they are read?"""
     return task in ("masked", "seq2seq") and not kinds & set(PAIRS)
 
 
@@ -286,11 +286,11 @@ PART = 40  # letters: held-out last parts that are shorter on average measure no
 
 
 def split(found: Sequence[Row], kind: str, share: float) -> tuple[list[Row], list[Row]]:
-    """Rows to learn from and rows held out, by the hash of their names or contents.
+    """Training rows and held-out rows, by the hash of their names or contents.
 
-    Documents too few to hold whole ones out are cut instead, the last part of each, where
-    that is long enough to say something. Of two or more rows of another kind at least one is
-    held out.
+    If there are too few documents to hold out whole ones, the last part of each is held out
+    instead, where it is long enough to be meaningful. Of two or more rows of another kind at least
+    one is held out.
     """
     if not share:
         return list(found), []
@@ -313,7 +313,7 @@ def split(found: Sequence[Row], kind: str, share: float) -> tuple[list[Row], lis
 
 
 def tail_cut(row: Row, share: float) -> tuple[Row, Row]:
-    """A document without its last part, and that part, cut at the start of a line."""
+    """A document without its last part, and that part; the cut is at the start of a line."""
     text = row.fields.get("text")
     if not isinstance(text, str):
         return row, replace(row, fields={"text": ""})  # what is wrong with it is said later
@@ -326,13 +326,13 @@ def tail_cut(row: Row, share: float) -> tuple[Row, Row]:
 
 
 def counted(found: Sequence[Row], kind: str) -> str:
-    """So many rows, as a person calls them."""
+    """A number of rows as text."""
     unit = UNITS.get(kind, "examples")
     return f"{len(found):,} {unit[:-1] if len(found) == 1 else unit}"
 
 
 def example_of(row: Row, kind: str, encoder: Encoder, holed: bool = False) -> str:
-    """The first example, shown with its loss mask; without one where that moves."""
+    """The first example with its loss mask marked; unmarked if the mask changes."""
     if kind == "input_ids":
         return encoder.tokenizer.decode(row.fields["input_ids"])[:800]
     if holed:

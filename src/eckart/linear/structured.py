@@ -233,9 +233,7 @@ def restore_class(module: Structured) -> None:
 
 
 def fold(site: Site, dtype: torch.dtype | None = None) -> Tensor:
-    """The merged matrix of a site in its stored layout, rounded once, to the layer's own dtype
-    unless another one is given.
-    """
+    """The merged matrix of a site in its stored layout, rounded once (by default to its dtype)."""
     module: Any = site.module
     reference = module._parameters.get(site.param)
     reference = next(module.parameters()) if reference is None else reference

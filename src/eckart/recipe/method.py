@@ -382,7 +382,7 @@ class Objective(Method):
         loss: Tensor,
         reference: Any = None,
     ) -> Tensor:
-        """The loss to train on, given the task's own; `reference`: the base's outputs, if needed."""
+        """The loss to train on, given the task's own; `reference`: the base's outputs."""
         raise NotImplementedError
 
 
