@@ -62,7 +62,7 @@ def test_a_method_stays_on_the_device_of_its_model(slug, architecture, device):
     states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     assert not device.mixed
     assert left_behind(device, [*model.parameters(), *model.buffers(), *states]) == 0
-    assert sum(waited.values()) <= 4, waited  # a rank that DyLoRA drew, once a step
+    assert not waited
 
 
 @pytest.mark.parametrize("slug", slugs("update"))

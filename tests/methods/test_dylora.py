@@ -1,5 +1,6 @@
 """What DyLoRA alone promises: every cut is a LoRA, and what rests in a step does not move."""
 
+import copy
 import io
 import json
 import math
@@ -206,9 +207,20 @@ def test_resume_draws_and_trains_the_same():
     again.load_state_dict(states[0])
     second.events.load_state_dict(states[1])
     rest = [batch_for("llama", seed=s) for s in range(4, 9)]
+    ranks = second.shared["dylora"]
+    assert ranks.in_step() == int(ranks.drawn) == handle.shared["dylora"].in_step()
     assert steps(second, again, rest) == steps(handle, optimizer, rest)
     theirs = handle.named_state()
     assert all(torch.equal(t, theirs[n]) for n, t in second.named_state().items())
+
+
+def test_a_state_loaded_in_place_brings_its_rank():
+    ranks = Ranks(5, 5)
+    assert ranks.in_step() == 5
+    ranks.draw(3)
+    ranks.load_state_dict(Ranks(2, 5).state_dict())
+    assert ranks.in_step() == 2
+    assert copy.deepcopy(ranks).in_step() == 2
 
 
 def test_all_micro_batches_of_a_step_have_one_rank():

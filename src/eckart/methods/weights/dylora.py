@@ -51,11 +51,30 @@ class Ranks(Shared):
 
     drawn: Tensor  # int64 []: components 1..drawn take part in the next step
     active: Tensor  # int64 []: in evaluation, merge and export
+    known: tuple[Tensor | None, int, int] = (None, 0, 0)  # `drawn`, its version, its value then
 
-    def __init__(self, largest: int, active: int):
+    def __init__(self, largest: int, active: int, device: torch.device | None = None):
         super().__init__()
-        self.register_buffer("drawn", torch.tensor(largest))
-        self.register_buffer("active", torch.tensor(active))
+        self.register_buffer("drawn", torch.tensor(largest, device=device))
+        self.register_buffer("active", torch.tensor(active, device=device))
+        self.note(largest)
+
+    def note(self, b: int) -> None:
+        """Remember that `drawn`, as it stands now, is b."""
+        self.known = (self.drawn, self.drawn._version, b)
+
+    def draw(self, b: int) -> None:
+        """Let components 1..b take part in the next step."""
+        self.drawn.fill_(b)
+        self.note(b)
+
+    def in_step(self) -> int:
+        """`drawn` on the host, which waits for the device only where another wrote it: a
+        checkpoint, or DDP's broadcast."""
+        tensor, version, b = self.known
+        if tensor is not self.drawn or version != self.drawn._version:
+            self.note(b := int(self.drawn))
+        return b
 
 
 class Nested(Spectral):
@@ -218,8 +237,7 @@ class DyLoRA(Weights):
         return max([self.rank, *(o.get("rank", 0) for o in self.overrides)])
 
     def build(self, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
-        device = sites[0].raw.device
-        ranks = Ranks(self.largest, self.active_rank or self.largest).to(device)
+        ranks = Ranks(self.largest, self.active_rank or self.largest, sites[0].raw.device)
         terms = {site.path: self.at(site).build_one(site) for site in sites}
         return {ROOT: {"dylora": ranks}, **terms}
 
@@ -243,7 +261,7 @@ class DyLoRA(Weights):
     def rest_of_step(self, now: Now) -> None:
         """Drop the gradients of components that are not part of this step."""
         terms = nested(now.terms)
-        b = int(terms[0].ranks.drawn)
+        b = terms[0].ranks.in_step()
         for term in terms:
             term.drop_gradients(b, self.frozen)
 
@@ -253,7 +271,7 @@ class DyLoRA(Weights):
         k = torch.multinomial(
             torch.tensor(weights, dtype=torch.float64), 1, generator=now.generator
         )
-        nested(now.terms)[0].ranks.drawn.fill_(ranks[int(k)])
+        nested(now.terms)[0].ranks.draw(ranks[int(k)])
 
     def cost(self, m: int, n: int) -> Cost:
         r = min(self.rank, m, n)
