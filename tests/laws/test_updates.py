@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy
@@ -123,6 +124,24 @@ def test_pairs_know_nothing_of_a_gradient_scaler(update):
     assert differing(overflown, scaled(update, torch.float16, stays, 6)) == []
     without = scaled(update, torch.bfloat16, Scaler("cpu", enabled=False), 4)
     assert differing(scaled(update, torch.bfloat16, Scaler("cpu"), 4), without) == []
+
+
+def test_a_closure_is_refused_under_a_gradient_scaler_and_there_alone():
+    """By name torch refuses it; by position it would step with gradients that are still scaled."""
+    handle, optimizer, batch = prepared("adamw")
+    before, scaler = everything(handle, optimizer), torch.amp.GradScaler("cpu", init_scale=4.0)
+    closure = partial(backward, handle, batch, scaler.scale)
+    closure()
+    with pytest.raises(UsageError, match="does not see the gradients of a closure"):
+        scaler.step(optimizer, closure)
+    assert differing(everything(handle, optimizer), before) == []
+    scaler.update()
+    spoil(handle)
+    scaler.step(optimizer)  # left out
+    optimizer.zero_grad()
+    optimizer.step(partial(backward, handle, batch))
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer, partial(backward, handle, batch))
+    assert optimizer.param_groups[0]["taken"] == 2
 
 
 @pytest.mark.parametrize("slug", RULES)

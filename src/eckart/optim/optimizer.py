@@ -66,6 +66,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.clip = clip
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
+        self.scaled = False  # True where a gradient scaler is about to step
         self.skipped = False  # True where the last step was skipped for a non-finite gradient
         self.grad_norm: Tensor | None = None
         self.penalties: list[Penalty] = []
@@ -136,6 +137,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         A rule that updates the factors of a pair one after the other within a step, each with
         its own gradient, calls the closure for each; the loss returned is the first.
         """
+        scaled, self.scaled = self.scaled, False
+        if scaled and closure is not None:
+            raise UsageError(
+                "a gradient scaler does not see the gradients of a closure",
+                [("scaler.step(optimizer, closure)", "they would stay scaled")],
+                "Call scaler.step(optimizer), or train in bf16, which needs no scaler.",
+            )
         passes = max(group["rule"].passes for group in self.param_groups)
         if passes > 1 and closure is None:
             raise UsageError(
@@ -150,6 +158,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for _ in range(0 if self.skipped else passes - 1):
             self.pass_over(closure, first=False)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False. Torch's gradient scaler asks just before a step, the only sign of one."""
+        self.scaled = True
+        return False
 
     def pass_over(self, closure: Callable[[], Any] | None, first: bool) -> Any:
         """One pass of a step: call the closure and update the parameters that train in it.
@@ -289,6 +303,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; also drops the projected gradients of layer-wise mode."""
         super().zero_grad(set_to_none)
+        self.scaled = False  # by a scaler that left the step out
         if self.projected is not None:
             self.projected.clear()
 
