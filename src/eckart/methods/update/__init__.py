@@ -1,1 +1,1 @@
-"""How does a gradient become a change of the weights? One file per method."""
+"""Update rules: how gradients change the weights. One file per method."""

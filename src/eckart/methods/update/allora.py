@@ -1,27 +1,27 @@
 """ALLoRA: LoRA without scale and dropout; the gradient of each output row shrinks as the row grows.
 
-    y = W x + B A x                          B [m, r] zero at first, A [r, n] random
+    y = W x + B A x                          B [m, r] starts at zero, A [r, n] random
 
     c_i = 1 / sqrt(|(B A)_i| + 1 / eta^2)    one factor per output row i
     dB = c G A^T,   dA = B^T (c G)           G = dL/d(B A), whose rows c multiplies
 
-At B = 0 every factor is eta and falls as the row grows, so that training leaves zero fast and
-then slows down by itself. The gradient that goes on to the layer's input is not scaled.
+At B = 0 every factor is eta; it falls as the row grows, so that training leaves zero fast and
+then slows down. The gradient of the layer's input is not scaled.
 
 Take it for short runs, tens to hundreds of steps, with SGD: after fifty steps in
 claims/allora.py its loss is 1.67 nats where LoRA's, without a scale, is 1.70. With Adam take LoRA
-and tune its scale (1.60, ALLoRA 1.61): Adam divides each element of dB by its own size, in which
-a slowly changing factor cancels, and only the weighting of rows within dA is left.
+and tune its scale (1.60, ALLoRA 1.61): Adam normalises each element of dB, which cancels a slowly
+changing factor, so that only the weighting of rows within dA has an effect.
 
 Source: H. Huang and R. Balestriero, "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal
-Flaws", arXiv 2410.09692, section 4.2; the norm stands under the root unsquared. There is no
-official code. Optimizers called ALLoRA elsewhere do other things, which `apply` names: `update`
-multiplies B's finished step by c; `param_row` multiplies each factor's step by
-1 / sqrt(|p_i| + 1 / eta^2) with the rows p_i of the factor itself as they were at the start.
+Flaws", arXiv 2410.09692, section 4.2; the norm under the root is not squared. There is no
+official code. Other implementations called ALLoRA are available through `apply`: `update`
+multiplies B's final step by c; `param_row` multiplies each factor's step by
+1 / sqrt(|p_i| + 1 / eta^2), where p_i are the factor's own rows at the start.
 
-dA is no multiple of its plain gradient, so no optimizer can apply the factor: it is part of
+dA is not a multiple of LoRA's gradient, so an optimizer cannot apply the factor: it is part of
 LowRank's backward pass (`branch_gradient`). The result is deliberately not the gradient of the
-loss, and a numerical check of gradients must fail.
+loss, so a numerical check of gradients fails.
 
 m out, n in, r rank, * any leading dimensions (fused experts).
 """
@@ -57,14 +57,14 @@ def slowed(norm: Tensor, eta: float) -> Tensor:
 
 
 def without_scale(B: Tensor, A: Tensor, scale: float, eta: float) -> Tensor:
-    """`row_factor` as pairs ask for it: of B A, whatever the scale."""
+    """`row_factor` with the signature of `branch_gradient`; the scale is ignored."""
     return row_factor(B, A, eta)
 
 
 @dataclass(frozen=True)
 class RowRates(PairRule):
-    """The inner rule's step times a factor per row: of B by c at this step, or of both factors
-    by the norms that their own rows had at the first one."""
+    """The inner rule's step times a factor per row: of B by the current c ("product"), or of both
+    factors by their own rows' norms at the first step ("parameter")."""
 
     eta: float = 2.0
     of: Literal["product", "parameter"] = "product"
@@ -85,7 +85,7 @@ class RowRates(PairRule):
             factor.move(step, size)
 
     def rates(self, B: Factor, A: Factor) -> tuple[list[Tensor], list[Tensor]]:
-        """What multiplies the steps of B and of A: for each stack [k, rows, 1]; none for 1."""
+        """The factors on the steps of B and of A, [k, rows, 1] for each stack; empty for 1."""
         if self.of == "parameter":
             return B.state("row").tensors, A.state("row").tensors
         both = zip(B.value.tensors, A.value.tensors, strict=True)
@@ -94,17 +94,17 @@ class RowRates(PairRule):
 
 @dataclass(frozen=True)
 class ALLoRA(Update):
-    """Adam or SGD, with gradients of a pair's rows scaled by how far each has come."""
+    """Adam or SGD, with row gradients of a pair scaled down as the row's norm grows."""
 
     eta: Annotated[float, Gt(0)] = 2.0
-    """The factor of a row that is zero, in the place of alpha / r. Sensible: 1 to 32."""
+    """The factor of a row that is zero; replaces alpha / r. Sensible: 1 to 32."""
 
     apply: Literal["grad", "update", "param_row"] = "grad"
-    """grad: the gradients of A and B, in the backward pass (paper). update: B's finished step.
-    param_row: each factor's finished step, by its own rows at the start."""
+    """What is scaled. grad: the gradients of A and B, in the backward pass (paper). update: B's
+    final step. param_row: each factor's final step, by its own rows at the start."""
 
     inner: Literal["adam", "sgd"] = "adam"
-    """The rule that follows. Paper: any."""
+    """The rule that the scaled gradients go to. Paper: any."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of Adam's first and second moment."""
@@ -113,7 +113,7 @@ class ALLoRA(Update):
     """Added to the root of Adam's second moment."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a factor lost per step, times the learning rate; no row factor on it."""
+    """Decoupled weight decay, multiplied by the learning rate but not by the row factor."""
 
     wants: ClassVar = "pairs"
     default_lr: ClassVar = {1e-3: {"inner": "adam"}, 1.0: {"inner": "sgd"}}
@@ -124,7 +124,7 @@ class ALLoRA(Update):
     )
 
     def asks(self, weights: Weights) -> Mapping[str, Any]:
-        """No scale, no dropout: eta stands in the place of both."""
+        """A scale of 1 and no dropout, which eta replaces."""
         asked = {"alpha": float(getattr(weights, "rank", 1)), "dropout": 0.0}
         stable = getattr(weights, "scaling", "") == "rslora"
         return asked | ({"scaling": "lora"} if stable else {})

@@ -7,7 +7,7 @@ G, and the step of B with A fixed, are
     hB = 1/s^2 gB (A A^T + d I)^-1        s hB A is G, projected on A's rows
 
 where gA = s B^T G and gB = s G A^T are LoRA's gradients. A's momentum M_A belongs to the B of the
-step before. It is carried to the present B so that B M_A changes least, and likewise for B:
+last step. It is transformed so that B M_A changes least with the present B, and likewise for B:
 
     M_A = b1 (B^T B + d I)^-1 B^T B_old M_A + (1 - b1) hA      A -= lr / (1 - b1^t) M_A
     M_B = b1 M_B A_old A^T (A A^T + d I)^-1 + (1 - b1) hB      B -= lr / (1 - b1^t) M_B
@@ -25,7 +25,7 @@ Source: X. Yu et al., "AltLoRA: Towards Better Gradient Approximation in Low-Ran
 with Alternating Projections", arXiv 2505.12455, Alg. 1 and 2. We differ from its code in
 four points: 1/s^2 is part of h (`scale_grad`); AltLoRA+ keeps the carried momentum, as the
 paper has it (`store_unaligned`); the learning rate is the group's, so schedules work; and in
-alternate mode the resting factor really rests.
+alternate mode the factor whose turn it is not does not change at all.
 
 m out, n in, r rank; B [m, r], A [r, n].
 """
@@ -44,7 +44,7 @@ from eckart.recipe.method import Cost, Paper, Update
 def projection(F: Stacks, s: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
     """P = (F^T F + d I)^-1 and P / s^2, [K, r, r] fp64, for the fixed factors F.
 
-    Of an F that is zero, nothing moves: the second is zero.
+    The second is zero where F is zero, so that nothing changes.
     """
     C = F.across(F)
     P = inverse(C, damping, relative)
@@ -53,21 +53,21 @@ def projection(F: Stacks, s: Tensor, damping: float, relative: bool) -> tuple[Te
 
 
 def carrier(P: Tensor, F: Stacks, F_old: Stacks) -> Tensor:
-    """T = P F^T F_old [K, r, r] fp64: T M is the M' with F M' nearest to F_old M, M [r, n]."""
+    """T = P F^T F_old [K, r, r] fp64: M' = T M minimises |F M' - F_old M| for M [r, n]."""
     return P @ F.across(F_old)
 
 
 @dataclass(frozen=True)
 class Alternating(PairRule):
-    """The rule above. `turn` is how many steps each factor trains at a time while the other
-    rests, beginning with A; 0 trains both at every step, A first."""
+    """AltLoRA's update. With `turn` each factor trains for that many steps while the other is
+    frozen, beginning with A; 0 trains both at every step, A first."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float | None = None  # of AltLoRA+'s second moment; None: there is none
+    eps: float | None = None  # of AltLoRA+'s second moment; None: no second moment
     damping: float = 1e-5
     relative: bool = False
     turn: int = 0
-    twice: bool = False  # both turns within one step, each with a gradient of its own
+    twice: bool = False  # both turns within one step, each with its own gradient
     scale_grad: bool = True
     store_unaligned: bool = False
 
@@ -98,7 +98,7 @@ class Alternating(PairRule):
             self.move_one(B, A.value, s)  # preconditioned with the new A
 
     def move_one(self, factor: Factor, F: Stacks, s: Tensor) -> None:
-        """Move A with B = F fixed, or B with A = F."""
+        """Update A with B = F fixed, or B with A = F fixed."""
         b1, b2 = self.betas
         g, M = factor.grad, factor.state("exp_avg")
         old = factor.state("other")._replace(tall=F.tall)
@@ -129,16 +129,16 @@ class Alternating(PairRule):
 
 @dataclass(frozen=True)
 class AltLoRA(Update):
-    """Projections of the full gradient on one factor at a time, with carried momentum."""
+    """The full gradient projected on one factor at a time, with momentum that follows them."""
 
     plus: bool = False
     """AltLoRA+: divide by the root of a second moment, as Adam does. Learning rates are then
     near Adam's (so is the default), and the split of B A matters."""
 
     schedule: Literal["joint", "alternate", "two_backward"] = "joint"
-    """joint: both factors at every step, A first (code). alternate: in turns, the other one
-    rests and costs no gradient. two_backward: A, then B by a gradient at the new A, within one
-    step (paper); only in loops that call step(closure)."""
+    """joint: both factors at every step, A first (code). alternate: in turns; the other factor
+    is frozen and needs no gradient. two_backward: A, then B with a gradient at the new A, within
+    one step (paper); only in loops that call step(closure)."""
 
     turn: Annotated[int, Ge(1)] = 1
     """Steps each factor trains at a time under schedule=alternate. Code: 10."""
@@ -151,11 +151,11 @@ class AltLoRA(Update):
     rel with damping=1e-2 where AltLoRA+ stalls; rates of 1e-3 may then serve it."""
 
     scale_grad: bool = True
-    """Divide by s^2, which makes h the projection it stands for; the code leaves it to the
+    """Divide by s^2, so that h is exactly the projection above; the code leaves it to the
     learning rate."""
 
     store_unaligned: bool = False
-    """AltLoRA+ as in the code: the momentum that is kept is not carried along."""
+    """AltLoRA+ as in the code: store the momentum without transforming it to the new factors."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the momentum and, with `plus`, of the second moment. Runs: (0.9, 0.999)."""
@@ -164,7 +164,7 @@ class AltLoRA(Update):
     """Added to the root of the second moment. Runs: 1e-4."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a factor lost per step, times the learning rate. Runs: 1e-5."""
+    """Decoupled weight decay, multiplied by the learning rate. Runs: 1e-5."""
 
     wants: ClassVar = "pairs"
     default_lr: ClassVar = {0.1: {"plus": False}, 3e-4: {"plus": True}}
@@ -190,5 +190,5 @@ class AltLoRA(Update):
         return Rule(Adam(self.betas), pair=pair, weight_decay=self.weight_decay)
 
     def cost(self, m: int, n: int) -> Cost:
-        """Of a factor: its moments; the copy of its partner counts as the partner's."""
+        """The state of one m x n factor: its moments and the copy that its partner keeps of it."""
         return Cost(state=(3 if self.plus else 2) * m * n)

@@ -1,13 +1,13 @@
-"""APOLLO: the gradient itself, each row rescaled as Adam rescales a random projection of it.
+"""APOLLO: SGD with one scale per row, computed by Adam on a random projection.
 
     every T steps   P [r, n] with entries N(0, 1/r) from a new seed; P is not stored
     R = G P^T                           [m, r]; N is Adam's direction for R
     phi_j = |N_j| / |R_j|               how much Adam rescales row j
-    S = sqrt(scale) phi G               held back so that |S| grows by at most 1 % a step
+    S = sqrt(scale) phi G               limited so that |S| grows by at most 1 % a step
     W -= lr sqrt(1 - b2^t) / (1 - b1^t) S
 
-Adam only measures. Random projections keep lengths, so phi_j is nearly the factor by which Adam
-on G itself would change the length of row j. Nothing is decomposed and no basis is stored.
+Adam is used only to compute phi. Random projections keep lengths, so phi_j is nearly the factor
+by which Adam on G itself would scale row j. Nothing is decomposed and no basis is stored.
 
 Take it to pretrain where GaLore's decompositions cost too much: at a quarter of the width its
 loss in claims/apollo.py is GaLore's (1.80 nats, Adam 2.03) with 0.39 of Adam's state, GaLore's
@@ -17,8 +17,8 @@ scale: here they share one factor.
 Source: H. Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", MLSys 2025, Alg. 1,
 written from its definition. We differ from its code in three points: seeds come from the
 parameter's name, so that neither order nor grouping matters; refreshes are spread over the
-steps; and a zero gradient leaves the limiter as it was. Whether the scale stands before or
-after the limiter (`scale_front` there) makes no difference, since it limits ratios.
+steps; and a zero gradient does not change the limiter's state. Whether the scale is applied
+before or after the limiter (`scale_front` there) makes no difference, since it limits ratios.
 
 m out, n in, r rank; where m < n all of it is transposed, and rows are columns.
 """
@@ -34,7 +34,7 @@ from eckart.recipe.method import Paper, Update
 
 @dataclass(frozen=True)
 class APOLLO(Update):
-    """Scaled gradient descent; the scale of each row is measured in a random subspace."""
+    """Gradient descent with a scale per row, computed by Adam in a random subspace."""
 
     rank: Annotated[int, Ge(1)] = 256
     """Random directions of the short side. Paper: a quarter of the width. Cut to min(m, n)."""
@@ -43,7 +43,7 @@ class APOLLO(Update):
     """Steps between two draws of directions. Paper: 200."""
 
     scale: Annotated[float, Gt(0)] = 1.0
-    """The update is multiplied by its root. Paper: 1; 128 at rank 1."""
+    """The update is multiplied by the square root of this. Paper: 1; 128 at rank 1."""
 
     phi: Literal["line", "matrix"] = "line"
     """One factor per line, a row or where m < n a column, or one per matrix (at rank 1)."""
@@ -56,7 +56,7 @@ class APOLLO(Update):
     """Which side is projected: auto the short one, reverse the long one."""
 
     on_refresh: Literal["keep", "reset"] = "keep"
-    """The moments at a new draw: kept as they are (code), or forgotten."""
+    """The moments at a new draw: kept as they are (code), or reset."""
 
     stagger: bool = True
     """Spread the draws of the matrices over the steps by a hash of their names. Code: all at
@@ -69,11 +69,11 @@ class APOLLO(Update):
     """Added to the root of the second moment. Code: 1e-6."""
 
     eps_mode: Literal["hf", "torch"] = "hf"
-    """Where epsilon and the weight decay stand: hf as published (epsilon outside the bias
+    """Where epsilon and the weight decay are applied: hf as published (epsilon outside the bias
     correction, decay after the update), torch as in torch.optim.AdamW."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate. Paper: 0."""
+    """Decoupled weight decay, multiplied by the learning rate. Paper: 0."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 1e-3

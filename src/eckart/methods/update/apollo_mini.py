@@ -1,13 +1,13 @@
-"""APOLLO-Mini: the gradient times one number per matrix, taken from Adam on one random direction.
+"""APOLLO-Mini: SGD with one scale per matrix, computed by Adam on one random direction.
 
     every T steps   p [1, n] with entries N(0, 1) from a new seed; p is not stored
     R = G p^T                           [m, 1]; N is Adam's direction for R
     phi = |N| / |R|                     one number for the whole matrix
-    S = sqrt(128) phi G                 held back so that |S| grows by at most 1 % a step
+    S = sqrt(128) phi G                 limited so that |S| grows by at most 1 % a step
     W -= lr sqrt(1 - b2^t) / (1 - b1^t) S
 
 The state of a matrix is two moments of its long side, a seed and a number. With one direction
-phi comes out too small by about the root of the short side, for which the scale makes up.
+phi is too small by about the root of the short side, which the scale compensates.
 
 Take it to pretrain where no optimizer state fits: the state is 0.08 of Adam's for blocks of
 width 256. Take apollo where some fits: in claims/apollo_mini.py the loss is 2.03 nats, as Adam's,
@@ -31,13 +31,13 @@ from eckart.recipe.method import Paper, Update
 
 @dataclass(frozen=True)
 class APOLLOMini(Update):
-    """Scaled gradient descent; the scale of each matrix is measured in one random direction."""
+    """Gradient descent with a scale per matrix, computed by Adam in one random direction."""
 
     every: Annotated[int, Ge(1)] = 200
     """Steps between two draws of the direction. Paper: 200."""
 
     scale: Annotated[float, Gt(0)] = 128.0
-    """The update is multiplied by its root. Paper: 128."""
+    """The update is multiplied by the square root of this. Paper: 128."""
 
     gamma: Annotated[float, Gt(1)] | None = 1.01
     """Largest growth of the update's norm from step to step; none for no limit. Paper:
@@ -50,7 +50,7 @@ class APOLLOMini(Update):
     """Added to the root of the second moment. Code: 1e-6."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate. Paper: 0."""
+    """Decoupled weight decay, multiplied by the learning rate. Paper: 0."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 1e-3

@@ -1,14 +1,14 @@
 """BAdam: Adam on one block of the model at a time, all blocks in turn.
 
-    every K steps:  the next block, in order or in an order shuffled anew for each round
-    at each step:   AdamW on that block, whose moments started afresh; all else is frozen
+    every K steps:  the next block, in order or in an order shuffled again in each round
+    at each step:   AdamW on that block, whose moments started at zero; all else is frozen
 
 Block coordinate descent: at any time there are gradients and moments of one layer only. Take it
 to fine-tune everything in the least memory, in runs of many rounds: a block trains in one step
 of N. Take LoRA or LISA for short runs: after 200 steps on six blocks the loss in claims/badam.py
-is 1.63 nats, LoRA's of rank 8 1.48, and 1.44 where all is trained. LISA trains several layers,
-drawn at random, and embeddings and head beside them; here those and the last norm stand still
-unless `train_rest` says otherwise, so that it is no rule to pretrain with as it is.
+is 1.63 nats, LoRA's of rank 8 1.48, and 1.44 where all is trained. LISA trains several randomly
+drawn layers, and embeddings and head; here those and the last norm are frozen unless `train_rest`
+is set, so that by default it is not suited to pretraining.
 
 Source: Q. Luo et al., "BAdam: A Memory Efficient Full Parameter Optimization Method for Large
 Language Models", NeurIPS 2024, Alg. 1, and its code. We differ from it in three points: its
@@ -37,10 +37,10 @@ class BAdam(Update):
     """The order of the blocks in each round. Paper: shuffled; code: descending."""
 
     train_rest: bool = False
-    """Train what is in no block, too, at every step: embeddings, head, last norm. Code: no."""
+    """Also train what is in no block, at every step: embeddings, head, last norm. Code: no."""
 
     block_paths: tuple[str, ...] = ()
-    """The blocks' modules, where the longest numbered list of the model is not meant."""
+    """The modules that are blocks; by default the model's longest module list."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the first and of the second moment. Paper: Adam's."""
@@ -49,7 +49,7 @@ class BAdam(Update):
     """Added to the root of the second moment."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step that it trains, times the learning rate."""
+    """Decoupled weight decay of what trains at a step, multiplied by the learning rate."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 1e-5
@@ -75,5 +75,5 @@ class BAdam(Update):
         )
 
     def cost(self, m: int, n: int) -> Cost:
-        """While its block trains; nothing at other times."""
+        """The state while the matrix's block trains; none at other times."""
         return Cost(state=2 * m * n)

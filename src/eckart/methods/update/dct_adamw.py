@@ -1,4 +1,4 @@
-"""DCT-AdamW: Adam in those directions of a fixed cosine basis that the gradient uses most.
+"""DCT-AdamW: Adam in the directions of a fixed cosine basis that hold most of the gradient.
 
     A = G + E                           E is 0 without error feedback
     S = A Q;  idx = the r columns of S with the largest sums of magnitudes, ascending
@@ -6,10 +6,10 @@
     M, V: the moments of R; a direction that stays keeps its own, one that is new starts at 0
     W = (1 - lr wd) W - lr  M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)  Q[:, idx]^T
 
-Nothing is decomposed: one Q serves all matrices of a width, each stores r integers, and the
-directions are chosen anew at every step. fira (search=dct) and frugal (inside=dct) can use them,
-too. With inner=trion it is the paper's Trion instead: momentum of the weights' size, made
-orthogonal in r directions; that saves time, not memory.
+Nothing is decomposed: one Q serves all matrices of a width, each matrix stores r integers, and
+the directions are chosen again at every step. fira (search=dct) and frugal (inside=dct) can use
+them, too. With inner=trion it is the paper's Trion instead: momentum of the weights' size,
+orthogonalised in r directions; that saves time, not memory.
 
 Take it where GaLore's decompositions cost too much: r directions of a 512 x 512 matrix are found
 in 2.5 ms, by an SVD in 36 (claims/dct_adamw.py). They hold less of the gradient, there 27 % where
@@ -42,7 +42,7 @@ class DCTAdamW(Update):
     """Adam in r cosine directions per matrix, chosen anew at every step."""
 
     rank: Annotated[int, Ge(1)] = 128
-    """Directions that are kept. Paper: 32 to 512. Cut to min(m, n)."""
+    """Number of directions of the basis. Paper: 32 to 512. At most min(m, n)."""
 
     every: Annotated[int, Ge(1)] = 1
     """Steps between two choices of directions. Paper: 1."""
@@ -61,30 +61,30 @@ class DCTAdamW(Update):
 
     inner: Literal["adam", "trion"] = "adam"
     """The rule in the chosen directions. trion keeps one momentum of the weights' size, chooses
-    by it and makes what it takes orthogonal; it has no second moment. Paper: a learning rate
-    of 0.02."""
+    directions by it and orthogonalises its projection; it has no second moment. Paper: a
+    learning rate of 0.02."""
 
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
-    """Of trion: what stays of the used part of the momentum. Paper: 0.95."""
+    """trion only: decay of the projected part of the momentum. Paper: 0.95."""
 
     step_scale: Literal["one", "ratio", "tall", "rms"] = "tall"
-    """Of trion: the step's length for an m x n matrix: 1, sqrt(m / n), sqrt(max(1, m / n)), or
+    """trion only: the step's scale for an m x n matrix: 1, sqrt(m / n), sqrt(max(1, m / n)), or
     0.2 sqrt(max(m, n))."""
 
     error_feedback: bool = False
-    """Keep what the chosen directions cannot hold and add it to the next gradient. Needs
-    memory of the weights' size. Paper: on; code: off."""
+    """Keep the part of the gradient outside the chosen directions and add it to the next
+    gradient. Needs memory of the weights' size. Paper: on; code: off."""
 
     error_bits: Literal[32, 8, 4] = 32
-    """Bits of that memory per weight. Paper: 8 or 4."""
+    """Bits per weight of that error. Paper: 8 or 4."""
 
     on_refresh: Literal["rotate", "keep", "reset"] = "rotate"
-    """The moments at a new choice: they follow their direction (paper), stay in their place,
-    or are forgotten."""
+    """The moments at a new choice of directions: they follow their direction (paper), keep their
+    position, or are reset."""
 
     age_correct: bool = False
-    """Correct the bias of each direction's moments by its own age. The first step of a new
-    direction is else about three times too long. Paper: off."""
+    """Bias-correct each direction's moments by the steps since it was chosen. Otherwise the first
+    step of a new direction is about three times too long. Paper: off."""
 
     side: Literal["auto", "reverse", "left", "right"] = "auto"
     """Which side is projected: auto the short one, reverse the long one."""
@@ -96,14 +96,14 @@ class DCTAdamW(Update):
     """Added to the root of the second moment. Code: 1e-8."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate."""
 
     state_dtype: Literal["param", "float32"] = "param"
     """The dtype of the moments. Code: the parameter's."""
 
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Of bf16 weights when they move: to nearest, or by chance so that small updates count on
-    average."""
+    """How updated bf16 weights are rounded: to nearest, or stochastically, so that updates below
+    bf16's resolution count on average."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = {1e-4: {"inner": "adam"}, 1e-3: {"inner": "trion"}}

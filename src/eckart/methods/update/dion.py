@@ -1,8 +1,8 @@
-"""Dion: momentum made orthogonal in r directions that follow it; the rest stays in the momentum.
+"""Dion: momentum orthogonalised in r directions, with error feedback.
 
     B += G
     P = orth(B Q^T);  R = P^T B         Q [r, n] of the last step; P [m, r], R [r, n]
-    B -= (1 - mu) P R                   only what is used fades: error feedback inside B
+    B -= (1 - mu) P R                   only the used part decays: error feedback inside B
     Q = R, each row divided by its length
     W = (1 - lr wd) W - lr sqrt(m / n) P Q
 
@@ -11,7 +11,7 @@ the weights, so no memory is saved against Muon. Vectors, embeddings and head fo
 `rest_lr` times the learning rate.
 
 Take it where weights are sharded: r columns and r rows of a matrix are all that is sent. On one
-machine take Muon as long as its products can be paid: at a quarter of the width Dion's loss in
+machine take Muon as long as you can afford its products: at a quarter of the width Dion's loss in
 claims/dion.py is 1.97 nats, Muon's 1.64, Adam's 2.03. Take sumo where memory is short, trion
 (dct-adamw) to be free of the QR.
 
@@ -38,18 +38,18 @@ class Dion(Update):
     """Orthonormalised momentum of rank r with error feedback; AdamW for everything else."""
 
     rank: Annotated[int, Ge(1)] = 256
-    """Directions that are used at a step. Paper: a quarter of the width and more. Cut to
+    """Rank of each step's update. Paper: a quarter of the width and more. At most
     min(m, n)."""
 
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
-    """mu, what stays of the part of the momentum that is used. Paper: 0.95."""
+    """mu, the decay of the part of the momentum that a step uses. Paper: 0.95."""
 
     step_scale: Literal["ratio", "tall", "rms", "one"] = "ratio"
-    """The step's length for an m x n matrix: sqrt(m / n) (paper), sqrt(max(1, m / n)),
+    """The step's scale for an m x n matrix: sqrt(m / n) (paper), sqrt(max(1, m / n)),
     0.2 sqrt(max(m, n)), or 1."""
 
     rest_lr: Annotated[float, Gt(0)] = 0.1
-    """AdamW's learning rate for what is no matrix of the body, as a share of this rule's."""
+    """AdamW's learning rate for vectors, embeddings and head, as a share of this rule's."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decays for everything else. Code: (0.9, 0.95)."""
@@ -58,7 +58,7 @@ class Dion(Update):
     """AdamW's epsilon."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate. Code: 0.01."""
+    """Decoupled weight decay, multiplied by the learning rate. Code: 0.01."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 1e-3

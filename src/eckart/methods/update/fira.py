@@ -1,8 +1,8 @@
-"""Fira: GaLore, and the part of the gradient outside its subspace is applied, too.
+"""Fira: GaLore that also applies the part of the gradient outside its subspace.
 
     R = G P^T                            as GaLore; N is Adam's direction for R, [m, r]
-    phi_j = |N_j| / |R_j|                how much Adam rescaled row j
-    S = phi (G - c R P)                  the rest of G, rescaled alike
+    phi_j = |N_j| / |R_j|                the factor by which Adam scaled row j
+    S = phi (G - c R P)                  the rest of G, scaled by the same factor
     S = S / q                            so that |S| grows by at most 1 % a step
     W -= lr sqrt(1 - b2^t) / (1 - b1^t) (alpha N P + S)
 
@@ -14,12 +14,12 @@ a step's time counts: Fira's is up to a third longer (benchmarks/results/optim_f
 Source: X. Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
 Constraint?", arXiv 2410.01623, Alg. 1, and its code. The paper has c = 1, the code, with
 which its numbers were made, c = alpha; we follow the code unless `center` says otherwise. We
-differ from it in three points: a zero gradient leaves the limiter as it was (the code then
-cuts the residual to nothing for a thousand steps); S is never formed, since phi scales rows,
+differ from it in three points: a zero gradient does not change the limiter's state (in the code
+the residual is then almost zero for a thousand steps); S is never formed, since phi scales rows,
 which the projection does not mix; and as in galore.py, bases have fixed signs and state is
-tensors alone. As there, the limiter acts in every run's first steps, in which N grows.
+tensors alone. As in the code, the limiter acts in every run's first steps, in which N grows.
 
-m out, n in, r rank; where m < n all of it is transposed, and rows are columns.
+m out, n in, r rank; where m < n everything is transposed, and rows are columns.
 """
 
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ from eckart.recipe.method import Paper, Update
 
 @dataclass(frozen=True)
 class Fira(Update):
-    """Adam in a subspace, and the rest of the gradient scaled as Adam scaled that part."""
+    """Adam in a subspace, and SGD on the rest of the gradient with Adam's scale per row."""
 
     rank: Annotated[int, Ge(1)] = 128
-    """Directions of the short side that are kept. Paper: as GaLore; 64 is enough for 7B."""
+    """Rank of the projection of the short side. Paper: as GaLore; 64 is enough for 7B."""
 
     every: Annotated[int, Ge(1)] = 200
     """Steps between two decompositions of one matrix. Paper: 200; 500 for 7B."""
@@ -50,8 +50,7 @@ class Fira(Update):
     1.01."""
 
     center: Literal["scaled", "exact"] = "scaled"
-    """What is taken from the gradient before the rest is scaled: alpha R P (code), or R P
-    (paper)."""
+    """What is subtracted from the gradient to give the rest: alpha R P (code), or R P (paper)."""
 
     phi: Literal["line", "matrix"] = "line"
     """One scaling factor per line, a row or where m < n a column (paper), or one per matrix."""
@@ -65,11 +64,11 @@ class Fira(Update):
 
     search: Literal["auto", "svd", "gram", "randomised", "iteration", "dct"] = "auto"
     """How a basis is found, as for galore. Paper: svd. auto: svd, and where the projected side
-    has 1024 or more, three random products, ten times as fast. dct: those cosine directions
-    that the gradient uses most, as dct-adamw chooses them."""
+    has 1024 or more, randomised with three products, ten times as fast. dct: the cosine
+    directions that hold most of the gradient, as in dct-adamw."""
 
     on_refresh: Literal["keep", "rotate", "reset"] = "keep"
-    """The moments at a new basis: kept as they are (paper), rotated into it, or forgotten."""
+    """The moments at a new basis: kept as they are (paper), rotated into it, or reset."""
 
     stagger: bool = True
     """Spread the refreshes of the matrices over the steps by a hash of their names. Paper:
@@ -82,18 +81,18 @@ class Fira(Update):
     """Added to the root of the second moment. Code: 1e-6."""
 
     eps_mode: Literal["hf", "torch"] = "hf"
-    """Where epsilon and the weight decay stand: hf as published (epsilon outside the bias
+    """Where epsilon and the weight decay are applied: hf as published (epsilon outside the bias
     correction, decay after the update), torch as in torch.optim.AdamW."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate. Paper: 0."""
+    """Decoupled weight decay, multiplied by the learning rate. Paper: 0."""
 
     state_dtype: Literal["param", "float32"] = "param"
     """The dtype of the moments. Code: the parameter's."""
 
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Of bf16 weights when they move: to nearest, or by chance so that small updates count on
-    average."""
+    """How updated bf16 weights are rounded: to nearest, or stochastically, so that updates below
+    bf16's resolution count on average."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 5e-4

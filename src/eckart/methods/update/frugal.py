@@ -1,15 +1,15 @@
-"""FRUGAL: Adam on a part of each gradient, the signs of all the rest.
+"""FRUGAL: Adam on a part of each gradient, sign descent on the rest.
 
-    every T steps   a new subspace: a quarter of the columns, at random; moments start afresh
+    every T steps   a new subspace: a quarter of the columns, at random; moments are reset
     inside          W -= lr  Adam's direction
     outside         W -= lr outside_scale  sign(G - the part inside)
 
-What has no state moves, too: the update is full while the state is a quarter of Adam's. Columns
-drawn at random need no decomposition and no product. Take it to pretrain with memory between
-SGD's and Adam's; to fine-tune with outside_scale=0.1. Try outside=none beside it: in the 300
-steps of claims/frugal.py the signs did harm (1.94 nats with them, 1.79 without, GaLore 1.80). Take
-Fira where signs are too coarse, LISA or BAdam (here inside=blocks outside=none) where most of
-the model should have no gradient.
+The part without state is updated, too: the update has full rank while the state is a quarter of
+Adam's. Columns drawn at random need no decomposition and no product. Take it to pretrain with
+memory between SGD's and Adam's; to fine-tune with outside_scale=0.1. Also try outside=none: in
+the 300 steps of claims/frugal.py the signs did harm (1.94 nats with them, 1.79 without, GaLore
+1.80). Take Fira where signs are too coarse, LISA or BAdam (here inside=blocks outside=none) where
+most of the model should have no gradient.
 
 Source: P. Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead
 for Scalable Training", ICML 2025, Alg. 1, and its code. We differ from it in three points: a
@@ -43,19 +43,19 @@ class FRUGAL(Update):
     """Adam inside a small, changing subspace; a rule without state outside."""
 
     density: Annotated[float, Gt(0), Le(1)] = 0.25
-    """Share of each matrix, or of the blocks, that Adam moves. Paper: 0.25."""
+    """Share of each matrix, or of the blocks, that Adam updates. Paper: 0.25."""
 
     every: Annotated[int, Ge(1)] = 200
     """Steps between two subspaces of one matrix. Paper: 200."""
 
     inside: Literal["columns", "rows", "entries", "svd", "dct", "blocks"] = "columns"
-    """The subspace: random columns, rows or entries (randk) of each matrix, its leading
-    singular directions, the cosine directions that it uses most (dct-adamw), or whole layers.
+    """The subspace: random columns, rows or entries (randk) of each matrix, the gradient's
+    leading singular directions, its largest cosine directions (dct-adamw), or whole layers.
     Paper: all but dct."""
 
     outside: Literal["sign", "sgd", "none"] = "sign"
-    """What the rest of the gradient does: moves by its signs, by itself, or nothing. Paper:
-    sign."""
+    """The rule for the rest of the gradient: its signs, the gradient itself (SGD), or no update.
+    Paper: sign."""
 
     outside_scale: Annotated[float, Ge(0)] = 1.0
     """Learning rate outside, as a share of that inside. Paper: 1 to pretrain, 0.1 to
@@ -72,7 +72,7 @@ class FRUGAL(Update):
     """Added to the root of the second moment. Paper: 1e-8."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate, inside and outside."""
+    """Decoupled weight decay, multiplied by the learning rate, inside and outside."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 1e-4
@@ -114,5 +114,5 @@ class FRUGAL(Update):
         return Coordinates(self.density, inside)
 
     def cost(self, m: int, n: int) -> Cost:
-        """With inside=blocks: while its block is inside; nothing at other times."""
+        """The state; with inside=blocks that while the matrix's block trains, else none."""
         return Cost(state=self.rule().state_elements(m, n))

@@ -5,7 +5,7 @@
     N = M / (sqrt(V) + eps)             Adam's moments M, V of R, not of G
     W = (1 - lr wd) (W - lr sqrt(1 - b2^t) / (1 - b1^t) alpha N P)
 
-The weights stay dense and full of rank: each period of T steps moves them in another
+The weights stay dense and of full rank: each period of T steps updates them in another
 subspace. Take it to pretrain or to fine-tune everything when Adam's two moments do not fit: at
 a quarter of the width its state is 0.45 of Adam's and its loss in claims/galore.py 1.80 nats,
 Adam's 2.03. At a sixteenth (1.96) take Fira or LDAdam. Take LoRA when a few numbers per matrix
@@ -18,7 +18,7 @@ signs of singular vectors are fixed, so that runs repeat on other hardware; refr
 spread over the steps; a gradient that is zero or not finite changes no basis; and the state
 is tensors and numbers alone, so that a run resumes in the middle of a period.
 
-m out, n in, r rank; the learning rate is about ten times Adam's, which alpha takes back.
+m out, n in, r rank; the learning rate is about ten times Adam's, which alpha compensates.
 """
 
 from dataclasses import dataclass
@@ -42,11 +42,11 @@ from eckart.recipe.method import Paper, Update
 
 @dataclass(frozen=True)
 class GaLore(Update):
-    """Adam on gradients projected to a subspace that is renewed every few hundred steps."""
+    """Adam on gradients projected to a subspace that is recomputed every few hundred steps."""
 
     rank: Annotated[int, Ge(1)] = 128
-    """Directions of the short side that are kept. Paper: 128 (60M parameters), 256, 512,
-    1024 (7B) to pretrain; 4 to 8 to fine-tune. Cut to min(m, n). Above two thirds of that a
+    """Rank of the projection of the short side. Paper: 128 (60M parameters), 256, 512,
+    1024 (7B) to pretrain; 4 to 8 to fine-tune. At most min(m, n). Above two thirds of that a
     square matrix has more state than with Adam: see skip_if_no_saving."""
 
     every: Annotated[int, Ge(1)] = 200
@@ -60,14 +60,14 @@ class GaLore(Update):
     """Which side is projected: auto the short one, reverse the long one."""
 
     on_refresh: Literal["keep", "rotate", "reset"] = "keep"
-    """The moments at a new basis: kept as they are (paper), rotated into it, or forgotten."""
+    """The moments at a new basis: kept as they are (paper), rotated into it, or reset."""
 
     search: Literal["auto", "svd", "gram", "randomised", "iteration"] = "auto"
     """How a basis is found. Paper: svd. gram: the same subspace by an eigendecomposition, in
-    less time; randomised: nearly the same, from a few random products; iteration: the old basis
-    improved by one power step. auto: svd, and where the projected side has 1024 or more,
-    three random products, ten times as fast; 0.97 to 0.999 of the best basis's energy there,
-    less where a gradient is mere noise."""
+    less time; randomised: approximately the same, by randomised SVD; iteration: the old basis
+    after one power iteration. auto: svd, and where the projected side has 1024 or more,
+    randomised with three products, ten times as fast; it has 0.97 to 0.999 of the best basis's
+    energy, less where a gradient is pure noise."""
 
     inner: Literal["adam", "adam8bit", "adafactor"] = "adam"
     """The rule in the subspace: Adam, Adam with its moments in 8 bits (32 where a matrix has
@@ -84,28 +84,28 @@ class GaLore(Update):
     """Added to the root of the second moment. Code: 1e-6."""
 
     eps_mode: Literal["hf", "torch"] = "hf"
-    """Where epsilon and the weight decay stand: hf as published (epsilon outside the bias
+    """Where epsilon and the weight decay are applied: hf as published (epsilon outside the bias
     correction, decay after the update), torch as in torch.optim.AdamW."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate. Paper: 0."""
+    """Decoupled weight decay, multiplied by the learning rate. Paper: 0."""
 
     skip_if_no_saving: bool = False
-    """Use Adam itself on matrices where the projected state would not be smaller."""
+    """Use plain Adam on matrices where the projected state would not be smaller."""
 
     basis_dtype: Literal["param", "float32", "int4"] = "param"
     """How the basis is stored. Code: as the parameter; Q-GaLore: int4, a quarter of bf16."""
 
     adaptive: Annotated[float, Gt(0), Le(1)] | None = None
-    """Double a matrix's own `every` whenever its leading direction hardly changed over five
-    refreshes: their mean cosine is at least this. Q-GaLore: 0.4. none: the same for all."""
+    """Double a matrix's own `every` whenever the mean cosine between its successive leading
+    directions, over five refreshes, is at least this. Q-GaLore: 0.4. none: one `every` for all."""
 
     state_dtype: Literal["param", "float32"] = "param"
     """The dtype of the moments. Code: the parameter's."""
 
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Of bf16 weights when they move: to nearest, or by chance so that small updates count on
-    average (Q-GaLore). Paper: nearest."""
+    """How updated bf16 weights are rounded: to nearest, or stochastically, so that updates below
+    bf16's resolution count on average (Q-GaLore). Paper: nearest."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 5e-4

@@ -1,11 +1,11 @@
-"""LDAdam: Adam in a subspace that moves at every step, with nothing lost on the way.
+"""LDAdam: Adam in a subspace that is updated at every step, with error feedback.
 
     A = G + E
     B = rho (M P) / (1 - b1^t) + (1 - rho) A          P [r, n] of the last step
     P' = orth(P B^T B)                                one power iteration
     M' = M P P'^T                                     V likewise, by squared cosines
     R = A P'^T,  moments of R,  W -= lr N P'          Adam
-    E = A - R P' + b1 / (1 - b1) (M P - M' P')        what gradient and momentum lose
+    E = A - R P' + b1 / (1 - b1) (M P - M' P')        lost parts of gradient and momentum
 
 The subspace follows gradient and momentum smoothly, for two thin products and a thin QR a step.
 E is as large as the weights (less with `error_bits`). Take it where Adam in few directions must
@@ -15,7 +15,7 @@ without error feedback, where memory counts, and Fira for the rest of the gradie
 
 Source: T. Robert et al., "LDAdam: Adaptive Optimization from Low-Dimensional Gradient
 Statistics", ICLR 2025, Alg. 1. We differ from its code in five points: E has a buffer of its
-own (there it stays in `p.grad`, so zero_grad must not be called); V turns with squared
+own (there it stays in `p.grad`, so zero_grad must not be called); V is rotated with squared
 cosines as in the paper (its code squares twice); a square matrix is projected on the right
 (there the left); signs of the directions are fixed; and an error of 8 or 4 bits is possible.
 
@@ -33,20 +33,20 @@ from eckart.recipe.method import Paper, Update
 
 @dataclass(frozen=True)
 class LDAdam(Update):
-    """Adam in r directions that are improved at every step, with error feedback."""
+    """Adam in a subspace updated by power iteration at every step, with error feedback."""
 
     rank: Annotated[int, Ge(1)] = 16
-    """Directions of the short side that are kept. Code: 16. Cut to min(m, n)."""
+    """Rank of the projection of the short side. Code: 16. At most min(m, n)."""
 
     rho: Annotated[float, Ge(0), Lt(1)] = 0.908
-    """Weight of the momentum, against the gradient, in what the directions follow. Paper:
-    0.908."""
+    """Weight of the momentum, against the gradient, in the matrix that the subspace is computed
+    from. Paper: 0.908."""
 
     power: Annotated[int, Ge(1)] = 1
-    """Power iterations a step. Paper: 1."""
+    """Power iterations per step. Paper: 1."""
 
     error_bits: Literal[32, 8, 4] = 32
-    """Bits of the error E per weight. Paper: those of the weights."""
+    """Bits per weight of the error E. Paper: those of the weights."""
 
     side: Literal["auto", "reverse", "left", "right"] = "auto"
     """Which side is projected: auto the short one, reverse the long one."""
@@ -58,7 +58,7 @@ class LDAdam(Update):
     """Added to the root of the second moment. Paper: 1e-8."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 1e-4

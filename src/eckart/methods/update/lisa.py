@@ -4,7 +4,7 @@
     at each step:   AdamW on embeddings, head, last norm and the drawn blocks; the others are
                     frozen: no gradient, no moments, no decay
 
-The memory is at any time that of the drawn blocks and of all that is in no block. Take it to
+The memory is that of the drawn blocks and of everything that is in no block. Take it to
 fine-tune everything at about LoRA's memory, in runs of many draws; with a large vocabulary
 most of that goes to embeddings and head, which train_rest=false freezes. Take LoRA for short
 runs: after 200 steps, two of six blocks at a time, the loss in claims/lisa.py is 1.52 nats, LoRA's
@@ -12,8 +12,8 @@ of rank 8 1.48, and 1.44 where all is trained. Take GaLore or Fira to move all b
 step, and where the model has no numbered list of blocks (`block_paths` may name others).
 
 Source: R. Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large
-Language Model Fine-Tuning", NeurIPS 2024, Alg. 1; that moments start afresh in each period
-is how its experiments were run. We differ from its code in two points: it keeps the state of
+Language Model Fine-Tuning", NeurIPS 2024, Alg. 1; moments are reset in each period as in its
+experiments. We differ from its code in two points: it keeps the state of
 all blocks it has ever drawn, so that the memory grows to Adam's; and it draws from a global
 generator, while ours is a function of seed and period, the same on every process and after
 a resume.
@@ -30,7 +30,7 @@ from eckart.recipe.method import Cost, Paper, Update
 
 @dataclass(frozen=True)
 class LISA(Update):
-    """AdamW on a few blocks that are drawn anew every K steps, and on all that is no block."""
+    """AdamW on a few blocks, drawn again every K steps, and on everything outside the blocks."""
 
     blocks: Annotated[int, Ge(0)] = 2
     """gamma, blocks that train at a time. Paper: 2, sometimes 4."""
@@ -39,11 +39,11 @@ class LISA(Update):
     """K, steps between two draws. Paper: 3 to 80; code: 20."""
 
     moments: Literal["reset", "carry", "keep"] = "reset"
-    """A block's moments: forgotten at each draw (paper), kept while it is drawn again, or
-    kept for good (memory grows to that of Adam)."""
+    """A block's moments: reset at each draw (paper), kept while the block is drawn again, or
+    always kept (memory grows to that of Adam)."""
 
     reset_rest: bool = False
-    """Forget the moments of embeddings, head and last norm, too, at each draw."""
+    """Also reset the moments of embeddings, head and last norm at each draw."""
 
     train_rest: bool = True
     """Train what is in no block: embeddings, head, last norm. Paper: yes."""
@@ -52,14 +52,14 @@ class LISA(Update):
     """Keep the first draw for the whole run."""
 
     block_paths: tuple[str, ...] = ()
-    """The blocks' modules, where the longest numbered list of the model is not meant."""
+    """The modules that are blocks; by default the model's longest module list."""
 
     block_weights: tuple[float, ...] = ()
-    """How likely each block is to be drawn, in any unit. Paper: all alike."""
+    """The blocks' relative probabilities, in any unit. Paper: all equal."""
 
     inner: Literal["adam", "adam8bit"] = "adam"
-    """The rule of what trains: Adam, or Adam with its moments in 8 bits (32 where a tensor has
-    fewer than 4096 elements)."""
+    """The rule of the parameters that train: Adam, or Adam with moments in 8 bits (32 where a
+    tensor has fewer than 4096 elements)."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the first and of the second moment. Paper: Adam's."""
@@ -68,14 +68,14 @@ class LISA(Update):
     """Added to the root of the second moment."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step that it trains, times the learning rate."""
+    """Decoupled weight decay of what trains at a step, multiplied by the learning rate."""
 
     state_dtype: Literal["param", "float32"] = "param"
     """The dtype of the moments. Code: the parameter's."""
 
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Of bf16 weights when they move: to nearest, or by chance so that small updates count on
-    average."""
+    """How updated bf16 weights are rounded: to nearest, or stochastically, so that updates below
+    bf16's resolution count on average."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 5e-5
@@ -106,5 +106,5 @@ class LISA(Update):
         )
 
     def cost(self, m: int, n: int) -> Cost:
-        """While its block trains; nothing at other times."""
+        """The state while the matrix's block trains; none at other times."""
         return Cost(state=self.rule().state_elements(m, n))

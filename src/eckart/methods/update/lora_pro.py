@@ -1,28 +1,28 @@
-"""LoRA-Pro: move the factors so that the matrix moves as full fine-tuning would move it.
+"""LoRA-Pro: factor updates that approximate full fine-tuning's update of the matrix.
 
-A change (hA, hB) of the factors of W = W0 + s B A moves W by E = s (B hA + hB A). Among all
-such moves the one nearest to G = dL/dW, the gradient that LoRA never forms, is reached by
+A change (hA, hB) of the factors of W = W0 + s B A changes W by E = s (B hA + hB A). The E
+nearest to G = dL/dW, the gradient that LoRA never forms, is given by
 
     hA = 1/s^2 (B^T B)^-1 gA + X A
     hB = 1/s^2 (I - B (B^T B)^-1 B^T) gB (A A^T)^-1 - B X
 
-for every X [r, r], where gA = s B^T G, gB = s G A^T are LoRA's gradients. X changes the
-factors, not W; the one that leaves them nearest to their gradients solves
+for every X [r, r], where gA = s B^T G, gB = s G A^T are LoRA's gradients. X affects the
+factors, not W; the X that keeps hA and hB nearest to gA and gB solves
 
     (B^T B) X + X (A A^T) = -1/s^2 (B^T B)^-1 gA A^T.
 
-Adam comes before that, on E itself: its moments are as large as W (moment_space=full),
-and its direction N is turned into factor gradients s B^T N and s N A^T again. Learning rates are
-those of full fine-tuning.
+Adam is applied before that, to E itself: its moments are as large as W (moment_space=full), and
+its direction N is converted to factor gradients s B^T N and s N A^T. Learning rates are those of
+full fine-tuning.
 
-Take it where tuned LoRA falls behind full fine-tuning and there is room for two moments of every
-frozen matrix; take LoRA or LoRA+ first, since they cost less: at rank 4 all three end at 1.51 nats
+Take it where tuned LoRA falls behind full fine-tuning and memory suffices for two moments of every
+frozen matrix; try LoRA or LoRA+ first, since they cost less: at rank 4 all three end at 1.51 nats
 in claims/lora_pro.py, full fine-tuning at 1.44. Take AltLoRA to project with LoRA's memory.
 
 Source: Z. Wang et al., "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", ICLR 2025,
 theorems 2.1 to 2.3 and Alg. 1. We differ from its code in four points: the scale is that of
-each module (there 2, whatever it is); the step count begins at 1 (there 2); moments are
-fp32 from the first step on; and it is an ordinary optimizer with the pairs named.
+each module (there always 2); the step count begins at 1 (there 2); moments are fp32 from the
+first step on; and it is an ordinary optimizer that is given the pairs by name.
 
 m out, n in, r rank; B [m, r], A [r, n].
 """
@@ -58,9 +58,9 @@ Choice = Literal["sylvester", "zero", "symmetric"]
 
 
 class Frame:
-    """What theorem 2.1 needs to know of pairs B, A: [K, r, r] in fp64.
+    """The r x r matrices of theorem 2.1 for K pairs B, A, [K, r, r] in fp64.
 
-    Inverses are damped. At B = 0 that gives the limit: hA = 0, as gA = 0, and X = 0.
+    Inverses are damped, so that B = 0 gives the limit: hA = 0, as gA = 0, and X = 0.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Frame:
         self.PB = PB / s**2
 
     def adjusted(self, gB: Stacks, gA: Stacks, zero: bool = False) -> tuple[Stacks, Stacks]:
-        """(hB, hA) for the gradients gB and gA, with the X that was chosen, or with none.
+        """(hB, hA) for the gradients gB and gA, with the X of `choice`, or X = 0 with `zero`.
 
         hA = PB gA + X A and hB = gB PA / s^2 - B (PB B^T gB PA + X): four thin products.
         """
@@ -100,7 +100,7 @@ def adjusted(
     damping: float = 1e-8,
     relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(hB, hA) of theorem 2.1 for one pair, all [., .] in one dtype; see `Frame`."""
+    """(hB, hA) of theorem 2.1 for one pair of matrices, all in one dtype; see `Frame`."""
     B_, gB_ = (Stacks([t[None]], tall=True) for t in (B, gB))
     A_, gA_ = (Stacks([t[None]], tall=False) for t in (A, gA))
     hB, hA = Frame(B_, A_, s, damping, relative, choice).adjusted(gB_, gA_)
@@ -109,8 +109,8 @@ def adjusted(
 
 @dataclass(frozen=True)
 class FullMoves(PairRule):
-    """The rule above. `moments` is where the inner rule's state lives: with the move of the
-    whole matrix ("full") or with the adjusted factor gradients ("factored")."""
+    """LoRA-Pro's update. The inner rule is applied, and has its moments, on the update E of the
+    whole matrix (`moments` "full") or on the adjusted factor gradients ("factored")."""
 
     choice: Choice = "sylvester"
     damping: float = 1e-8
@@ -140,7 +140,7 @@ class FullMoves(PairRule):
 def through_moments(frame: Frame, B: Factor, A: Factor, inner: Inner) -> tuple[Stacks, Stacks]:
     """Factor gradients of the inner rule's direction for E, Alg. 1 lines 6 to 9.
 
-    E and its direction N exist for some rows at a time: B^T N adds up over rows.
+    E and its direction N are formed for some rows at a time, since B^T N is a sum over rows.
     """
     hB, hA = frame.adjusted(B.grad, A.grad, zero=True)
     gB, gA = (Stacks([torch.zeros_like(t) for t in h.tensors], h.tall) for h in (hB, hA))
@@ -167,18 +167,18 @@ def through_moments(frame: Frame, B: Factor, A: Factor, inner: Inner) -> tuple[S
 
 @dataclass(frozen=True)
 class LoRAPro(Update):
-    """Adam's move of the whole matrix, carried out as nearly as two thin factors can."""
+    """Adam's update of the whole matrix, approximated by updates of its two factors."""
 
     choice: Literal["sylvester", "zero", "symmetric"] = "sylvester"
-    """X: nearest to the factors' gradients (paper), none, or an even split. It moves the
+    """X: nearest to the factors' gradients (paper), zero, or an even split. It affects the
     factors, not the matrix."""
 
     moment_space: Literal["full", "factored"] = "full"
-    """Adam's moments: of the whole matrix's move (paper; as large as the frozen matrix), or of
-    each factor's, which gives up on the matrix moving as Adam would move it."""
+    """Adam's moments: of the whole matrix's update (paper; as large as the frozen matrix), or of
+    each factor's, with which the update no longer approximates Adam on the matrix."""
 
     inner: Literal["adam", "sgd"] = "adam"
-    """The rule for the moves. Paper: both."""
+    """The rule that is applied to E. Paper: both."""
 
     damping: Annotated[float, Ge(0)] = 1e-8
     """Added to B^T B and A A^T where they are inverted. Code: 1e-8."""
@@ -193,7 +193,7 @@ class LoRAPro(Update):
     """Added to the root of the second moment. Paper: 1e-8."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a factor lost per step, times the learning rate. Paper: 0."""
+    """Decoupled weight decay, multiplied by the learning rate. Paper: 0."""
 
     wants: ClassVar = "pairs"
     default_lr: ClassVar = {1e-4: {"inner": "adam"}, 0.1: {"inner": "sgd"}}  # as full training
@@ -219,5 +219,5 @@ class LoRAPro(Update):
         return Adam(self.betas, self.eps)
 
     def cost(self, m: int, n: int) -> Cost:
-        """Of the matrix that a pair belongs to; with moment_space=factored, of each factor."""
+        """The state of a pair's m x n matrix; with moment_space=factored, of an m x n factor."""
         return Cost(state=0 if self.inner == "sgd" else 2 * m * n)

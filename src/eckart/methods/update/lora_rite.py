@@ -1,7 +1,7 @@
-"""LoRA-RITE: Adam for factor pairs that moves W the same way however B A is split.
+"""LoRA-RITE: Adam for factor pairs whose update of W does not depend on how B A is split.
 
-Each factor's gradient is freed of the other factor's size, in an orthonormal basis U_B of
-B's columns: with B = U_B R, R = (B^T B)^1/2, and likewise for B in a basis of A's rows,
+Each factor's gradient is made independent of the other factor's size, by an orthonormal basis
+U_B of B's columns: with B = U_B R, R = (B^T B)^1/2, and likewise for B in a basis of A's rows,
 
     g = R^-1 gA = U_B^T G        the gradient of U_B (R A), whatever R is
     P = U_B^T U_B_old            from the basis of the last step to this one
@@ -9,20 +9,20 @@ B's columns: with B = U_B R, R = (B^T B)^1/2, and likewise for B in a basis of A
     M = b1 P M + (1 - b1) (V + e I)^-1/2 g
     A -= lr R^-1 M
 
-e is the mass that leaves V when the subspace turns away from it; without it the next steps
-would be too long. Adam scales each element of A by itself, so that with it (B T, T^-1 A) trains
-otherwise than (B, A). The state is one moment per factor and three r x r matrices.
+e is the part of V that is lost when the subspace changes; without it the next steps would be too
+long. Adam scales each element of A separately, so that with it (B T, T^-1 A) trains differently
+from (B, A). The state is one moment per factor and three r x r matrices.
 
 Take it where Adam's result depends on how factors were initialised or rescaled, or for its state,
 about half of Adam's. Its loss is that of Adam (1.48 nats in claims/lora_rite.py, at rank 8). Take
-LoRA-Pro or AltLoRA where the move of the whole matrix is the aim.
+LoRA-Pro or AltLoRA to approximate an update of the whole matrix.
 
 Source: J.-N. Yen et al., "LoRA Done RITE: Robust Invariant Transformation Equilibration for
 LoRA Optimization", arXiv 2410.20625, Alg. 1, and its code for what the paper leaves open: V
 is a mean over the long side and bias-corrected, so that learning rates are near Adam's. We
-differ from that code in three points: e is on unless told otherwise, as in the paper; clipping
-and skipped steps are the optimizer's own for all rules; and the bases of the last step are not
-kept, since r x r products of old and new factors tell what is needed of them.
+differ from that code in three points: e is on by default, as in the paper; clipping and skipping
+of steps are the optimizer's, as for all rules; and the bases of the last step are not stored,
+since r x r products of old and new factors are enough.
 
 m out, n in, r rank; B [m, r], A [r, n].
 """
@@ -49,32 +49,32 @@ from eckart.optim import (
 )
 from eckart.recipe.method import Cost, Paper, Update
 
-SMALLEST = 1e-12  # of B^T B's eigenvalues, over the largest: below are directions that B has not
+SMALLEST = 1e-12  # eigenvalues of B^T B below this share of the largest count as zero
 
 
 def inverse_root(C: Tensor) -> Tensor:
-    """C^-1/2 of C = F^T F [*, r, r] in fp64; zero along what F does not reach."""
+    """C^-1/2 of C = F^T F [*, r, r] in fp64, as a pseudoinverse."""
     vectors, values = spectrum(C)
     kept = values > SMALLEST * values[..., -1:]
     return Spectrum(vectors, torch.where(kept, values.sqrt(), 0)).inverse(0.0)
 
 
 def escaped(V_old: Tensor, V: Tensor) -> Tensor:
-    """How much of a second moment [*, r, r] a change of basis has lost at the most along any
-    direction, [*]: the largest fall of an eigenvalue, or of the trace if that is less."""
+    """The most that a change of basis takes from a second moment [*, r, r] in any direction, [*]:
+    the largest decrease of an eigenvalue, or of the trace if that is less."""
     falls = (torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)).amax(-1)
     traces = (V_old - V).diagonal(dim1=-2, dim2=-1).sum(-1)
     return torch.minimum(falls, traces).clamp(min=0)
 
 
 def corrected(beta: float, count: int) -> float:
-    """The decay with which a running mean is free of its start at zero."""
+    """The decay with which a running mean that started at zero is unbiased at step `count`."""
     return beta * (1 - beta ** (count - 1)) / (1 - beta**count)
 
 
 @dataclass(frozen=True)
 class Equilibrated(PairRule):
-    """The rule above."""
+    """LoRA-RITE's update."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
@@ -129,7 +129,7 @@ class Equilibrated(PairRule):
 
 @dataclass(frozen=True)
 class LoRARITE(Update):
-    """Adam in the factors' own bases, with a second moment of r x r."""
+    """Adam in orthonormal bases of the factors, with an r x r second moment."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the momentum and of the second moment. Usual: Adam's."""
@@ -138,10 +138,10 @@ class LoRARITE(Update):
     """Added to the roots of the second moment's eigenvalues. Code: 1e-6."""
 
     escape: bool = True
-    """Add the mass that the second moment loses as the bases turn (paper); the code does not."""
+    """Add e, what the second moment loses when the bases change (paper); the code does not."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a factor lost per step, times the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate."""
 
     wants: ClassVar = "pairs"
     default_lr: ClassVar = 1e-3
@@ -156,5 +156,5 @@ class LoRARITE(Update):
         return Rule(Adam(self.betas), pair=pair, weight_decay=self.weight_decay)
 
     def cost(self, m: int, n: int) -> Cost:
-        """Of a factor, of which the short side is the rank."""
+        """The state of a factor, whose short side is the rank."""
         return Cost(state=m * n + 2 * min(m, n) ** 2 + (1 if self.escape else 0))

@@ -1,4 +1,4 @@
-"""Muon: momentum whose singular values are all made alike.
+"""Muon: orthogonalised momentum, with all singular values near 1.
 
     B = mu B + G
     O = NewtonSchulz(G + mu B)          U V^T of that matrix, singular values within 0.3 of 1
@@ -37,20 +37,20 @@ class Muon(Update):
     """Orthogonalised momentum for the body's matrices, AdamW for everything else."""
 
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
-    """mu, what stays of the momentum. Paper: 0.95."""
+    """mu, the decay of the momentum. Paper: 0.95."""
 
     nesterov: bool = True
-    """Look one step ahead: orthogonalise G + mu B, not B. Paper: yes."""
+    """Nesterov momentum: orthogonalise G + mu B, not B. Paper: yes."""
 
     steps: Annotated[int, Ge(1)] = 5
     """Newton-Schulz steps. Paper: 5."""
 
     step_scale: Literal["rms", "tall", "ratio", "one"] = "rms"
-    """The step's length for an m x n matrix: 0.2 sqrt(max(m, n)), sqrt(max(1, m / n)),
+    """The step's scale for an m x n matrix: 0.2 sqrt(max(m, n)), sqrt(max(1, m / n)),
     sqrt(m / n), or 1. Papers: rms and tall."""
 
     rest_lr: Annotated[float, Gt(0)] = 1.0
-    """AdamW's learning rate for what is no matrix of the body, as a share of this rule's."""
+    """AdamW's learning rate for vectors, embeddings and head, as a share of this rule's."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decays for everything else. Paper: (0.9, 0.95)."""
@@ -59,7 +59,7 @@ class Muon(Update):
     """AdamW's epsilon."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate. Paper: 0.1 in large runs."""
+    """Decoupled weight decay, multiplied by the learning rate. Paper: 0.1 in large runs."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 0.001

@@ -2,14 +2,14 @@
 
     gA' = (B^T B + d I)^-1 gA        gB' = gB (A A^T + d I)^-1
 
-and then SGD or Adam with gA', gB' in the gradients' place. For W = W0 + s B A and SGD this is
-scaled gradient descent: without damping W moves the same way however B A is split, so that
-neither a long A nor a short B decides how fast an adapter learns.
+and then SGD or Adam with gA', gB' as gradients. For W = W0 + s B A and SGD this is scaled
+gradient descent: without damping the update of W does not depend on how B A is split, so that
+the sizes of A and B do not determine how fast an adapter learns.
 
 Take it with SGD, or where one learning rate should suit adapters of different sizes and ranks.
 With SGD its loss in claims/riemannian.py is 1.52 nats, plain SGD's 1.55; with Adam it is that of
-Adam alone (1.48), and AdamW is simpler. AltLoRA adds momentum that is carried along with the
-factors, and moves one factor after the other.
+Adam alone (1.48), and AdamW is simpler. AltLoRA adds momentum that follows the factors, and
+updates one factor after the other.
 
 Source: F. Zhang and M. Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation
 Models", ICML 2024. As in PEFT, which has it as a wrapper around any optimizer, the scale s is
@@ -44,14 +44,14 @@ from eckart.recipe.method import Cost, Paper, Update
 def preconditioned(
     B: Stacks, A: Stacks, gB: Stacks, gA: Stacks, damping: float
 ) -> tuple[Stacks, Stacks]:
-    """gB' and gA' of the formula above. The inverses are found in fp64."""
+    """gB' and gA' of the module's formula. The inverses are computed in fp64."""
     PB, PA = inverse(grams(B, A), damping).unbind()
     return mixed((PA, gB)), mixed((PB, gA))
 
 
 @dataclass(frozen=True)
 class Preconditioned(PairRule):
-    """The inner rule, on preconditioned gradients of both factors."""
+    """Applies the inner rule to the preconditioned gradients of both factors."""
 
     damping: float = 1e-2
 
@@ -66,13 +66,14 @@ class Preconditioned(PairRule):
 
 @dataclass(frozen=True)
 class Riemannian(Update):
-    """Adam or SGD, on gradients that the other factor's Gram matrix divides."""
+    """Adam or SGD on gradients preconditioned by the other factor's inverse Gram matrix."""
 
     damping: Annotated[float, Ge(0)] = 1e-2
     """d, added to B^T B and A A^T where they are inverted. PEFT: 1e-2."""
 
     inner: Literal["adam", "sgd"] = "adam"
-    """The rule that follows. Paper: both; only with sgd the split of B A does not matter."""
+    """The rule for the preconditioned gradients. Paper: both; only with sgd the split of B A does
+    not matter."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of Adam's first and second moment. Paper: Adam's."""
@@ -81,7 +82,7 @@ class Riemannian(Update):
     """Added to the root of Adam's second moment."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a factor lost per step, times the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate."""
 
     wants: ClassVar = "pairs"
     default_lr: ClassVar = {1e-3: {"inner": "adam"}, 0.3: {"inner": "sgd"}}

@@ -6,9 +6,9 @@
     O = O / q                           q from the limiter on the growth of |O|
     W = (1 - lr wd) W - lr alpha s O P  s = 0.2 sqrt(max(m, n))
 
-Newton-Schulz steps err most where singular values are far apart, as they are in a subspace of
-leading directions; an m x r matrix is small enough for an exact decomposition. The state is one
-moment and a basis. What is no matrix of the body follows AdamW.
+Newton-Schulz iterations are least accurate where singular values are far apart, as they are in a
+subspace of leading directions; an m x r matrix is small enough for an exact decomposition. The
+state is one moment and a basis. Vectors, embeddings and head follow AdamW.
 
 Take it where GaLore's state is still too much: at a quarter of the width it has 0.77 of that,
 with a loss of 1.83 nats in claims/sumo.py, GaLore's 1.80. Take GaLore where a decomposition at
@@ -17,8 +17,8 @@ every step costs too much, Muon (1.64) where its momentum fits.
 Source: Y. Refael et al., "SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating
 Memory-Efficient LLM Training", NeurIPS 2025, Alg. 1, written from its definition without its
 code. We add `step_scale`, with which one learning rate serves this rule and AdamW; the paper's
-length is "one". O has the same norm at every step as long as M has full rank, so the limiter
-seldom acts.
+scale is "one". O has the same norm at every step as long as M has full rank, so the limiter
+rarely acts.
 
 m out, n in, r rank; where m < n all of it is transposed.
 """
@@ -34,29 +34,29 @@ from eckart.recipe.method import Paper, Update
 
 @dataclass(frozen=True)
 class SUMO(Update):
-    """Exactly orthogonalised momentum in a subspace that is renewed now and then."""
+    """Exactly orthogonalised momentum in a subspace that is recomputed periodically."""
 
     rank: Annotated[int, Ge(1)] = 128
-    """Directions of the short side that are kept. Cut to min(m, n)."""
+    """Rank of the projection of the short side. At most min(m, n)."""
 
     every: Annotated[int, Ge(1)] = 200
     """Steps between two subspaces of one matrix. Paper: 200."""
 
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
-    """mu, what stays of the momentum."""
+    """mu, the decay of the momentum."""
 
     scale: Annotated[float, Gt(0)] = 1.0
     """alpha, on the update."""
 
     step_scale: Literal["rms", "one", "tall", "ratio"] = "rms"
-    """The step's length for an m x n matrix: 0.2 sqrt(max(m, n)), 1 (paper),
+    """The step's scale for an m x n matrix: 0.2 sqrt(max(m, n)), 1 (paper),
     sqrt(max(1, m / n)), or sqrt(m / n)."""
 
     gamma: Annotated[float, Gt(1)] | None = 1.01
     """Largest growth of the update's norm from step to step; none for no limit."""
 
     oversample: Annotated[int, Ge(0)] = 8
-    """Further random directions in the search for a basis."""
+    """Random directions beyond the rank in the randomised SVD that finds a basis."""
 
     side: Literal["auto", "reverse", "left", "right"] = "auto"
     """Which side is projected: auto the short one, reverse the long one."""
@@ -71,7 +71,7 @@ class SUMO(Update):
     """AdamW's epsilon."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Share of a weight lost per step, times the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate."""
 
     wants: ClassVar = "matrices"
     default_lr: ClassVar = 0.001
