@@ -23,9 +23,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import FileError
-from eckart.io.headers import header, listed, readable
+from eckart.io.headers import format_errors, header, listed
 from eckart.recipe import Handle, attach_from, registry
-from eckart.recipe.attachment import revive
+from eckart.recipe.attachment import rebuild_term
 from eckart.recipe.handle import CARRIED, handle_of
 from eckart.recipe.lock import MODEL_TYPE, lock_config
 
@@ -116,7 +116,7 @@ class FactoredQuantizer(HfQuantizer):
         tie(model)
         wanted = model.dtype
         # On the CPU, not meta: terms may draw tensors that are not saved.
-        with torch.device("cpu"), readable(Path("config.json")):
+        with torch.device("cpu"), format_errors(Path("config.json")):
             structure = fitted(self.quantization_config.structure, model)
             self.handle = attach_from(model, structure)
             self.derived = derived(self.handle, structure)
@@ -199,7 +199,7 @@ def derived(handle: Handle, structure: Mapping[str, Any]) -> dict[str, dict[str,
         for child, spec in parts.items()
     }
     for stem, spec in (specs | structure["shared"]).items():
-        part = revive(method, spec)
+        part = rebuild_term(method, spec)
         names = part._non_persistent_buffers_set
         found[stem] = {n: b for n, b in part.named_buffers(recurse=False) if n in names}
     return found

@@ -13,7 +13,7 @@ from eckart.errors import EckartError
 from eckart.io import kohya, native, peft
 from eckart.io.corpora import bytes_tokenizer
 from eckart.io.export import load
-from eckart.io.headers import readable
+from eckart.io.headers import format_errors
 from eckart.io.models import load_model
 from eckart.io.text import read
 from eckart.methods.weights.lora import LoRA
@@ -122,7 +122,7 @@ def test_a_data_entry_that_says_nonsense_is_refused(field, tmp_path):
 
 
 def test_memory_that_runs_out_while_reading_is_no_fault_of_the_file(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), readable(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), format_errors(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="can't allocate"), readable(tmp_path):
+    with pytest.raises(RuntimeError, match="can't allocate"), format_errors(tmp_path):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")

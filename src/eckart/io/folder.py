@@ -32,23 +32,23 @@ MARKS = (MANIFEST, "run.json", "eckart.json", "config.json", "adapter_config.jso
 
 
 @contextmanager
-def speaking(path: str | Path) -> Iterator[None]:
+def disk_errors(path: str | Path) -> Iterator[None]:
     """Turn the faults of a disk into words: OutOfRoom when it is full, else FileError."""
     try:
         yield
     except EckartError:
         raise
     except OSError as fault:
-        raise spoken(fault, path) from fault
+        raise disk_error(fault, path) from fault
     except Exception as fault:
         # safetensors reports a full disk as its own exception, with the number in the text
         for number in FULL:
             if f"os error {number}" in str(fault):
-                raise spoken(OSError(number, ""), path) from fault
+                raise disk_error(OSError(number, ""), path) from fault
         raise
 
 
-def spoken(fault: OSError, path: str | Path) -> EckartError:
+def disk_error(fault: OSError, path: str | Path) -> EckartError:
     """The EckartError that says what a failed write to `path` means."""
     where = str(fault.filename or path)
     if fault.errno in FULL:  # disk, quota or the process' own limit
@@ -75,7 +75,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file atomically: beside, flushed to disk, then renamed over the old one."""
     path = Path(path).resolve()  # a link stays one
     beside = path.with_name(hidden(path.name, "writing"))
-    with speaking(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(beside, "xb") as file:
@@ -111,7 +111,7 @@ def write_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     refuse_occupied(target, overwrite)
     beside = target.with_name(hidden(target.name, "writing"))
     aside = None
-    with speaking(path):
+    with disk_errors(path):
         try:
             beside.mkdir(parents=True)
             yield beside
@@ -160,7 +160,7 @@ def require_writable(folder: Path) -> None:
         trial.mkdir()
         trial.rmdir()
     except OSError as fault:
-        raise spoken(OSError(fault.errno, ""), folder) from fault
+        raise disk_error(OSError(fault.errno, ""), folder) from fault
 
 
 def move_aside(target: Path) -> Path | None:

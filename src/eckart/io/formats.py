@@ -308,7 +308,7 @@ def written(
     opening: bool = False,
 ) -> str:
     """The text that a chat template produces."""
-    with accepted(where):
+    with template_errors(where):
         return str(
             tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=opening
@@ -320,7 +320,7 @@ def marked(
     template: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[Part]:
     """A conversation from a template with generation markers."""
-    with accepted(where):
+    with template_errors(where):
         texts, spans = render_jinja_template(
             conversations=[messages],
             chat_template=template,
@@ -331,7 +331,7 @@ def marked(
 
 
 @contextmanager
-def accepted(where: str) -> Iterator[None]:
+def template_errors(where: str) -> Iterator[None]:
     """Convert exceptions of a chat template into a FileError with the template's message."""
     try:
         yield

@@ -29,7 +29,7 @@ def refused(path: Path) -> FileError:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def format_errors(path: Path) -> Iterator[None]:
     """Convert exceptions caused by a malformed or too new description into FileError."""
     try:
         yield
@@ -61,7 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder, including the shards of an index."""
     index = folder / INDEX
     if index.is_file():
-        with readable(index):
+        with format_errors(index):
             shards = sorted(set(read_json(index).get("weight_map", {}).values()))
             return [folder / shard for shard in shards]
     single = folder / SINGLE

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from eckart.errors import FileError, UsageError
 from eckart.io import peft_read
 from eckart.io.folder import write_folder
-from eckart.io.headers import header, listed, read_header, readable, unfit
+from eckart.io.headers import format_errors, header, listed, read_header, unfit
 from eckart.io.peft_layout import to_patterns
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.linear import LowRank, Site, Term, joint_factors
@@ -150,7 +150,7 @@ def load(model: nn.Module, file: str | Path, name: str = DEFAULT, part: str = ""
     assigned: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, dict[str, Any]] = {}
     gained = with_magnitudes(by_stem, file)
-    with readable(file):
+    with format_errors(file):
         for stem, found in by_stem.items():
             path = paths[PREFIX.sub("", stem)]
             rank = found[DOWN].shape[0]

@@ -19,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 import eckart
 from eckart.errors import FileError
 from eckart.io.folder import write_folder, write_json
-from eckart.io.headers import read_json, readable
+from eckart.io.headers import format_errors, read_json
 from eckart.io.heads import save_naming
 from eckart.io.packed import packed, unpacked
 from eckart.io.tensors import read_tensors, write_tensors
 from eckart.recipe import Handle, attach_from
 from eckart.recipe.adapters import DEFAULT, require_free
 from eckart.recipe.fingerprint import origin, require_base
-from eckart.recipe.installing import take_back
+from eckart.recipe.installing import roll_back
 from eckart.recipe.vocabulary import held_whole, resized
 
 FORMAT = 1
@@ -80,7 +80,7 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     folder = Path(folder)
     require_free(model, name)
     content = read_description(folder)
-    with readable(folder / DESCRIPTION):
+    with format_errors(folder / DESCRIPTION):
         rows = content["structure"].get("vocabulary")
         rows = None if rows is None else int(rows)
         whole = held_whole(model, content["structure"]["also_train"])
@@ -88,12 +88,12 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     tensors = read_tensors(folder / TENSORS)
     with resized(model, rows):
         before = dict(model.named_parameters())
-        with readable(folder / DESCRIPTION):
+        with format_errors(folder / DESCRIPTION):
             handle = attach_from(model, structure_of(content), name=name)
         try:
             handle.load_named_state(unpacked(handle, tensors))
         except BaseException:
-            take_back(handle, before)
+            roll_back(handle, before)
             raise
     return handle
 

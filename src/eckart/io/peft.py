@@ -37,7 +37,7 @@ from eckart.io.tensors import write_tensors
 from eckart.linear import Gain, Site, Term, joint_factors
 from eckart.linear.mixing import padded
 from eckart.recipe import Handle
-from eckart.recipe.fingerprint import class_of, origin, stands_for_another
+from eckart.recipe.fingerprint import class_of, is_quantised_copy, origin
 from eckart.recipe.vocabulary import held_whole, tied_ends
 
 __all__ = ["load", "method_of", "obstacle", "read", "save", "translate"]
@@ -71,7 +71,7 @@ def save(
     with write_folder(folder, overwrite) as beside:
         write_text(beside / DESCRIPTION, json.dumps(config, indent=2, sort_keys=True) + "\n")
         base = f"{class_of(handle.model)} {handle.fingerprint}"
-        named = {} if stands_for_another(handle.model) else {BASE: base}
+        named = {} if is_quantised_copy(handle.model) else {BASE: base}
         write_tensors(beside / TENSORS, tensors, named)
         save_naming(handle, beside)
         if tokenizer is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import FileError
-from eckart.io.headers import read_header, read_json, readable, unfit
+from eckart.io.headers import format_errors, read_header, read_json, unfit
 from eckart.io.peft_layout import (
     BASE,
     DESCRIPTION,
@@ -33,7 +33,7 @@ from eckart.io.tensors import read_tensors
 from eckart.linear import Site
 from eckart.recipe import Handle, Recipe, Weights, registry
 from eckart.recipe.adapters import DEFAULT, require_free
-from eckart.recipe.fingerprint import class_of, fingerprint, require_base, stands_for_another
+from eckart.recipe.fingerprint import class_of, fingerprint, is_quantised_copy, require_base
 from eckart.recipe.handle import ROOT
 from eckart.recipe.installing import install_parts
 from eckart.recipe.targets import sites_of
@@ -63,13 +63,13 @@ def load(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> Handle:
     """
     folder = Path(folder)
     require_free(model, name)
-    with readable(folder / DESCRIPTION):
+    with format_errors(folder / DESCRIPTION):
         config, tensors = read(folder)
         method = method_of(config, folder)
         shared, tensors = take_shared(method, tensors, folder)
         config, tensors, rows = take_vocabulary(model, config, tensors, folder)
     with resized(model, rows):
-        with readable(folder / DESCRIPTION):
+        with format_errors(folder / DESCRIPTION):
             require_its_base(model, config, folder)
             assigned, whole = assign(model, config, tensors, folder)
         return attach(model, method, config, assigned, shared, whole, folder, name)
@@ -81,7 +81,7 @@ def require_its_base(model: nn.Module, config: Mapping[str, Any], folder: Path) 
     Not compared for a model of another class: its head differs, and the adapter may fit both.
     """
     made_on, _, expected = read_header(folder / TENSORS)[1].get(BASE, "").partition(" ")
-    if made_on == class_of(model) and not stands_for_another(model):
+    if made_on == class_of(model) and not is_quantised_copy(model):
         brought = held_whole(model, saved_whole(model, config))
         require_base(model, expected, config.get("base_model_name_or_path"), folder, brought)
 
@@ -172,7 +172,7 @@ def attach(
 ) -> Handle:
     """Build the parts of every site and install them; nothing is drawn at random."""
     sites = {site.path: site for site in sites_of(model) if site.path in assigned}
-    with readable(folder / DESCRIPTION):
+    with format_errors(folder / DESCRIPTION):
         each = {path: of_type(method, with_patterns(config, path)) for path in sites}
         parts, faults = built(sites, each, assigned)
         saved = saved_whole(model, config)
@@ -184,7 +184,7 @@ def attach(
     ]
     if faults:
         raise unfit(folder, faults[:8])
-    parts[ROOT] = method.shared_from_peft({name: standing(t) for name, t in shared.items()})
+    parts[ROOT] = method.shared_from_peft({name: in_fp32(t) for name, t in shared.items()})
     method = dataclasses.replace(
         method,
         targets=tuple(short_names(list(sites), [s.path for s in sites_of(model)])),
@@ -209,7 +209,7 @@ def built(
     """The parts of every site by its own method, and errors in their tensors."""
     parts, faults = dict[str, dict[str, nn.Module]](), list[tuple[str, str]]()
     for path, site in sites.items():
-        tensors = {name: standing(t) for name, t in assigned[path].items()}
+        tensors = {name: in_fp32(t) for name, t in assigned[path].items()}
         try:
             parts[path] = each[path].parts_from_peft(site, tensors)
         except KeyError as fault:
@@ -229,7 +229,7 @@ def of_type(method: Weights, config: Mapping[str, Any]) -> Weights:
     return found
 
 
-def standing(tensor: Tensor) -> Tensor:
+def in_fp32(tensor: Tensor) -> Tensor:
     """Half precision converted to fp32, as PEFT trains it; other dtypes unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 

@@ -26,12 +26,12 @@ from typing import Any
 
 from eckart.errors import FileError, UsageError, did_you_mean
 from eckart.io.folder import (
+    disk_errors,
     manifest_holds,
     move_aside,
     recover,
     refuse_occupied,
     require_writable,
-    speaking,
     write_json,
     write_text,
 )
@@ -87,7 +87,7 @@ class Run:
         else:
             recover(folder)
             refuse_taken(folder, overwrite)
-            with speaking(folder):
+            with disk_errors(folder):
                 replaced = move_aside(folder) if folder.is_dir() and any(folder.iterdir()) else None
                 folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, lock(folder), replaced, is_new=True, made=made)
@@ -143,7 +143,7 @@ class Run:
         """Append one line to a log, in a single write, so that a kill corrupts no other line."""
         line = (json.dumps(values) + "\n").encode()
         path = self.folder / file
-        with speaking(path), open(path, "ab", buffering=0) as log:
+        with disk_errors(path), open(path, "ab", buffering=0) as log:
             log.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -279,7 +279,7 @@ def lock(folder: Path) -> int:
 
     Raises UsageError where another open run, of this process or another, holds it.
     """
-    with speaking(folder):
+    with disk_errors(folder):
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -310,7 +310,7 @@ def is_open(folder: Path) -> bool:
 
 def claim_number(parent: Path) -> Path:
     """Make the next numbered folder: 0001, 0002, ... Two processes never get the same one."""
-    with speaking(parent):
+    with disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         taken = [int(p.name) for p in parent.iterdir() if re.fullmatch(r"\d{4,}", p.name)]
         number = max(taken, default=0)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eckart.errors import FileError
-from eckart.io.folder import speaking
+from eckart.io.folder import disk_errors
 from eckart.io.headers import header, pickles_in, refused
 
 # Transformers refuses files that do not name their framework. One key only: safetensors
@@ -29,7 +29,7 @@ def write_tensors(
     """
     save({name: standalone(tensors[name]) for name in sorted(tensors)}, path)
     if metadata:
-        with speaking(path):
+        with disk_errors(path):
             path.write_bytes(with_metadata(path.read_bytes(), {**METADATA, **metadata}))
 
 
@@ -45,7 +45,7 @@ def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write CPU tensors as they are, into a file with the permissions of its folder."""
-    with speaking(path):
+    with disk_errors(path):
         save_file(dict(tensors), path, metadata=METADATA)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves 0o600
 

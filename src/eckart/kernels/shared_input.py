@@ -41,7 +41,7 @@ def free_map(layer: nn.Module, x: Tensor) -> Map | None:
     """A layer's map before any gain, if nothing else hooks into its call; else None."""
     if not isinstance(layer, LinearSum) or layer._forward_pre_hooks:
         return None
-    record, (terms, _), W = layer._sum, layer.parts_of(layer.in_use()), layer.matrix()
+    record, (terms, _), W = layer._sum, layer.parts_of(layer.active_parts()), layer.matrix()
     usual = record.enabled and not record.mix and record.mm is plain_mm
     if not usual or W is None or len(terms) != 1:
         return None

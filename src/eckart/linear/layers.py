@@ -49,10 +49,10 @@ class LinearSum(Structured):
             return self.tied(x, self._sum.owner)
         mix = self._sum.mix.get("weight")
         if mix is None and quantised(self._parameters.get("weight")):
-            mix = Mix((self.in_use(),))  # its own forward knows how to multiply
+            mix = Mix((self.active_parts(),))  # its own forward knows how to multiply
         if mix is not None:
             return mixture(self, mix, x, self.base(x), self.bias)
-        (terms, gain), W = self.parts_of(self.in_use()), self.matrix()
+        (terms, gain), W = self.parts_of(self.active_parts()), self.matrix()
         if W is None or self._sum.mm is not plain_mm:
             return self.parts(x, W)
         if (fused := self.fused(x, W, terms, gain)) is not None:
@@ -75,7 +75,7 @@ class LinearSum(Structured):
 
     def bias_within(self) -> nn.Parameter | None:
         """The bias that can be part of the product; none under a gain, which does not scale it."""
-        return self.bias if self.in_use().gain is None else None
+        return self.bias if self.active_parts().gain is None else None
 
     def base(self, x: Tensor) -> Tensor:
         """The layer's own forward, bias included."""
@@ -86,7 +86,7 @@ class LinearSum(Structured):
     def parts(self, x: Tensor, W: Tensor | None) -> Tensor:
         """The sum, product by product: with a gain, another precision or a dropped matrix."""
         y = None if W is None else self._sum.mm(x, W.mT)
-        terms, gain = self.parts_of(self.in_use())
+        terms, gain = self.parts_of(self.active_parts())
         y = with_gain(summed(y, (term(x) for term in terms), x.dtype), gain, W, terms)
         return y if self.bias is None else y + self.bias
 
@@ -94,7 +94,7 @@ class LinearSum(Structured):
         """The other end of a tied pair, whose owner has the terms: [*, t, m] -> [*, t, n]."""
         if mix := owner._sum.mix.get("weight"):
             return mixed(mix, x, self.base(x), lambda b, x, p: self.tied_sum(owner, b, x) - p)
-        return self.tied_sum(owner, owner.in_use(), x)
+        return self.tied_sum(owner, owner.active_parts(), x)
 
     def tied_sum(self, owner: Structured, branch: Branch, x: Tensor) -> Tensor:
         """The base and one of the owner's branches, transposed: [*, t, m] -> [*, t, n]."""
@@ -117,7 +117,7 @@ def linear_plus_term(layer: LinearSum, x: Tensor, W: Tensor, term: Term) -> Tens
     pair, bias = term.pair(), layer.bias_within()
     if pair is None:
         trained = W.requires_grad or (bias is not None and bias.requires_grad)
-        whole = trained or layer.in_use().gain is not None
+        whole = trained or layer.active_parts().gain is not None
         return None if whole else term.with_base(x, W, bias)
     return kernels.get(linear_plus_low_rank, linear_plus_low_rank)(x, W, bias, pair)
 
@@ -132,7 +132,7 @@ class EmbeddingSum(Structured):
         owner: Any = self._sum.owner or self
         if mix := owner._sum.mix.get("weight"):
             return mixed(mix, ids, super().forward(ids), change_of(owner, self.look_up))
-        W, (terms, gain) = owner.matrix(), owner.parts_of(owner.in_use())
+        W, (terms, gain) = owner.matrix(), owner.parts_of(owner.active_parts())
         y = None if W is None else super().forward(ids)
         y = summed(y, (self.look_up(term, ids) for term in terms))
         return with_gain(y, gain, W, terms)
@@ -160,7 +160,7 @@ class ConvSum(Structured):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, c, h, w] -> [b, m, h', w'], with or without b."""
-        (terms, gain), W = self.parts_of(self.in_use()), self.matrix()
+        (terms, gain), W = self.parts_of(self.active_parts()), self.matrix()
         mix = self._sum.mix.get("weight")
         if not self._sum.enabled or (W is not None and not mix and not terms):
             return super().forward(x)
@@ -244,7 +244,7 @@ class ExpertSum(Structured):
 
     def product(self, param: str, x: Tensor, offsets: list[int]) -> Tensor:
         """One of the experts' maps on sorted tokens x [t, n] -> [t, m]."""
-        W, (terms, gain) = self.matrix(param), self.parts_of(self.in_use(param))
+        W, (terms, gain) = self.matrix(param), self.parts_of(self.active_parts(param))
         if not self._sum.enabled:
             terms, gain = [], None
         y = None

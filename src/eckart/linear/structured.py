@@ -59,7 +59,7 @@ class Structured(nn.Module):
     _own: ClassVar[type]  # the layer's class without terms
     _dropped: ClassVar[bool]  # is there no dense matrix?
 
-    def in_use(self, param: str = "weight") -> Branch:
+    def active_parts(self, param: str = "weight") -> Branch:
         """The active terms and gain of one parameter, under their names in the module."""
         return self._sum.use.get(param, NOTHING)
 
@@ -82,7 +82,7 @@ class Structured(nn.Module):
             whole = base.detach().double()
             changes = [b.weight * (self.sum_of(param, b) - whole) for b in mix.branches if b.terms]
             return torch.stack([whole, *changes]).sum(0)
-        return self.sum_of(param, self.in_use(param))
+        return self.sum_of(param, self.active_parts(param))
 
     def sum_of(self, param: str, branch: Branch) -> Tensor:
         """The base's matrix plus one branch, ignoring its weight: [*, m, n], in fp64."""
@@ -137,7 +137,7 @@ def install(site: Site, parts: Mapping[str, nn.Module], drop: bool = False) -> N
         )
     mixin = mixins[site.kind]
     if not isinstance(module, Structured):
-        take_class(module, structured_class(mixin, module.__class__, dropped=False))
+        change_class(module, structured_class(mixin, module.__class__, dropped=False))
         module.__dict__["_sum"] = Sum(site.kind)
     record: Sum = module.__dict__["_sum"]
     for name, part in parts.items():
@@ -165,7 +165,7 @@ def tie(other: Any, owner: Site) -> None:
     """Make another module that shares a site's matrix use the site's terms."""
     kind = kind_of(other)
     assert kind is not None  # find_sites saw it as a layer
-    take_class(other, structured_class(mixins[kind], other.__class__, dropped=False))
+    change_class(other, structured_class(mixins[kind], other.__class__, dropped=False))
     flipped = (owner.kind == "embedding") != (kind == "embedding")
     # Not registered: a module registered twice would make saving raise.
     other.__dict__["_sum"] = Sum(kind, owner=owner.module, flipped=flipped)
@@ -178,7 +178,7 @@ def drop_dense(site: Site) -> None:
     if site.kind == "experts":
         return
     assert isinstance(module, Structured)
-    take_class(module, structured_class(module._mixin, module._own, dropped=True))
+    change_class(module, structured_class(module._mixin, module._own, dropped=True))
 
 
 def uninstall(
@@ -196,12 +196,12 @@ def uninstall(
     for name in leaving:
         delattr(module, name)
         here.remove(name)
-    put_in_use(module, param, [])
+    activate(module, param, [])
     if not any(record.children.values()):
         restore_class(module)
 
 
-def put_in_use(
+def activate(
     module: Structured, param: str, branches: Sequence[Branch], rows: Tensor | None = None
 ) -> None:
     """Make these branches, and no others, the active sum of a parameter."""
@@ -215,7 +215,7 @@ def put_in_use(
     record.mix[param] = Mix(tuple(branches), rows)
 
 
-def take_class(module: nn.Module, cls: type) -> None:
+def change_class(module: nn.Module, cls: type) -> None:
     """Change a module's class to one with the same layout.
 
     accelerate's hooks (models on several devices) hold the forward of the old class, so they are
@@ -228,7 +228,7 @@ def take_class(module: nn.Module, cls: type) -> None:
 
 def restore_class(module: Structured) -> None:
     """Restore a module's own class."""
-    take_class(module, module._own)
+    change_class(module, module._own)
     del module.__dict__["_sum"]
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from eckart.errors import UsageError, did_you_mean
 from eckart.linear.mixing import NOTHING, Branch
-from eckart.linear.structured import put_in_use
+from eckart.linear.structured import activate
 
 if TYPE_CHECKING:
     from eckart.recipe.handle import Handle
@@ -79,10 +79,10 @@ class Adapters:
                 branches = [self.branch(name, path) for name in kinds]
                 index = torch.tensor([kinds.index(name) for name in rows])
                 index = index.to(next(module.parameters()).device)
-                put_in_use(module, site.param, branches, index)
+                activate(module, site.param, branches, index)
             else:
                 chosen = [self.branch(name, path, w) for name, w in self.weights.items()]
-                put_in_use(module, site.param, [b for b in chosen if b.terms])
+                activate(module, site.param, [b for b in chosen if b.terms])
 
     def branch(self, name: str | None, path: str, weight: float = 1.0) -> Branch:
         """One adapter's part at one site; empty where the adapter has no terms there."""

@@ -126,7 +126,7 @@ def attach_from(
     install_parts(
         handle,
         {
-            path: {name: revive(cls, spec) for name, spec in parts.items()}
+            path: {name: rebuild_term(cls, spec) for name, spec in parts.items()}
             for path, parts in stored.items()
         },
     )
@@ -180,7 +180,7 @@ def choose_all(recipe: Recipe, here: Mapping[str, Site]) -> list[Site]:
     return select(list(here.values()), words) if words else list(here.values())
 
 
-def revive(method: type, spec: Mapping[str, Any]) -> nn.Module:
+def rebuild_term(method: type, spec: Mapping[str, Any]) -> nn.Module:
     """Rebuild a stored term without values; its class is ours or in the method's own file."""
     own = sys.modules[method.__module__]
     cls = getattr(linear, spec["type"], None) or getattr(own, spec["type"], None)

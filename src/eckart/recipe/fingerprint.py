@@ -71,7 +71,7 @@ def class_of(model: nn.Module) -> str:
     return next(c.__name__ for c in type(model).__mro__ if "forward" in vars(c))
 
 
-def stands_for_another(model: nn.Module) -> bool:
+def is_quantised_copy(model: nn.Module) -> bool:
     """Is this a quantised copy of a model, which that model's adapters fit too?
 
     Its fp16 values do not round to the bf16 values that the fingerprint of the other was made

@@ -28,13 +28,13 @@ def install_parts(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) 
     require_beside(handle, parts)
     before = dict(handle.model.named_parameters())
     try:
-        put_in(handle, parts)
+        install_all(handle, parts)
     except BaseException:
-        take_back(handle, before)
+        roll_back(handle, before)
         raise
 
 
-def take_back(handle: Handle, before: Mapping[str, nn.Parameter]) -> None:
+def roll_back(handle: Handle, before: Mapping[str, nn.Parameter]) -> None:
     """Restore the model to the state in which these were its parameters, dropped ones included."""
     handle.detach()
     for name, parameter in before.items():
@@ -46,7 +46,7 @@ def take_back(handle: Handle, before: Mapping[str, nn.Parameter]) -> None:
             handle.sites[path].raw.copy_(original)
 
 
-def put_in(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
+def install_all(handle: Handle, parts: Mapping[str, Mapping[str, nn.Module]]) -> None:
     """`install_parts` without the rollback."""
     weights = handle.weights
     if weights.rest == "frozen" and EVERYTHING not in weights.targets:

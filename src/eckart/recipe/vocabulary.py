@@ -66,7 +66,7 @@ class End:
             name: vars(self.module)[name] for name in counts if name in vars(self.module)
         }
 
-    def put_back(self, model: nn.Module) -> None:
+    def restore(self, model: nn.Module) -> None:
         """Restore it in the model."""
         model.set_submodule(self.path, self.module)
         self.module.register_parameter("weight", self.weight)
@@ -94,7 +94,7 @@ def resized(model: Any, rows: int | None) -> Iterator[None]:
         yield
     except BaseException:
         for end in before:
-            end.put_back(model)
+            end.restore(model)
         model.config.get_text_config().vocab_size = count
         model.tie_weights()
         raise
