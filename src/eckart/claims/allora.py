@@ -1,13 +1,13 @@
-"""ALLoRA: a small model of code, fine-tuned on prose for fifty steps.
+"""ALLoRA: fine-tune a small code model on prose for fifty steps.
 
 Source: H. Huang and R. Balestriero, "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal
 Flaws", arXiv 2410.09692, abstract: short runs do better without dropout and without the
 scale, once rows of a zero B are given a larger rate that shrinks as they grow.
 
-Two optimizers. With SGD the row factors act in full. With Adam, with which adapters are
-trained in practice, a factor that changes slowly cancels in B, so a difference may vanish
-there. How far B A has come after ten steps, and how much the outcome depends on the scale or
-on eta, are compared at one learning rate; all else with each arm's own.
+SGD and Adam are compared. With SGD the row factors have their full effect; Adam, the usual choice
+for adapters, normalises slowly changing factors of B away, so the difference may vanish. The size
+of B A after ten steps, and the sensitivity to the scale or to eta, are compared at one learning
+rate; everything else at each arm's own.
 """
 
 from dataclasses import dataclass
@@ -30,20 +30,20 @@ from eckart.methods import AdamW, ALLoRA, LoRA
 from eckart.optim import SGD, Rule
 from eckart.recipe import Recipe
 
-SETTINGS = (1.0, 4.0, 16.0)  # of the scale, and of eta
+SETTINGS = (1.0, 4.0, 16.0)  # values of the scale, and of eta
 EARLY, RANK = 10, 4
 
 
 @dataclass(frozen=True)
 class PlainSGD(AdamW):
-    """SGD, for arms whose point is that nothing else scales the gradients."""
+    """Plain SGD under AdamW's fields, so that nothing but the method scales the gradients."""
 
     def rule(self) -> Rule:
         return Rule(SGD(), weight_decay=self.weight_decay)
 
 
 def size(trained: Trained, lab: Lab) -> Quantities:
-    """The norm of all B A together."""
+    """The Frobenius norm over all updates B A."""
     terms = [t for by_name in trained.handle.terms().values() for t in by_name.values()]
     return {"size": sum(float(t.dense().detach().square().sum()) for t in terms) ** 0.5}
 
@@ -57,7 +57,7 @@ def same_rate(name: str, recipe: Recipe) -> Arm:
 
 
 def spread(kind: str) -> Any:
-    """The worst loss less the best, over the settings of a kind of arm."""
+    """A function of the results: the range of losses over SETTINGS, for arms of this kind."""
 
     def of(r: Results) -> float:
         losses = [r[f"{kind} {value:g}"]["loss"] for value in SETTINGS]

@@ -1,13 +1,13 @@
-"""AltLoRA: a small model of code, fine-tuned on prose, one factor projected at a time.
+"""AltLoRA: fine-tune a small code model on prose with alternating projections of the gradient.
 
 Source: X. Yu et al., "AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation
 with Alternating Projections", arXiv 2505.12455, abstract: better than LoRA and close to full
 fine-tuning at LoRA's memory, and the same whichever way B A is split.
 
-Model, data and baselines are those of claims/lora_pro.py. The split is tested from a start
-that is not zero, W's principal part, which is subtracted: once as it is, once with A ten times
-longer and B ten times shorter. The product is the same, so what differs is due to the split.
-Its arms have their own learning rates, searched as widely.
+Model, data and baselines are those of claims/lora_pro.py. Invariance to the split is
+tested from a nonzero initialization, W's principal part (which is subtracted), once as it is and
+once with A multiplied and B divided by ten. The product is the same, so any difference is due to
+the split. Each arm has its own learning rate.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ TILT = 10.0
 
 @dataclass(frozen=True)
 class Tilted(LoRA):
-    """LoRA from W's principal part, with A longer and B shorter by one factor."""
+    """LoRA initialized from W's principal part, with A multiplied and B divided by `tilt`."""
 
     tilt: float = TILT
     offers: ClassVar = ("pairs",)

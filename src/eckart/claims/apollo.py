@@ -1,10 +1,10 @@
-"""APOLLO: a small model of code from random weights, gradients scaled by what Adam would do.
+"""APOLLO: train a small code model from scratch, gradients scaled as Adam would scale them.
 
 Source: H. Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", MLSys 2025, Table 2:
-at a quarter of the width on a level with AdamW or better, and better than GaLore of that rank.
+at rank d/4 as good as AdamW or better, and better than GaLore of that rank.
 
-Model, data and baselines are those of claims/galore.py; the draws are as often renewed as
-GaLore's bases.
+Model, data and baselines are those of claims/galore.py; random projections are redrawn as often
+as GaLore's bases.
 """
 
 from eckart.claims import lower, matches

@@ -1,8 +1,8 @@
-"""APOLLO-Mini: a small model of code from random weights, nearly without an optimizer's state.
+"""APOLLO-Mini: train a small code model from scratch with almost no optimizer state.
 
 Source: H. Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", MLSys 2025, Table 2:
-with one random direction and one factor a matrix still on a level with AdamW, and better than
-GaLore, whose state is a quarter of the width.
+with one random direction and one scaling factor per matrix as good as AdamW, and better than
+GaLore of rank d/4.
 
 Model, data and baselines are those of claims/galore.py.
 """

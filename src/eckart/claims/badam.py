@@ -1,10 +1,10 @@
-"""BAdam: a small model of code, fine-tuned on prose, one of its six blocks at a time.
+"""BAdam: fine-tune a small code model on prose, one of its six blocks at a time.
 
 Source: Q. Luo et al., "BAdam: A Memory Efficient Full Parameter Optimization Method for Large
 Language Models", NeurIPS 2024, tables 2 to 4: better than LoRA, close to training everything
 with Adam, at the state of a single block.
 
-The model is that of claims/lisa.py. Embedding, head and last norm stand still, as published.
+The model is that of claims/lisa.py. Embedding, head and last norm are frozen, as in the paper.
 """
 
 from eckart.claims import UNTOUCHED, Arm, Claim, Statement, Task, lower, near

@@ -1,14 +1,13 @@
-"""Block-LoRA: a small model of code, fine-tuned on prose, one down-projection with four arms.
+"""Block-LoRA: fine-tune a small code model on prose, four blocks of B sharing one A.
 
 Source: "One Head Eight Arms: Block Matrix based Low Rank Adaptation for CLIP-based Few-Shot
 Learning", 2025, abstract: the accuracy of LoRA of the nominal rank with fewer trained
 parameters.
 
-All four arms of B see one gradient and move alike, so that Block-LoRA of nominal rank 8 can
-reach no more than LoRA of rank 2, whose trained numbers it shares out in another way. That
-LoRA, as it is and with the ratio 4 between its factors' learning rates which four arms amount
-to, is the baseline that a method of its own would have to beat. As good means: at most
-0.02 nats above, about a twentieth of what fine-tuning gains.
+All four blocks of B get the same gradient and stay equal, so Block-LoRA of nominal rank 8 has
+updates of rank 2. LoRA of rank 2 is therefore the baseline to beat, as it is and with B's
+learning rate four times A's, which is what four equal blocks amount to. "As good" means: at most
+0.02 nats above, about a twentieth of the gain of fine-tuning.
 """
 
 from eckart.claims import UNTOUCHED, Arm, Claim, lower, matches

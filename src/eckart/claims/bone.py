@@ -1,12 +1,12 @@
-"""Bone: a small model of code, fine-tuned on prose, by one block repeated over each matrix.
+"""Bone: fine-tune a small code model on prose with one trained block repeated over each matrix.
 
 Source: J. Kang, "Bone: Block Affine Transformation as Parameter Efficient Fine-tuning Methods
 for Large Language Models", 2024, abstract: above PiSSA on mathematics, and faster from the
 first steps on, without an elaborate start. Its first versions mean bat, later ones tile.
 
 LoRA of rank 9 trains 2 % more numbers than blocks of 16, rank 35 0.6 % fewer than blocks of 64.
-Tile is LoRA with a frozen A that folds x; "frozen random A" has the same rank and the same
-numbers with orthonormal rows drawn at random, and tells whether folding is what helps.
+Tile is LoRA with a frozen A that folds x; "frozen random A" has the same rank and number of
+parameters with random orthonormal rows, and shows whether the folding matters.
 """
 
 import math
@@ -27,7 +27,7 @@ EARLY = 25
 
 @dataclass(frozen=True)
 class FrozenA(LoRA):
-    """LoRA of which B alone is trained; A has random rows, orthogonal and as long as a fold's."""
+    """LoRA with a frozen A of random orthogonal rows, scaled to the norm of Bone's fold."""
 
     offers: ClassVar = ()
 

@@ -1,18 +1,18 @@
-"""CoDyRA: a small model of code, fine-tuned on four texts one after the other.
+"""CoDyRA: fine-tune a small code model on four texts in sequence.
 
 Source: H. Lu et al., "Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual
 Learning Vision-Language Models with Dynamic Rank-Selective LoRA", 2024, abstract: a higher
 rank learns better and forgets more, and ranks that each matrix finds for itself learn as well
 and forget the least.
 
-The texts: prose, names of characters, the prose with its letters moved by thirteen, sums.
-After each the adapter is merged. `loss` is the mean over the four after the last, so that
-learning and keeping are one number; `forgetting` is the mean rise from a text's best. That
-ranks are found and not drawn needs two opponents with the ranks of a CoDyRA run at the same
-learning rate: components dropped at random, and the best approximation of each task's update.
+The texts: prose, names of characters, the prose in ROT13, sums. The adapter is merged after each.
+`loss` is the mean over all four texts at the end, which combines learning and retention;
+`forgetting` is the mean increase over each text's best loss. To show that the learned choice of
+ranks matters, two baselines use the ranks of a CoDyRA run at the same learning rate: components
+dropped at random, and the best approximation of each task's update.
 
-A run has 60 steps for a text where the paper has 500, so the threshold is larger: as there,
-its sum over a task is 0.65.
+A run has 60 steps per text where the paper has 500, so the threshold is larger: its sum over a
+task is 0.65 in both.
 """
 
 import codecs
@@ -33,7 +33,7 @@ from eckart.methods.weights.codyra import Gated
 from eckart.recipe import Handle, Recipe
 
 DOCUMENTS, LENGTH = 48, 512
-RANK, THRESHOLD = 16, 0.042  # 30 sparse steps at half of it on average: 0.65
+RANK, THRESHOLD = 16, 0.042  # 30 sparse steps at half of it on average sum to 0.65
 Ranks = Mapping[str, int]
 Prune = Callable[[Gated, str, int, int], None]  # (term, path, rank, seed)
 
@@ -43,7 +43,7 @@ Prune = Callable[[Gated, str, int, int], None]  # (term, path, rank, seed)
 
 @cache
 def texts() -> tuple[Corpus, ...]:
-    """About 25 kB each, in 48 documents."""
+    """The four texts, about 25 kB each in 48 documents."""
     prose = tuple((name, text[:LENGTH]) for name, text in pydoc_prose().documents if text)
     prose = tuple(part for part in prose if len(part[1]) == LENGTH)[:DOCUMENTS]
     moved = tuple((name, codecs.encode(text, "rot13")) for name, text in prose)
@@ -52,21 +52,21 @@ def texts() -> tuple[Corpus, ...]:
 
 
 def names() -> tuple[tuple[str, str], ...]:
-    """Names of characters as a table."""
+    """A table of Unicode code points and their names."""
     named = (c for c in range(0x10000) if unicodedata.name(chr(c), ""))
     lines = (f"{code:04X} {unicodedata.name(chr(code))}\n" for code in named)
     return documents("names", lines)
 
 
 def sums() -> tuple[tuple[str, str], ...]:
-    """Sums of two numbers."""
+    """Lines such as `12 + 34 = 46`."""
     count = DOCUMENTS * LENGTH // 10  # a line has at least ten characters
     pairs = torch.randint(1000, (count, 2), generator=seeded_generator(0, "sums")).tolist()
     return documents("sums", (f"{a} + {b} = {a + b}\n" for a, b in pairs))
 
 
 def documents(name: str, lines: Iterator[str]) -> tuple[tuple[str, str], ...]:
-    """Lines in a row, cut into documents of equal length."""
+    """Concatenate lines and cut them into documents of equal length."""
     text = "".join(islice(lines, DOCUMENTS * LENGTH // 10))
     starts = range(0, DOCUMENTS * LENGTH, LENGTH)
     return tuple((f"{name} {i}", text[i : i + LENGTH]) for i in starts)
@@ -78,13 +78,13 @@ def documents(name: str, lines: Iterator[str]) -> tuple[tuple[str, str], ...]:
 def stream(
     lab: Lab, recipe: Recipe, prune: Prune | None = None, ranks: list[Ranks] | None = None
 ) -> tuple[Quantities, list[Ranks]]:
-    """Learn each text and merge; the numbers of continual learning, and the ranks that merged.
+    """Train on each text and merge; returns the quantities, and the merged ranks of each text.
 
-    After each text those so far are measured; `validation` and `loss` are means after the last.
+    All texts so far are evaluated after each; `validation` and `loss` are means at the end.
     """
     labs = [lab.on(text) for text in texts()]
     steps, model = max(1, lab.steps // len(labs)), lab.model()
-    losses: list[list[float]] = [[] for _ in labs]  # of each text, from its own training on
+    losses: list[list[float]] = [[] for _ in labs]  # text -> after each training
     used, seconds, last = [], 0.0, []
     for i, there in enumerate(labs):
         trained = there.train(model, recipe, steps=steps)
@@ -116,7 +116,7 @@ def terms_of(handle: Handle) -> dict[str, Term]:
 
 
 def ranks_of(handle: Handle) -> Ranks:
-    """Components that do something, by site."""
+    """The number of components that are in use, by site."""
     found = {}
     for path, term in terms_of(handle).items():
         B, _ = term.factors() or (torch.zeros(0, 0), None)
@@ -161,7 +161,7 @@ def spectral(lab: Lab) -> Quantities:
 
 
 def pruned(lab: Lab, prune: Prune) -> Quantities:
-    """Gates without a threshold, cut after each text to the ranks that CoDyRA finds there."""
+    """CoDyRA without a threshold, pruned after each text to the ranks that CoDyRA finds."""
     _, ranks = stream(lab, codyra())
     return stream(lab, Recipe(CoDyRA(rank=RANK, threshold=0.0)), prune, ranks)[0]
 
@@ -176,14 +176,14 @@ def best_approximation(lab: Lab) -> Quantities:
 
 @torch.no_grad()
 def drop_at_random(term: Gated, path: str, rank: int, seed: int) -> None:
-    """Leave so many components, whichever."""
+    """Keep `rank` random components."""
     order = torch.randperm(len(term.s), generator=seeded_generator(seed, path))
     term.s[order[rank:]] = 0
 
 
 @torch.no_grad()
 def cut(term: Gated, path: str, rank: int, seed: int) -> None:
-    """The best approximation of this rank."""
+    """Replace the term by its best approximation of this rank."""
     B, A, _ = recompress(term.B * term.s, term.A, len(term.s))
     term.B.copy_(B)
     term.A.copy_(A)

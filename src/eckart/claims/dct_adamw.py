@@ -1,14 +1,14 @@
-"""DCT-AdamW: a small model of code from random weights, in cosine directions chosen per step.
+"""DCT-AdamW: train a small code model from scratch in cosine directions chosen at each step.
 
 Source: I. Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
 Optimization of Large Language Models", arXiv 2505.17967, abstract: as good as projection on
 singular vectors, at a fraction of the time that these take.
 
 Model, data and baselines are those of claims/galore.py; the rank is d / 8 for all. The
-singular basis is found anew at every step, as the cosine directions are, and everything else
-is the same. As good means: at most 2 % above in loss. The energy that directions hold is
-measured on the gradient of a batch at the end; r of n random directions hold r / n of it. The
-times are those of one matrix of 512 x 512.
+singular basis is recomputed at every step, as the cosine directions are, and everything else is
+the same. "As good" means: at most 2 % above in loss. The share of energy in the directions is
+measured on the gradient of a batch at the end; r of n random directions hold r / n of it. Times
+are for one matrix of 512 x 512.
 """
 
 import time
@@ -34,7 +34,7 @@ WIDTH, REPEATS = 512, 5
 
 @dataclass(frozen=True)
 class SingularBasis(DCTAdamW):
-    """DCT-AdamW with everything the same but the directions, which an SVD finds."""
+    """DCT-AdamW with directions from an SVD; everything else is the same."""
 
     def rule(self) -> Rule:
         rule = super().rule()
@@ -43,13 +43,13 @@ class SingularBasis(DCTAdamW):
 
 
 def chosen(A: Tensor, r: int) -> Tensor:
-    """Coordinates [m, r] of A [m, n] in the r cosine directions that it uses most."""
+    """Coordinates [m, r] of A [m, n] in the r cosine directions of largest l1 norm."""
     S = A @ directions("dct2", A.shape[-1], A.dtype, A.device)
     return S[:, S.abs().sum(0).topk(r).indices]
 
 
 def energies(trained: Trained, lab: Lab) -> Quantities:
-    """Mean shares of the squared gradient in r directions: cosine, singular and random."""
+    """Mean share of the squared gradient in r cosine, singular and random directions."""
     batch = lab.batch(trained.step)
     weights = [site.raw for site in trained.handle.sites.values() if site.kind == "linear"]
     loss = trained.handle.loss(batch, trained.model(**batch))
@@ -66,7 +66,7 @@ def energies(trained: Trained, lab: Lab) -> Quantities:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """The shortest of a few calls, after one that warms up."""
+    """The shortest time of a few calls, after a warm-up call."""
     function()
     taken = []
     for _ in range(REPEATS):
@@ -77,7 +77,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def searches(lab: Lab) -> Quantities:
-    """The time that it takes to find r = n / 8 directions of one matrix."""
+    """Seconds for finding r = n / 8 directions of one matrix."""
     generator = torch.Generator().manual_seed(lab.seed)
     G = torch.randn(WIDTH, WIDTH, generator=generator)
     r = WIDTH // 8

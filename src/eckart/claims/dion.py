@@ -1,7 +1,7 @@
-"""Dion: a small model of code from random weights, orthogonal momentum in a few directions.
+"""Dion: train a small code model from scratch with low-rank orthonormalized momentum.
 
 Source: K. Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv 2504.05295, figures of
-the loss by rank: on a level with Muon at full rank, little worse at a quarter of it.
+the loss by rank: as good as Muon at full rank, slightly worse at a quarter of it.
 
 Model, data and baselines are those of claims/galore.py.
 """

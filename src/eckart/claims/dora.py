@@ -1,7 +1,7 @@
-"""DoRA: a small model of code, fine-tuned on prose, lengths and directions learnt apart.
+"""DoRA: fine-tune a small code model on prose, magnitudes and directions trained separately.
 
 Source: S.-Y. Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, Table 1 and
-Fig. 5: better than LoRA of the same rank, and of half the rank still on a level.
+Fig. 5: better than LoRA of the same rank, and as good at half the rank.
 """
 
 from eckart.claims import UNTOUCHED, Arm, Claim, lower, matches

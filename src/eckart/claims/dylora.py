@@ -1,14 +1,14 @@
-"""DyLoRA: a small model of code, fine-tuned on prose once for all ranks up to eight.
+"""DyLoRA: fine-tune a small code model on prose once, for all ranks up to eight.
 
 Source: M. Valipour et al., "DyLoRA: Parameter-Efficient Tuning of Pretrained Models using
 Dynamic Search-Free Low-Rank Adaptation", 2022, abstract: one training replaces a search over
 ranks without much loss, and holds over a much larger range of ranks than LoRA does.
 
-The paper cuts an ordinary LoRA to its first components. The fair opponent puts them in the
-order of their singular values first, which is exact and costs no training: "singular order",
-measured on the same run. "Without much loss" means: at most 0.02 nats above a LoRA that was
-trained at that rank, about a twentieth of what fine-tuning gains. With --full everything
-trains three times as long, which DyLoRA's rarely trained components need most.
+The paper truncates an ordinary LoRA to its first components. A fairer baseline sorts them by
+singular value first, which is exact and needs no training: "singular order", measured on the same
+run. "Without much loss" means: at most 0.02 nats above a LoRA trained at that rank, about a
+twentieth of the gain of fine-tuning. With --full everything trains three times as long, since
+DyLoRA's last components are trained rarely.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ Pairs = Mapping[LowRank, tuple[Tensor, Tensor]]
 
 
 def nest(lab: Lab, frozen: bool) -> dict[str, float]:
-    """DyLoRA, evaluated at all ranks; `validation` is their mean."""
+    """Train DyLoRA and evaluate it at all ranks; `validation` is their mean."""
     recipe = Recipe(DyLoRA(rank=LARGEST, alpha=ALPHA, frozen=frozen))
     trained = lab.train(lab.model(), recipe)
     found, validation = dict(trained.quantities), 0.0
@@ -53,7 +53,7 @@ def nested_frozen(lab: Lab) -> Quantities:
 
 @torch.no_grad()
 def cut(lab: Lab) -> Quantities:
-    """One LoRA, cut to all ranks: its first components, and the largest singular ones."""
+    """Train one LoRA and truncate it to all ranks, by first components and by singular values."""
     with torch.enable_grad():
         trained = lab.train(lab.model(), Recipe(LoRA(rank=LARGEST, alpha=ALPHA)))
     whole = {term: (term.B.clone(), term.A.clone()) for term in low_rank_terms(trained)}
@@ -71,7 +71,7 @@ def low_rank_terms(trained: Trained) -> list[LowRank]:
 
 
 def loss_of(lab: Lab, trained: Trained, pairs: Pairs, b: int) -> float:
-    """Test loss with the first b components of B [m, r] and A [r, n]; the scale stays."""
+    """Test loss with the first b components of B [m, r] and A [r, n]; the scale is unchanged."""
     for term, (B, A) in pairs.items():
         term.B.copy_(B)
         term.B[:, b:] = 0

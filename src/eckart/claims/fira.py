@@ -1,13 +1,13 @@
-"""Fira: a small model of code from random weights, with what GaLore leaves of each gradient.
+"""Fira: train a small code model from scratch with GaLore plus the scaled residual gradient.
 
 Source: X. Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
 Constraint?", arXiv 2410.01623, abstract (comparable to or better than full-rank training),
 the 7B experiment (rank 64 against GaLore's 1024) and the ablation of scaling and limiter.
 
 Model, data and baselines are those of claims/galore.py. GaLore and Fira of one rank have
-equal state, up to one number per matrix. Adam's learning rate is searched as widely as
-Fira's: on that the paper's "better than full-rank" depends. The margin to Adam, 0.02 nats,
-is 2 % of the perplexity.
+equal state, up to one number per matrix. Adam's learning rate is searched as widely as Fira's,
+since the paper's "better than full-rank" depends on it. The margin to Adam, 0.02 nats, is 2 % of
+the perplexity.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ CLAIM = Claim(
         Arm("Fira, rank d/8", fira(D // 8)),
         Arm("GaLore, rank d/4", galore(D // 4)),
         Arm("Fira, rank d/16", fira(D // 16)),
-        # Adam enlarges gradients far below 1, so a largest factor of 1 is no scaling at all.
+        # Adam's scaling factors of small gradients are above 1, so phi_max=1 turns scaling off.
         Arm("Fira, rank d/8, residual not scaled", fira(D // 8, phi_max=1.0), full=True),
         Arm("Fira, rank d/8, no limiter", fira(D // 8, gamma=None), full=True),
     ),

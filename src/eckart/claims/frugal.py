@@ -1,8 +1,8 @@
-"""FRUGAL: a small model of code from random weights, Adam on a quarter and signs elsewhere.
+"""FRUGAL: train a small code model from scratch, Adam on a quarter, signSGD elsewhere.
 
 Source: P. Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead
 for Scalable Training", ICML 2025, Table 2 (better than GaLore at its memory, close to Adam) and
-the ablation of what moves without a state.
+the ablation of the state-free part.
 
 Model, data and baselines are those of claims/galore.py.
 """

@@ -1,11 +1,11 @@
-"""GaLore: a small model of code from random weights, Adam on a projection of each gradient.
+"""GaLore: train a small code model from scratch with Adam on projected gradients.
 
 Source: J. Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
 Projection", ICML 2024, Table 2 (GaLore near full-rank training, LoRA far behind) and the
 argument of section 3 that the leading singular vectors are the directions to keep.
 
-Every arm trains embedding and head; "blocks frozen" trains nothing else. The rank is given
-as a share of the width d = 96; LoRA has the rank at which its state is as large as GaLore's.
+Every arm trains embedding and head; "blocks frozen" trains nothing else. Ranks are fractions of
+the width d = 96; LoRA's rank is the one at which its optimizer state is as large as GaLore's.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from eckart.optim.project import Found, Search
 from eckart.recipe import Recipe
 
 D = 96
-EVERY = 50  # steps between decompositions; the paper's 200 belongs to 10,000 steps
+EVERY = 50  # steps between decompositions; the paper has 200 in 10,000 steps
 
 
 @dataclass(frozen=True)
 class Drawn(Subspace):
-    """A random subspace, drawn anew at every refresh."""
+    """A random subspace, redrawn at every refresh."""
 
     def find(self, search: Search) -> Found:
         ends = zip(("left", "right"), self.ranks(*search.size), search.size, strict=True)
@@ -45,7 +45,7 @@ def orthonormal(size: int, rank: int, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RandomBasis(GaLore):
-    """GaLore with everything the same but the directions."""
+    """GaLore with random directions; everything else is the same."""
 
     def rule(self) -> Rule:
         return replace(super().rule(), projector=Drawn(self.rank, self.side))
@@ -118,7 +118,7 @@ def beside(
     unseen: str,
     others: Sequence[Arm] = (),
 ) -> Claim:
-    """A claim on another rule for the same model and data: its arm beside Adam's and GaLore's."""
+    """A claim that compares another optimizer with Adam and GaLore on this model and data."""
     return Claim(
         says=says,
         task=CLAIM.task,

@@ -1,14 +1,14 @@
-"""LaMDA: a small model of code, fine-tuned on prose, by a core whose outer factor freezes.
+"""LaMDA: fine-tune a small code model on prose with an r x r core and a gradually frozen B.
 
 Source: S. A. Azizi et al., "LaMDA: Large Model Fine-Tuning via Spectrally Decomposed
 Low-Dimensional Adaptation", Findings of EMNLP 2024, abstract: up to 17.7 times fewer updated
 parameters and 1.32 times less memory at equal or better quality.
 
-At rank 24 LaMDA ends with 8,064 trained numbers, LoRA of rank 8 trains 40,960. "Equal" means:
-at most 0.02 nats above, about a twentieth of what fine-tuning gains. The thaw of B must pay:
-a B that never trains (eta = 0) is the opponent, and one that trains to the end (eta = 1) may
-be better by 0.02 at most; LoRA-XS is a core between such factors that starts at zero. What a
-pass keeps is counted on the tensors that autograd saves.
+At rank 24 LaMDA ends with 8,064 trained parameters; LoRA of rank 8 trains 40,960. "Equal" means:
+at most 0.02 nats above, about a twentieth of the gain of fine-tuning. Training B for a while must
+be better than never training it (eta = 0), and at most 0.02 worse than training it to the end
+(eta = 1); LoRA-XS is a core between the same factors, initialized to zero. Activation memory is
+counted on the tensors that autograd saves.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ MARGIN = 0.02
 
 @dataclass(frozen=True)
 class FrozenA(LoRA):
-    """LoRA of which B alone is trained."""
+    """LoRA with a frozen A."""
 
     offers: ClassVar = ()
 
@@ -49,7 +49,7 @@ class FrozenA(LoRA):
 
 
 def kept(trained: Trained, lab: Lab) -> Quantities:
-    """Bytes that autograd keeps of a batch's forward pass, and what is trained at the end."""
+    """Bytes of activations that autograd saves in the forward pass of a batch."""
     storages: dict[int, int] = {}
     parameters = {p.untyped_storage()._cdata for p in trained.model.parameters()}
 
@@ -73,7 +73,7 @@ def arm(name: str, recipe: Recipe, lr: float, full: bool = False) -> Arm:
     return Arm(name, recipe, lr=lr, watch={END: kept}, full=full)
 
 
-CORES = 14 * 24 * 24  # numbers that LaMDA trains to the end
+CORES = 14 * 24 * 24  # parameters that LaMDA still trains at the end
 
 CLAIM = Claim(
     says="at rank 24 LaMDA is as good as LoRA of rank 8 with a fifth of its trained numbers at "

@@ -1,10 +1,10 @@
-"""LDAdam: a small model of code from random weights, Adam in a subspace that always moves.
+"""LDAdam: train a small code model from scratch with Adam in a subspace that changes every step.
 
 Source: T. Robert et al., "LDAdam: Adaptive Optimization from Low-Dimensional Gradient
 Statistics", ICLR 2025, Table 3: better than GaLore at equal rank and close to AdamW.
 
-Model, data and baselines are those of claims/galore.py. LDAdam's errors are kept in a buffer of
-the weights' size, which is not counted as state in the paper.
+Model, data and baselines are those of claims/galore.py. LDAdam's error feedback has a
+buffer of the weights' size, which the paper does not count as state.
 """
 
 from eckart.claims import Arm, lower, matches

@@ -1,13 +1,13 @@
-"""LISA: a small model of code, fine-tuned on prose, two of its six blocks at a time.
+"""LISA: fine-tune a small code model on prose, two of its six blocks at a time.
 
 Source: R. Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large
 Language Model Fine-Tuning", NeurIPS 2024, abstract and tables 2 and 3: better than LoRA in
-LoRA's memory, and on a level with full fine-tuning or above.
+LoRA's memory, and as good as full fine-tuning or better.
 
-All parameters are trained in "full", embedding and head included, as LISA trains them too;
-"rest" trains these alone and tells what the drawn blocks add. LoRA's rank is the paper's
-choice of a customary one; the state that each arm needs is reported and compared. On a level
-means: at most 2 % above in loss.
+"full" trains all parameters, embedding and head included, as LISA does; "rest" trains only these
+two and shows what the sampled blocks add. LoRA's rank is a common choice, as in the paper; the
+optimizer state of each arm is reported and compared. "On a level" means: at most 2 % above in
+loss.
 """
 
 from typing import Any

@@ -1,14 +1,14 @@
-"""LoLDU: a small model of code, fine-tuned on prose, through the diagonals of its matrices.
+"""LoLDU: fine-tune a small code model on prose through the diagonals of LDU decompositions.
 
 Source: Y. Shi et al., "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for
 Parameter-Efficient Fine-Tuning", 2024, abstract: comparable to other adapters with far fewer
 trained parameters, by means of the LDU decomposition.
 
 "Comparable" means: at most 3 % above LoRA of rank 1 in loss, which trains 2.9 times as many
-numbers. That it is the LDU which does it needs more: with as many numbers per matrix it must
-beat a diagonal between singular vectors, one between random orthonormal bases, and NOLA's
-coefficients. Each has its own learning rate, searched as widely: the columns of L and U are
-longer than orthonormal ones, so that one rate for all would favour LDU.
+parameters. To show that the LDU decomposition itself matters, it must beat three methods with as
+many parameters per matrix: a diagonal between singular vectors, one between random orthonormal
+bases, and NOLA's coefficients. Each has its own learning rate, since the columns of L and U are
+longer than orthonormal ones and one rate for all would favour LDU.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,10 @@
-"""LoRA: a small model of code, fine-tuned on prose, through two thin factors per matrix.
+"""LoRA: fine-tune a small code model on prose with low-rank factors.
 
 Source: E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, abstract
 and sections 7.1 and 7.2: quality on a par with full fine-tuning at a small rank.
 
-Full fine-tuning means here the same matrices, trained whole: embedding, norms and head stay
-as they are in all arms.
+Full fine-tuning trains the same matrices in full: embedding, norms and head are frozen in all
+arms.
 """
 
 from eckart.claims import UNTOUCHED, Arm, Claim, lower, recovers

@@ -1,16 +1,15 @@
-"""LoRA's limits: how near a gradient in linear time comes, and whether a small model allows it.
+"""LoRA's limits: the accuracy of a linear-time gradient, and whether a trained model permits it.
 
 Source: J. Hu, M. Su, E. Kuo, Z. Song, H. Liu, "Computational Limits of Low-Rank Adaptation
 (LoRA) Fine-Tuning for Transformer Models", ICLR 2025, abstract: below a threshold on the norms
 of queries, keys and the scaled adapter LoRA's gradient can be had in almost linear time, above
 it not in less than quadratic time.
 
-The gradient is that of attention with exp cut to degree 2, on heads of 8 numbers drawn
-uniformly from [-G, G]: near enough (1 %) and far off (30 %) must depend on G and not on the
-number of tokens. The norms are then the trained model's own: the adapter's scale must move
-how far the logits reach, and in practice it matters only if a head of that model is easy, so
-that fewer features than its 64 tokens would do. The lower bound rests on a conjecture (SETH);
-nothing here tests it.
+The approximate gradient is that of attention with exp truncated at degree 2, on heads of width 8
+with entries uniform in [-G, G]: whether its error is small (1 %) or large (30 %) must depend on G
+and not on the number of tokens. On the trained model, the adapter's scale must change the largest
+logits, and some head must be in the easy regime, where fewer features than its 64 tokens suffice.
+The lower bound rests on a conjecture (SETH), which is not tested here.
 """
 
 import math
@@ -44,7 +43,7 @@ from eckart.recipe import Recipe
 WIDTH, DEGREE = 8, 2
 NORMS, LENGTHS = (0.5, 1.0, 2.0, 3.0), (64, 1024)
 TIMED = (1024, 4096)
-REPEATS = 5  # of a timing; the shortest counts
+REPEATS = 5  # of a timing, of which the shortest is taken
 
 
 def drawn(lab: Lab, norm: float, length: int, dtype: torch.dtype) -> list[Tensor]:
@@ -56,7 +55,7 @@ def drawn(lab: Lab, norm: float, length: int, dtype: torch.dtype) -> list[Tensor
 
 
 def by_norm(lab: Lab) -> Quantities:
-    """The largest relative error of dQ, dK, dV at each norm, and how far lengths differ."""
+    """The largest relative error of dQ, dK, dV at each norm, and its ratio between lengths."""
     found = {}
     for norm in NORMS:
         worst = []
@@ -78,7 +77,7 @@ def fast(Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
 
 
 def seconds(form: Callable[[Tensor, Tensor, Tensor], Tensor], lab: Lab, length: int) -> float:
-    """Of a forward and a backward pass."""
+    """Seconds of a forward and a backward pass."""
     *inputs, dO = drawn(lab, 0.5, length, torch.float32)
     times = []
     for _ in range(REPEATS):
@@ -90,7 +89,7 @@ def seconds(form: Callable[[Tensor, Tensor, Tensor], Tensor], lab: Lab, length: 
 
 
 def by_length(lab: Lab) -> Quantities:
-    """The power of L with which the time grows: torch's attention, and degree 2."""
+    """The exponent of L in the time of torch's attention, and of degree 2."""
     short, long = TIMED
     growth = {
         name: seconds(form, lab, long) / seconds(form, lab, short)
@@ -104,7 +103,7 @@ def by_length(lab: Lab) -> Quantities:
 
 @torch.no_grad()
 def head_reaches(model: nn.Module, lab: Lab) -> Tensor:
-    """max |S| with centred keys of every head on a batch, after the rotation, [heads]."""
+    """The largest |logit| of each head on a batch, with rotated and centred keys, [heads]."""
     found: list[Tensor] = []
 
     def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -127,7 +126,7 @@ def head_reaches(model: nn.Module, lab: Lab) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on [rows, heads, L, h]."""
+    """Apply rotary position embeddings to x [rows, heads, L, h]."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
@@ -137,7 +136,7 @@ def reach(trained: Trained, lab: Lab) -> Quantities:
 
 
 def heads(lab: Lab) -> Quantities:
-    """The pretrained model's heads: the median reach, and how many are easy."""
+    """Median of the largest logits over the pretrained model's heads, and how many are easy."""
     found, model = head_reaches(lab.model(), lab), lab.model()
     width: Any = next(m for m in model.modules() if hasattr(m, "q_proj"))
     length = lab.batch(0)["input_ids"].shape[1]
@@ -146,13 +145,13 @@ def heads(lab: Lab) -> Quantities:
 
 
 def adapter(alpha: float) -> Arm:
-    """LoRA on queries and keys at this scale, with one learning rate for all."""
+    """LoRA on queries and keys with this alpha, at a fixed learning rate."""
     recipe = Recipe(LoRA(rank=8, alpha=alpha, targets=("attn.q", "attn.k")))
     return Arm(f"alpha {alpha:g}", recipe, lr=1e-2, search=False, watch={END: reach})
 
 
 def lengths_agree(r: Results) -> float:
-    """From the largest ratio between lengths to 2, in the logarithm's units."""
+    """log 2 minus the largest log ratio of errors between lengths."""
     return math.log(2) - max(math.log(r["norms"][f"ratio at {norm:g}"]) for norm in NORMS)
 
 

@@ -1,11 +1,11 @@
-"""LoRA-Pro: a small model of code, fine-tuned on prose, LoRA's factors led by the full gradient.
+"""LoRA-Pro: fine-tune a small code model on prose, factor updates matched to the full gradient.
 
 Source: Z. Wang et al., "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", ICLR 2025,
-tables 1 and 2: far above LoRA at the same rank, and most of the way to full fine-tuning.
+tables 1 and 2: far better than LoRA at the same rank, and close to full fine-tuning.
 
-All adapters have rank 4, where LoRA is behind training the same matrices whole. LoRA-Pro's
-moments are those of the whole matrices, so its state is full fine-tuning's; AltLoRA+ and
-LoRA-Pro with factored moments aim at the same with LoRA's.
+All adapters have rank 4, where LoRA is worse than training the same matrices in full. LoRA-Pro
+keeps moments of the full matrices, so its state is as large as full fine-tuning's; AltLoRA+ and
+LoRA-Pro with factored moments need LoRA's state only.
 """
 
 from eckart.claims import UNTOUCHED, Arm, Claim, Statement, lower

@@ -1,4 +1,4 @@
-"""LoRA-RITE: a small model of code, fine-tuned on prose, factors led whatever their sizes.
+"""LoRA-RITE: fine-tune a small code model on prose, preconditioning invariant to factor scales.
 
 Source: J.-N. Yen et al., "LoRA Done RITE: Robust Invariant Transformation Equilibration for
 LoRA Optimization", arXiv 2410.20625, tables 2 and 3: better than Adam, LoRA+ and ScaledAdam on

@@ -1,12 +1,12 @@
-"""LoRA-SB: a small model of code, fine-tuned on prose, by cores between two frozen bases.
+"""LoRA-SB: fine-tune a small code model on prose with r x r cores between frozen bases.
 
 Source: K. Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet for
 Extremely Efficient Low-Rank Fine-Tuning", 2024, abstract: better than LoRA with 27 to 90
 times fewer trained parameters, and far better than LoRA-XS, whose architecture it shares.
 
-All cores are 16 x 16, 3,584 numbers over 14 matrices; LoRA of rank 1 trains 5,120. The first
-full update gives bases and a start at once: "core at zero" has its bases alone and tells with
---full whether the start matters. Random bases are the least that any choice must beat.
+All cores are 16 x 16, 3,584 parameters over 14 matrices; LoRA of rank 1 trains 5,120. The first
+full update gives both the bases and the initial core: "core at zero" (with --full) takes only the
+bases and shows whether the initial core matters. Random bases are the weakest baseline.
 """
 
 from typing import Any

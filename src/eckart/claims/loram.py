@@ -1,15 +1,15 @@
-"""LoRAM: an adapter learnt on a pruned model of code and used with the whole one.
+"""LoRAM: train an adapter on a pruned code model and use it on the full model.
 
 Source: J. Zhang et al., "Train Small, Infer Large: Memory-Efficient LoRA Training for Large
-Language Models", ICLR 2025, abstract: LoRA learnt on a pruned and aligned model, recovered and
-used with the whole one, is better than the untrained large model and than LoRA on a smaller
-model; alignment and recovery are both needed.
+Language Models", ICLR 2025, abstract: LoRA trained on a pruned and aligned model, recovered and
+used on the full model, is better than the large model without fine-tuning and than LoRA on a
+smaller model; alignment and recovery are both needed.
 
-Half of the channels and heads leave every layer, by magnitude. Aligned means: the pruned model
-trained for 100 steps on the corpus of its pretraining, once, as a publisher would. Each run is
-evaluated in three ways: recovered with zeros on the whole model, recovered with random numbers,
-and as the small model itself. "A smaller model" has the sizes that pruning leaves and was
-pretrained as long as the large one.
+Half of the channels and heads of every layer are pruned by magnitude. Aligned means: the pruned
+model is trained for 100 steps on its pretraining corpus, once, as a publisher would. Each run is
+evaluated in three ways: on the full model with zeros for pruned entries, on the full model with
+random numbers for them, and on the pruned model itself. "A smaller model" has the pruned sizes
+and was pretrained for as many steps as the large one.
 """
 
 import copy
@@ -42,9 +42,9 @@ BASES: dict[tuple[float, int, int], tuple[nn.Module, Mapping[str, Tensor]]] = {}
 
 
 def base(lab: Lab, ratio: float, align: int) -> tuple[nn.Module, Mapping[str, Tensor]]:
-    """A fresh pruned model and its map; all but the head was trained for `align` steps.
+    """A fresh pruned model and the indices it keeps, trained for `align` steps except the head.
 
-    Made once in a process, from seed 0 whatever the run's own, so that all runs share it.
+    Cached per process and always from seed 0, so that all runs share it.
     """
     code = lab.on("stdlib-code")
     code.seed = 0
@@ -60,7 +60,7 @@ def base(lab: Lab, ratio: float, align: int) -> tuple[nn.Module, Mapping[str, Te
 
 
 def recovered(lab: Lab, ratio: float, align: int) -> Quantities:
-    """LoRA on the pruned model; `loss` is the whole model's with what was learnt there."""
+    """Train LoRA on the pruned model; `loss` is the full model's with the recovered adapter."""
     small, kept = base(lab, ratio, min(align, lab.task.steps))
     trained = lab.train(small, Recipe(method(ratio)))
     learnt = {name: tensor.detach() for name, tensor in trained.handle.named_state().items()}
@@ -89,7 +89,7 @@ def aligned_75(lab: Lab) -> Quantities:
 
 
 def within(text: str, quantity: str) -> Statement:
-    """The recovered adapter is better than another use of the same run."""
+    """The recovered adapter has a lower loss than another evaluation of the same run."""
     return Statement(
         f"loss of aligned is lower than {text}",
         lambda r: r["aligned"][quantity] - r["aligned"]["loss"],

@@ -1,8 +1,8 @@
-"""Muon: a small model of code from random weights, momentum with its singular values alike.
+"""Muon: train a small code model from scratch with orthogonalized momentum.
 
 Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, and
 J. Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982: a lower loss than AdamW's
-after as many steps, at half of its state.
+after as many steps, with half of its state.
 
 Model, data and baselines are those of claims/galore.py.
 """

@@ -1,14 +1,14 @@
-"""NOLA: a small model of code, fine-tuned on prose, with fewer numbers than LoRA of rank one.
+"""NOLA: fine-tune a small code model on prose with fewer parameters than LoRA of rank one.
 
 Source: S. Koohpayegani et al., "NOLA: Compressing LoRA using Linear Combination of Random
 Basis", ICLR 2024, abstract: on a par with LoRA below its smallest size, since the number of
 trained parameters depends on neither the rank nor the width of the matrices.
 
-"Below rank one" has a plain opponent: LoRA of rank 1 on some of the matrices, 2,048 numbers on
-q, v and down beside NOLA's 2,044 on all. "On a par" means: at most 2 % above LoRA of rank 1
-in loss, with as many numbers (5,124 beside 5,120). That combining factors is what helps needs
-a random subspace of the whole update with as many numbers: "entries" ties each entry of an
-update to one of its numbers at random, up to a sign, which makes orthogonal directions.
+The simple baseline "below rank one" is LoRA of rank 1 on some of the matrices: 2,048 parameters
+on q, v and down, where NOLA has 2,044 on all. "On a par" means: at most 2 % above LoRA of rank 1
+in loss, with as many parameters (5,124 and 5,120). To show that combining factors matters, NOLA is
+compared with a random subspace of the full update of the same size: "entries" sets each entry of
+an update to a random one of its parameters, up to a sign, which gives orthogonal directions.
 """
 
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ from eckart.methods import NOLA, LoRA
 from eckart.recipe import Recipe, Weights
 
 FEW, MANY = 73, 183  # bases a side: 2,044 and 5,124 numbers over 14 matrices
-SPREAD = 0.02  # nats, about a twentieth of what fine-tuning gains
+SPREAD = 0.02  # nats, about a twentieth of the gain of fine-tuning
 
 
 class Entries(Term):
-    """Each entry of the update is one of c [k], up to a sign: c[which] * sign."""
+    """An update whose entries are parameters c [k] up to a sign: c[which] * sign."""
 
     which: Tensor
     sign: Tensor
@@ -49,7 +49,7 @@ class Entries(Term):
 
 @dataclass(frozen=True)
 class Subspace(Weights):
-    """Trains the whole update within a random subspace of k dimensions, for each matrix."""
+    """Trains each matrix within a random subspace of k dimensions."""
 
     numbers: Annotated[int, Ge(1)] = 2 * FEW
     """k."""

@@ -1,8 +1,8 @@
-"""PiSSA: the principal part of each matrix as the start of LoRA's factors learns faster early.
+"""PiSSA: LoRA initialized from the principal singular vectors learns faster early on.
 
 Source: F. Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of
 Large Language Models", 2024, Fig. 2 and Table 1: a lower loss from the first steps on, and at
-the end. The start is LoRA's `init`, so the claim stands beside LoRA's.
+the end. In eckart this is LoRA's `init`.
 """
 
 from eckart.claims import UNTOUCHED, Arm, Claim, lower

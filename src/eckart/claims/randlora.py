@@ -1,14 +1,14 @@
-"""RandLoRA: a small model of code, fine-tuned on prose, by scalings of fixed random bases.
+"""RandLoRA: fine-tune a small code model on prose by scaling fixed random bases.
 
 Source: P. Albert et al., "RandLoRA: Full-rank parameter-efficient fine-tuning of large
 models", ICLR 2025, abstract: what holds LoRA back is its rank, not its number of trained
 parameters, and an update of full rank closes part of the gap to full fine-tuning.
 
-In the small model RandLoRA trains 16,128 numbers and LoRA of rank 3 15,360. That rank is the
-cause needs targets whose rank is known: a map of 80 x 80 that is off by E, learnt from inputs
-and outputs with 480 numbers on either side. Where all singular values of E are equal, rank 3
-can take away 3 / 80 of it and 480 free directions 480 / 6400; where E has rank 3, LoRA can
-have it whole. RandLoRA must win on the first and lose on the second.
+In the small model RandLoRA trains 16,128 parameters, and LoRA of rank 3 trains 15,360. To show
+that rank is the cause, both also learn a target of known rank: an error E of an 80 x 80 map, from
+inputs and outputs, with 480 parameters each. Where all singular values of E are equal, rank 3 can
+remove 3 / 80 of it and 480 free directions 480 / 6400; where E has rank 3, LoRA can remove it
+all. RandLoRA must win on the first and lose on the second.
 """
 
 from functools import cache
@@ -50,7 +50,7 @@ def error(flat: bool) -> Tensor:
 
 
 def splits(flat: bool) -> Splits:
-    """Inputs x [4096, 80], and what E makes of them."""
+    """Inputs x [4096, 80] and targets E x, split into train, validation and test."""
     x = torch.randn(4096, SIDE, generator=torch.Generator().manual_seed(1))
     parts = {"x": x, "missing": x @ error(flat).mT}
     cut = [
@@ -68,7 +68,7 @@ def low_rank_error() -> Splits:
 
 
 class Map(nn.Module):
-    """W x, which should be (W + E) x; the loss is the share of |E x|^2 that is still missing."""
+    """A linear map W x that should become (W + E) x; the loss is the missing share of |E x|^2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ LOW = Task(data=low_rank_error, pretrained=None, shape=TINY, steps=800, batch_si
 
 @torch.no_grad()
 def stable_ranks(trained: Trained, lab: Lab) -> Quantities:
-    """The mean stable rank of what the matrices have learnt."""
+    """The mean stable rank of the learned updates."""
     changes = [
         sum(term.dense() for term in by_name.values() if hasattr(term, "dense"))
         for by_name in trained.handle.terms().values()

@@ -1,11 +1,11 @@
-"""ReLoRA: a small model of code goes on with prose, by one adapter after another.
+"""ReLoRA: continue training a small code model on prose with a sequence of merged adapters.
 
 Source: V. Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024,
-Table 2: far better than one adapter of the same rank, and near to training all weights, after a
-start of plain training.
+Table 2: far better than one adapter of the same rank, and close to training all weights, after
+a phase of full training.
 
-The start is the model that was trained on code. Embedding, norm and head are trained whole in
-both adapters' arms, as ReLoRA does; norms inside the blocks in ReLoRA's alone.
+The initial model was pretrained on code. Embedding, last norm and head are trained in full in both
+adapters' arms, as ReLoRA does; norms inside the blocks only in ReLoRA's.
 """
 
 from eckart.claims import UNTOUCHED, Arm, Claim, lower, recovers

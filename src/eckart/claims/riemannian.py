@@ -1,4 +1,4 @@
-"""Riemannian preconditioning: a small model of code, fine-tuned on prose by scaled gradients.
+"""Riemannian preconditioning: fine-tune a small code model on prose with scaled gradients.
 
 Source: F. Zhang and M. Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation
 Models", ICML 2024, Fig. 1 and tables 1 to 3: better than SGD and Adam on the same factors.

@@ -1,4 +1,4 @@
-"""SUMO: a small model of code from random weights, orthogonal moments in GaLore's subspace.
+"""SUMO: train a small code model from scratch with orthogonalized moments in GaLore's subspace.
 
 Source: Y. Refael et al., "SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating
 Memory-Efficient LLM Training", NeurIPS 2025, Table 2: better than GaLore at equal rank, and

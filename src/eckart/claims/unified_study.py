@@ -1,12 +1,12 @@
-"""A unified study of LoRA's variants: the learning rate decides, the variant hardly does.
+"""A unified study of LoRA's variants: the learning rate matters far more than the variant.
 
 Source: "A Unified Study of LoRA Variants: Taxonomy, Review, Codebase, and Empirical
 Evaluation", 2026 (arXiv 2601.22708), abstract: variants are far more sensitive to the
 learning rate than to other hyper-parameters, and with proper ones LoRA matches or beats most
 of them. `eckart bench` is that study's protocol for one's own model and data.
 
-A variant would matter here if it were better than tuned LoRA by more than 0.02 nats, about a
-twentieth of what fine-tuning gains.
+A variant matters here if it is better than tuned LoRA by more than 0.02 nats, about a twentieth of
+the gain of fine-tuning.
 """
 
 from typing import Any
@@ -23,12 +23,12 @@ def lora(rank: int = RANK, alpha: float = 16, **fields: Any) -> Recipe:
 
 
 def fixed(name: str, recipe: Recipe, lr: float = LR) -> Arm:
-    """An arm whose learning rate is part of the question."""
+    """An arm with a fixed learning rate."""
     return Arm(name, recipe, lr=lr, search=False)
 
 
 def span(*arms: str) -> Statement:
-    """The learning rate moves the loss at least three times as far as another choice does."""
+    """The range of losses over learning rates is at least three times that over the arms."""
 
     def excess(r: Results) -> float:
         rates = [r[name]["loss"] for name in ("lr / 10", "as it is", "lr x 10")]
