@@ -12,8 +12,8 @@ from PIL import Image
 from tests.conftest import tiny
 
 from eckart.errors import FileError, UsageError
+from eckart.io.image_sources import decoded, holds_images
 from eckart.io.images import read, read_images
-from eckart.io.pictures import decoded, holds_images
 from eckart.io.preprocessing import Preprocessing, load_preprocessing
 
 

@@ -1,7 +1,7 @@
 """Labelled images as rows for training: recognised, split, resized and cached.
 
-`pictures.py` finds the images, `preprocessing.py` converts them for a model. Resized pixels are
-cached between runs, under the hash of the images and of the size, so that each image is decoded
+`image_sources.py` finds the images and `preprocessing.py` converts them for a model. Resized pixels
+are cached between runs, under the hash of the images and of the size, so that each image is decoded
 once; sets too large for that are decoded on access, to the same bits. Nothing is random.
 """
 
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from eckart.errors import EckartError, FileError, UsageError
 from eckart.io.data import Data, cache_folder
 from eckart.io.folder import close_with_manifest, manifest_holds, write_folder
-from eckart.io.pictures import Found, Picture, decoded, found_in
+from eckart.io.image_sources import Found, Picture, decoded, found_in
 from eckart.io.preprocessing import Preprocessing
 from eckart.io.reading import in_order
 from eckart.io.sources import DataSource, held_out_share, sources_of

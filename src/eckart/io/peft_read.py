@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from eckart.errors import FileError
 from eckart.io.headers import format_errors, read_header, read_json, unfit
+from eckart.io.peft_assignment import assign
 from eckart.io.peft_layout import (
     BASE,
     DESCRIPTION,
@@ -27,7 +28,6 @@ from eckart.io.peft_layout import (
     short_names,
     with_patterns,
 )
-from eckart.io.peft_places import assign
 from eckart.io.peft_vocabulary import take_vocabulary
 from eckart.io.tensors import read_tensors
 from eckart.linear import Site

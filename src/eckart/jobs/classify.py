@@ -15,10 +15,10 @@ from torch import Tensor
 
 from eckart.errors import UsageError
 from eckart.io.heads import names_of
+from eckart.io.image_sources import decoded
 from eckart.io.models import load_tokenizer, missing
 from eckart.io.opening import open_model
 from eckart.io.packing import IGNORE
-from eckart.io.pictures import decoded
 from eckart.io.preprocessing import load_preprocessing
 from eckart.io.text import Encoder
 from eckart.jobs.settings.config import Job

@@ -23,9 +23,9 @@ from eckart.io.data import Data
 from eckart.io.encoding import class_names
 from eckart.io.formats import CLASSES, IMAGES, format_of
 from eckart.io.heads import names_of
+from eckart.io.image_sources import found_in, holds_images
 from eckart.io.models import load_tokenizer, own_task
 from eckart.io.packing import isolates_documents
-from eckart.io.pictures import found_in, holds_images
 from eckart.io.preprocessing import Preprocessing, load_preprocessing
 from eckart.io.reading import in_order, rows_of
 from eckart.io.sources import DataSource, files_of, is_hub, sources_of

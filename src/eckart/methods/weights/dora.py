@@ -24,8 +24,8 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from eckart.linear import Gain, LowRank, Site, Term
+from eckart.linear.cached import Cached
 from eckart.linear.factored import fresh_pair
-from eckart.linear.remembered import Remembered
 from eckart.linear.scaling import fields_of, peft_entries, scale_of
 from eckart.recipe import Cost, Paper, Weights
 
@@ -36,7 +36,7 @@ class Magnitude(Gain):
     def __init__(self, g: Tensor):
         super().__init__()
         self.g = nn.Parameter(g)  # [*, m]
-        self.norms: Remembered[Tensor] = Remembered()
+        self.norms: Cached[Tensor] = Cached()
 
     @classmethod
     def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:

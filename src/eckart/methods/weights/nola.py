@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from eckart.linear import Site, by_expert, low_rank
 from eckart.linear.basis import Drawn, RandomBasis, combined, uniform
 from eckart.linear.bits import packed, unpacked
+from eckart.linear.cached import Cached
 from eckart.linear.factored import Factored
-from eckart.linear.remembered import Remembered
 from eckart.recipe import Cost, Paper, Weights
 
 A_NAME, B_NAME = "nola_A", "nola_B"  # the bases: children of the model's root
@@ -109,7 +109,7 @@ class Combination(Factored):
         self.b = nn.Parameter(torch.zeros(*leading, k))
         start = frozen_start(seed, path, math.prod(leading), n, rank)
         self.register_buffer("A0", start.view(*leading, n, rank), persistent=False)
-        self.made: dict[str, Remembered[Tensor]] = {A_NAME: Remembered(), B_NAME: Remembered()}
+        self.made: dict[str, Cached[Tensor]] = {A_NAME: Cached(), B_NAME: Cached()}
 
     @classmethod
     def empty(cls, tensors: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Any]) -> Self:

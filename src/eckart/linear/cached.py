@@ -11,7 +11,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Remembered(Generic[T]):
+class Cached(Generic[T]):
     """The latest value of a pure function of tensors.
 
     It is reused while the tensors hold the same numbers, compared with a copy: torch's version

@@ -1,4 +1,4 @@
-"""A remembered value is used again for the same numbers only, however they were written."""
+"""A cached value is reused for the same numbers only, however they were written."""
 
 import copy
 import pickle
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from eckart.linear.remembered import Remembered
+from eckart.linear.cached import Cached
 
 
 class Counted:
@@ -15,7 +15,7 @@ class Counted:
 
     def __init__(self):
         self.a, self.W = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 3))
-        self.sums: Remembered[torch.Tensor] = Remembered()
+        self.sums: Cached[torch.Tensor] = Cached()
         self.taken, self.scale = 0, 1.0
 
     def __call__(self):
@@ -64,7 +64,7 @@ def test_it_carries_no_gradient_and_copies_forget():
         assert other.value is None and other.copies == ()
 
 
-def test_tensors_without_numbers_are_not_remembered():
+def test_tensors_without_numbers_are_not_cached():
     counted = Counted()
     counted.a = nn.Parameter(torch.ones(3, device="meta"))
     for _ in range(2):
