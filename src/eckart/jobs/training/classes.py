@@ -1,7 +1,7 @@
-"""Models with a head for classes: which head a job's data needs, and how it is opened.
+"""Models with a classification head.
 
-A head that knows all classes of the data is kept, with its own numbering; else a new one is
-drawn from the seed.
+The model's own head is kept, with its numbering, if it has all classes of the data; else a new
+one is initialised from the seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eckart.jobs.training import senses
 
 
 def require_task(job: Job) -> None:
-    """Raise UsageError where the model cannot learn from the job's data, whatever its head."""
+    """Raise UsageError if the model cannot be trained on this kind of data with any head."""
     source, form = job.model or "", senses.form_of(job)
     made_for, looks = own_task(source), sees_images(described(source))
     facts = [(source, made_for), (str(job.data.train[0].path), form)]
@@ -43,12 +43,12 @@ def require_task(job: Job) -> None:
 
 
 def keeps_head(source: str, task: str, labels: tuple[str, ...]) -> bool:
-    """Has the model a head for this task that knows all these classes?"""
+    """Does the model have a head for this task, with all these classes?"""
     return own_task(source) == task and set(labels) <= set(classes_known(source))
 
 
 def padding(reader: Any) -> dict[str, Any]:
-    """What a decoder with a head needs to find the end of a text; nothing for images."""
+    """The pad token as config fields: decoders need it to find the last token. {} for images."""
     ids = [getattr(reader, name, None) for name in ("pad_token_id", "eos_token_id")]
     pad = next((i for i in ids if i is not None), 0)
     return {"pad_token_id": pad} if hasattr(reader, "pad_token_id") else {}
@@ -57,7 +57,7 @@ def padding(reader: Any) -> dict[str, Any]:
 def open_to_teach(
     job: Job, task: str, labels: tuple[str, ...], reader: Any, dtype: torch.dtype
 ) -> Opened:
-    """The model with its head for these classes; an adapter with its own.
+    """Open a model to train on these classes; an adapter keeps its own head.
 
     Raises UsageError for an adapter that has no head, or one for other classes.
     """
@@ -87,7 +87,7 @@ def open_to_teach(
 
 
 def require_end(source: str, end: int | None, tokenizer: Any) -> None:
-    """Raise UsageError where texts do not end in the token at which T5 and BART read a class."""
+    """Raise UsageError if the tokenizer appends no EOS, from which T5 and BART classify."""
     last = tokenizer("a")["input_ids"][-1]
     if last != end:
         raise UsageError(
@@ -108,7 +108,7 @@ def open_to_measure(
     dtype: torch.dtype | None,
     seed: int,
 ) -> Opened:
-    """A model to measure on classes. Raises FileError where its head does not know them."""
+    """Open a model to evaluate on classes. Raises FileError if its head lacks one of them."""
     found = recognise_result(source)
     if found.kind not in ADAPTERS or own_task(source) == task:
         if found.kind in ADAPTERS:
@@ -126,7 +126,7 @@ def open_to_measure(
         return opened
     if not found.base:
         raise FileError("the adapter names no base", [(found.path, "")])
-    # A file of PEFT's own has the head's weights, and no names: they are the data's, in its order.
+    # PEFT saves the head's weights without class names: they are taken from the data, in order.
     model = load_model(found.base, dtype, task, seed, **naming(labels), **padding(reader))
     handle = ADAPTERS[found.kind](model, found.path)
     if not handle.also_train:
@@ -139,7 +139,7 @@ def open_to_measure(
 
 
 def require_known(model: Any, labels: tuple[str, ...]) -> None:
-    """Raise FileError for a class of the data that the model does not know."""
+    """Raise FileError for a class of the data that the model does not have."""
     known = names_of(model)
     unknown = [name for name in labels if name not in known]
     if unknown:

@@ -1,4 +1,4 @@
-"""Where numbers went wrong: the first module whose output, or the last whose gradient, is bad."""
+"""Finds the module where a NaN or infinity arose, in the forward or the backward pass."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def first_bad_module(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(path, what) of the first thing that is not finite in a forward pass of the batch.
+    """(path, what) of the first non-finite tensor in a forward pass of the batch.
 
-    A weight is named where one is bad already, since what follows is only its echo.
+    A non-finite weight is named before any output, since it is the cause of those.
     """
     for name, parameter in model.named_parameters():
         if not finite(parameter):
@@ -40,9 +40,9 @@ def first_bad_module(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, 
 
 
 def first_bad_gradient(model: nn.Module) -> tuple[str, str] | None:
-    """(path, what) of the bad gradient that the backward pass met first.
+    """(path, what) of the non-finite gradient that the backward pass computed first.
 
-    Parameters are listed in the order of the forward pass, so the last one is the first.
+    Parameters are in the order of the forward pass, so it is the last one in the list.
     """
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not finite(p.grad)]
     return (bad[-1].rpartition(".")[0], "gradient") if bad else None
@@ -53,7 +53,7 @@ def finite(tensor: Tensor) -> bool:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """The tensors of a module's output: one, or those of a tuple or mapping."""
+    """The tensors in a module's output: a tensor, tuple or mapping."""
     if isinstance(output, Tensor):
         return [output]
     parts = output.values() if isinstance(output, Mapping) else output

@@ -1,7 +1,7 @@
-"""How good a model is on data it was not trained on: loss, perplexity, bits per byte.
+"""Metrics on held-out data: loss, perplexity, bits per byte, accuracy.
 
-Means are over tokens, not over batches, so that the split into batches does not show. Bits
-per byte compare models with different tokenizers, which perplexities do not.
+Means are over tokens, not batches, so they do not depend on the batch size. Bits per byte can be
+compared between tokenizers; perplexities cannot.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from eckart.io.data import Data
 from eckart.io.tasks import TASKS
 from eckart.jobs.measuring.devices import model_device, on_device
 
-IGNORE = -100  # a label that does not count
-RISING = ("accuracy",)  # metrics of which more is better
-FOLLOWING = ("perplexity", "bits_per_byte")  # functions of the loss: they rank models as it does
-POOL = 8  # batches among which rows are sorted
+IGNORE = -100  # label without a loss
+RISING = ("accuracy",)  # metrics where higher is better
+FOLLOWING = ("perplexity", "bits_per_byte")  # monotonic in the loss
+POOL = 8  # batches whose rows are sorted by length together
 
 
 @torch.no_grad()
 def measure(
     model: nn.Module, data: Data, batch_size: int, metrics: Sequence[str]
 ) -> dict[str, Any]:
-    """The loss and these metrics on all held-out rows; empty without rows."""
+    """The loss and the given metrics on all held-out rows; {} without rows."""
     was_training = model.training
     model.eval()
     try:
@@ -41,11 +41,10 @@ def measure(
 
 
 def from_sums(sums: Mapping[str, Mapping[str, float]], data: Data) -> dict[str, Any]:
-    """All metrics from the sums over each source; empty where nothing was counted.
+    """All metrics from the sums over each source; {} if nothing was counted.
 
-    loss in nats per token that is learnt; with more than one source also `sources`: {name:
-    loss}. For classes, tags and hidden words also `accuracy`, the share of first choices that
-    are right.
+    The loss is in nats per token with a label. With several sources `sources` is {name: loss}.
+    Classes, tags and masked words have `accuracy`, the share of correct top predictions.
     """
     sums = {name: counts for name, counts in sums.items() if counts["count"]}
     if not sums:
@@ -70,7 +69,7 @@ def perplexity(loss: float) -> float:
 
 
 def names(data: Data) -> tuple[str, ...]:
-    """What `measure` gives for this data."""
+    """The names of the metrics that `measure` returns for this data."""
     if data.task == "masked":
         return "loss", "accuracy", "perplexity"
     if data.labels:
@@ -79,13 +78,13 @@ def names(data: Data) -> tuple[str, ...]:
 
 
 def summed(model: nn.Module, rows: Any, data: Data, batch_size: int) -> dict[str, float]:
-    """Summed loss, and how many tokens (or examples) it is over."""
+    """The summed loss, and the number of tokens (or examples) in it."""
     total = {"loss": 0.0, "count": 0.0, "right": 0.0}
     device = model_device(model)
     for batch in batches(rows, data, batch_size):
         inputs = on_device(batch, device)
         outputs = model(**inputs)
-        labels = inputs["labels"]  # of text to go on from the first is never learnt
+        labels = inputs["labels"]  # the first token of causal text has no loss
         counted = int((labels != IGNORE).sum())
         if not counted:
             continue
@@ -97,7 +96,7 @@ def summed(model: nn.Module, rows: Any, data: Data, batch_size: int) -> dict[str
 
 
 def batches(rows: Any, data: Data, size: int) -> Iterator[Mapping[str, Any]]:
-    """Rows collated, those of like length within some batches together: less is padded."""
+    """Collated batches; rows are sorted by length within POOL batches, for less padding."""
     for start in range(0, len(rows), POOL * size):
         pool = [rows[i] for i in range(start, min(start + POOL * size, len(rows)))]
         lengths = data.lengths(pool)

@@ -1,8 +1,8 @@
-"""One job in several processes: `train.processes=N`.
+"""Distributed training of one job: `train.processes=N`.
 
-The first process of all starts N of its own kind, each with its rank in the environment, and
-waits. Rank 0 speaks and writes; the others compute the same and keep silent. A cluster's own
-launcher (torchrun, accelerate) sets the same variables, and then nothing is started here.
+The launching process starts N workers with ranks in their environment, and waits. Rank 0 prints
+and writes files; the other ranks only compute. If a launcher such as torchrun or accelerate has
+set these variables, no processes are started here.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training.workers import follow
 
-STARTED_BY = "ECKART_STARTED_BY"  # the process id of the first process, in the others' environment
-GRACE = 60.0  # seconds the others have to end after one has
+STARTED_BY = "ECKART_STARTED_BY"  # environment variable: the launching process's id
+GRACE = 60.0  # seconds that the other ranks have to end after rank 0
 
 
 class Follower(Run):
-    """A run's folder as ranks above 0 see it: they read and write nothing."""
+    """A run for ranks above 0: it knows the folder, and writes nothing."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -48,32 +48,32 @@ class Follower(Run):
 
 
 def is_first() -> bool:
-    """Is this the process that speaks and writes?"""
+    """Is this rank 0, which prints and writes files?"""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_needed(job: Job) -> bool:
-    """Are processes to be started, and is this not one of them?"""
+    """Does this process have to start the workers of the job?"""
     return job.train.processes > 1 and "RANK" not in os.environ
 
 
 def follow_starter() -> None:
-    """In a process that was started here: end when the first one is gone, killed perhaps.
+    """In a worker: exit when the launching process is gone, for example killed.
 
-    Without it they would wait for each other, and hold their memory, for half an hour.
+    Otherwise workers would wait for each other, and hold their memory, for half an hour.
     """
     if starter := os.environ.get(STARTED_BY):
         follow(int(starter))
 
 
 def wait_for_all() -> None:
-    """Let every process come here before any goes on."""
+    """Wait until every process has reached this point."""
     PartialState().wait_for_everyone()
 
 
 @contextmanager
 def shared(opened: Any) -> Iterator[Run]:
-    """A run that rank 0 opens (by calling `opened`) and all ranks know the folder of."""
+    """The run opened by rank 0 (by calling `opened`); a `Follower` of its folder on other ranks."""
     if not is_first():
         yield Follower(Path(broadcast("")))
         return
@@ -83,7 +83,7 @@ def shared(opened: Any) -> Iterator[Run]:
 
 
 def broadcast(word: str) -> str:
-    """Rank 0's word, on every rank."""
+    """Rank 0's string, on every rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return word
     said = [word]
@@ -92,10 +92,7 @@ def broadcast(word: str) -> str:
 
 
 def require_places(count: int) -> None:
-    """Raise UsageError where this machine has no places for so many processes.
-
-    One per GPU; without GPUs one per core, and two in any case, to try a job out.
-    """
+    """Raise UsageError for more processes than GPUs; without GPUs, than cores, with at least 2."""
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     places, what = (gpus, "GPUs") if gpus else (max(2, cores), "cores")
     if count > places:
@@ -107,8 +104,8 @@ def require_places(count: int) -> None:
 
 
 def in_processes(job: Job) -> dict[str, Any]:
-    """Run the job in its processes; rank 0's document, or SystemExit with its code."""
-    # what each of them would refuse is refused before they start
+    """Run the job in several processes. Returns rank 0's document, or raises SystemExit."""
+    # Errors that every process would raise are raised once, before they start.
     require_places(job.train.processes)
     settle.layerwise(settle.as_it_began(job, Path(job.flags.resume)) if job.flags.resume else job)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +130,7 @@ def in_processes(job: Job) -> dict[str, Any]:
 
 
 def command_line(job: Job, file: Path) -> list[str]:
-    """The words of one process: the whole job from a file, the flags as they were given."""
+    """The command of one worker: the job from a file, and the given flags."""
     flags = job.flags
     words = [sys.executable, "-m", "eckart", job.command, "-c", str(file)]
     words += ["--resume", flags.resume] if flags.resume else []
@@ -142,7 +139,7 @@ def command_line(job: Job, file: Path) -> list[str]:
 
 
 def start(words: list[str], count: int, as_json: bool, folder: str) -> list[Any]:
-    """The processes by rank. Only rank 0 is heard; what others say goes to a file."""
+    """Start the workers, by rank. Rank 0 prints; stderr of the others goes to files."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -154,7 +151,7 @@ def start(words: list[str], count: int, as_json: bool, folder: str) -> list[Any]
         heard = rank == 0
         out = (subprocess.PIPE if as_json else None) if heard else subprocess.DEVNULL
         err = None if heard else open(Path(folder, f"{rank}.err"), "w", encoding="utf-8")  # noqa: SIM115
-        # A session of their own: a Ctrl-C comes here, and is passed on once.
+        # In their own session, so that a Ctrl-C reaches this process only and is passed on once.
         started.append(
             subprocess.Popen(
                 words, env=env, stdout=out, stderr=err, text=True, start_new_session=True
@@ -165,7 +162,7 @@ def start(words: list[str], count: int, as_json: bool, folder: str) -> list[Any]
 
 @contextmanager
 def passing_on(processes: list[Any]) -> Iterator[None]:
-    """Pass signals on, so that every rank saves at the same step and ends."""
+    """Forward SIGINT and SIGTERM, so that every rank saves at the same step and exits."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -180,7 +177,7 @@ def passing_on(processes: list[Any]) -> Iterator[None]:
 
 
 def end(process: Any) -> None:
-    """Wait for a process whose first one has ended; one that hangs is ended."""
+    """Wait for a rank after rank 0 has ended, and kill it if it hangs."""
     try:
         process.wait(GRACE if process.poll() is None else 0)
     except subprocess.TimeoutExpired:

@@ -1,14 +1,14 @@
-"""What a run's page shows beside its metrics: how the update grew, turned and what it says.
+"""Observations for a run's page: update norms, spectra, overlaps of bases, and text samples.
 
     update_norm   |theta_after - theta_before| of a step that is logged, all that is trained
     spectra       singular values of what was learned, six times in a run; see change.py for
                   those of full training
-    overlaps      at a refresh of a basis: |P_old^T P_new|^2 / r, the share of it that stays;
-                  of chosen coordinates or columns the share that is chosen again
-    samples       continuations of the same held-out beginnings, before and after training
+    overlaps      at a refresh of a basis: |P_old^T P_new|^2 / r, the share that is kept;
+                  for coordinates or columns the share that is chosen again
+    samples       completions of the same held-out prompts, before and after training
 
-Update norms stand in metrics.jsonl, spectra and overlaps in spectra.jsonl, a line for each step
-that has some: a resumed run goes on with them.
+Update norms are in metrics.jsonl, spectra and overlaps in spectra.jsonl, one line per step that
+has some; a resumed run appends to them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from eckart.jobs.training.page import spectra
 from eckart.jobs.training.screen import Screen
 from eckart.recipe import Handle
 
-COPIED = 256 * 10**6  # bytes of trained tensors up to which a step's update is measured
+COPIED = 256 * 10**6  # update norms are measured up to these bytes of trained tensors
 TIMES, REFRESHES = 6, 100  # spectra and overlaps of a run at most
-WATCHED, VALUES = 8, 512  # matrices whose basis is watched; singular values that are kept
-SIDES = {"left": 2, "right": 2, "index": 1}  # what a basis is kept as, and its dimensions
+WATCHED, VALUES = 8, 512  # matrices with overlaps; singular values per spectrum
+SIDES = {"left": 2, "right": 2, "index": 1}  # state key of a basis -> its number of dimensions
 PROMPTS, BEGUN, TOKENS = 2, 64, 32  # samples: how many, tokens given, tokens written
 
 
 class Observer(TrainerCallback):
-    """Watches the steps of a training and writes down what its page draws."""
+    """Callback that measures the updates of a training and logs them for its page."""
 
     def __init__(self, run: Run, handle: Handle, optimizer: Callable[[], Any]):
         self.run, self.handle, self.optimizer = run, handle, optimizer
@@ -76,7 +76,7 @@ class Observer(TrainerCallback):
             self.run.log(SPECTRA, step=step, spectra=kept)
 
     def learned(self, whole: bool) -> dict[str, list[float]]:
-        """Singular values by matrix; of full training where this process has `whole` matrices."""
+        """Spectra by matrix; `whole` says that matrices are not sharded, for full training."""
         if self.handle.attached:
             return spectra(self.handle)
         return changes(self.handle, self.start) if whole else {}
@@ -85,10 +85,10 @@ class Observer(TrainerCallback):
         return list(self.handle.trainable().values())
 
     def turned(self, measure: bool) -> dict[str, float]:
-        """Which of the watched bases are new, and the share of each old one that stays.
+        """Overlaps of observed bases with the ones before their last refresh, by name.
 
-        A basis is copied when its next refresh has been set, and compared only where it is
-        to be measured: no other step waits for the device.
+        A basis is copied after each refresh, and compared only if `measure`, since comparing
+        waits for the device.
         """
         found = {}
         for name, side, due, new in self.watched():
@@ -117,7 +117,7 @@ class Observer(TrainerCallback):
 def overlap(old: Tensor, new: Tensor, side: str) -> float:
     """|P_old^T P_new|^2 / r, with P [m, r] on the left and [r, n] on the right.
 
-    An index [r] names directions of one orthogonal basis: the share of them that is in both.
+    For an index [r] into a fixed orthogonal basis it is the share of directions in both.
     """
     if side == "index":
         return float(torch.isin(new, old).float().mean())
@@ -126,7 +126,7 @@ def overlap(old: Tensor, new: Tensor, side: str) -> float:
 
 
 def rounded(values: Sequence[float]) -> list[float]:
-    """Five digits: enough to draw."""
+    """The values with five significant digits, enough for a figure."""
     return [float(f"{v:.5g}") for v in values]
 
 
@@ -134,7 +134,7 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 def beginnings(data: Data) -> Tensor | None:
-    """Beginnings of held-out rows, token ids [prompts, t]; None where the task writes no text."""
+    """Prompts from held-out rows, token ids [prompts, t]; None if the task generates no text."""
     rows = next(iter(data.evaluation.values()), None)
     if data.task != "causal" or rows is None or not len(rows):
         return None
@@ -145,7 +145,7 @@ def beginnings(data: Data) -> Tensor | None:
 
 @torch.no_grad()
 def continued(model: Any, tokenizer: Any, begun: Tensor | None, screen: Screen) -> list[str]:
-    """What the model adds to each beginning, the likeliest tokens; empty where it cannot."""
+    """The greedy completion of each prompt; empty if generation fails."""
     if begun is None or torch.distributed.is_initialized() or not hasattr(model, "generate"):
         return []
     training, begun = model.training, begun.to(model.device)
@@ -157,7 +157,7 @@ def continued(model: Any, tokenizer: Any, begun: Tensor | None, screen: Screen) 
         )  # fmt: skip
     except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as fault:
         screen.warn(f"no samples on the page: {str(fault).splitlines()[0]}")
-        return []  # a picture less is no reason to lose a run
+        return []  # a missing sample must not end the run
     finally:
         model.train(training)
     return [tokenizer.decode(ids[begun.shape[1] :], skip_special_tokens=True) for ids in out]
@@ -166,7 +166,7 @@ def continued(model: Any, tokenizer: Any, begun: Tensor | None, screen: Screen) 
 def samples(
     begun: Tensor | None, tokenizer: Any, before: Sequence[str], after: Sequence[str]
 ) -> list[tuple[str, str, str]]:
-    """(prompt, before, after) as the page takes them."""
+    """(prompt, before, after) of each sample, for the page."""
     if begun is None:
         return []
     prompts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in begun]

@@ -1,4 +1,4 @@
-"""How a training ends: the result in final/, the lines a person reads, the JSON object."""
+"""Results of a training: final/, the lines printed at the end, and the --json document."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refuse_early(job: Job) -> None:
 
 
 def open_run(job: Job, data: Data, parameters: Mapping[str, Any], estimate: int) -> Run:
-    """The run's folder, with what was asked and what was decided."""
+    """Create or reopen the run's folder, and record the job in it."""
     run = (
         Run.resume(job.flags.resume)
         if job.flags.resume
@@ -48,19 +48,18 @@ def open_run(job: Job, data: Data, parameters: Mapping[str, Any], estimate: int)
 
 
 def write_final(run: Run, handle: Handle, tokenizer: Any) -> str:
-    """final/ for a model that was taught: an adapter beside its base where that says it all.
+    """Write final/ of a finetuned model: an adapter without its base, if the method allows it.
 
-    Returns the format. The tokenizer lies beside, with the chat template it was used with.
+    Returns the format. The tokenizer is saved too, with the chat template used in training.
     """
     dropped = handle.weights.base == "dropped"
     return write(run, handle, tokenizer, *(("factored",) if dropped else ("peft", "native")))
 
 
 def write_whole(run: Run, handle: Handle, tokenizer: Any) -> str:
-    """final/ for a model that began here: its base exists nowhere else.
+    """Write final/ of a pretrained model, whole, since its base is saved nowhere else.
 
-    Factored where the terms are the map; where they stand beside a dense matrix they are
-    folded into it if they can be.
+    Factored if the terms replace the dense matrices, else merged into them if possible.
     """
     dropped = handle.weights.base == "dropped"
     wanted = ("factored", "dense") if dropped else ("dense", "factored")
@@ -68,7 +67,7 @@ def write_whole(run: Run, handle: Handle, tokenizer: Any) -> str:
 
 
 def write(run: Run, handle: Handle, tokenizer: Any, *wanted: str) -> str:
-    """Write the first of these formats that the method can have; one without terms is dense."""
+    """Write the first of these formats that is possible; dense without terms."""
     can = possible(handle)
     form = next(f for f in (wanted if handle.attached else ("dense",)) if f in can)
     if launch.is_first():
@@ -86,7 +85,7 @@ LOADED_BY = {
 
 
 def recipe_of(job: Job) -> dict[str, Any]:
-    """{axis: {name, fields}} of what was chosen."""
+    """{axis: {name, fields}} of the chosen methods."""
     chosen = {
         axis: {"name": choice.name, **dataclasses.asdict(choice.method)}
         for axis, choice in job.choices.items()
@@ -99,7 +98,7 @@ def recipe_of(job: Job) -> dict[str, Any]:
 
 
 def parameters_of(handle: Handle) -> dict[str, Any]:
-    """Elements: all, trained, and by role."""
+    """Numbers of parameters: total, trained, and by role."""
     coverage = handle.coverage
     trainable = sum(p.numel() for p in handle.trainable().values())
     by_role = {role: dict(row) for role, row in coverage.by_role.items()}
@@ -116,7 +115,7 @@ def document(
     before: Mapping[str, Any] | None = None,
     after: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The object of --json. What a dry run cannot know is null."""
+    """The --json document. Values that a dry run does not have are null."""
     planned = None if job.train.steps == "auto" else int(job.train.steps)
     return {
         "run": str(run.folder) if run else None,
@@ -135,14 +134,14 @@ def document(
 
 
 def record(run: Run, found: Mapping[str, Any], form: str) -> None:
-    """Keep the document in run.json; how the run ended is written when it ends."""
+    """Write the document to run.json, without the exit code, which is recorded at the end."""
     run.record(**{k: v for k, v in found.items() if k not in ("run", "exit")}, format=form)
 
 
 def say_nothing_gained(
     screen: Screen, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
 ) -> None:
-    """Warn where the best checkpoint is no better on held-out data than the beginning was."""
+    """Warn if the held-out loss is not lower than before training."""
     if before and after and after["loss"] >= before["loss"]:
         screen.warn(
             "no checkpoint is better than the beginning: try another train.lr, or more data"
@@ -150,7 +149,7 @@ def say_nothing_gained(
 
 
 def report(screen: Screen, found: Mapping[str, Any], form: str, fitted: Fitted) -> None:
-    """The last two lines: what came out, and what to type next."""
+    """Print the last two lines: the result, and the command to type next."""
     folder = shown(found["run"])
     before, after = found["eval"]["before"], found["eval"]["after"]
     gained = f"held out {before['loss']:.3f} -> {after['loss']:.3f}" if before and after else ""
@@ -166,14 +165,14 @@ def report(screen: Screen, found: Mapping[str, Any], form: str, fitted: Fitted) 
 
 
 def following(screen: Screen, run: str, form: str) -> None:
-    """What to type next."""
+    """Print the command to type next."""
     words = [asking(run, own_task(run))]
     words += [f"eckart convert {shown(run)} --to dense"] if form != "dense" else []
     screen.line("next", "   |   ".join(words), result=True)
 
 
 def asking(model: str, task: str) -> str:
-    """What to type to see what a model says."""
+    """The command that shows a model's output."""
     if not (TASKS[task].language or TASKS[task].classes):  # an encoder says nothing by itself
         return f"eckart inspect {shown(model)}"
     prompt = "TEXT" if TASKS[task].sees == "text" else "IMAGE"
@@ -181,6 +180,6 @@ def asking(model: str, task: str) -> str:
 
 
 def shown(folder: str) -> str:
-    """A path as one would type it from here."""
+    """A path quoted for a shell, relative to the working directory if it is below it."""
     relative = os.path.relpath(folder)
     return shlex.quote(folder if relative.startswith("..") else relative)

@@ -1,4 +1,4 @@
-"""The page of a run: its facts gathered, drawn by `report`, written as report.html."""
+"""Writes report.html of a run: collects its facts, which `report` draws."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eckart.recipe import Handle
 
 ABOUT = ("command", "steps", "seconds", "tokens_per_second", "format", "seed", "data", "versions")
 Rows = Sequence[Mapping[str, Any]]
-UNDRAWN = {  # what a basis is kept as -> why it is not compared with the one before
+UNDRAWN = {  # state key of a basis -> why it has no overlaps
     "seed": "each is drawn anew from a seed, and shares with the last what chance gives, r / n",
     "warm": "a basis that follows the gradient lives for one step",
     "left_codes": "a basis that is kept in 4 bits is not unpacked to be looked at",
@@ -33,11 +33,11 @@ def write_page(
     written: tuple[Rows, Rows] | None = None,
     samples: Sequence[tuple[str, str, str]] = (),
 ) -> None:
-    """Write report.html from run.json as it is by now, and the lines of metrics and spectra.
+    """Write report.html from run.json, and the lines of metrics and spectra.
 
-    `written` are those lines; the run's own if None.
+    `written` are those lines; if None they are read from the run's folder.
     """
-    from eckart.report import page  # brings matplotlib, at the end of a run alone
+    from eckart.report import page  # imports matplotlib
 
     facts = run.facts
     rows, observed = written or (run.metrics(), read_lines(run.folder, SPECTRA))
@@ -66,7 +66,7 @@ def write_page(
 
 
 def why_no_overlaps(handle: Handle) -> str:
-    """Why it is not drawn how far a basis turns, where it does; else empty."""
+    """The reason why a run with refreshed bases has no overlaps; else empty."""
     update = handle.recipe.update
     kept = update.rule().projector.names if update else ()
     reasons = [UNDRAWN[name] for name in kept if name in UNDRAWN]
@@ -74,13 +74,13 @@ def why_no_overlaps(handle: Handle) -> str:
 
 
 def reason(job: Job, key: str) -> str:
-    """Why a key has its value."""
+    """The reason for a key's value."""
     return job.settled.get(key) or ("as given" if key in job.given else "the default")
 
 
 @torch.no_grad()
 def spectra(handle: Handle) -> dict[str, list[float]]:
-    """Singular values of what each site learned, largest first; where it is a thin product."""
+    """Singular values of each site's update, largest first, for updates B A."""
     found: dict[str, list[float]] = {}
     for path, by_name in handle.terms().items():
         pair = joint_factors(by_name.values())

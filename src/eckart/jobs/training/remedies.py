@@ -1,4 +1,4 @@
-"""What to type where memory ran out in a step: the ways to take less, by what each saves."""
+"""Suggestions when memory runs out in a step: settings that take less, by bytes saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 3
 
 
 def out_of_memory(job: Job, handle: Handle, optimizer: Any, estimated: int) -> OutOfRoom:
-    """The error of a run whose tensors were estimated at so many bytes in all."""
+    """The error for a run that ran out of memory, with its estimate and what to type."""
     parts = {
         **model_bytes(handle),
         "gradients": gradient_bytes(job.train, optimizer),
@@ -29,10 +29,10 @@ def out_of_memory(job: Job, handle: Handle, optimizer: Any, estimated: int) -> O
 
 
 def remedies(job: Job, parts: Mapping[str, int], checkpointed: int) -> list[tuple[str, int]]:
-    """Words of a command line with the bytes that each saves, the most first.
+    """key=value words with the bytes that each saves, the most first.
 
-    `parts` are a step's bytes by category, `checkpointed` what of the activations is still
-    kept where they are computed again.
+    `parts` are a step's bytes by category, `checkpointed` the activations' bytes under
+    activation checkpointing.
     """
     size, accumulate = int(job.train.batch_size), int(job.train.accumulate)
     activations, moving = parts["activations"], parts["gradients"] + parts["state"]
@@ -55,7 +55,7 @@ def remedies(job: Job, parts: Mapping[str, int], checkpointed: int) -> list[tupl
 
 
 def block_inputs(job: Job, config: Any) -> int:
-    """Bytes of one tensor [batch, t, d] in fp32 for each layer: all that checkpointing keeps."""
+    """Bytes of the layers' inputs [batch, t, d] in fp32, all that checkpointing keeps."""
     layers = getattr(config, "num_hidden_layers", 0) or 0
     width = getattr(config, "hidden_size", 0) or 0
     return int(4 * layers * width * int(job.train.batch_size) * int(job.data.seq_len))

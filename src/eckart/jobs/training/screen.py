@@ -1,8 +1,7 @@
-"""What a person sees of a job: aligned lines, and progress that stays in place.
+"""Terminal output of a job: aligned lines and progress.
 
-Results go to stdout, all else to stderr; with --json nothing but the document may reach
-stdout, and nothing is printed at all. On a terminal progress overwrites itself; in a pipe it
-is a line now and then.
+Results go to stdout, everything else to stderr. With --json no lines are printed, so that stdout
+has the document alone. Progress overwrites its line on a terminal and is a few lines in a pipe.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from eckart.jobs.measuring.memory import in_words
 
-WIDE = 24  # a longer name, such as a path, stands out of its column alone
-FEWEST, MOST = 4, 25  # lines of a training in a pipe, beside the first
+WIDE = 24  # widest column; a longer name, such as a path, exceeds it
+FEWEST, MOST = 4, 25  # progress lines in a pipe, besides the first
 
 
 @dataclass
 class Screen:
-    """Prints the lines of one job, or nothing where it is `quiet`."""
+    """Prints the lines of one job, or nothing if `quiet`."""
 
     quiet: bool = False
     warnings: list[str] = field(default_factory=list)
@@ -51,8 +50,8 @@ class Screen:
 class Progress(TrainerCallback):
     """`120/300  loss 2.31  held out 2.40  lr 2.1e-3  1.9 s/step  540 tokens/s  1 GB  0:05:42 left`.
 
-    On stderr. `per_step` is how much a step sees, and of what; `memory` measures bytes, at log
-    steps alone.
+    On stderr. `per_step` is the amount per step and its unit; `memory` returns bytes, and is
+    called at log steps only.
     """
 
     def __init__(self, per_step: tuple[float, str], memory: Callable[[], int]):
@@ -80,7 +79,7 @@ class Progress(TrainerCallback):
     ) -> None:
         self.stepping += time.monotonic() - self.step_begun
         if self.live:
-            width = shutil.get_terminal_size().columns - 1  # a longer line could not be overwritten
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be overwritten
             self.out.write("\r\x1b[K" + self.text(state)[: max(width, 40)])
             self.out.flush()
 
@@ -106,7 +105,7 @@ class Progress(TrainerCallback):
             print(file=self.out, flush=True)
 
     def text(self, state: TrainerState) -> str:
-        """The line as of now: steps alone have a pace, what is left has evaluations too."""
+        """The current line. The time per step excludes evaluations, the time left includes them."""
         done, total = state.global_step, state.max_steps
         taken = max(1, done - self.first)
         pace, whole = self.stepping / taken, (time.monotonic() - self.begun) / taken
@@ -122,12 +121,12 @@ class Progress(TrainerCallback):
 
 
 def every(steps: int) -> int:
-    """Steps between two lines: 2 of 8, 3 of 30, 40 of 1000."""
+    """Steps between two lines in a pipe: 2 of 8, 3 of 30, 40 of 1000."""
     return max(1, round(steps / MOST), min(3, round(steps / FEWEST)))
 
 
 def rate(value: float) -> str:
-    """2.1e-3, as people write learning rates."""
+    """A learning rate as `2.1e-3`."""
     if not value:
         return "0"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
@@ -135,7 +134,7 @@ def rate(value: float) -> str:
 
 
 def in_bits(dtype: torch.dtype) -> str:
-    """fp32, bf16, as people write them."""
+    """The short name of a dtype: fp32, bf16."""
     name = str(dtype).removeprefix("torch.")
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
 

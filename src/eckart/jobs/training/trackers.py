@@ -5,11 +5,11 @@ from __future__ import annotations
 from eckart.errors import MissingExtra, UsageError, did_you_mean
 from eckart.jobs.settings.job import Job
 
-PACKAGES = {"comet_ml": "comet-ml"}  # where the tracker has another name than its package
+PACKAGES = {"comet_ml": "comet-ml"}  # tracker -> package, if the names differ
 
 
 def require_trackers(job: Job) -> None:
-    """Raise UsageError for a logger that nobody knows, MissingExtra for one not installed."""
+    """Raise UsageError for an unknown tracker, MissingExtra for one that is not installed."""
     if not job.track:
         return
     from transformers import integrations

@@ -1,4 +1,4 @@
-"""What a process does first, before it imports anything large."""
+"""Set-up of a process before its large imports: warnings silenced, worker tied to its parent."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import os
 import threading
 import time
 
-# Where torchao is installed transformers loads it, and it warns of other machines' kernels.
+# transformers imports torchao if installed, which warns about kernels of other hardware.
 NOISY = ("torchao", "torch.utils._pytree")
 
 
 def hush() -> None:
-    """Silence warnings of libraries that no user here can act on."""
+    """Silence library warnings that users cannot act on."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def begin(parent: int) -> None:
-    """In a worker: keep quiet, and end when the program that started it is gone."""
+    """Set up a worker: silence warnings, and exit when its parent process is gone."""
     hush()
     follow(parent)
 
 
 def follow(parent: int) -> None:
-    """End when the process with this id is no longer the parent, killed perhaps."""
+    """Exit this process when the process with this id is no longer its parent."""
 
     def watch() -> None:
         while os.getppid() == parent:
