@@ -20,7 +20,7 @@ from eckart.errors import EckartError, OutOfRoom
 from eckart.jobs.measuring.memory import Line, in_words, line
 from eckart.jobs.measuring.shallow import Sizes, alike, sized
 from eckart.jobs.measuring.speed import Speed, digits
-from eckart.jobs.settings.config import Job
+from eckart.jobs.settings.job import NONE, Choice, Job
 from eckart.jobs.settings.settle import SHARE, largest_divisor
 from eckart.jobs.training import prepare
 from eckart.jobs.training.screen import Screen
@@ -90,9 +90,10 @@ def proposals(
     stacked = alike(config)
     for words, weights, update, plain in candidates(from_scratch=job.command == "pretrain"):
         try:
-            recipe = Recipe(weights=weights, update=update)
+            precision: Any = job.choices["precision"].method
+            recipe = Recipe(weights=weights, update=update, precision=precision)
             recipe.check()
-            sizes = sized(config, recipe, prepare.dtype_of(job), place, stacked)
+            sizes = sized(config, recipe, dtype_of(job, recipe), place, stacked)
         except EckartError:
             continue  # they do not combine, or need what an estimate has not
         proposal = placed(words, plain, sizes, limit, rows, partial(speed, update), passes)
@@ -107,6 +108,14 @@ def proposals(
             "Type a shorter data.seq_len=, precision=bf16, or a smaller model.",
         )
     return sorted(found, key=lambda p: p.order), left
+
+
+def dtype_of(job: Job, recipe: Recipe) -> torch.dtype:
+    """The dtype in which the job's model is loaded to be trained by this recipe."""
+    for axis in ("weights", "update"):
+        method = getattr(recipe, axis)
+        job = job.choose(axis, Choice(method.slug, method) if method else NONE, "proposed")
+    return prepare.dtype_of(job)
 
 
 def candidates(from_scratch: bool = False) -> Iterator[tuple[str, Any, Any, bool]]:
