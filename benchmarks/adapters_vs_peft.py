@@ -1,16 +1,16 @@
-"""Every adapter that PEFT has too, against PEFT's; and what each of ours adds to a frozen base.
+"""Adapters that PEFT has too, against PEFT's; and the cost of each of ours over a frozen base.
 
     python benchmarks/adapters_vs_peft.py [bfloat16 | float32] [NAME ...] [--write]
 
-The model of lora_vs_peft.py, the same numbers on both sides: PEFT writes the adapter, we read
-its files. Aims: on a bf16 base with fp32 factors at least 1.1 times PEFT's speed at most 0.7
+The model of lora_vs_peft.py with equal weights on both sides: PEFT writes the adapter, we read
+its files. Aims: on a bf16 base with fp32 factors at least 1.1 times PEFT's speed with at most 0.7
 of its bytes; in fp32 never slower, never more bytes. Bytes are counted for the whole step and
-for the adapted maps alone: where PEFT too keeps r numbers a token (Bone's tile and mini, 5 % of
-what the step keeps), no form of them can make the whole step smaller by much, so what the frozen
-base keeps is printed beside. VeRA is PEFT's alone; LoRAM trains plain LoRA on a smaller base. The
-base's own step is forward and backward down to the embedding's output, nothing trained, which
-keeps a little more than a step whose first adapters come after a norm. Figures are put beside
-those of earlier runs with other names.
+for the adapted maps alone. Where PEFT, too, keeps r numbers per token (Bone's tile and mini, 5 %
+of a step's bytes), the whole step cannot be much smaller, so the frozen base's bytes are printed
+as well. VeRA is PEFT's alone; LoRAM trains plain LoRA on a smaller base. The base's own step is
+forward and backward down to the embedding's output with nothing trained, which keeps a little
+more than a step whose first adapters come after a norm. With --write, results of earlier runs
+for other names are kept.
 """
 
 import copy
@@ -71,7 +71,7 @@ TURNS = {torch.bfloat16: 31 if BF16_ON_CPU else 3, torch.float32: 31}  # emulate
 
 
 def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
-    """One training step with a small plain update, so that what is kept between steps is old."""
+    """One training step with a small SGD update, so that tensors cached between steps expire."""
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> None:
@@ -86,7 +86,7 @@ def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
 
 
 def both(name: str, model: nn.Module, folder: str) -> tuple[nn.Module, nn.Module]:
-    """Ours and PEFT's model with the same adapter."""
+    """Our model and PEFT's with the same adapter."""
     ours = copy.deepcopy(model)
     theirs = get_peft_model(model, PEFTS[name])  # type: ignore[arg-type]
     if name in CHANGED_BASE:
@@ -136,7 +136,7 @@ def frozen_base(dtype: torch.dtype) -> nn.Module:
 
 
 def over_base(methods: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Seconds of a step over the base's own, and bytes that it keeps over the base's."""
+    """Seconds and kept bytes of a step beyond those of the frozen base."""
     ids, plain = tokens(), frozen_base(dtype)
     models = {name: with_method(base(dtype), method) for name, method in methods.items()}
     runs = {"base": step(plain, ids), **{name: step(m, ids) for name, m in models.items()}}
@@ -179,7 +179,7 @@ def main() -> None:
 
 
 def keep(table: str, rows: Mapping[str, Any]) -> None:
-    """Put rows beside those that were measured before."""
+    """Merge rows into the results measured before."""
     path = RESULTS / "adapters_vs_peft.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     facts = {"what": "2 Llama layers of width 256, 4 x 128 tokens, rank 16, 1 thread"}

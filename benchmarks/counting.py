@@ -1,4 +1,4 @@
-"""What is stepped on, and what a step does beside its time: operations and bytes of state."""
+"""Models and problems for the optimizer benchmarks, and counts of operations and state bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VIEWS = {
 
 
 class Launches(TorchDispatchMode):
-    """How often each operation runs inside, views left out: what a GPU would launch."""
+    """Counts the operations that run inside, without views: what a GPU would launch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,21 +37,21 @@ class Launches(TorchDispatchMode):
 
 
 def launches(run: Callable[[], object]) -> int:
-    """Operations of one call."""
+    """The number of operations in one call."""
     with Launches() as counter:
         run()
     return counter.found.total()
 
 
 def state_bytes(states: Iterable[Mapping[str, Any]]) -> int:
-    """Bytes of all tensors in some states."""
+    """Bytes of all tensors in these states."""
     tensors = [t for state in states for t in state.values() if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True)
 class Llama:
-    """Blocks of a model, and what a comparison on them takes."""
+    """The blocks of a Llama model, and the settings of a comparison on them."""
 
     width: int
     mlp: int
@@ -76,18 +76,18 @@ MODELS = {
 
 
 def option(name: str) -> str:
-    """The word after this one on the command line, or none, ""."""
+    """The value after this option on the command line, or ""."""
     words = sys.argv[1:]
     return words[words.index(name) + 1] if name in words[:-1] else ""
 
 
 def titled(name: str) -> str:
-    """The name of a result, with the models where the command line names them."""
+    """The name of a result; includes the models given on the command line."""
     return "-".join(filter(None, (name, option("--model"))))
 
 
 def chosen(*usual: str) -> dict[str, Llama]:
-    """The models that `--model NAME[,NAME]` names, else the usual ones."""
+    """The models given by `--model NAME[,NAME]`, else the default ones."""
     named = option("--model")
     names = named.split(",") if named else usual
     unknown = [name for name in names if name not in MODELS]
@@ -97,8 +97,8 @@ def chosen(*usual: str) -> dict[str, Llama]:
 
 
 def first_basis(place: int, G: Tensor, rank: int, side: Literal["left", "right"]) -> Tensor:
-    """The directions [m, r] or [r, n] of G [m, n] that GaLore and Fira start from where it is the
-    gradient of the parameter in this place."""
+    """The first basis [m, r] or [r, n] of GaLore and Fira for a gradient G [m, n] of the parameter
+    at index `place`."""
     seed = crc32(f"0/0.{place}/0".encode())  # as our optimizer seeds its name at step 0
     search = Search(G[None], {}, [seed], True, (*G.shape,))
     found: Tensor = Leading(rank, side).find(search)[side][0]
@@ -115,7 +115,7 @@ def problem(shapes: list[tuple[int, int]]) -> list[torch.nn.Parameter]:
 
 
 class Published:
-    """An algorithm as its paper has it, one matrix after another: a subclass has its `move`."""
+    """A published algorithm, applied to one matrix after another; subclasses define `move`."""
 
     def __init__(self, params: list[torch.nn.Parameter], rank: int):
         self.params, self.rank = params, rank
@@ -127,18 +127,18 @@ class Published:
             self.move(place, W, state)
 
     def move(self, place: int, W: torch.nn.Parameter, s: dict[str, Any]) -> None:
-        """Change the matrix in this place by its gradient, and its state."""
+        """Update the matrix at this index, and its state, by its gradient."""
         raise NotImplementedError
 
 
 def apart(a: list[torch.nn.Parameter], b: list[torch.nn.Parameter]) -> float:
-    """The largest difference between weights that took the same steps."""
+    """The largest difference between the weights of two optimizers after the same steps."""
     return max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
 
 
 def beside(ours: Any, theirs: Published, params: tuple[list[Any], list[Any]]) -> dict[str, Any]:
-    """What is no time, of two optimizers that have taken the same steps on parameters of their
-    own: operations of a step more, bytes of state, how far the weights are apart before it."""
+    """Results other than time for two optimizers after the same steps on separate parameters:
+    operations of a further step, bytes of state, and the largest difference of weights."""
     gap = apart(*params)
     return {
         "operations": {"eckart": launches(ours.step), "published": launches(theirs.step)},

@@ -3,8 +3,8 @@
     python benchmarks/lora_vs_peft.py [--write]
 
 Two layers of a Llama, rank 16 on all linear maps, the same factors on both sides. Aims: on a
-bf16 base with fp32 factors at least 1.1 times PEFT's speed at most 0.7 of its bytes; in fp32
-never slower, never more bytes.
+bf16 base with fp32 factors at least 1.1 times PEFT's speed with at most 0.7 of its bytes; in
+fp32 never slower, never more bytes.
 """
 
 import copy
@@ -69,9 +69,9 @@ def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
 
 
 def kept_bytes(model: nn.Module, ids: torch.Tensor, within: Sequence[str] = ()) -> int:
-    """Bytes of distinct storages that autograd keeps, those of the model itself left out.
+    """Bytes of distinct storages that autograd saves, without the model's own.
 
-    `within` are names of maps: then what these keep alone, their inputs included.
+    `within` are names of maps: then only what these save, their inputs included.
     """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}

@@ -1,13 +1,13 @@
-"""A DCT-AdamW step, which chooses its directions anew, against the published algorithm.
+"""A DCT-AdamW step with its choice of directions, against the published algorithm.
 
     python benchmarks/optim_dct.py [--model 7B] [--write]
 
-The algorithm as published is written below matrix by matrix: coordinates by one product, their
-choice, moments turned by the product of the old and the new directions, the update projected
-back. The aim is at least twice its speed, with coordinates as they are by default, here by the
-fast transform; with the product S = G Q (route=matmul) that and the update W += N Q^T are most
-of either's time, which is printed beside. Matrices of a 60M and a 350M Llama; steps are
-interleaved, ratios are of neighbours.
+The published algorithm is implemented below matrix by matrix: coordinates by one product, the
+choice of directions, moments rotated by the product of the old and the new directions, the update
+projected back. The aim is at least twice its speed with the default route, here the fast
+transform. With route=matmul the products S = G Q and W += N Q^T take most of either's time; their
+time is printed as well. Matrices of a 60M and a 350M Llama; steps are interleaved, and ratios
+compare neighbouring runs.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class PublishedDCTAdamW(Published):
 
 
 def products(params: list[torch.nn.Parameter], rank: int) -> Callable[[], None]:
-    """S = G Q and W += S[:, :r] Q[:, :r]^T, and nothing else."""
+    """The products S = G Q and W += S[:, :r] Q[:, :r]^T alone."""
     work = []
     for p in params:
         assert p.grad is not None

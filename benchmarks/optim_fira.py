@@ -2,11 +2,11 @@
 
     python benchmarks/optim_fira.py [--model 7B] [--write]
 
-The products are R = G P^T and W += N P, one reading of G for the norms of its lines and one
-that adds it: the aim is at most 1.25 times their time, and at least 1.5 times the speed of the
-algorithm as published, written below matrix by matrix: the residual G - R P is formed, and the
-limiter asks the host. Matrices of a 60M and a 350M Llama. Steps of the three are interleaved;
-ratios are of neighbours, so that a slower minute touches all.
+The products are R = G P^T and W += N P, one pass over G for the norms of its lines and one that
+adds it. The aim is at most 1.25 times their time, and at least 1.5 times the speed of the
+published algorithm, implemented below matrix by matrix: it forms the residual G - R P, and its
+limiter syncs with the host. Matrices of a 60M and a 350M Llama. Steps of the three are
+interleaved and ratios compare neighbouring runs, so that a slow phase of the machine affects all.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ class PublishedFira(Published):
 
 
 def products(params: list[torch.nn.Parameter], rank: int) -> Callable[[], None]:
-    """The two products, norms of lines of G, and G added line by line; nothing else."""
+    """The two products, the norms of G's lines, and the addition of G scaled by line, alone."""
     work = []
     for p in params:
         (m, n), right = p.shape, p.shape[0] >= p.shape[1]

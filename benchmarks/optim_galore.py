@@ -3,11 +3,11 @@
     pip install --no-deps galore-torch
     python benchmarks/optim_galore.py [--model 7B] [--write]
 
-The products G P^T and W += N P, computed as the step computes them, are what the method cannot
-do without; the aim is at most 1.25 times their time, and at least 1.15 times the speed of
-galore-torch. What that takes beside the same products, printed too, is the most that any step can
-be ahead of it. Steps of the three are interleaved; ratios are of neighbours, so that a slower
-minute touches both.
+The products G P^T and W += N P, computed as the step computes them, are the method's unavoidable
+work. The aim is at most 1.25 times their time, and at least 1.15 times the speed of galore-torch.
+galore-torch's time relative to these products, printed too, bounds the speed-up that any step can
+have over it. Steps of the three are interleaved and ratios compare neighbouring runs, so that a
+slow phase of the machine affects all.
 """
 
 import importlib
@@ -31,7 +31,7 @@ NEVER = 10**9
 
 
 def galore_torch() -> type:
-    """galore-torch's AdamW, without its package's __init__, which needs bitsandbytes."""
+    """galore-torch's AdamW, imported without the package's __init__, which needs bitsandbytes."""
     spec = importlib.util.find_spec("galore_torch")
     if spec is None:
         sys.exit("galore-torch is missing. Type: pip install --no-deps galore-torch")
@@ -47,7 +47,7 @@ def ours(params: list[nn.Parameter], rank: int) -> Callable[[], object]:
 
 
 def theirs(params: list[nn.Parameter], AdamW: type, rank: int) -> Callable[[], object]:
-    """Its bases are ours: an SVD of a large matrix takes a minute."""
+    """galore-torch's optimizer, given our first bases: an SVD of a large matrix takes a minute."""
     projector: Any = sys.modules["galore_torch.galore_projector"].GaLoreProjector
     places = count()  # each parameter asks once, in their order
     projector.get_orthogonal_matrix = lambda self, *given, type: first_basis(
@@ -59,7 +59,7 @@ def theirs(params: list[nn.Parameter], AdamW: type, rank: int) -> Callable[[], o
 
 
 def products(params: list[nn.Parameter], rank: int) -> Callable[[], None]:
-    """R = G P^T and W += R P (their transposes where m < n), and nothing else."""
+    """The products R = G P^T and W += R P alone (their transposes where m < n)."""
     work = []
     for p in params:
         m, n = p.shape

@@ -1,13 +1,12 @@
-"""Bytes of optimizer state, and of gradients at their peak: counted exactly, nothing is timed.
+"""Exact bytes of optimizer state, and of gradients at their peak.
 
     python benchmarks/optim_memory.py [--model 7B] [--rules galore,fira] [--write]
 
 Every registered rule trains a small Llama (width 256, 4 blocks, fp32) or a block of another model,
-whole or through LoRA of rank 8 where it is a rule for factor pairs, and is shown beside AdamW on
-what it trains. State is
-what lies in the optimizer after the steps. Gradients are those of parameters and what layer-wise
-hooks keep, at the moment when a gradient has just come, in a step that searches no basis: all of
-them as usual; layer by layer one of the projected ones at a time.
+in full or, for rules for factor pairs, through LoRA of rank 8, and is compared with AdamW on the
+same parameters. State is what the optimizer holds after the steps. Gradients are the parameters'
+and those kept by layer-wise hooks, just after a gradient was computed, in a step without a
+refresh: normally all of them; in layer-wise mode one projected parameter's at a time.
 """
 
 import gc
@@ -43,7 +42,7 @@ def update_of(name: str) -> Update:
 
 def measured(update: Update, pairs: bool, layerwise: bool = False) -> dict[str, int]:
     """Bytes of state, of trained parameters, and of gradients at the peak of the last step."""
-    gc.collect()  # the model before this one lay in cycles
+    gc.collect()  # the previous model is only freed with its reference cycles
     lora = eckart.LoRA(rank=8)
     weights = replace(lora, **update.asks(lora)) if pairs else eckart.Dense()
     handle = eckart.attach(model(), Recipe(weights=weights, update=update), lr=1e-3, steps=STEPS)

@@ -2,14 +2,14 @@
 
     python benchmarks/optim_pairs.py [--model 7B] [--write]
 
-One Llama block, a factor pair beside each of its seven maps. Beside AdamW of torch (foreach)
-and ours stand AltLoRA, AltLoRA+ and LoRA-Pro; the aim is at most 1.3 times the time of torch's. No
-implementation can meet it on a CPU, where AdamW's step and the products that a rule cannot do
-without, measured alone in the same run, are two to five times AdamW's step: each rule is shown
-against that floor, too. Printed with each: its state in bytes, all of which is read and
-written, the floating-point operations of its products, and the operations dispatched. LoRA-Pro's
-moments are those of the whole matrices: its floor is torch's AdamW step on these and its products,
-one after the other, and a step done in pieces that stay in the cache can be below that. Inverses
+One Llama block with a factor pair on each of its seven maps. AltLoRA, AltLoRA+ and LoRA-Pro are
+compared with torch's AdamW (foreach) and ours; the aim is at most 1.3 times the time of torch's.
+No implementation can meet it on a CPU, where AdamW's step and a rule's unavoidable products,
+measured alone in the same run, take two to five times AdamW's step: each rule is compared with
+that floor, too. Printed with each: its state in bytes, all of which is read and written, the
+floating-point operations of its products, and the operations dispatched. LoRA-Pro's moments are
+those of the whole matrices: its floor is torch's AdamW step on these and its products, one after
+the other; a step done in pieces that stay in the cache can be faster than that. Inverses
 and eigendecompositions of r x r are not in the floor; LoRA-Pro's two, in fp64, are a third of its
 factored step at width 512 and rank 64.
 """
@@ -54,7 +54,7 @@ def step_of(update: Update, params: list[nn.Parameter]) -> LowRankOptimizer:
 
 
 def products(name: str, maps: list[tuple[int, int]], rank: int) -> int:
-    """FLOPs of the thin and full products that a step is made of, r x r work left out."""
+    """FLOPs of a step's thin and full products, without r x r work."""
     total = 0
     for m, n in maps:
         thin = 2 * (m + n) * rank**2  # one r x r product along the rank of both factors
@@ -66,8 +66,8 @@ def products(name: str, maps: list[tuple[int, int]], rank: int) -> int:
 
 
 def floor(maps: list[tuple[int, int]], rank: int, whole: bool) -> Callable[[], None]:
-    """Products and nothing else: two r x r and two thin ones for each factor, as AltLoRA and
-    LoRA-Pro have them alike; `whole` with those of LoRA-Pro's E [m, n], B^T N and N A^T."""
+    """The products alone: two r x r and two thin ones for each factor, the same in AltLoRA and
+    LoRA-Pro; with `whole` also those of LoRA-Pro's E [m, n], B^T N and N A^T."""
     work = []
     for m, n in maps:
         B, A = torch.randn(m, rank) / 30, torch.randn(rank, n) / 30
@@ -99,7 +99,7 @@ def compared(model: Llama, rank: int) -> dict[str, Any]:
     contenders: dict[str, Callable[[], object]] = {name: o.step for name, o in steps.items()}
     contenders["thin products"] = floor(maps, rank, whole=False)
     contenders["all products"] = floor(maps, rank, whole=True)
-    # processor time comes in steps of some milliseconds: small steps are taken more often
+    # processor time has a resolution of some milliseconds, so small steps are repeated more often
     seconds = take_turns(contenders, model.turns, model.repeat * REPEAT[rank])
     thin = sums(seconds["torch"], seconds["thin products"])
     large = sums(seconds["torch, whole matrices"], seconds["all products"])

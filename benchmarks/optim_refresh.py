@@ -4,12 +4,12 @@
     python benchmarks/optim_refresh.py [--model 7B] [--text FILE] [--write]
 
 The aim is ten times the speed at width 1024 and more, with at least 0.995 of the energy that
-the best basis of that rank captures; "default" is what GaLore and Fira do when nobody says
-otherwise, an SVD below that width. Made gradients have the shapes of small language models and
-singular values that fall as 1 / i, with noise below; of 7B one of attention, where an SVD takes a
-minute. Real ones, left out where a model is named, are those of a Llama of width 1024, before its
-first step and after some on bytes of a text (of Python's reference, if none is named); "iteration"
-starts from the basis of an earlier one. Contenders are interleaved.
+the best basis of that rank captures; "default" is the default of GaLore and Fira, an SVD below
+that width. Synthetic gradients have the shapes of small language models and singular values that
+decay as 1 / i, plus noise; for 7B only one of attention, where an SVD takes a minute. Real ones,
+left out if --model is given, are those of a Llama of width 1024, before its first step and after
+some on bytes of a text (by default Python's reference); "iteration" starts from the basis of an
+earlier gradient. Runs are interleaved.
 """
 
 import sys
@@ -34,7 +34,7 @@ Case = tuple[Tensor, Tensor, int]  # a gradient, what the last basis was found f
 
 
 def gradient(m: int, n: int) -> Tensor:
-    """[m, n] with singular values near 1 / i, and noise as large as the 100th."""
+    """A gradient [m, n] with singular values near 1 / i, and noise as large as the 100th."""
     g = torch.Generator().manual_seed(0)
     U = torch.linalg.qr(torch.randn(m, n, generator=g))[0]
     V = torch.linalg.qr(torch.randn(n, n, generator=g))[0]
@@ -43,7 +43,7 @@ def gradient(m: int, n: int) -> Tensor:
 
 
 def made(models: dict[str, Llama]) -> dict[str, Case]:
-    """Gradients of attention and mlp of which the last was a noisy one."""
+    """Synthetic gradients of attention and mlp, each with a noisy version as the previous one."""
     cases = {}
     for name, model in models.items():
         width, rank = model.width, model.rank
@@ -56,7 +56,7 @@ def made(models: dict[str, Llama]) -> dict[str, Case]:
 
 
 def real(text: bytes) -> dict[str, Case]:
-    """Gradients of 2048 bytes, of the second of two layers."""
+    """Gradients of the second of two layers, on 2048 bytes of text."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=256, hidden_size=1024, intermediate_size=2736,
                          num_hidden_layers=2, num_attention_heads=16)  # fmt: skip

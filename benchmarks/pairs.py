@@ -1,7 +1,7 @@
-"""Side by side in one run: contenders take turns, ratios are of neighbours in time.
+"""Interleaved timing for the comparisons in this folder, with ratios of neighbouring runs.
 
-Used by the comparisons in this folder. Times are processor seconds of one thread, so that
-what else runs on the machine counts little; a slower minute touches all contenders.
+Times are processor seconds of one thread, so that other load on the machine has little effect;
+a slow phase of the machine affects all candidates.
 """
 
 import json
@@ -22,9 +22,9 @@ RESULTS = Path(__file__).parent / "results"
 def take_turns(
     contenders: Mapping[str, Callable[[], object]], pairs: int = 9, repeat: int = 1
 ) -> dict[str, list[float]]:
-    """Processor seconds of each contender, `pairs` times in turn, after one warm-up each.
+    """Processor seconds of each candidate, `pairs` times in turn, after one warm-up each.
 
-    Every other time in the opposite order: who follows whom decides what the caches hold.
+    The order is reversed every other time, since the previous run determines the caches' content.
     """
     torch.set_num_threads(1)
     for run in contenders.values():
@@ -42,15 +42,14 @@ def take_turns(
 
 
 def ratios(over: list[float], under: list[float]) -> dict[str, float]:
-    """The ratios of neighbours, as `spread` has them."""
+    """The `spread` of ratios of neighbouring runs."""
     return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Least, median and greatest, and an interval `low` to `high` for the median.
+    """Least, median and greatest, and a 95 % confidence interval `low` to `high` for the median.
 
-    It is of the values themselves: in 95 of 100 such measurements it holds the true median,
-    from six values on.
+    The interval's ends are two of the values (order statistics); valid from six values on.
     """
     ordered = sorted(values)
     outside = max(0, int(len(ordered) / 2 - 0.98 * len(ordered) ** 0.5))  # binomial(n, 1/2)
@@ -65,12 +64,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def interval(found: Mapping[str, float]) -> str:
-    """The median's interval in words."""
+    """The median's confidence interval as text."""
     return f"{found['low']:.2f} to {found['high']:.2f}"
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """What was compared, and on what."""
+    """The versions of the libraries compared, and the machine."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("torch", *packages):
         try:
@@ -81,7 +80,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def judge(name: str, value: float, aim: float, at_least: bool = True, remark: str = "") -> bool:
-    """Print a figure beside its aim; what falls short is printed as falling short."""
+    """Print a figure with its aim, and whether it falls short."""
     met = value >= aim if at_least else value <= aim
     sign = ">=" if at_least else "<="
     words = f"{name}: {value:.3f} ({sign} {aim}){remark and f'  {remark}'}"
@@ -90,7 +89,7 @@ def judge(name: str, value: float, aim: float, at_least: bool = True, remark: st
 
 
 def write(name: str, result: Mapping[str, Any]) -> None:
-    """Keep the figures in results/NAME.json when --write is among the words."""
+    """Save the figures in results/NAME.json if --write is given."""
     if "--write" in sys.argv:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

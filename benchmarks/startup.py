@@ -1,9 +1,9 @@
-"""How long a person waits for `eckart --help` and `eckart methods`: whole processes.
+"""Wall-clock time of `eckart --help` and `eckart methods`, each as a new process.
 
     python benchmarks/startup.py [RUNS]
 
-Prints the least, the median and the greatest time of RUNS (20) runs after one that warms the
-file cache. The aim: --help within 0.3 s.
+Prints the least, median and greatest time of RUNS (default 20) runs, after one that warms the
+file cache. Aim: --help within 0.3 s.
 """
 
 import platform

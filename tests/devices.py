@@ -1,8 +1,8 @@
-"""An accelerator on paper: CPU tensors that say they are elsewhere, and what breaks there.
+"""A fake CUDA device: finds operations that mix devices or sync, on a machine without a GPU.
 
-`Accelerator` computes on the CPU. A tensor that was made on the device or out of tensors on it
-says `cuda:0`, as do its views; an operation over tensors of both places, which a device refuses, is
-noted with the line that called it, and so is one that waits for the device.
+`Accelerator` computes on the CPU. Tensors made on the fake device, or from tensors on it, report
+`cuda:0`, as do their views. It records the calling line of each operation that mixes CPU and
+device tensors, which a real device refuses, and of each that waits for the device.
 """
 
 import traceback
@@ -31,7 +31,7 @@ WAITING = {"tolist", "item", "numpy", "equal", "allclose", "is_nonzero", "nonzer
 
 
 class Accelerator(TorchFunctionMode):
-    """Active within `with`. `put` makes a tensor one of the device's."""
+    """The fake device, active within `with`; `put` moves a tensor to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Accelerator(TorchFunctionMode):
         return found
 
     def moved(self, name: str, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What `to` or `cpu` gives: a copy where the place is another one."""
+        """The result of `to` or `cpu`: a copy if the device changes."""
         args = [kwargs.pop("device", None), *args]
         places = [torch.device(a).type == "cuda" for a in args if isinstance(a, str | torch.device)]
         places += [a in self.there for a in args if isinstance(a, Tensor)]
@@ -121,6 +121,6 @@ def tensors_in(found: Any) -> Iterator[Tensor]:
 
 
 def caller() -> str:
-    """The innermost line of ours."""
+    """The innermost line of the call stack that is in this repository."""
     frames = [f for f in traceback.extract_stack() if "/src/eckart/" in f.filename]
     return f"{frames[-1].filename.split('/src/')[1]}:{frames[-1].lineno}" if frames else "others"

@@ -1,6 +1,6 @@
-"""On an accelerator no tensor meets one that stayed behind, and no step waits for the device.
+"""On an accelerator no operation mixes devices, and no training step waits for the device.
 
-Made believe on the CPU; see `tests/devices.py` for what that sees.
+Tested with the fake device of `tests/devices.py`.
 """
 
 import pytest
@@ -30,14 +30,14 @@ def device():
 
 
 def waits(device):
-    """Lines of ours that waited, but for searches of a basis, which decompose, and for the
-    counts of tokens of each expert."""
+    """Our lines that waited for the device, except in basis decompositions and counts of tokens
+    per expert."""
     known = ("optim/refresh.py", "linear/layers.py", "in others")
     return {line: n for line, n in device.waits.items() if not any(k in line for k in known)}
 
 
 def left_behind(device, tensors):
-    """Numbers of tensors that are not on the device, single ones left out: they go anywhere."""
+    """Indices of tensors not on the device, without 0-dim ones, which may be on the CPU."""
     return sum(t.dim() > 0 and t not in device.there for t in tensors)
 
 
