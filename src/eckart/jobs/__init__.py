@@ -1,1 +1,1 @@
-"""One file per command, each telling its story from top to bottom; `config` reads the words."""
+"""The commands, one file each; `settings` reads their configuration."""

@@ -1,4 +1,4 @@
-"""`eckart bench MODEL DATA --methods a,b,c`: is one method better than another, on this data?
+"""`eckart bench MODEL DATA --methods a,b,c`: compares methods on one model and data set.
 
 1 equal purses   every candidate, the plain baseline among them, is given the same grid of
                  learning rates in half-decades, longer where its best lies at an edge
@@ -58,7 +58,7 @@ CHOICES = {"match": get_args(matching.Match), "sampler": ("grid", "tpe")}
 
 @dataclass(frozen=True)
 class Options:
-    """A bench's own flags."""
+    """The options of `eckart bench`."""
 
     methods: str = ""
     window: int = 5
@@ -75,7 +75,7 @@ class Options:
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """The flags that were typed, over those that a resumed bench began with."""
+        """The given options, over those of the resumed bench."""
         typed = {name: value for name, value in job.options.items() if value is not None}
         begun: dict[str, Any] = {}
         if job.flags.resume:
@@ -112,7 +112,7 @@ class Options:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """The whole comparison; the object of --json."""
+    """Run the whole comparison. Returns the --json document."""
     options = Options.of(job)
     job, screen = begin(job)
     entered = parse_candidates(options.methods, job)
@@ -137,7 +137,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def begin(job: Job) -> tuple[Job, Screen]:
-    """What can be refused before anything is loaded; what was open, settled."""
+    """Check the job before anything is loaded, and decide its `auto` keys."""
     outcome.refuse_early(job)
     for key in job.given:
         if is_among(tuple(key.split(".")), PER_CANDIDATE):
@@ -155,7 +155,7 @@ def begin(job: Job) -> tuple[Job, Screen]:
 
 
 def held_out_rows(data: Any) -> int:
-    """How many rows are held out; UsageError where there are too few to choose and report."""
+    """The number of held-out rows. UsageError if too few to both select and report on."""
     rows = sum(len(part) for part in data.evaluation.values())
     if rows < FEWEST:
         raise UsageError(
@@ -167,7 +167,7 @@ def held_out_rows(data: Any) -> int:
 
 
 def with_metrics(job: Job, metric: str, known: tuple[str, ...]) -> Job:
-    """What is told of test rows: the metric of the verdicts, and what no loss says already.
+    """The job with the metrics of test rows: the verdicts' metric, and those not given by the loss.
 
     UsageError for a metric that this data does not have.
     """
@@ -283,7 +283,7 @@ def search(
 def report(
     records: Sequence[Record], options: Options, job: Job, trial: Any, trials: Runner
 ) -> None:
-    """Every candidate at its best rate, on seeds that chose nothing."""
+    """Train every candidate at its best rate, on seeds that were not used to select it."""
     first = job.train.seed + options.choose
     asked = {
         (i, s): trial(r.name, s, r.lr)
@@ -299,7 +299,7 @@ def report(
 
 
 def validation(quantities: Quantities, metric: str) -> float:
-    """What a rate is chosen by, less being better."""
+    """The score by which a rate is selected; lower is better."""
     if quantities["diverged"]:
         return math.inf
     return as_loss(metric, quantities[on_validation(metric)])
@@ -318,7 +318,7 @@ def costs(r: Record, length: Length, data: Any) -> dict[str, Any]:
 
 
 def made_equal(options: Options, records: Sequence[Record]) -> str:
-    """What was made equal, and who is not."""
+    """What was made equal between candidates, and which ones differ."""
     reached = {r.name: r.costs[matching.REACHED[options.match][0]] for r in records}
     said = matching.outcome(options.match, reached)
     return said + ("; peak bytes, by rows" if options.budget.startswith("bytes") else "")
@@ -346,7 +346,7 @@ def held_fixed(
 
 
 def repeat(job: Job, options: Options) -> str:
-    """What to type to do it again."""
+    """The command that repeats the comparison."""
     default = Options()
     flags = [
         word
@@ -367,7 +367,7 @@ def repeat(job: Job, options: Options) -> str:
 
 
 def tell(screen: Screen, document: Mapping[str, Any]) -> None:
-    """The table, on stdout."""
+    """Print the table to stdout."""
     if screen.quiet:
         return
     print(as_text(document))

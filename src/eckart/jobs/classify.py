@@ -1,6 +1,6 @@
-"""What `eckart generate` says for a model with classes: the likeliest of them for each prompt.
+"""`eckart generate` for a classifier: the most probable classes of each prompt.
 
-A prompt is a text, whose words get a tag each from a tagger, or the path of an image.
+A prompt is a text (a tagger classifies each of its words) or the path of an image.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from eckart.io.text import Encoder
 from eckart.jobs.settings.config import Job
 
 MOST = 5  # classes that are shown
-Choices = list[tuple[str, float]]  # names with their shares, the likeliest first
+Choices = list[tuple[str, float]]  # names with probabilities, highest first
 
 
 def run(job: Job, task: str, prompts: Sequence[str], begun: float) -> Mapping[str, Any]:
-    """Each prompt with its classes, printed, or in the document with --json."""
+    """Print the classes of each prompt, or return them in the --json document."""
     assert job.model is not None
     if words := job.options.get("adapter"):
         raise UsageError(
@@ -74,7 +74,7 @@ def of_texts(model: Any, source: str, prompts: Sequence[str]) -> list[Entries]:
 
 @torch.inference_mode()
 def of_words(model: Any, source: str, prompts: Sequence[str]) -> list[Entries]:
-    """The tag of each word, as its first token has it."""
+    """The tag of each word, predicted at its first token."""
     tokenizer = load_tokenizer(source)
     found = []
     for prompt in prompts:
@@ -102,7 +102,7 @@ def of_images(model: Any, source: str, prompts: Sequence[str]) -> list[Entries]:
 
 
 def choices_of(model: Any, logits: Tensor) -> Choices:
-    """The likeliest classes with their shares."""
+    """The most probable classes with their probabilities."""
     top = logits.float().softmax(-1).topk(min(MOST, len(logits)))
     names = names_of(model)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)

@@ -1,8 +1,8 @@
 """`eckart convert SOURCE --to FORMAT`: write a run, an adapter or a model in another form.
 
-Exact before approximate: where the form can hold the same function it is written so, and
-`rank` or `max_drift` only matter where it cannot, or where a smaller rank is asked for. What
-was written is loaded again and measured against the source on text before it is put in place.
+The conversion is exact if the format can hold the same function. `rank` and `max_drift` matter
+only if it cannot, or to ask for a smaller rank. The written model is loaded again and compared
+with the source on data before it is moved into place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from eckart.recipe import Handle
 from eckart.recipe.fingerprint import fingerprint
 from eckart.recipe.handle import handle_of
 
-PLAIN = peft.GENERAL.lower()  # PEFT's files as the least of readers take them: one rank, no scale
+PLAIN = peft.GENERAL.lower()  # PEFT's files for simple readers: one rank, no scale
 FORMATS = {
     "peft": "plain PEFT loads it",
     PLAIN: "plain PEFT, vLLM and llama.cpp load it",
@@ -49,7 +49,7 @@ RANKED = ("peft", PLAIN, "factored", "kohya")  # forms that an approximation can
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Everything from a source to a folder in another form; the object of --json."""
+    """Convert a source to a folder in another format. Returns the --json document."""
     begun, screen = time.monotonic(), Screen(quiet=job.flags.json)
     to = form_of(job)
     out = target_of(job, to)
@@ -96,7 +96,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def form_of(job: Job) -> str:
-    """--to, checked. UsageError for none, an unknown one, or sizes where nothing is sized."""
+    """The checked --to. UsageError without one, for an unknown one, or sizes it cannot use."""
     to = job.options.get("to")
     choices = "\n".join(f"  --to {name:<9} {what}" for name, what in FORMATS.items())
     if not to:
@@ -140,7 +140,7 @@ def target_of(job: Job, to: str) -> Path:
 
 
 def open_source(job: Job, to: str) -> Opened:
-    """The source with its terms, on the base that it names or that is given."""
+    """Open the source with its terms, on the base that it names or that is given."""
     require_weights(job)
     source, base = str(job.model), job.convert.base
     found = recognise_result(source)
@@ -157,7 +157,7 @@ def open_source(job: Job, to: str) -> Opened:
 
 
 def on_its_base(source: Opened, handle: Handle, base: str | None) -> Opened:
-    """A factored model as an adapter on its base, which its folder does not name.
+    """A factored model as an adapter on the given base, since its folder names none.
 
     Raises UsageError where none is given or it has none, FileError where it is another one.
     """
@@ -184,12 +184,12 @@ def on_its_base(source: Opened, handle: Handle, base: str | None) -> Opened:
             "Type base=BASE with the model that it was made from.",
         )
     model: Any = handle.model
-    model.config._name_or_path = base  # what an adapter will name
+    model.config._name_or_path = base  # the base named by the adapter
     return Opened(model, handle, base)
 
 
 def described(source: Opened) -> str:
-    """`lora on m; 14 matrices`, or how large the model is."""
+    """`lora on m; 14 matrices`, or the size of the model."""
     if source.handle is None:
         return f"a model of {amount(sum(p.numel() for p in source.model.parameters()))} parameters"
     terms = source.handle.attached
@@ -198,7 +198,7 @@ def described(source: Opened) -> str:
 
 
 def sample_of(job: Job, source: Opened, screen: Screen) -> Sample | None:
-    """What drift is measured on; None, and said, where there is nothing that the model reads."""
+    """The data to measure drift on; None, with a line printed, if there is none for the model."""
     task = task_of_live(source.model)
     given = senses.entries(job) if job.data.train else ()
     try:
@@ -218,7 +218,7 @@ def sample_of(job: Job, source: Opened, screen: Screen) -> Sample | None:
 
 
 def advice(fault: EckartError) -> str:
-    """`; type data=IMAGES`, where an error says what to do."""
+    """`; type data=IMAGES`, as the end of an error's advice."""
     return f"; {fault.fix[0].lower()}{fault.fix[1:]}" if fault.fix else ""
 
 
@@ -226,7 +226,7 @@ def advice(fault: EckartError) -> str:
 
 
 def inexact(source: Opened, to: str, rank: int | None) -> str | None:
-    """Why the form cannot hold the same function (at this rank); None where it can."""
+    """The reason why the format cannot hold the same function (at this rank); None if it can."""
     handle = source.handle
     if handle is None:
         if to in ("dense", "native"):
@@ -257,7 +257,7 @@ def inexact(source: Opened, to: str, rank: int | None) -> str | None:
 
 
 def largest_rank(handle: Handle) -> int | None:
-    """The largest rank of a site's exact factors; None where a part has none."""
+    """The largest rank of the sites' exact factors; None if a site has none."""
     ranks = []
     for by_name in handle.parts().values():
         pair = joint_factors(by_name.values())
@@ -268,7 +268,7 @@ def largest_rank(handle: Handle) -> int | None:
 
 
 def require_size(job: Job, to: str, reason: str) -> None:
-    """Raise UsageError where an approximation is needed and nothing says how good."""
+    """Raise UsageError for an approximation without rank and max_drift."""
     if job.convert.rank is None and job.convert.max_drift is None:
         raise UsageError(
             f"--to {to} has no exact form here",
@@ -279,7 +279,7 @@ def require_size(job: Job, to: str, reason: str) -> None:
 
 
 def approximated(job: Job, source: Opened, to: str) -> Approximation:
-    """The approximation of any rank that this form asks for."""
+    """The function that approximates the source at a given rank, for this format."""
     if to == "factored":
         return of_model(lambda: load_model(str(job.model)).to(prepare.device()).eval())
     base = job.convert.base or (source.base if source.handle else None)
@@ -290,7 +290,7 @@ def approximated(job: Job, source: Opened, to: str) -> Approximation:
             "Type base=BASE with the model that it was made from.",
         )
     task, head = task_of_live(source.model), {}
-    if TASKS[task].classes and own_task(base) != task:  # its head is then copied from the source
+    if TASKS[task].classes and own_task(base) != task:  # the head is copied from the source
         head = {"task": task, **naming(names_of(source.model))}
     model: Any = load_model(base, **head)
     mine, theirs = type(source.model).__name__, type(model).__name__
@@ -305,7 +305,7 @@ def approximated(job: Job, source: Opened, to: str) -> Approximation:
 
 
 def rank_within(job: Job, found: Approximation, source: Opened, text: Sample | None) -> int:
-    """The smallest rank whose drift is allowed. UsageError where none is."""
+    """The smallest rank with a drift of at most max_drift. UsageError if there is none."""
     assert text is not None and job.convert.max_drift is not None
     allowed, last = job.convert.max_drift, 0.0
 
@@ -326,7 +326,7 @@ def rank_within(job: Job, found: Approximation, source: Opened, text: Sample | N
 
 
 def require_near(job: Job, drift: dict[str, Any] | None) -> None:
-    """Raise UsageError where what was written is further away than allowed."""
+    """Raise UsageError if the written model drifts more than allowed."""
     allowed = job.convert.max_drift
     if drift and allowed is not None and drift["kl"] > allowed:
         raise UsageError(
@@ -341,7 +341,7 @@ def require_near(job: Job, drift: dict[str, Any] | None) -> None:
 
 
 def write(job: Job, handle: Handle, to: str, folder: Path, screen: Screen) -> None:
-    """The handle in its form, with what reads its inputs; what was warned of is said."""
+    """Write the handle in the format, with its tokenizer or preprocessing; print warnings."""
     try:
         reader = senses.beside(str(job.model), task_of_live(handle.model))
     except EckartError:
@@ -361,13 +361,13 @@ def write(job: Job, handle: Handle, to: str, folder: Path, screen: Screen) -> No
 
 
 def reopened(folder: Path) -> Any:
-    """The written model, read as anyone would."""
+    """Load the written model as a user would."""
     model: nn.Module = open_model(folder).model
     return model.to(prepare.device()).eval()
 
 
 def say_errors(screen: Screen, found: Approximation, rank: int) -> None:
-    """How far each role's matrices are from their best approximation's target."""
+    """Print the relative error of the approximation for each role."""
     if found.left:
         screen.warn(f"{len(found.left)} more tensors have changed and stay as in the base:")
         screen.line("", ", ".join(found.left[:5]) + (", ..." if len(found.left) > 5 else ""))
@@ -381,7 +381,7 @@ def say_errors(screen: Screen, found: Approximation, rank: int) -> None:
 def report(
     screen: Screen, to: str, out: Path, drift: dict[str, Any] | None, kind: str, task: str
 ) -> None:
-    """The last lines: how near it is, of which kind, and what to type next."""
+    """Print the last lines: the drift, the format, and the command to type next."""
     if drift:
         unit, units = ("class", "classes") if drift["of_classes"] else ("token", "tokens")
         near = f"KL {drift['kl']:.2g} nats a {unit}; the same first choice at "

@@ -1,8 +1,8 @@
 """`eckart demo`: a first run, offline, in under three minutes on a laptop's CPU.
 
-The base is a tiny language model that `eckart pretrain` made from Python's own standard
-library (`assets/llama-tiny`, 2.2 M parameters); the data is Python's reference prose, which
-it never saw. LoRA teaches it, and the same prompt is completed before and after.
+The base is a tiny language model pretrained with `eckart pretrain` on Python's standard library
+(`assets/llama-tiny`, 2.2 M parameters). It is finetuned with LoRA on Python's reference texts,
+which it has not seen, and the same prompt is completed before and after.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOKENS = 40
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Fine-tune the shipped model and show what changed; the object of --json."""
+    """Finetune the packaged model and show what changed. Returns the --json document."""
     screen = Screen(quiet=job.flags.json)
     outcome.refuse_early(job)
     screen.line("demo", read_json(BASE / "MADE.json")["what"])
@@ -54,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def sample(source: str | Path) -> str:
-    """The prompt and what a model adds to it, on one line."""
+    """The prompt and a model's completion, on one line."""
     model = open_model(source).model.eval()
     text = complete(model, load_tokenizer(source), [PROMPT], TOKENS, temperature=0.7)[0]
     return " ".join((PROMPT + text).split())

@@ -1,4 +1,4 @@
-"""`eckart doctor`: what is installed, on what machine, and what an extra would unlock."""
+"""`eckart doctor`: lists installed packages, devices, and what each extra is for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import eckart
 from eckart.recipe import registry
 
-UNLOCKS = {  # the extras that a command or an example makes use of
+UNLOCKS = {  # extra -> the commands and examples that use it
     "peft": "PEFT itself, to load adapters without eckart",
     "images": "image files as data (arrays need nothing)",
     "quant": "precision=int8: a frozen base in 8 bits",
@@ -31,7 +31,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Package:
-    """A requirement: what is wanted and what is there ("" for nothing)."""
+    """A requirement: the version range, and the installed version ("" if missing)."""
 
     name: str
     least: str
@@ -39,12 +39,12 @@ class Package:
 
     @property
     def fits(self) -> bool:
-        """Is it there, and new enough?"""
+        """Is it installed, in a version that fits?"""
         return bool(self.found) and numbers(self.found) >= numbers(self.least)
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """A version's leading numbers: 2.13.0+cpu -> (2, 13, 0)."""
+    """The numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
     leading = re.match(r"[\d.]*", text)
     return tuple(int(part) for part in (leading[0] if leading else "").split(".") if part)
 
@@ -80,7 +80,7 @@ def run(as_json: bool = False) -> dict[str, Any]:
 
 
 def packages() -> tuple[list[Package], dict[str, list[Package]]]:
-    """What eckart needs, and what each extra needs, from its own metadata."""
+    """The requirements of eckart and of each extra, from the package's metadata."""
     core: list[Package] = []
     extras: dict[str, list[Package]] = {name: [] for name in UNLOCKS}
     for text in requires("eckart") or []:
@@ -105,7 +105,7 @@ def installed(name: str) -> str:
 
 
 def devices() -> list[dict[str, Any]]:
-    """The CPU and each accelerator, with its memory and whether it computes in bf16."""
+    """The CPU and each accelerator, with memory and bf16 support."""
     import torch
 
     from eckart.jobs.measuring.memory import room
@@ -137,7 +137,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def cache() -> dict[str, Any]:
-    """The cache folder: its bytes, and what is free on its disk."""
+    """The cache folder, its size in bytes and the free bytes on its disk."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("ECKART_CACHE") or Path(home) / "eckart")
     used = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
@@ -149,7 +149,7 @@ def cache() -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any], core: list[Package]) -> Iterator[tuple[str, str]]:
-    """(label, text) of what is printed."""
+    """The printed lines as (label, text)."""
     yield "eckart", f"{found['eckart']}   Python {found['python']}, {found['system']}"
     yield "", sys.executable
     good = ", ".join(f"{p.name} {p.found}" for p in core if p.fits)

@@ -1,7 +1,7 @@
-"""`eckart config import FILE`: a configuration of PEFT, LLaMA-Factory or axolotl as a job file.
+"""`eckart config import FILE`: converts a PEFT, LLaMA-Factory or axolotl file to a job file.
 
-What a key means here stands in settings/other_tools.py; what has no counterpart is listed with its
-line. The result is resolved before it is printed, so that what is printed is valid.
+settings/other_tools.py translates the keys; those without a counterpart are listed with their
+line. The job is resolved before it is printed, so that the printed file is valid.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eckart.recipe.registry import FULL
 
 
 def run(file: str) -> None:
-    """Print a job file, and on stderr what has no counterpart and what to type next."""
+    """Print a job file to stdout; untranslated keys and the next command go to stderr."""
     found = translated(Path(file))
     job = resolved(found, file)
     print(f"# from {file} ({found.tool})")
@@ -34,7 +34,7 @@ def run(file: str) -> None:
 
 
 def translated(path: Path) -> Found:
-    """A file of any of the three tools. Raises FileError where it is none of them."""
+    """Translate a file of any of the three tools. Raises FileError for other files."""
     if path.is_dir():
         within = next(iter(sorted(path.glob("adapter_config.json"))), path / "FILE")
         raise FileError(
@@ -65,7 +65,7 @@ def translated(path: Path) -> Found:
 
 
 def resolved(found: Found, file: str) -> Job:
-    """The job, checked. What a method has no field for is named with the foreign file."""
+    """Resolve the job. Errors about fields that a method lacks name the imported file."""
     words = [f"{key}={json.dumps(value)}" for key, value in found.words.items()]
     try:
         return resolve("finetune", words=words, partial=True)
@@ -86,7 +86,7 @@ PEFT_SILENT = (
 
 
 def from_peft(content: Mapping[str, Any], path: Path) -> Found:
-    """An adapter's configuration as the method that it means."""
+    """Translate an adapter_config.json to its method."""
     from dataclasses import fields
 
     from eckart.io.peft_read import method_of
@@ -126,7 +126,7 @@ def from_peft(content: Mapping[str, Any], path: Path) -> Found:
 
 
 def with_their_defaults(found: Found, settings: list[Setting], path: Path) -> Found:
-    """What LLaMA-Factory means where it says nothing, and the files behind its data's names."""
+    """Add LLaMA-Factory's defaults, and replace its dataset names by their files."""
     if found.words.get("weights", FULL) != FULL:
         rank = found.words.setdefault("weights.rank", 8)
         found.words.setdefault("weights.alpha", 2.0 * rank)

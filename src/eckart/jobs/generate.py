@@ -1,4 +1,4 @@
-"""`eckart generate MODEL -p TEXT`: let a model, an adapter or a run write."""
+"""`eckart generate MODEL -p TEXT`: generates text with a model, an adapter or a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eckart.recipe import Handle
 
 
 def run(job: Job) -> Mapping[str, Any]:
-    """Complete each prompt; printed as it is said, or in the document with --json."""
+    """Complete each prompt, printed as it is generated, or returned in the --json document."""
     assert job.model is not None
     prompts = job.options.get("prompt") or read_prompts()
     require_room(job)
@@ -51,7 +51,7 @@ def run(job: Job) -> Mapping[str, Any]:
         which = {"adapter": name} if name else {}
         said += [{**which, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
     if not job.flags.json:
-        answers = task == "seq2seq" or tokenizer.chat_template  # else it goes on from the prompt
+        answers = task == "seq2seq" or tokenizer.chat_template  # else it continues the prompt
         for one in said:
             text = one["text"] if answers else one["prompt"] + one["text"]
             if answers and len(prompts) > 1:
@@ -66,7 +66,7 @@ def run(job: Job) -> Mapping[str, Any]:
 
 
 def require_room(job: Job) -> None:
-    """Raise UsageError for options that let nothing be written."""
+    """Raise UsageError for options under which no token can be generated."""
     tokens, temperature = job.options["tokens"], job.options["temperature"]
     for name, value, fits, allowed in (
         ("-n", tokens, tokens >= 1, "a whole number >= 1"),
@@ -81,7 +81,7 @@ def require_room(job: Job) -> None:
 
 
 def adapters_beside(model: Any, words: Sequence[str], task: str) -> dict[str, Handle]:
-    """The adapters of --adapter NAME=PATH on one model, by name. UsageError for other words."""
+    """Attach the adapters of --adapter NAME=PATH to one model; returns them by name."""
     found: dict[str, Handle] = {}
     for word in words:
         name, _, path = word.partition("=")
@@ -106,7 +106,7 @@ def adapters_beside(model: Any, words: Sequence[str], task: str) -> dict[str, Ha
 
 
 def require_adapter(path: str) -> None:
-    """Raise FileError where nothing is there, UsageError where it is no adapter."""
+    """Raise FileError if the path does not exist, UsageError if it is not an adapter."""
     source = recognise(path)
     if source.kind == "hub" and not Path(path).exists():
         known = [p.name for p in Path(path).absolute().parent.glob("*") if p.is_dir()]
@@ -122,7 +122,7 @@ def require_adapter(path: str) -> None:
 
 
 def require_language(model: str, task: str) -> None:
-    """Raise UsageError for a model that has no words to say."""
+    """Raise UsageError for a model without a language head."""
     if not TASKS[task].language:
         raise UsageError(
             "this model writes no text", [(model, task)], f"Measure it: eckart eval {model} DATA"
@@ -132,7 +132,7 @@ def require_language(model: str, task: str) -> None:
 def filled_in(
     job: Job, model: Any, tokenizer: Any, prompts: Sequence[str], begun: float
 ) -> Mapping[str, Any]:
-    """Each prompt with its gaps filled by the likeliest tokens, and what else might stand there."""
+    """Fill the masks of each prompt with the most probable tokens, and list alternatives."""
     found = [fill(model, tokenizer, prompt) for prompt in prompts]
     if not job.flags.json:
         for text, gaps in found:
@@ -155,9 +155,9 @@ def filled_in(
 def fill(
     model: Any, tokenizer: Any, prompt: str, most: int = 5
 ) -> tuple[str, list[list[tuple[str, float]]]]:
-    """The text with the first choice in each gap, and each gap's likeliest tokens with shares.
+    """The text with each mask filled, and the most probable tokens of each mask.
 
-    Gaps are filled at once, each as if the others stayed open. UsageError where there is none.
+    All masks are predicted in one pass. UsageError for a prompt without a mask.
     """
     mask = tokenizer.mask_token
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)  # [1, t]
@@ -181,7 +181,7 @@ def fill(
 
 
 def read_prompts() -> list[str]:
-    """One prompt: all of standard input. UsageError where that is a terminal or empty."""
+    """Standard input as one prompt. UsageError if it is a terminal or empty."""
     text = "" if sys.stdin.isatty() else sys.stdin.read()
     if not text.strip():
         raise UsageError("nothing to go on from", fix="Type -p TEXT, or pipe text in.")
@@ -197,10 +197,9 @@ def complete(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """What the model adds to each prompt, one after the other; temperature 0 is greedy.
+    """Yield the completion of each prompt; temperature 0 is greedy.
 
-    Draws come from a generator state seeded per prompt, so that a text does not depend on
-    which other prompts are asked.
+    The generator is seeded for each prompt, so that a completion does not depend on the others.
     """
     texts = []
     for prompt in prompts:
@@ -224,14 +223,14 @@ def complete(
 
 
 def ends(model: Any, tokenizer: Any) -> list[int] | None:
-    """What ends a text: the model's own end tokens, and the tokenizer's, which it was taught."""
+    """The EOS tokens of the model and of the tokenizer, with which it was finetuned."""
     own = model.generation_config.eos_token_id
     found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     return sorted(found) or None
 
 
 def rendered(tokenizer: Any, prompt: str) -> torch.Tensor:
-    """The prompt's ids [1, t], as a user's turn where the tokenizer has a chat template."""
+    """The prompt's token ids [1, t], as a user's turn if the tokenizer has a chat template."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
         encoded = tokenizer.apply_chat_template(

@@ -1,9 +1,9 @@
-"""`eckart inspect MODEL|ADAPTER|RUN [DATA]`: what it is made of, and how low its ranks are.
+"""`eckart inspect MODEL|ADAPTER|RUN [DATA]`: spectra and effective ranks of its matrices.
 
-Of a model the matrices are judged, of an adapter what it adds to them. With DATA the heads
-are judged too: how far their logits reach, and whether attention, and an adapter's gradient
-through it, could be had in less than quadratic time (decompose/bounds.py). With --against OTHER
-what differs between the two is judged (pairs.py). -o FILE draws it all as a page or one SVG.
+For an adapter they are those of its update. With DATA attention heads are analysed too: the range
+of their logits, and whether attention, and an adapter's gradient through it, can be computed in
+less than quadratic time (decompose/bounds.py). With --against OTHER the difference between two
+models is analysed (pairs.py). -o FILE draws the results as a page or one SVG.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from eckart.recipe import Handle
 from eckart.recipe.handle import handle_of
 from eckart.report.text import aligned
 
-RANKS = (1, 4, 16, 64)  # at which the energy is said
-LOW = 0.5  # of a random matrix' effective rank: below it a layer is called low-rank
+RANKS = (1, 4, 16, 64)  # at which the energy is printed
+LOW = 0.5  # share of a random matrix's effective rank below which a layer is called low-rank
 ENERGY = 0.9
 MEDIANS = ("stable_rank", "effective_rank", "share_of_random", "rank_90", "rank_90_random",
            "relative_norm")  # fmt: skip
-SHADES = " .:-=+*#%@"  # of the picture: from low rank to as random as chance
+SHADES = " .:-=+*#%@"  # of the text heat map: from low rank to that of a random matrix
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One map: its place, and its spectrum [*, k] (of an adapter, of what it adds)."""
+    """One matrix: its place in the model, and its spectrum [*, k], or that of its update."""
 
     path: str
     role: str
@@ -82,7 +82,7 @@ class Matrix:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Everything from a source to the printed tables; the object of --json."""
+    """Print the tables of a source. Returns the --json document."""
     screen = Screen(quiet=job.flags.json)
     require_weights(job)
     if job.flags.out:
@@ -95,7 +95,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def of_one(job: Job, screen: Screen) -> dict[str, Any]:
-    """A model, or what an adapter adds to one."""
+    """Inspect a model, or the update of an adapter."""
     opened = opened_with_terms(str(job.model))
     handle = opened.handle
     kind = "adapter" if handle and handle.weights.base == "frozen" else "model"
@@ -126,7 +126,7 @@ def of_one(job: Job, screen: Screen) -> dict[str, Any]:
 
 
 def of_pair(job: Job, screen: Screen) -> dict[str, Any]:
-    """What differs between two checkpoints, and how their changes of one base lie."""
+    """Inspect the difference between two checkpoints, and the overlap of their changes."""
     names = str(job.model), str(job.options["against"])
     one, other = (opened_with_terms(name) for name in names)
     base = common_base(names, (one, other), screen)
@@ -160,7 +160,7 @@ def of_pair(job: Job, screen: Screen) -> dict[str, Any]:
 
 
 def opened_with_terms(source: str) -> Opened:
-    """The model; a factored one with the handle of its terms."""
+    """Open a model; a factored one with the handle of its terms."""
     opened = open_model(source)
     found = recognise_result(source)
     if found.kind == "factored":
@@ -170,7 +170,7 @@ def opened_with_terms(source: str) -> Opened:
 
 
 def added(handle: Handle) -> list[Matrix]:
-    """What an adapter adds to each matrix; no term that is not linear has a spectrum."""
+    """The update of each matrix by an adapter, without terms that are not linear."""
     found = []
     for path, terms in handle.terms().items():
         site = handle.sites[path]
@@ -184,7 +184,7 @@ def added(handle: Handle) -> list[Matrix]:
 
 @torch.no_grad()
 def spectrum_of_update(handle: Handle, site: Site) -> Tensor:
-    """Singular values of the update, [*, k]: of the thin factors where it has them."""
+    """Singular values of the update, [*, k], computed from its factors if it has any."""
     pair = joint_factors(handle.parts()[site.path].values())
     thin = pair is not None and pair[0].shape[-1] <= min(site.shape)
     if pair is not None and thin and site.path not in handle.originals:
@@ -196,7 +196,7 @@ def spectrum_of_update(handle: Handle, site: Site) -> Tensor:
 
 @torch.no_grad()
 def weights(opened: Opened) -> list[Matrix]:
-    """The matrices of a model, factored ones by what their terms stand for."""
+    """The matrices of a model; factored ones as the product of their factors."""
     return [
         matrix(site, torch.linalg.svdvals(whole(opened, site).float()))
         for site in all_sites(opened).values()
@@ -232,7 +232,7 @@ def medians(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(screen: Screen, roles: Mapping[str, Mapping[str, Any]], kind: str) -> None:
-    """A line for each role; of a model beside what chance would give."""
+    """A line for each role; for a model with the values of a random matrix."""
     ranks = [r for r in RANKS if any(r in numbers["energy"] for numbers in roles.values())]
     head = ["role", "maps", "shape", "stable", "effective", f"{ENERGY:.0%} at"]
     head += ["of random"] if kind == "model" else ["of |W|"]
@@ -251,7 +251,7 @@ def table(screen: Screen, roles: Mapping[str, Mapping[str, Any]], kind: str) -> 
 
 
 def overlaps(screen: Screen, roles: Mapping[str, Mapping[str, float]]) -> None:
-    """How the two changes of one base lie to each other, by role."""
+    """Print the overlap of two changes of one base, by role."""
     rows = [["role", "rank", "left", "right", "cosine", "effective, one", "other"]]
     for role, n in roles.items():
         sides = [f"{n[side]:.0%} ({n[f'{side}_by_chance']:.0%})" for side in ("left", "right")]
@@ -266,7 +266,7 @@ def percent(share: float | None) -> str:
 
 
 def picture(screen: Screen, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """A line for each role, a sign for each layer: the darker, the nearer to random."""
+    """A line for each role, a character for each layer: darker is closer to random."""
     roles, _, values = grid(found, "share_of_random")
     signs = [f"|{''.join(map(shade, row))}|" for row in values]
     screen.line("layers", aligned(sorted(zip(roles, signs, strict=True)), "  "), result=True)
@@ -280,14 +280,14 @@ def picture(screen: Screen, found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def shade(share: float) -> str:
-    """The sign of a share from 0 to 1; blank where a layer has no such matrix."""
+    """The character for a share from 0 to 1; blank if a layer has no such matrix."""
     if math.isnan(share):
         return " "
     return SHADES[max(0, min(len(SHADES) - 1, int(share * len(SHADES))))]
 
 
 def looked_at_heads(job: Job, opened: Opened, screen: Screen) -> list[HeadReach]:
-    """The heads on DATA, the adapter on and off."""
+    """Analyse attention heads on DATA, with and without the adapter."""
     tokenizer = load_tokenizer(str(job.model))
     senses.require_tokens(tokenizer, opened.model)
     context = senses.context_of(opened.model)
@@ -323,9 +323,9 @@ def looked_at_heads(job: Job, opened: Opened, screen: Screen) -> list[HeadReach]
 
 
 def norms(screen: Screen, heads: Sequence[HeadReach]) -> None:
-    """A line for each layer: the largest entries, beside the theory's threshold, and what follows.
+    """A line for each layer: the largest entries, the theory's threshold, and the conclusion.
 
-    The threshold has no constant: sqrt(ln L) is a mark to look at, the reach decides.
+    The theory gives sqrt(ln L) up to a constant, so the conclusion is drawn from the reach.
     """
     mark = f"|q| ({math.sqrt(math.log(max(2, heads[0].length))):.1f})"
     rows = [["layer", mark, "|k|", "|k| centred", "|v|", "reach", "error", "easy"]]
@@ -343,5 +343,5 @@ def norms(screen: Screen, heads: Sequence[HeadReach]) -> None:
 
 
 def counted(number: int) -> str:
-    """1,287, and 2.5e+26 where nobody reads the digits."""
+    """A count as `1,287`, or `2.5e+26` if large."""
     return f"{number:,}" if number < 10**6 else f"{float(number):.2g}"
