@@ -95,8 +95,9 @@ def test_recipes_that_fit_are_proposed_with_the_reason(place, monkeypatch):
     assert second["words"] == "weights=lora" and second["trainable"] < best["trainable"]
     tight = found(f"{best['bytes'] * 2 // 3}B")["proposals"][0]
     assert tight["rows"] < 4 and tight["bytes"] <= best["bytes"] * 2 // 3
-    half = eckart("estimate", *words, "precision=bf16", "--fit", "1GB", "--json").document
-    alone = eckart("estimate", *words, "precision=bf16", "weights=dense", "--json").document
+    packed = (*words[:2], place / "d.jsonl", *words[2:], "precision=bf16")
+    half = eckart("estimate", *packed, "--fit", "1GB", "--json").document
+    alone = eckart("estimate", *packed, "weights=dense", "--json").document
     assert half["proposals"][0]["words"] == "weights=dense", "in fp32, under autocast"
     assert half["proposals"][0]["bytes"] == pytest.approx(alone["estimated_memory_bytes"], rel=1e-3)
     none = eckart("estimate", *words, "--fit", "1kB")

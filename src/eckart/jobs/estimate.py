@@ -60,7 +60,8 @@ def run(job: Job) -> dict[str, Any]:
     job = settle.seq_len(job, getattr(config, "max_position_embeddings", None), place)
     length, (count, packed) = length_of(job, task), rows_of(job, task)
     if limit := job.options.get("fit"):
-        return fitting(job, config, place, (count, length), in_bytes(str(limit)), screen)
+        size = in_bytes(str(limit))
+        return fitting(job, config, place, (count, length, packed), task, size, screen)
     dtype = prepare.dtype_of(job)
     found = imagine(config, job.recipe(), dtype, place, task=task, packed=packed)
     base = found.parameters - (found.trainable if found.factors else 0)
@@ -178,12 +179,16 @@ def fitting(
     job: Job,
     config: Any,
     place: torch.device,
-    data: tuple[int, int],
+    data: tuple[int, int, bool],
+    task: str,
     limit: int,
     screen: Screen,
 ) -> dict[str, Any]:
-    """The recipes that fit into a size, best first; `data` is its rows and the tokens of one."""
-    count, length = data
+    """The recipes that fit into a size, best first.
+
+    `data` is its rows, the tokens of one, and whether one holds several texts.
+    """
+    count, length, packed = data
     rows = settle.rows_per_step(job, count)
     passes = cache(lambda: measured(config, prepare.dtype_of(job), place, rows, length))
 
@@ -191,7 +196,7 @@ def fitting(
         rule = update.rule() if update else None
         return replace(passes(), moving=moving(config, place, rule)) if rule else passes()
 
-    found, left = proposals(job, config, place, limit, (rows, length), speed)
+    found, left = proposals(job, config, place, limit, (rows, length), speed, task, packed)
     say_proposals(screen, found, left, limit)
     return {
         "command": "estimate",

@@ -78,22 +78,25 @@ def proposals(
     limit: int,
     batch: tuple[int, int],
     speed: Callable[[Any], Speed],
+    task: str,
+    packed: bool,
 ) -> tuple[list[Proposal], list[str]]:
     """The recipes that fit into `limit` bytes with at least one row, best first; the rest's words.
 
-    `batch` is the rows that a step takes and the tokens in each; `speed` is asked with the update
+    `batch` is the rows that a step takes and the tokens in each, `packed` where these are several
+    texts; `speed` is asked with the update
     rule of what fits. Raises OutOfRoom where nothing does.
     """
     found, left = [], []
     rows, length = batch
     passes = Passes(length)
-    stacked = alike(config)
+    stacked = alike(config, task)
     for words, weights, update, plain in candidates(from_scratch=job.command == "pretrain"):
         try:
             precision: Any = job.choices["precision"].method
             recipe = Recipe(weights=weights, update=update, precision=precision)
             recipe.check()
-            sizes = sized(config, recipe, dtype_of(job, recipe), place, stacked)
+            sizes = sized(config, recipe, dtype_of(job, recipe), place, stacked, task, packed)
         except EckartError:
             continue  # they do not combine, or need what an estimate has not
         proposal = placed(words, plain, sizes, limit, rows, partial(speed, update), passes)

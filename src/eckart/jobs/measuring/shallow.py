@@ -64,15 +64,25 @@ class Sizes:
 
 
 def sized(
-    config: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device, stacked: bool
+    config: Any,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    stacked: bool,
+    task: str = "causal",
+    packed: bool = False,
 ) -> Sizes:
     """The sizes of a recipe; `stacked` says that all layers are alike, see `alike`."""
+
+    def imagined(config: Any) -> Imagined:
+        return imagine(config, recipe, dtype, device, task=task, packed=packed)
+
     in_turn = recipe.update is not None and recipe.update.rule().blocks is not None
     if stacked and not in_turn:
-        one, two, three = (imagine(cut(config, n), recipe, dtype, device) for n in (1, 2, 3))
+        one, two, three = (imagined(cut(config, n)) for n in (1, 2, 3))
         if grows(one, two, three):
             return Sizes((one, two), int(config.num_hidden_layers))
-    return Sizes((imagine(config, recipe, dtype, device),))
+    return Sizes((imagined(config),))
 
 
 def grows(one: Imagined, two: Imagined, three: Imagined) -> bool:
@@ -91,14 +101,14 @@ def cut(config: Any, layers: int) -> Any:
     return small
 
 
-def alike(config: Any) -> bool:
+def alike(config: Any, task: str = "causal") -> bool:
     """Is the model one stack of many layers that hold the same tensors and are of one kind?"""
     count = getattr(config, "num_hidden_layers", None) or 0
     kinds = [set(getattr(config, name, None) or ()) for name in LENGTHS]
     if count < FEWEST or any(len(kind) > 1 for kind in kinds):
         return False
     stacks: dict[str, dict[str, list[Any]]] = {}
-    for name, tensor in unattached(config).named_parameters():
+    for name, tensor in unattached(config, task).named_parameters():
         if found := PLACE.match(name):
             stack, layer, rest = found.groups()
             stacks.setdefault(stack, {}).setdefault(layer, []).append((rest, tensor.shape))
@@ -106,8 +116,8 @@ def alike(config: Any) -> bool:
     return len(stacks) == 1 and len(layers) == count and all(a == layers[0] for a in layers)
 
 
-def unattached(config: Any) -> nn.Module:
+def unattached(config: Any, task: str) -> nn.Module:
     """The model of a configuration, without memory and without a recipe."""
     with FakeTensorMode(allow_non_fake_inputs=True), quiet():
-        model: nn.Module = task_class("causal").from_config(config)
+        model: nn.Module = task_class(task).from_config(config)
     return model
