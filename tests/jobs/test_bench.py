@@ -15,7 +15,7 @@ from eckart.io.data import Data
 from eckart.jobs import bench, runs
 from eckart.jobs.lab import candidates, lengths, matching, runner, tables
 from eckart.jobs.lab.candidates import parse_candidate, parse_candidates
-from eckart.jobs.lab.cluster import require_answer
+from eckart.jobs.lab.cluster import require_reachable
 from eckart.jobs.settings.config import resolve
 from eckart.jobs.settings.job import Flags
 from eckart.recipe import attach
@@ -245,20 +245,20 @@ def test_without_ray_the_extra_is_named_and_the_code_is_six(place, tmp_path, mon
 
 def test_a_cluster_that_is_not_there_is_named_at_once():
     with pytest.raises(UsageError, match="no Ray cluster answers") as e:
-        require_answer("ray://127.0.0.1:1")
+        require_reachable("ray://127.0.0.1:1")
     assert e.value.facts[0][0] == "RAY_ADDRESS = ray://127.0.0.1:1"
-    require_answer("")  # a local one
+    require_reachable("")  # a local one
 
 
 def test_paths_that_were_typed_hold_in_any_folder(place, monkeypatch):
     monkeypatch.chdir(place)
     given = resolve("bench", "shape.json", "*.txt", ["data.eval=[text.txt]"])
-    found = candidates.anywhere(given)
+    found = candidates.with_absolute_paths(given)
     (source,) = found.data.train
     assert found.model == str(place / "shape.json") and source.path == str(place / "*.txt")
     assert found.data.eval == (str(place / "text.txt"),)
     hub = resolve("bench", "some/model", "some/data", [])
-    assert candidates.anywhere(hub) == hub
+    assert candidates.with_absolute_paths(hub) == hub
 
 
 # --- who takes part ------------------------------------------------------------------------
@@ -349,9 +349,9 @@ def test_as_many_runs_at_once_as_the_peak_of_the_largest_allows(place, monkeypat
     each = lengths.PROCESS_BYTES + dense
     monkeypatch.setattr(lengths.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(lengths, "room", lambda place: (int(2.9 * each), 0))
-    found = lengths.at_once(4, entered, planned)
+    found = lengths.concurrency(4, entered, planned)
     assert found.count == 2 and " each, 2.0" in found.reason and found.reason.endswith("8 cores")
-    assert lengths.at_once(2, entered, planned) == lengths.AtOnce(2)
+    assert lengths.concurrency(2, entered, planned) == lengths.Concurrency(2)
 
 
 @pytest.mark.parametrize(

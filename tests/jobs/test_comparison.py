@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eckart.jobs.lab import comparison, statistics
-from eckart.jobs.lab.comparison import Record, basin, budget_curve, ranking, regret, table
+from eckart.jobs.lab.comparison import Record, basin, expected_best, ranking, regret, table
 
 
 @pytest.fixture(autouse=True)
@@ -110,11 +110,11 @@ def test_a_diverged_rate_counts_as_the_worst():
 
 def test_the_expected_best_of_k_by_hand():
     # one of 1, 2, 4 at random: 7/3. The better of two draws: (5 * 1 + 3 * 2 + 1 * 4) / 9
-    assert budget_curve([4.0, 1.0, 2.0])[:2] == pytest.approx([7 / 3, 15 / 9], rel=1e-12)
-    values = budget_curve(list(np.random.default_rng(7).random(9)))
+    assert expected_best([4.0, 1.0, 2.0])[:2] == pytest.approx([7 / 3, 15 / 9], rel=1e-12)
+    values = expected_best(list(np.random.default_rng(7).random(9)))
     assert all(a >= b for a, b in zip(values, values[1:], strict=False))
     # 2, and a diverged rate a nat above it: either at random, then both only in one of four pairs
-    assert budget_curve([math.inf, 2.0]) == [2.5, 2.25] and budget_curve([math.inf]) == []
+    assert expected_best([math.inf, 2.0]) == [2.5, 2.25] and expected_best([math.inf]) == []
 
 
 def test_the_basin_is_measured_in_decades():
@@ -159,4 +159,4 @@ def test_a_metric_of_which_more_is_better_is_chosen_by_the_same_rules():
 
 
 def test_where_a_rate_diverged_nothing_is_right_and_no_share_is_below_none():
-    assert budget_curve([math.inf, -0.8], most=0.0) == pytest.approx([-0.4, -0.6])
+    assert expected_best([math.inf, -0.8], most=0.0) == pytest.approx([-0.4, -0.6])

@@ -16,8 +16,8 @@ from eckart.claims import Arm, Claim, lower, recovers
 from eckart.errors import Interrupted, UsageError
 from eckart.jobs import reproduce
 from eckart.jobs.lab import trials
-from eckart.jobs.lab.judge import judge
 from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, next_points
+from eckart.jobs.lab.verdicts import evaluate_claim
 
 # --- the search ----------------------------------------------------------------------------
 
@@ -84,37 +84,37 @@ def table(gap, seeds=5, control=5.0, noise=0.1, rng=None):
 
 
 def test_verdicts_follow_the_sign():
-    assert judge(PLAIN, table(1.0), "default").verdict == "confirmed"
-    assert judge(PLAIN, table(-1.0), "default").verdict == "refuted"
-    assert judge(PLAIN, table(0.0), "default").verdict == "not seen"
+    assert evaluate_claim(PLAIN, table(1.0), "default").verdict == "confirmed"
+    assert evaluate_claim(PLAIN, table(-1.0), "default").verdict == "refuted"
+    assert evaluate_claim(PLAIN, table(0.0), "default").verdict == "not seen"
 
 
 def test_without_the_control_there_is_no_verdict():
-    found = judge(PLAIN, table(1.0, control=0.0), "default")
+    found = evaluate_claim(PLAIN, table(1.0, control=0.0), "default")
     assert found.verdict == "no verdict"
     assert found.reason == "the positive control was not seen: loss of a is lower than of start"
 
 
 def test_a_learning_rate_at_the_edge_is_no_verdict_where_the_arm_counts():
-    assert judge(PLAIN, table(1.0), "default", ["b"]).reason == (
+    assert evaluate_claim(PLAIN, table(1.0), "default", ["b"]).reason == (
         "no best learning rate inside the grid: b"
     )
-    assert judge(PLAIN, table(1.0), "default", ["another"]).verdict == "confirmed"
+    assert evaluate_claim(PLAIN, table(1.0), "default", ["another"]).verdict == "confirmed"
 
 
 def test_a_quick_check_says_nothing():
-    found = judge(PLAIN, table(1.0), "quick")
+    found = evaluate_claim(PLAIN, table(1.0), "quick")
     assert found.verdict == "no verdict" and {s.verdict for s in found.statements} == {"no verdict"}
 
 
 def test_planted_claims_are_judged_at_the_stated_rates(monkeypatch):
     monkeypatch.setattr("eckart.jobs.lab.statistics.DRAWS", 200)
     rng, n = np.random.default_rng(8), 500
-    ties = [judge(PLAIN, table(0.0, rng=rng), "default").verdict for _ in range(n)]
+    ties = [evaluate_claim(PLAIN, table(0.0, rng=rng), "default").verdict for _ in range(n)]
     assert sum(v != "not seen" for v in ties) / n <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / n)
-    size = judge(PLAIN, table(0.0), "default").statements[0].found
+    size = evaluate_claim(PLAIN, table(0.0), "default").statements[0].found
     gap = size.visible * 0.1 * math.sqrt(2) / size.sd  # with the true deviation, not one sample's
-    seen = [judge(PLAIN, table(gap, rng=rng), "default").verdict for _ in range(n)]
+    seen = [evaluate_claim(PLAIN, table(gap, rng=rng), "default").verdict for _ in range(n)]
     # what is called visible is seen in 4 of 5; Monte Carlo error 3 * .018
     assert abs(seen.count("confirmed") / n - 0.8) < 0.054
 
@@ -126,14 +126,14 @@ def test_statements_about_arms_left_out_are_skipped_by_name():
         statements=(lower("b", than="a"), lower("c", than="a")),
         control=PLAIN.control,
     )
-    found = judge(claim, table(1.0), "default")
+    found = evaluate_claim(claim, table(1.0), "default")
     assert found.skipped == ("loss of c is lower than of a",) and found.verdict == "confirmed"
 
 
 def test_a_quantity_that_nobody_measures_is_a_mistake():
     claim = Claim("", PLAIN.arms, (lower("b", than="a", quantity="los"),), PLAIN.control)
     with pytest.raises(KeyError, match="no quantity los; there are loss"):
-        judge(claim, table(1.0), "default")
+        evaluate_claim(claim, table(1.0), "default")
 
 
 def test_a_share_of_a_gain_is_counted_from_the_start():

@@ -29,20 +29,20 @@ from eckart.jobs.lab import lengths, matching
 from eckart.jobs.lab.candidates import (
     BenchTrial,
     Candidate,
-    anywhere,
     on_validation,
     parse_candidates,
     split,
     starts_at_random,
+    with_absolute_paths,
     workload,
 )
 from eckart.jobs.lab.comparison import Record, as_loss, ranking, table
-from eckart.jobs.lab.judge import number
 from eckart.jobs.lab.lengths import Length
 from eckart.jobs.lab.progress import ProgressTable
-from eckart.jobs.lab.runner import Quantities, Runner, going_on
+from eckart.jobs.lab.runner import Quantities, Runner, resumable
 from eckart.jobs.lab.sweep import Plan, lr_at, next_points, next_sampled
 from eckart.jobs.lab.tables import as_text, write
+from eckart.jobs.lab.verdicts import number
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.emit import flow, plain
 from eckart.jobs.settings.job import Job
@@ -126,8 +126,8 @@ def run(job: Job) -> dict[str, Any]:
     rows = settle.rows_per_step(job, count)
     entered = matching.matched(entered, options.match, rows)
     if options.match != "none":
-        screen.line("matched", matching.said(entered, options.match, rows))
-    with open_run(job, options) as run, going_on(f"eckart bench --resume {run.folder}"):
+        screen.line("matched", matching.summary(entered, options.match, rows))
+    with open_run(job, options) as run, resumable(f"eckart bench --resume {run.folder}"):
         planned = lengths.plan(job, entered, options.budget, run.folder / "pace.json")
         document = compare(job, options, entered, planned, run, screen)
         write(run, document)
@@ -211,7 +211,7 @@ def compare(
     content = shared.content
     scratch = starts_at_random(job)
     records = [Record(c.name, default_lr(c.recipe, scratch)) for c in entered]
-    jobs = {c.name: anywhere(c.job) if options.ray else c.job for c in entered}
+    jobs = {c.name: with_absolute_paths(c.job) if options.ray else c.job for c in entered}
 
     def trial(name: str, seed: int, lr: float) -> BenchTrial:
         length = planned[name]
@@ -219,7 +219,7 @@ def compare(
         return BenchTrial(name, jobs[name], seed, lr, length.steps, length.rows, content, place)
 
     progress = ProgressTable(records, options, job.train.seed + options.choose, screen.quiet)
-    at_once = lengths.at_once(1 if options.ray else options.processes, entered, planned)
+    at_once = lengths.concurrency(1 if options.ray else options.processes, entered, planned)
     if at_once.reason:
         screen.line("at once", f"{at_once.count}, not {options.processes}: {at_once.reason}")
     with progress, closing(Runner(at_once.count, progress.ended, options.ray)) as trials:

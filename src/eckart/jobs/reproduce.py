@@ -28,10 +28,10 @@ from eckart.errors import EckartError, UsageError
 from eckart.io.folder import require_writable, write_json, write_text
 from eckart.io.run import versions
 from eckart.jobs.lab.bare_loop import start_of
-from eckart.jobs.lab.judge import NO_VERDICT, Judgement, judge, number
-from eckart.jobs.lab.runner import Quantities, Runner, Trial, going_on
+from eckart.jobs.lab.runner import Quantities, Runner, Trial, resumable
 from eckart.jobs.lab.sweep import Plan, at_edge, best, lr_at, next_points
 from eckart.jobs.lab.trials import ClaimTrial, step_seconds, task_of
+from eckart.jobs.lab.verdicts import NO_VERDICT, ClaimResult, evaluate_claim, number
 from eckart.jobs.training.screen import clock
 from eckart.report.claims import page
 
@@ -88,7 +88,7 @@ def run(
     begun, documents = time.monotonic(), []
     at_once = processes or (1 if budget == "quick" else min(2, os.cpu_count() or 1))
     again = command(slugs, budget) + (f" -o {out}" if out else "")
-    with going_on(again), closing(Runner(at_once)) as trials:
+    with resumable(again), closing(Runner(at_once)) as trials:
         for slug, claim in chosen:
             document = tested(slug, claim, budget, trials, quiet=json)
             documents.append(document)
@@ -115,7 +115,7 @@ def tested(
         progress.announce(trials.processes)
         searches = search(slug, claim, budget, trials)
         results = report(slug, claim, budget, searches, trials)
-        judgement = judge(claim, results, budget, [s.arm.name for s in searches if s.edge])
+        judgement = evaluate_claim(claim, results, budget, [s.arm.name for s in searches if s.edge])
     except EckartError as fault:
         return empty(slug, claim, budget, fault)
     finally:
@@ -188,7 +188,7 @@ def document(
     budget: Budget,
     searches: Sequence[Search],
     results: Sequence[Mapping[str, Mapping[str, float]]],
-    judgement: Judgement,
+    judgement: ClaimResult,
     seconds: float,
 ) -> dict[str, Any]:
     """A claim's part of the --json document."""
@@ -250,7 +250,7 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if known else math.nan
 
 
-def left_out(claim: Claim, budget: Budget, judgement: Judgement) -> list[str]:
+def left_out(claim: Claim, budget: Budget, judgement: ClaimResult) -> list[str]:
     """Arms and statements that this budget does not reach."""
     ran = {arm.name for arm in claim.chosen(budget)}
     return [a.name for a in claim.arms if a.name not in ran] + list(judgement.skipped)

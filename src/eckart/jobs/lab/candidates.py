@@ -137,7 +137,7 @@ def parse_candidate(name: str, job: Job) -> Candidate:
     return Candidate(name, mine)
 
 
-def anywhere(job: Job) -> Job:
+def with_absolute_paths(job: Job) -> Job:
     """The job with absolute paths: workers of a cluster run in other working directories."""
 
     def whole(path: str) -> str:

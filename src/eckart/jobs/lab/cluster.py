@@ -48,7 +48,7 @@ class Cluster:
             ) from fault  # fmt: skip
         self.ray, self.tune, self.ours = ray, tune, not ray.is_initialized()
         if self.ours:
-            require_answer(os.environ.get("RAY_ADDRESS", ""))
+            require_reachable(os.environ.get("RAY_ADDRESS", ""))
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are raised
 
@@ -89,7 +89,7 @@ class Cluster:
             param_space={"file": tune.grid_search(list(paths))},
             tune_config=tune.TuneConfig(
                 reuse_actors=True,  # a worker reads the model and the data once
-                trial_dirname_creator=lambda trial: folder_of(waiting[trial.config["file"]]),
+                trial_dirname_creator=lambda trial: folder_name(waiting[trial.config["file"]]),
             ),
             run_config=tune.RunConfig(
                 name=str(1 + len(list(place.glob("*")))),
@@ -103,7 +103,7 @@ class Cluster:
             raise errors[0]
 
 
-def require_answer(address: str) -> None:
+def require_reachable(address: str) -> None:
     """Raise UsageError where RAY_ADDRESS names a host that does not answer."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
@@ -118,7 +118,7 @@ def require_answer(address: str) -> None:
         ) from fault
 
 
-def folder_of(trial: Any) -> str:
+def folder_name(trial: Any) -> str:
     """The name of Tune's folder for a trial: its description and the start of its hash."""
     words = re.sub(r"[^\w.+:=-]+", "_", trial.described)
     return f"{words}_{trial.file.stem[:8]}"

@@ -17,9 +17,9 @@ import numpy as np
 from scipy import stats
 
 from eckart.jobs.lab.bare_loop import WORST
-from eckart.jobs.lab.judge import number
 from eckart.jobs.lab.statistics import ALPHA, Difference, difference, holm, seeds_needed
 from eckart.jobs.lab.sweep import at_edge, best, lr_at
+from eckart.jobs.lab.verdicts import number
 from eckart.jobs.training.held_out import RISING
 
 Verdict = Literal["better", "worse", "equivalent", "no difference seen", "no verdict"]
@@ -113,7 +113,7 @@ def table(
     margins |= {} if margin is None else {metric: margin}
     compared = {name: differences(others, baseline, name) for name in baseline.test}
     unlearned = no_gain(baseline, start, metric)
-    itself = compared_facts(difference([]), math.nan, math.nan, 1)  # all null
+    itself = difference_facts(difference([]), math.nan, math.nan, 1)  # all null
     rows = [row(baseline, baseline, start, metric)]
     rows[0] |= {"verdict": "baseline", "reason": "", "differences": dict.fromkeys(margins, itself)}
     for i, r in enumerate(others):
@@ -123,7 +123,7 @@ def table(
             reason = f"fewer than {FEWEST} seeds"
         verdict = verdict_on(*compared[metric][i], margins[metric], edges)
         told = {
-            name: compared_facts(*found[i], margins[name], len(others))
+            name: difference_facts(*found[i], margins[name], len(others))
             for name, found in compared.items()
         }
         rows.append(
@@ -137,7 +137,7 @@ def table(
     return rows
 
 
-def compared_facts(d: Difference, p: float, margin: float, comparisons: int) -> dict[str, Any]:
+def difference_facts(d: Difference, p: float, margin: float, comparisons: int) -> dict[str, Any]:
     """One paired difference as plain data; `p` is the corrected p-value."""
     return {
         "mean": number(d.mean),
@@ -190,7 +190,7 @@ def row(r: Record, baseline: Record, untouched: float | None, metric: str) -> di
         "basin_decades": number(basin(means, untouched)),
         "regret_at_default_lr": number(regret(r, r.start)),
         "regret_at_baseline_lr": number(regret(r, baseline.lr)),
-        "expected_after_trials": [shown(x) for x in budget_curve(list(means.values()), most)],
+        "expected_after_trials": [shown(x) for x in expected_best(list(means.values()), most)],
         "test": {name: over_seeds(name, losses) for name, losses in r.test.items()},
     }
 
@@ -233,7 +233,7 @@ def regret(r: Record, lr: float) -> float:
     return tried[near] - r.means[best(r.means)] if close else math.nan
 
 
-def budget_curve(losses: Sequence[float], most: float = math.inf) -> list[float]:
+def expected_best(losses: Sequence[float], most: float = math.inf) -> list[float]:
     """The expected best loss of k learning rates drawn from those tried, for k = 1 to all of them.
 
     Draws with replacement: E_k = sum_i v_i ((1 - (i-1)/N)^k - (1 - i/N)^k), v ascending. A rate

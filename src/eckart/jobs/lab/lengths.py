@@ -75,10 +75,12 @@ def plan(job: Job, entered: Sequence[Candidate], budget: str, file: Path) -> dic
         if kept["budget"] == budget and all(c.name in kept["lengths"] for c in entered):
             return {c.name: Length(*kept["lengths"][c.name]) for c in entered}
     if kind == "seconds":
-        found = {c.name: Length(max(1, int(amount / pace(c, rows))), rows) for c in entered}
+        found = {
+            c.name: Length(max(1, int(amount / seconds_per_step(c, rows))), rows) for c in entered
+        }
     else:
         tokens = steps * rows
-        fitting = {c.name: most_rows(c, amount) for c in entered}
+        fitting = {c.name: max_rows(c, amount) for c in entered}
         found = {name: Length(max(1, round(tokens / n)), n) for name, n in fitting.items()}
     lengths = {name: [length.steps, length.rows] for name, length in found.items()}
     write_json(file, {"budget": budget, "lengths": lengths})
@@ -100,7 +102,7 @@ def parse(budget: str) -> tuple[str, float]:
     return match[1], float(match[2]) * UNITS[match[3]]
 
 
-def pace(c: Candidate, rows: int) -> float:
+def seconds_per_step(c: Candidate, rows: int) -> float:
     """Measured seconds per step on this machine."""
     lab = UserLab(c.job, 0, default_lr(c.recipe), TIMED_STEPS + 1, rows)
     marks: list[float] = []
@@ -113,7 +115,7 @@ def pace(c: Candidate, rows: int) -> float:
     return (marks[-1] - marks[0]) / TIMED_STEPS
 
 
-def most_rows(c: Candidate, limit: float) -> int:
+def max_rows(c: Candidate, limit: float) -> int:
     """The largest power of two of rows whose batch fits into `limit` bytes."""
     needed = line(lambda rows: bytes_of(c, rows))
     if needed.of(1) > limit:
@@ -141,36 +143,38 @@ def bytes_of(c: Candidate, rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class AtOnce:
+class Concurrency:
     """Number of concurrent runs, and the reason where it is fewer than requested."""
 
     count: int
     reason: str = ""
 
 
-def at_once(wanted: int, entered: Sequence[Candidate], planned: Mapping[str, Length]) -> AtOnce:
+def concurrency(
+    wanted: int, entered: Sequence[Candidate], planned: Mapping[str, Length]
+) -> Concurrency:
     """The number of concurrent runs: `wanted`, limited by cores, memory and a single GPU.
 
     Each process needs the initial model and the peak of the largest candidate, estimated as
     `eckart estimate` does. 1 where that cannot be estimated.
     """
     if wanted == 1:
-        return AtOnce(1)
+        return Concurrency(1)
     if prepare.device().type != "cpu":
-        return AtOnce(1, "there is one GPU")
+        return Concurrency(1, "there is one GPU")
     cores = os.cpu_count() or 1
     if min(wanted, cores) == 1:
-        return AtOnce(1, "there is one core")
+        return Concurrency(1, "there is one core")
     try:
         largest = max(peak_of(c, planned[c.name].rows) for c in entered)
     except UsageError as fault:
-        return AtOnce(1, fault.what)
+        return Concurrency(1, fault.what)
     model = workload(entered[0].job).model
     each = PROCESS_BYTES + sum(size(p) for p in model.parameters()) + largest
     free = room(torch.device("cpu"))[0]
     count = max(1, min(wanted, cores, int(free // each)))
     reason = f"{in_words(int(each))} each, {in_words(free)} free; {cores} cores"
-    return AtOnce(count, reason if count < wanted else "")
+    return Concurrency(count, reason if count < wanted else "")
 
 
 def peak_of(c: Candidate, rows: int) -> int:

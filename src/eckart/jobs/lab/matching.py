@@ -37,10 +37,10 @@ def matched(entered: Sequence[Candidate], match: Match, rows: int) -> list[Candi
     measure = trained if match == "parameters" else partial(peak, rows=rows)
     axes = ("weights",) if match == "parameters" else ("weights", "update")
     target = measure(entered[0])
-    return [entered[0], *(sized(c, axes, measure, target) for c in entered[1:])]
+    return [entered[0], *(resized(c, axes, measure, target) for c in entered[1:])]
 
 
-def said(entered: Sequence[Candidate], match: Match, rows: int) -> str:
+def summary(entered: Sequence[Candidate], match: Match, rows: int) -> str:
     """Each candidate's estimated size, in words."""
     if match == "parameters":
         return ", ".join(f"{c.name} {trained(c):,}" for c in entered)
@@ -60,7 +60,7 @@ def outcome(match: Match, reached: Mapping[str, float]) -> str:
     return by_size + (f"; not {', '.join(left)}" if left else "")
 
 
-def sized(
+def resized(
     c: Candidate, axes: Sequence[str], measure: Callable[[Candidate], int], target: int
 ) -> Candidate:
     """The candidate with its size field set so that `measure` is nearest to the target."""
@@ -72,7 +72,7 @@ def sized(
     else:
         return c
     slug, field, usual = choice.name, method.size, getattr(method, method.size)
-    if f":{field}=" in part_of(c.name, slug):
+    if f":{field}=" in part_for(c.name, slug):
         return c
     step = 1 / PARTS if isinstance(usual, float) else 1
 
@@ -82,11 +82,11 @@ def sized(
         job = c.job.choose(axis, made, "the size that comes nearest to the baseline's")
         return Candidate(renamed(c.name, slug, f"{field}={k * step:g}"), job)
 
-    most = PARTS if step < 1 else widest(c) if field == "rank" else None
+    most = PARTS if step < 1 else max_rank(c) if field == "rank" else None
     return at(nearest(lambda k: measure(at(k)), target, most))
 
 
-def part_of(name: str, slug: str) -> str:
+def part_for(name: str, slug: str) -> str:
     """The part of a candidate's name for a method; empty where the method is a default."""
     parts = [part for part in name.split("+") if part.split(":")[0].strip() == slug]
     return parts[0] if parts else ""
@@ -94,7 +94,7 @@ def part_of(name: str, slug: str) -> str:
 
 def renamed(name: str, slug: str, field: str) -> str:
     """The name with one field added: `lora-pro` becomes `lora:rank=8+lora-pro`."""
-    part = part_of(name, slug)
+    part = part_for(name, slug)
     return name.replace(part, f"{part}:{field}", 1) if part else f"{slug}:{field}+{name}"
 
 
@@ -125,7 +125,7 @@ def nearest(measure: Callable[[int], int], target: int, most: int | None = None)
 def trained(c: Candidate) -> int:
     """Number of trained elements, by the method's own cost formula."""
     weights: Any = c.job.choices["weights"].method
-    return elements(weights, targeted(c))[0]
+    return elements(weights, targeted_sites(c))[0]
 
 
 @cache
@@ -134,7 +134,7 @@ def peak(c: Candidate, rows: int) -> int:
     return bytes_of(c, rows)
 
 
-def targeted(c: Candidate) -> list[Site]:
+def targeted_sites(c: Candidate) -> list[Site]:
     """The sites that a candidate's `targets` select."""
     sites = sites_of(workload(c.job).model)
     weights: Any = c.job.choices["weights"].method
@@ -142,6 +142,6 @@ def targeted(c: Candidate) -> list[Site]:
     return select(sites, words) if words else sites
 
 
-def widest(c: Candidate) -> int:
+def max_rank(c: Candidate) -> int:
     """The largest rank that any of its targeted matrices can have."""
-    return max(min(site.shape) for site in targeted(c))
+    return max(min(site.shape) for site in targeted_sites(c))

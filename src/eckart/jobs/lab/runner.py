@@ -149,7 +149,7 @@ class Runner:
 
 
 @contextmanager
-def going_on(command: str) -> Iterator[None]:
+def resumable(command: str) -> Iterator[None]:
     """Turn Ctrl-C inside the block into Interrupted, with the command that resumes."""
     try:
         yield

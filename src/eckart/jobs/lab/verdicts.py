@@ -40,7 +40,7 @@ class Numbers(dict[str, float]):
 
 
 @dataclass(frozen=True)
-class Judged:
+class StatementResult:
     """A statement with its values, its statistics and its verdict."""
 
     text: str
@@ -68,13 +68,13 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ClaimResult:
     """The verdict on a claim, and on each of its statements."""
 
     verdict: str
     reason: str
-    statements: tuple[Judged, ...]
-    control: Judged
+    statements: tuple[StatementResult, ...]
+    control: StatementResult
     skipped: tuple[str, ...] = field(default=())  # statements about arms that were left out
 
     @property
@@ -83,27 +83,30 @@ class Judgement:
         return max((s.found.visible for s in self.statements), default=math.nan)
 
 
-def judge(
+def evaluate_claim(
     claim: Claim, results: Sequence[Results], budget: Budget, edges: Sequence[str] = ()
-) -> Judgement:
+) -> ClaimResult:
     """The verdict on a claim from the results of each seed.
 
     `edges` names arms whose best learning rate lies at the edge of the grid.
     """
     present = results[0].keys()
-    (control,) = judged([claim.control], results, present)
-    statements = judged(claim.statements, results, present)
+    (control,) = evaluate_statements([claim.control], results, present)
+    statements = evaluate_statements(claim.statements, results, present)
     judged_texts = {s.text for s in statements}
     skipped = tuple(s.text for s in claim.statements if s.text not in judged_texts)
     read = {arm for s in (control, *statements) for arm in s.arms}
     verdict, reason = conclude(statements, control, budget, sorted(read & set(edges)))
     if budget == "quick":
         control, *statements = (replace(s, verdict=NO_VERDICT) for s in (control, *statements))
-    return Judgement(verdict, reason, tuple(statements), control, skipped)
+    return ClaimResult(verdict, reason, tuple(statements), control, skipped)
 
 
 def conclude(
-    statements: Sequence[Judged], control: Judged, budget: Budget, edges: Sequence[str]
+    statements: Sequence[StatementResult],
+    control: StatementResult,
+    budget: Budget,
+    edges: Sequence[str],
 ) -> tuple[str, str]:
     """The claim's verdict, and the reason where there is no verdict."""
     if budget == "quick":
@@ -118,9 +121,9 @@ def conclude(
     return ("confirmed" if set(verdicts) == {"confirmed"} else "not seen"), ""
 
 
-def judged(
+def evaluate_statements(
     statements: Sequence[Statement], results: Sequence[Results], present: Any
-) -> list[Judged]:
+) -> list[StatementResult]:
     """Test all statements, corrected together by Holm; those about absent arms are left out."""
     read: list[tuple[Statement, tuple[float, ...], tuple[str, ...]]] = []
     for statement in statements:
@@ -135,7 +138,7 @@ def judged(
     found = [difference(values, comparisons=len(read)) for _, values, _ in read]
     corrected = holm([d.p for d in found])
     return [
-        Judged(s.text, s.unit, values, d, p, d.verdict(p), arms)
+        StatementResult(s.text, s.unit, values, d, p, d.verdict(p), arms)
         for (s, values, arms), d, p in zip(read, found, corrected, strict=True)
     ]
 
