@@ -1,4 +1,4 @@
-"""What the tests of rules for whole blocks share: a small model that has some."""
+"""A small model of blocks, shared by the tests of LISA and BAdam."""
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 
 def gradient(model, step):
-    """Those of a step's batch; its loss."""
+    """Compute the gradients of a step's batch; returns its loss."""
     g = torch.Generator().manual_seed(step)
     ids, targets = torch.randint(V, (2, 5), generator=g), torch.randint(V, (10,), generator=g)
     loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), targets)
@@ -42,5 +42,5 @@ def optimizer_of(model, method, lr=0.01, **kwargs):
 
 
 def active(model):
-    """The blocks that train."""
+    """The indices of the blocks that train."""
     return tuple(i for i, layer in enumerate(model.layers) if layer[0].weight.requires_grad)

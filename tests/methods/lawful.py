@@ -1,4 +1,4 @@
-"""The laws in one go, for configurations of a method that its default leaves out.
+"""All laws in one call, for configurations of a method other than its default.
 
 The laws themselves (tests/laws) run over every method in its default configuration.
 """
@@ -22,12 +22,12 @@ F64 = torch.float64
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Normal numbers in fp64, the same ones for a seed."""
+    """Normal random numbers in fp64 from a seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def carried(method: Weights, architecture: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny model with the method, its handle and a batch."""
+    """A tiny model with the method attached, its handle and a batch."""
     model, batch = tiny(architecture, dtype), cast(batch_for(architecture), dtype)
     calibration = [batch] if method.needs else None
     handle = attach(model, Recipe(weights=method), calibration=calibration, steps=20, lr=1e-2)
@@ -36,7 +36,7 @@ def carried(method: Weights, architecture: str, dtype: torch.dtype = torch.float
 
 
 def assert_lawful(method: Weights, architecture: str) -> None:
-    """Start, cost, gradients, training, copies, rebuilding, removal, merging."""
+    """Assert the laws of start, cost, gradients, training, copies, rebuilding, removal, merging."""
     model, handle, batch = carried(method, architecture)
     base = logits(tiny(architecture), batch)
     if method.promised("starts_at_base"):
@@ -72,7 +72,7 @@ def assert_lawful(method: Weights, architecture: str) -> None:
 
 
 def assert_cost(handle: Any) -> None:
-    """The cost formula counts the elements of every site."""
+    """Assert that the cost formula gives the number of elements of every site."""
     for path, by_name in handle.parts().items():
         site = handle.sites[path]
         cost = handle.weights.at(site).cost(*site.shape)

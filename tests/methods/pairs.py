@@ -1,4 +1,4 @@
-"""What the tests of rules for factor pairs share: one pair B, A that is fed dL/dW, and checks."""
+"""Shared by the tests of rules for factor pairs: training of one pair B, A, and checks."""
 
 import torch
 from torch import nn
@@ -33,13 +33,13 @@ def optimizer_of(B, A, method, lr=0.01, scale=S, **options):
 
 
 def feed(B, A, G, scale=S):
-    """Gradients of the factors that train, for G = dL/dW."""
+    """Set the gradients of the factors that train, for G = dL/dW."""
     B.grad = scale * G @ A.detach().mT if B.requires_grad else None
     A.grad = scale * B.detach().mT @ G if A.requires_grad else None
 
 
 def train(method, B, A, grads, lr=0.01, stop=None, **options):
-    """B and A after steps in which dL/dW is given; a new optimizer goes on from `stop`."""
+    """B and A after steps with given dL/dW; resumed with a new optimizer at `stop`."""
     p, q = factors(B, A)
     optimizer = optimizer_of(p, q, method, lr, **options)
     for step, G in enumerate(grads):
@@ -55,7 +55,7 @@ def train(method, B, A, grads, lr=0.01, stop=None, **options):
 
 
 def check_cost(method, *shapes):
-    """What is stored is what the method says of matrices of these shapes."""
+    """Check that the state has the size that the method's `cost` gives for these shapes."""
     *_, optimizer = train(method, *problem(), gradients(1))
     held = [v for state in optimizer.state.values() for v in state.values()]
     measured = sum(v.numel() for v in held if isinstance(v, torch.Tensor))
@@ -63,13 +63,13 @@ def check_cost(method, *shapes):
 
 
 def check_resume(method, stop=5):
-    """Bit for bit."""
+    """Check that a resumed run equals an uninterrupted one bit for bit."""
     whole, cut = (train(method, *problem(), gradients(9), stop=s)[:2] for s in (None, stop))
     assert all(map(torch.equal, whole, cut))
 
 
 def check_experts(method):
-    """Stacked pairs move as each of them alone."""
+    """Check that stacked pairs are updated as each of them alone."""
     B, A = problem()
     B, A = torch.stack([B, 2 * B]), torch.stack([A, A - 1])
     grads = [torch.stack([G, -G]) for G in gradients(3)]
@@ -81,7 +81,7 @@ def check_experts(method):
 
 
 def check_learns(method, lr, by):
-    """An adapter from zero, each of its maps a pair; how far the loss falls in twelve steps."""
+    """Check how far the loss falls in twelve steps of a LoRA adapter that starts at zero."""
     handle = attach(tiny.llama(), Recipe(LoRA(rank=2), method))
     trained, optimizer = set(handle.trainable()), handle.optimizer(lr=lr)
     assert sum(len(g.get("pairs", ())) for g in optimizer.param_groups) == len(handle.sites)

@@ -1,4 +1,4 @@
-"""What holds for all adapters alike: one rounding at a merge, one product beside two."""
+"""Properties of all adapters: one rounding at a merge, one product for two adapters."""
 
 import pytest
 import torch

@@ -123,7 +123,7 @@ def test_b_still_moves_downhill_and_a_numerical_check_fails():
 
 
 def test_the_factor_is_a_constant():
-    """No graph through it: not in the gradient, and no gradient of the gradient."""
+    """Autograd does not differentiate the factor, in the gradient or in second derivatives."""
     B, A = pair()
     term = LowRank(B, A)
     term.branch_gradient = ALLoRA().branch_gradient()
@@ -195,7 +195,7 @@ def test_it_leaves_zero_faster_than_lora_of_scale_one():
 
 
 def by_definition(B, A, grads, lr, apply, wd=0.1):
-    """AdamW's steps, times a factor per row; decay is not."""
+    """AdamW's steps times a factor per row, which does not apply to decay."""
     p, q = B.clone(), A.clone()
     rows = [slowed(t.norm(dim=1, keepdim=True), ETA) for t in (B, A)]
     moments = [[torch.zeros_like(t), torch.zeros_like(t)] for t in (B, A)]

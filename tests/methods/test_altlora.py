@@ -1,4 +1,4 @@
-"""What AltLoRA alone promises: its projections, and its algorithms written here afresh."""
+"""What AltLoRA alone promises: its projections, and its algorithms reimplemented here."""
 
 import pytest
 import torch
@@ -190,7 +190,7 @@ def quadratic(p, q, T, bias=None):
 
 @pytest.mark.parametrize("plus", [False, True])
 def test_two_backward_passes_move_b_by_the_gradient_at_the_new_a(plus):
-    """One step is two of `alternate` on the same batch; what is in no pair moves once."""
+    """One step equals two of `alternate` on the same batch; other parameters are updated once."""
     (B, A), T = problem(), gradients(1)[0]
     method = AltLoRA(plus=plus, schedule="two_backward")
     p, q = factors(B, A)
@@ -254,7 +254,7 @@ def test_two_backward_passes_need_a_closure():
 
 @pytest.mark.parametrize("spoilt, turns, counts", [(1, "A AB AB", (2, 2)), (2, "AB AB AB", (3, 2))])
 def test_a_step_of_two_passes_begins_with_a_whichever_was_left_out(spoilt, turns, counts):
-    """Without a first gradient that is finite there was no step; of another B's turn is over."""
+    """A non-finite gradient in the first pass skips the step; in the second, only B's update."""
     (p, q), T, passes = factors(*problem()), gradients(1)[0], []
     optimizer = optimizer_of(p, q, AltLoRA(schedule="two_backward"))
     optimizer.skip_nonfinite = True

@@ -1,4 +1,4 @@
-"""What APOLLO and APOLLO-Mini promise, against their formulas written here afresh."""
+"""What APOLLO and APOLLO-Mini promise, against their formulas reimplemented here."""
 
 import itertools
 
@@ -124,7 +124,7 @@ def test_it_learns_a_small_map():
 
 
 def test_experts_are_measured_one_by_one():
-    """Each with directions of its own: the seeds differ, and so do the factors."""
+    """Each expert has its own directions: the seeds differ, and so do the factors."""
     rule = APOLLO(rank=2, every=3, gamma=None).rule()
     grads = spectrum((3, 8, 5), 5)
     path, states = train(rule, start((3, 8, 5)), grads, leading=1)

@@ -42,7 +42,7 @@ def test_a_share_of_the_blocks_is_a_number_of_them():
 
 @pytest.mark.parametrize("train_rest", [False, True])
 def test_follows_adam_block_by_block(train_rest):
-    """The moments of the block that trains, written out, and afresh at each switch."""
+    """Adam on the block that trains, written out, with new moments at each switch."""
     model, lr = Model(), 0.01
     method = BAdam(every=3, order="descending", train_rest=train_rest)
     optimizer = optimizer_of(model, method, lr)

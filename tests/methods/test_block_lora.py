@@ -102,7 +102,7 @@ def test_a_grid_of_ones_is_lora():
 
 
 def by_blocks(term):
-    """dW block by block, as the docstring writes it."""
+    """dW block by block, as in the method's docstring."""
     B, A, s = term.B.detach(), term.A.detach(), term.scale
     p = B.shape[0]
     if isinstance(term, Rows):

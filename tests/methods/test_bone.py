@@ -195,7 +195,7 @@ def test_fold_and_unfold_are_transposes():
 
 @pytest.mark.parametrize("first, second", [("tile", "bat"), ("bat", "tile"), ("mini", "tile")])
 def test_two_modes_stand_beside_each_other(first, second):
-    """W in bat is the base's own whatever stands beside it, so the order is no matter."""
+    """In bat W is the base's alone whatever other terms there are, so the order does not matter."""
     model, batch = tiny("llama", F64), batch_for("llama")
     sites = {s.path: s.weight() for s in find_sites(model) if s.kind == "linear"}
     handles = {}

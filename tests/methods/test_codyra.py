@@ -1,4 +1,4 @@
-"""What CoDyRA alone promises: its thresholds, and that tasks are kept apart and together."""
+"""What CoDyRA alone promises: its thresholds, and training several tasks."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What DCT-AdamW alone promises, against its algorithm written here afresh."""
+"""What DCT-AdamW alone promises, against its algorithm reimplemented here."""
 
 from itertools import pairwise
 
@@ -141,7 +141,7 @@ def test_with_sgd_inside_nothing_is_lost():
 
 @pytest.mark.parametrize("bits, most", [(8, 0.05), (4, 0.4)])
 def test_error_feedback_in_few_bits_stays_near(bits, most):
-    """Adam's steps are of one size, so the paths part by what was rounded, not more."""
+    """Adam's steps are of one size, so the runs differ by the rounding and no more."""
     grads = gradients((64, 48), 20)
     runs = [
         train(DCTAdamW(rank=8, error_feedback=True, error_bits=b).rule(), start((64, 48)), grads)

@@ -1,4 +1,4 @@
-"""What Dion alone promises, against its algorithm written here afresh."""
+"""What Dion alone promises, against its algorithm reimplemented here."""
 
 from zlib import crc32
 

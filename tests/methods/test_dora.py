@@ -1,4 +1,4 @@
-"""DoRA: what its paper promises, and that the norm is neither dense nor made twice."""
+"""DoRA: what its paper promises; the norm is computed once and without the dense matrix."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_the_norm_is_made_once_per_step(monkeypatch):
 
 
 class Convolution(nn.Module):
-    """A model of one convolution, the same every time."""
+    """A model of one convolution with fixed weights."""
 
     def __init__(self, kind, kernel):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What DyLoRA alone promises: every cut is a LoRA, and what rests in a step does not move."""
+"""What DyLoRA alone promises: every truncation is a LoRA, and inactive components are frozen."""
 
 import copy
 import io
@@ -114,7 +114,7 @@ def test_what_rests_does_not_move_under_momentum_and_decay(frozen, unit):
 
 
 def test_each_component_counts_its_own_steps():
-    """A component that joins late takes Adam's first step, not one corrected for step 50."""
+    """A component that first trains late takes Adam's first step, not one corrected for step 50."""
     handle, optimizer = attached(DyLoRA(rank=4, frozen=True))
     counts = dict.fromkeys(range(4), 0)
     for seed in range(10):

@@ -1,4 +1,4 @@
-"""What Fira alone promises, against its formulas written here afresh."""
+"""What Fira alone promises, against its formulas reimplemented here."""
 
 import itertools
 from dataclasses import replace
@@ -57,7 +57,7 @@ def by_the_paper(W, grads, method, lr):
 @pytest.mark.parametrize("center", ["scaled", "exact"])
 @pytest.mark.parametrize("gamma", [1.01, None])
 def test_follows_the_papers_algorithm(eps_mode, phi, center, gamma):
-    """The fused form, which never holds the residual, against the residual itself."""
+    """The fused form, which never forms the residual, against the explicit residual."""
     method = Fira(
         rank=3, every=7, stagger=False, weight_decay=0.1, scale=0.3,
         eps_mode=eps_mode, phi=phi, center=center, gamma=gamma,
@@ -187,7 +187,7 @@ def test_hooks_refuse_what_needs_all_gradients():
 
 @pytest.mark.parametrize("search", ["auto", "gram", "randomised", "iteration", "dct"])
 def test_any_search_will_do(search):
-    """Full rank at both: then all searches span the same, and directions do not matter to SGD."""
+    """At full rank all searches span the same space, and SGD does not depend on the basis."""
     grads = spectrum((9, 6), 8)
     rules = (Fira(rank=6, every=3, search=way).rule() for way in ("svd", search))
     paths = [train(replace(rule, inner=SGD()), start((9, 6)), grads)[0] for rule in rules]

@@ -1,4 +1,4 @@
-"""What FRUGAL alone promises, against its algorithm written here afresh."""
+"""What FRUGAL alone promises, against its algorithm reimplemented here."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def basis(state, kind, n=6):
 
 
 def inside(G, state, kind):
-    """The part of G that Adam sees, where it stands in G."""
+    """The part of G that Adam updates, with zeros elsewhere."""
     P = basis(state, kind)
     if P is not None:
         return G @ P.T @ P
@@ -45,7 +45,7 @@ def inside(G, state, kind):
 
 
 def by_the_paper(W, grads, states, method, kind, lr):
-    """Adam of masked gradients where they stand; where there is a basis, in that."""
+    """FRUGAL with Adam on masked gradients, or in the basis if there is one."""
     (b1, b2), M, V, t = method.betas, 0.0, 0.0, 0
     for step, (G, state) in enumerate(zip(grads, states, strict=True)):
         if step % method.every == 0:
@@ -117,7 +117,7 @@ def test_columns_of_the_transpose_are_rows():
 
 @pytest.mark.parametrize("kind", ["columns", "svd"])
 def test_at_full_density_nothing_is_outside(kind):
-    """Not even the signs of what rounding leaves."""
+    """Also not the signs of rounding errors."""
     grads = spectrum((9, 6), 6)
     with_signs, _ = train(FRUGAL(density=1.0, inside=kind).rule(), start((9, 6)), grads)
     without, _ = train(

@@ -1,4 +1,4 @@
-"""What GaLore alone promises: galore.md's list, against formulas written here afresh."""
+"""What GaLore alone promises: galore.md's list, against formulas reimplemented here."""
 
 from itertools import pairwise
 

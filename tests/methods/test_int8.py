@@ -1,4 +1,4 @@
-"""int8: a base of a quarter of the bytes, on which adapters learn as they do elsewhere."""
+"""int8: a base of a quarter of the bytes, on which adapters learn as on the original."""
 
 import sys
 

@@ -205,7 +205,7 @@ def test_b_stays_where_fsdp_holds_it(monkeypatch):
 
 
 def test_what_moves_after_the_thaw_is_the_same_with_b_gone():
-    """A loop without changes of structure holds B to the end: the same weights."""
+    """A loop without structural changes keeps B to the end; the weights are the same."""
     batches = [batch_for("llama", seed=t) for t in range(6)]
     ends = []
     for leaves in (True, False):

@@ -1,4 +1,4 @@
-"""What LDAdam alone promises, against its algorithm written here afresh."""
+"""What LDAdam alone promises, against its algorithm reimplemented here."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_follows_the_papers_algorithm(shape):
 
 
 def test_nothing_is_lost():
-    """Momentum that was applied, and what is yet to come of it and of E, is all that came."""
+    """Applied updates plus the momentum and E that remain add up to all gradients."""
     method, b1 = LDAdam(rank=2), 0.908
     grads = spectrum((9, 6), 10)
     _, states = train(method.rule(), start((9, 6)), grads)

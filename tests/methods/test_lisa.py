@@ -48,7 +48,7 @@ def test_resting_blocks_do_not_move_and_have_no_gradient():
 
 
 def test_a_gradient_of_zero_does_not_move_a_block_that_has_come_to_rest():
-    """zero_grad(set_to_none=False) leaves zeros, along which momentum and decay would go on."""
+    """zero_grad(set_to_none=False) leaves zeros, on which momentum and decay would still act."""
     model = Model()
     optimizer = optimizer_of(model, LISA(blocks=2, every=2, moments="keep", weight_decay=0.1))
     rested = 0
@@ -229,7 +229,7 @@ def test_the_learning_rate_follows_the_schedule_through_a_switch():
 
 
 def test_a_handle_saves_blocks_that_rest():
-    """What is trained in turn is trained: a checkpoint without it would lose steps."""
+    """Frozen blocks may have been trained before: a checkpoint without them would lose steps."""
     model = tiny.llama()
     handle = attach(model, Recipe(weights=Dense(), update=LISA(blocks=1, every=1)))
     trained = set(handle.trainable())

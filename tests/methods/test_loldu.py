@@ -1,4 +1,4 @@
-"""What LoLDU alone promises: its decomposition, and that little of it must be stored."""
+"""What LoLDU alone promises: its decomposition, and the little of it that is stored."""
 
 import json
 
@@ -161,7 +161,7 @@ def test_only_touched_pieces_change_the_matrix():
 
 
 def test_training_decomposes_nothing(monkeypatch):
-    """The pivots are found and L, D, U made before the first forward, and never again."""
+    """Pivots, L, D and U are computed before the first forward pass, and never again."""
     _, handle, batch = carried(LoLDU(rank=6), "llama")
     for name in ("ldu", "pivot_rows", "without_pivoting"):
         monkeypatch.delattr(f"eckart.methods.weights.loldu.{name}")
@@ -220,7 +220,7 @@ def test_pivots_fix_the_meaning_on_another_precision():
 
 
 def test_other_pivots_give_other_frames():
-    """Ties decide what z means, so they are read from the file and never found again."""
+    """Pivots at ties determine what z means, so they are read from the file, not recomputed."""
     W = draw(8, 6).sign()  # every entry of the first column ties
     pivots = pivot_rows(W, 1)
     other = torch.tensor([7], dtype=torch.int32)

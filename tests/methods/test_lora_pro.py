@@ -1,4 +1,4 @@
-"""What LoRA-Pro alone promises: its theorems, and its algorithm written here afresh."""
+"""What LoRA-Pro alone promises: its theorems, and its algorithm reimplemented here."""
 
 import pytest
 import torch
@@ -35,12 +35,12 @@ def problem(seed=0, r=R, m=M, n=N):
 
 
 def moved(B, A, hB, hA, s):
-    """E, how W moves."""
+    """E, the change of W."""
     return s * (B @ hA + hB @ A)
 
 
 def projector(X):
-    """On the columns of X."""
+    """The projector on the column space of X."""
     Q = torch.linalg.qr(X)[0]
     return Q @ Q.T
 
@@ -269,7 +269,7 @@ def test_every_pair_is_given_its_own_scale(scaling, scale):
 
 
 def test_moments_of_bf16_factors_are_fp32():
-    """And are what fp32 factors would have: only the factors are rounded."""
+    """They equal those of fp32 factors: only the factors are rounded."""
     B, A, _, s, _, _ = problem()
     found = []
     for dtype in (torch.bfloat16, torch.float32):

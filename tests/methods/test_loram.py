@@ -1,4 +1,4 @@
-"""What LoRAM alone promises: the small model is the large one in part, and so is what it learns."""
+"""What LoRAM alone promises: the small model and its adapter are parts of the large ones."""
 
 import copy
 import json

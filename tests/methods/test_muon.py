@@ -1,4 +1,4 @@
-"""What Muon alone promises, against its algorithm written here afresh."""
+"""What Muon alone promises, against its algorithm reimplemented here."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The penalty on overlapping components, and what has none."""
+"""The penalty on overlapping components, and adapters without one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What ReLoRA alone promises: restarts that change nothing but what comes after them."""
+"""What ReLoRA alone promises: a restart does not change the model, only later steps."""
 
 import io
 import json

@@ -24,7 +24,7 @@ SHAPES = ((M, R), (R, N), (M, N), (R, R))  # of B, A, G and a change T of how B 
 
 
 def moved(B, A, G, lr, method):
-    """How B A changes in one step."""
+    """The change of B A in one step."""
     p, q, _ = train(method, B, A, [G / S], lr)
     return p @ q - B @ A, p, q
 

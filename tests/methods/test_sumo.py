@@ -1,4 +1,4 @@
-"""What SUMO alone promises, against its algorithm written here afresh."""
+"""What SUMO alone promises, against its algorithm reimplemented here."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.methods.updates import (
 
 
 def by_the_paper(W, grads, bases, method, lr):
-    """The right side with our bases; the moment turned, and made orthogonal, in full."""
+    """SUMO on the right side with our bases; the moment is rotated and orthogonalised in full."""
     (m, n), M, P, s = W.shape, 0.0, bases[0], None
     by = {"rms": 0.04 * max(m, n), "one": 1, "tall": max(1, m / n), "ratio": m / n}
     for G, new in zip(grads, bases, strict=True):
@@ -108,7 +108,7 @@ def test_a_transposed_run_is_the_run_transposed():
 
 
 def test_a_gradient_that_is_not_finite_is_seen_in_the_weights():
-    """It does not end the run inside a decomposition, and it is not hidden."""
+    """It does not raise inside a decomposition, and NaN reaches the weights."""
     grads = spectrum((9, 6), 3)
     grads[1][0, 0] = torch.nan
     path, _ = train(SUMO(rank=3).rule(), start((9, 6)), grads)

@@ -1,4 +1,4 @@
-"""What the tests of update rules share: one matrix that is fed gradients, and plain checks."""
+"""Shared by the tests of update rules: training of one matrix on given gradients, and checks."""
 
 import io
 
@@ -25,7 +25,7 @@ def start(shape, seed=5):
 
 
 def train(rule, W, grads, lr=0.05, stop=None, **group):
-    """(W after each step, its state after each step); a new optimizer goes on from `stop`."""
+    """(W, state) after each step; resumed with a new optimizer at `stop`."""
     p = nn.Parameter(W.clone())
 
     def made():
@@ -48,7 +48,7 @@ def train(rule, W, grads, lr=0.05, stop=None, **group):
 
 
 def check_state(method, *shape):
-    """Tensors and plain scalars alone; of the size that the method says. The names found."""
+    """Check that state is tensors and scalars of the size that `cost` gives; returns its names."""
     _, states = train(method.rule(), start(shape), spectrum(shape, 3))
     state = states[-1]
     assert all(isinstance(v, torch.Tensor | int | float) for v in state.values())
@@ -58,7 +58,7 @@ def check_state(method, *shape):
 
 
 def check_resume(rule, stop, shape=(9, 6)):
-    """Bit for bit, through a file and in the parameter's own dtype."""
+    """Check that a run resumed from a file, in the parameter's dtype, is equal bit for bit."""
     for dtype in (F64, torch.bfloat16):
         grads = spectrum(shape, 14, dtype=dtype)
         path, states = train(rule, start(shape).to(dtype), grads)
@@ -69,7 +69,7 @@ def check_resume(rule, stop, shape=(9, 6)):
 
 
 def check_experts(rule, each):
-    """Stacked matrices move as each of them alone. each: the gradients of every one."""
+    """Check that stacked matrices are updated as each alone; `each` has the gradients of each."""
     W = start((len(each), *each[0][0].shape))
     path, _ = train(rule, W, [torch.stack(row) for row in zip(*each, strict=True)], leading=1)
     for i, grads in enumerate(each):
@@ -78,20 +78,20 @@ def check_experts(rule, each):
 
 
 def check_zero(rule, shape=(9, 6)):
-    """Zero gradients at the start leave the decay alone, and later nothing that is not finite."""
+    """Check that zero gradients at first cause decay only, and later nothing non-finite."""
     zero, lr = torch.zeros(shape, dtype=F64), 0.05
     grads = [zero, zero, *spectrum(shape, 6), zero, *spectrum(shape, 2, seed=1)]
     path, states = train(rule, start(shape), grads, lr)
     kept = (1 - lr * rule.weight_decay) ** 2 * start(shape)
     torch.testing.assert_close(path[1], kept, rtol=0, atol=1e-14)
     assert all(W.isfinite().all() for W in path)
-    assert not torch.equal(path[2], path[1])  # it has not died of it
+    assert not torch.equal(path[2], path[1])  # later gradients still change W
     tensors = [v for s in states for v in s.values() if isinstance(v, torch.Tensor)]
     assert all(t.isfinite().all() for t in tensors)
 
 
 def regression(rule, lr, steps=300, seed=0):
-    """Loss at the end as a share of that at the start: W [12, 8] is to map x to W0 x."""
+    """The final loss as a share of the initial one in fitting W [12, 8] to x -> W0 x."""
     g = torch.Generator().manual_seed(seed)
     W0, X = (torch.randn(shape, generator=g, dtype=F64) for shape in ((12, 8), (8, 64)))
     p = nn.Parameter(torch.zeros(12, 8, dtype=F64))
@@ -109,7 +109,7 @@ def regression(rule, lr, steps=300, seed=0):
 
 
 def check_hooks(rule, steps):
-    """Layer by layer, each parameter's whole step happens as soon as its gradient is there."""
+    """Check that in layer-wise mode each parameter is updated as soon as its gradient exists."""
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(6, 9, dtype=F64), nn.Linear(9, 7, dtype=F64)) for _ in "ab"]
     models[1].load_state_dict(models[0].state_dict())
@@ -128,7 +128,7 @@ def check_hooks(rule, steps):
 
 
 class PlainAdam:
-    """Adam by hand, with moments and a count for each name; fp64, torch's epsilon."""
+    """A reference Adam with moments and a count for each name; fp64, torch's epsilon."""
 
     def __init__(self, lr):
         self.lr, self.M, self.V, self.count = lr, {}, {}, {}

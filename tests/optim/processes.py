@@ -1,4 +1,4 @@
-"""What two processes run in test_sharded.py; importable by them."""
+"""Functions that test_sharded.py runs in two processes."""
 
 import dataclasses
 import os
@@ -75,7 +75,7 @@ VECTORS = {name: Rule(Adam()) for name in ("trion", "trion, left", "orthogonal")
 
 
 def registered():
-    """Every update method, at its defaults but for small numbers that fit."""
+    """Every update method with its defaults, except for sizes that fit small matrices."""
     found = {}
     for slug, entry in registry.methods().items():
         if entry.axis == "update":
@@ -95,7 +95,7 @@ BROAD = ((6, 299), (299, 200), (200, 101))  # two on the left, too large to be m
 
 
 def network(seed=0, sizes=UNEVEN):
-    """5, 9 and 7 rows do not divide by two: the second process has fewer, of 1 row none."""
+    """A network with uneven shards: the second process has fewer of 5, 9, 7 rows, of 1 none."""
     torch.manual_seed(seed)
     layers = [nn.Linear(a, b, dtype=torch.float64) for a, b in sizes]
     return nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())))
@@ -118,7 +118,7 @@ def train(model, optimizer, batches, accumulate=1):
 
 
 def optimizer_of(model, rule, penalised=False, **options):
-    """The second weight [9, 5] and the first [5, 6] stand in for a pair B, A."""
+    """An optimizer for the network. Pair rules use its weights [9, 5] and [5, 6] as B, A."""
     named = list(model.named_parameters())
     matrices = {
         "params": [(name, p) for name, p in named if p.dim() > 1],
@@ -136,7 +136,7 @@ def optimizer_of(model, rule, penalised=False, **options):
 
 
 def fsdp2(rule, layerwise, stop=10):
-    """Train under fully_shard, saving by name and starting anew after `stop` steps."""
+    """Train under fully_shard; after `stop` steps save by name and resume with a new optimizer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -213,7 +213,7 @@ def of_layers(kind, rule, sharded, steps=10):
 
 
 def holding(weights):
-    """A network with these weights."""
+    """The network with these weights."""
     model = network()
     model.load_state_dict(weights)
     return model
@@ -299,7 +299,7 @@ class Sent(TorchDispatchMode):
 
 
 def sent(rule, clip, sizes=UNEVEN):
-    """What each of ten steps of a sharded model sends."""
+    """The collectives of each of ten steps of a sharded model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -337,7 +337,7 @@ SENT = {  # without staggering, bases are due at steps 0 and 5
 
 
 def projecting():
-    """The registered rules that project, due at the first step and each third one after."""
+    """The registered rules that project, with refreshes at the first and every third step after."""
     rules = {slug: update.rule() for slug, update in registered().items()}
     found = {slug: rule for slug, rule in rules.items() if rule.projector.names}
     return {
@@ -351,7 +351,7 @@ def projecting():
 
 
 def as_if_large(projector):
-    """A projector that treats small matrices as it does large ones."""
+    """The projector with thresholds that make it treat small matrices like large ones."""
     return dataclasses.replace(projector, wide=1) if isinstance(projector, Leading) else projector
 
 
@@ -386,7 +386,7 @@ def reduced(layerwise):
 
 
 def or_refused(run, *args):
-    """What a training returns, or the sentence with which it was refused."""
+    """The result of a training, or the message of the error that it raised."""
     try:
         return run(*args)
     except UsageError as error:

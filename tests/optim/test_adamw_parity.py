@@ -73,7 +73,7 @@ def test_clipping_is_torchs_bit_for_bit():
 
 
 def test_float32_moments_of_a_bfloat16_parameter_follow_the_float32_run():
-    """One rounding per step, of the weight, is all that bf16 may cost: the moments agree."""
+    """The only difference may be one rounding of the weight per step: the moments agree."""
     grads = gradients(SHAPES, 30, torch.bfloat16)
     low, wide = parameters(SHAPES, torch.bfloat16), parameters(SHAPES, torch.float32)
     rule = Rule(Adam(state_dtype="float32"))

@@ -1,4 +1,4 @@
-"""Subspaces that are drawn: their numbers, their coordinates, and what they refuse."""
+"""Random subspaces: their numbers, their coordinates, and the errors they raise."""
 
 import math
 from types import SimpleNamespace
@@ -130,7 +130,7 @@ def test_draws_are_without_replacement_and_all_alike():
 
 @pytest.mark.parametrize("kind", ["columns", "rows", "entries"])
 def test_moments_follow_their_coordinate(kind):
-    """Rotated: what stays keeps its moments, what is new begins with none."""
+    """With moments="rotate" a coordinate that stays keeps its moments, a new one starts at 0."""
     projector = Coordinates(0.5, kind)
     old, new = torch.tensor([0, 2, 3]), torch.tensor([2, 3, 5])
     shape = {"columns": (4, 3), "rows": (3, 4), "entries": (1, 3)}[kind]
@@ -186,7 +186,7 @@ def test_an_interval_cannot_adapt_to_directions_that_are_drawn():
 
 
 def test_signs_are_of_what_lies_outside():
-    """Without a moment inside, and with signs outside, each entry moves in one of two ways."""
+    """With SGD inside and signs outside, each entry changes by its gradient or by its sign."""
     rule = Rule(Memoryless("sgd"), Coordinates(0.5), residual=Outside(Memoryless("sign", 0.1)))
     named = parameters([(4, 6)])
     before = named[0][1].detach().clone()

@@ -1,4 +1,4 @@
-"""Fixed bases, the fast transform, the choice of directions and error feedback in few bits."""
+"""Fixed bases, the fast transform, the choice of directions and low-precision error feedback."""
 
 import pytest
 import torch

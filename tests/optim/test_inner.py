@@ -49,7 +49,7 @@ def test_float32_moments_are_taken_by_both_forms():
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_adafactor_is_that_of_transformers(beta1):
-    """With the learning rate given and nothing relative, as GaLore runs it."""
+    """With a fixed learning rate and without relative steps, as GaLore uses it."""
     from transformers.optimization import Adafactor as Reference
 
     shapes = [(9, 6), (6, 9), (7,)]

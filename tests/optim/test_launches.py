@@ -42,7 +42,7 @@ RULES = {
 
 
 def launches(rule, count):
-    """Those of a third step of `count` matrices, or of factor pairs of such."""
+    """The operations of the third step on `count` matrices, or on as many factor pairs."""
     sizes = [(12, 8)] if rule.pair is None else [(12, 4), (4, 8)]
     params = parameters(sizes * count, torch.float32)
     named = [(f"layers.{i}.w", p) for i, (_, p) in enumerate(params)]  # blocks for some rules
@@ -59,7 +59,7 @@ def launches(rule, count):
 
 
 def growth(rule):
-    """What each further matrix, or pair, adds."""
+    """The operations that each further matrix, or pair, adds."""
     few, many = launches(rule, 2), launches(rule, 6)
     return {k: (many[k] - few[k]) / 4 for k in many if many[k] != few[k]}
 

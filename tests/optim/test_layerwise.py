@@ -54,7 +54,7 @@ def test_equals_the_normal_mode(accumulate, clip, refresh_from):
 
 
 def test_the_first_micro_batch_alone_is_not_the_step():
-    """Why parameters that are due keep their gradient: the basis would be another."""
+    """A basis from the first micro-batch differs, so parameters that are due keep G."""
     models = network(), network()
     data = batches(6, 4)
     a, b = (LowRankOptimizer(m.named_parameters(), 0.01, rule=RULE) for m in models)
@@ -66,7 +66,7 @@ def test_the_first_micro_batch_alone_is_not_the_step():
 
 
 def alive(model, optimizer):
-    """Bytes of gradients and of projected gradients that live now."""
+    """Bytes of gradients and of projected gradients in memory now."""
     low = optimizer.projected.low.values()
     full = [p.grad for p in model.parameters() if p.grad is not None]
     return sum(t.numel() * t.element_size() for t in [*full, *low])

@@ -1,4 +1,4 @@
-"""What rules for factor pairs share: inverses of Gram matrices, and pairs stacked or not."""
+"""Helpers of the rules for factor pairs: inverses of Gram matrices, stacked pairs."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_stacked_pairs_move_as_single_ones(update, monkeypatch):
     ids=str,
 )
 def test_of_a_transposed_matrix_the_factors_change_places(update):
-    """W^T = A^T B^T, in a step with the gradients of one G. Not of AltLoRA: it moves A first."""
+    """W^T = A^T B^T, with the gradients of one G. Not for AltLoRA, which updates A first."""
     made = list(problems([(9, 3, 7)]))
     (B, A), _ = stepped(update, made, steps=1)
     turned = [(A.T, B.T, gA.T, gB.T) for B, A, gB, gA in made]

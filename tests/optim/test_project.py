@@ -19,7 +19,7 @@ from eckart.optim import (
 
 
 def widely(*args):
-    """As `Leading` searches wide matrices."""
+    """The randomised projector that `Leading` uses for wide matrices."""
     return Leading(*args, wide=1)
 
 

@@ -1,4 +1,4 @@
-"""Two processes take the steps of one: FSDP2 with uneven shards, and DDP."""
+"""Two processes give the same steps as one: FSDP2 with uneven shards, and DDP."""
 
 import os
 import socket
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What each of two processes returned that ran tests/optim/processes.py."""
+    """The results of a function of tests/optim/processes.py in each of two processes."""
     out = tmp_path_factory.mktemp("two") / "out"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -77,7 +77,7 @@ def test_two_processes_take_the_steps_of_one(two, way, monkeypatch):
 
 
 def assert_same(found, wanted, near, rule):
-    """Weights, norms and state are those of one process."""
+    """Assert that weights, norms and state equal those of one process."""
     for a, b in zip(found[0], wanted[0], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=near, msg=rule)
     assert found[1] == pytest.approx(wanted[1], rel=near, abs=near), rule
@@ -173,7 +173,7 @@ def test_what_a_step_sends_is_bounded(two):
 
 
 def test_rules_send_no_matrix_that_is_projected_on_the_right(two):
-    """All that project, on four tall matrices, by what they consist of."""
+    """For all rules that project, on four tall matrices; bounds follow from the rule's parts."""
     for slug, rule in projecting().items():
         steps = two[0]["sent by rules"][slug][0]
         assert not isinstance(steps, str), steps

@@ -1,4 +1,4 @@
-"""State is tensors and numbers, and comes back as it was: same bits, same dtypes."""
+"""State holds tensors and numbers alone, and is restored with the same bits and dtypes."""
 
 import io
 
@@ -22,7 +22,7 @@ RULES = {
 
 
 def saved(state):
-    """Through torch.save and a load that trusts nothing but tensors and numbers."""
+    """The object after torch.save and torch.load(weights_only=True)."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -30,7 +30,7 @@ def saved(state):
 
 
 def resume(rule, dtype, stop, how, steps=20):
-    """Parameters after `steps`, uninterrupted and with a new optimizer from `stop` on."""
+    """Parameters after `steps`: uninterrupted, and resumed with a new optimizer at `stop`."""
     grads = gradients(SHAPES, steps, dtype)
     whole = parameters(SHAPES, dtype)
     run(LowRankOptimizer(whole, lr=0.02, rule=rule), whole, grads)

@@ -1,4 +1,4 @@
-"""What a step does beside its rule: clipping, penalties, faults."""
+"""Parts of a step outside the rule: clipping, penalties, invalid gradients."""
 
 import pytest
 import torch
@@ -120,7 +120,7 @@ def test_two_parameters_of_one_name_are_refused():
 
 
 def test_pieces_of_a_bucket_change_nothing(monkeypatch):
-    """Temporaries are bounded by working in pieces; what is computed is the same."""
+    """Working in chunks bounds temporaries and does not change the result."""
     results = []
     for chunk in (2**24, 60):
         monkeypatch.setattr("eckart.optim.bucket.CACHED", chunk)

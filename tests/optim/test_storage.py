@@ -1,4 +1,4 @@
-"""Moments in 8 bits."""
+"""Moments in 8 bits, and stochastic rounding of bf16 weights."""
 
 import dataclasses
 
@@ -101,8 +101,10 @@ def test_rounding_by_chance_keeps_what_is_not_finite():
 
 @pytest.mark.parametrize("rule", [Rule(Adam()), Rule(Adam(), SVD(4), Refresh(5))])
 def test_updates_below_a_bf16_step_are_made_on_average(rule):
-    """Adam moves each weight by 1e-4 at each of 100 steps, a fortieth of a bf16 step at 1:
-    rounded to nearest nothing happens, by chance the mean moves by 100 of them."""
+    """Adam changes each weight by 1e-4 at each of 100 steps, a fortieth of a bf16 step at 1.
+
+    Rounded to nearest nothing changes; rounded stochastically the mean changes by the sum.
+    """
     moved = {}
     for rounding in ("nearest", "stochastic"):
         p = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
@@ -122,7 +124,7 @@ def test_updates_below_a_bf16_step_are_made_on_average(rule):
 
 
 def test_copies_draw_alike_and_names_do_not():
-    """Data-parallel copies must stay equal; two weights must not share their noise."""
+    """Data-parallel replicas must stay equal; two weights must not have the same noise."""
     found = []
     for name, seed in (("a", 0), ("a", 0), ("b", 0), ("a", 1)):
         p = nn.Parameter(torch.ones(40, 40, dtype=torch.bfloat16))

@@ -1,8 +1,8 @@
-"""Every tuple of parts is legal, or refused with a sentence; and what holds for every legal one.
+"""Every combination of a rule's parts is legal or raises a UsageError; laws for all legal ones.
 
-Parts are found, not listed: all classes of the optimizer's contracts, at small sizes. There
-are thousands of legal tuples; the default run takes some in which every two parts that can
-stand together do, the exhaustive one takes all.
+Parts are discovered: all classes of the optimizer's interfaces, at small sizes. There are
+thousands of legal tuples; the default run takes a pairwise covering selection, the exhaustive
+one all.
 """
 
 import dataclasses
@@ -47,13 +47,13 @@ def all_moments_are_large_enough_for_8_bits(monkeypatch):
 
 
 def of(contract):
-    """The classes of a contract, by name."""
+    """The subclasses of an interface, by name."""
     found = [c for c in vars(parts).values() if isinstance(c, type) and issubclass(c, contract)]
     return [c for c in found if c not in (contract, Subspace)]
 
 
 def made(cls, **more):
-    """One of a class, or None where it cannot be so."""
+    """An instance of the class, or None where its arguments are refused."""
     names = {f.name for f in dataclasses.fields(cls)}
     try:
         return cls(**{k: v for k, v in {**SMALL, **more}.items() if k in names and v is not None})
@@ -63,18 +63,18 @@ def made(cls, **more):
 
 
 def assert_is_a_sentence(error):
-    """What is wrong, where, and what would fit."""
+    """Assert that a message says what is wrong, where, and what would fit."""
     assert error.facts and error.fix.endswith(".") and str(error).count("\n") >= 2
 
 
 def choices(cls, name):
-    """The values of a field that has a few, or one that is not there."""
+    """The values of a Literal field; (None,) if the class has no such field."""
     return get_args(get_type_hints(cls).get(name)) or (None,)
 
 
 @cache
 def axes():
-    """The choices at each place of a tuple."""
+    """The choices for each part of a tuple."""
     projectors = []
     for cls in [c for c in of(Projector) if c is not Packed]:
         sides = choices(cls, "side") if cls is parts.SVD else ("auto", "both")  # auto: left, right
@@ -99,7 +99,7 @@ def axes():
 
 @cache
 def legal():
-    """All legal tuples as {place: part}, and how many were refused."""
+    """All legal tuples as {field: part}, and how many were refused."""
     found, refused = [], 0
     for values in product(*axes().values()):
         chosen = dict(zip(axes(), values, strict=True))
@@ -117,9 +117,9 @@ def legal():
 
 @cache
 def pairwise():
-    """Tuples in which every two parts stand together that do so in any legal one.
+    """Tuples that together contain every pair of parts that occurs in any legal tuple.
 
-    Those that show many new pairs are taken first; the order is shuffled once, by a seed.
+    Tuples with many new pairs are taken first; the order is shuffled once, by a seed.
     """
     tuples = [tuple(chosen.items()) for chosen in legal()[0]]
     random.Random(0).shuffle(tuples)
@@ -201,7 +201,7 @@ def run(optimizer, params, rows):
 
 
 def state_of(optimizer):
-    """The state, through a file that may hold tensors and plain scalars alone."""
+    """The state after torch.save and torch.load(weights_only=True)."""
     buffer = io.BytesIO()
     torch.save(optimizer.named_state_dict(), buffer)
     buffer.seek(0)
@@ -209,7 +209,7 @@ def state_of(optimizer):
 
 
 def same(a, b):
-    """Equal to the bit; NaN marks what was not seen yet."""
+    """True where bitwise equal; NaN marks entries that have no value yet."""
     return a.keys() == b.keys() and all(
         torch.equal(torch.as_tensor(a[k]).nan_to_num(), torch.as_tensor(b[k]).nan_to_num())
         for k in a
@@ -217,7 +217,7 @@ def same(a, b):
 
 
 def names_for(rule):
-    """An inner rule for matrices alone cannot take vectors where nothing is projected."""
+    """Names of the parameters a rule takes: no vectors for an unprojected rule of matrices."""
     matrices = rule.projector.identity and not (rule.inner.elementwise or rule.inner.sums)
     special = isinstance(rule.inner, parts.Orthogonal | parts.Normalised | parts.EightBit)
     return [n for n in SHAPES if n != "v" or not (matrices or special)]
@@ -277,19 +277,19 @@ def hold(rule):
 
 
 def projector_of(rule):
-    """What searches the basis, however it is stored."""
+    """The projector that finds the basis, without `Packed`."""
     return getattr(rule.projector, "inner", rule.projector)
 
 
 def is_exact(rule):
-    """Does rounding stay rounding? Codes of few bits and signs jump."""
+    """False where rounding errors can grow: low-precision codes and signs jump."""
     few = isinstance(rule.inner, parts.EightBit | parts.Memoryless)
     few |= isinstance(rule.projector, Packed) or isinstance(rule.residual, parts.Outside)
     return not few and getattr(rule.source, "bits", 32) == 32
 
 
 def is_symmetric(rule):
-    """Do rows and columns change roles with the matrix?"""
+    """True where transposing the matrix transposes the update."""
     projector = projector_of(rule)
     mirrored = getattr(projector, "side", "auto") in ("auto", "reverse", "both")
     drawn = isinstance(projector, parts.Gaussian | parts.Coordinates | parts.Warm)
@@ -299,7 +299,7 @@ def is_symmetric(rule):
 
 
 def broken(tuples):
-    """What does not hold, for the first few tuples of which something does not."""
+    """The failures of the first few tuples that break a law."""
     found = []
     for chosen in tuples:
         rule = Rule(weight_decay=DECAY, vectors=Adam(), **chosen)

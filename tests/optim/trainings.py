@@ -1,4 +1,4 @@
-"""Small models and trainings that the tests of optimizers share."""
+"""Small models and trainings shared by the tests of optimizers."""
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def parameters(shapes, dtype=torch.float64, seed=1):
 
 
 def run(optimizer, named, grads, scheduler=None) -> list[Tensor]:
-    """Feed the gradients, one list per step; the parameters afterwards, detached."""
+    """Step with these gradients, one list per step; returns the detached parameters."""
     for row in grads:
         for (_, p), G in zip(named, row, strict=True):
             p.grad = None if G is None else G.clone()
