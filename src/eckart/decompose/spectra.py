@@ -56,7 +56,7 @@ def random_spectrum(m: int, n: int) -> Tensor:
     """
     small, large = min(m, n), max(m, n)
     root = math.sqrt(small / large)
-    low, high = 1 - root, 1 + root  # singular values lie between
+    low, high = 1 - root, 1 + root  # the range of the singular values
     x = torch.linspace(low, high, GRID, dtype=torch.float64)
     inside = (high**2 - x**2) * (x**2 - low**2)
     density = inside.clamp_min(0).sqrt() / x.clamp_min(1e-12)

@@ -56,7 +56,7 @@ class Projected:
     def absorb(self, entry: Entry, skip_nonfinite: bool = False) -> None:
         """Project and free the parameter's gradient, unless it must be kept until the step."""
         if entry.rule.needs_gradient:
-            if not (skip_nonfinite and spoilt([entry])):  # else the step finds it and skips
+            if not (skip_nonfinite and spoilt([entry])):  # otherwise `step()` skips
                 self.move(entry)
             return
         if entry.state["due"] <= entry.state["step"]:

@@ -37,9 +37,9 @@ def unpack(flat: Mapping[str, Any], params: Iterable[Named]) -> dict[Tensor, Sta
         name, _, key = path.rpartition("/")
         found.setdefault(name, {})[key] = value
     here = {name: (p, group) for name, p, group in params}
-    strangers = [(name, "saved, but not trained here") for name in found if name not in here]
-    if strangers:
-        raise FileError("the optimizer's state does not fit the model", strangers)
+    unknown = [(name, "saved, but not trained here") for name in found if name not in here]
+    if unknown:
+        raise FileError("the optimizer's state does not fit the model", unknown)
     states: dict[Tensor, State] = {}
     pairs, wanted = pairs_of(here), first_states(here)
     for name, entry in found.items():

@@ -218,10 +218,10 @@ class Rows:
         """All rows, gathered; t are this process's."""
         if self.layout is None:
             return t
-        beside = t.movedim(0, -1)  # [*, rows, b, k]: sharded as one matrix is
-        *lead, _, b, k = beside.shape
+        stacked_last = t.movedim(0, -1)  # [*, rows, b, k]: sharded as one matrix is
+        *lead, _, b, k = stacked_last.shape
         shape = torch.Size([*lead, self.m, b, k])
-        return self.layout.gather(beside, shape, "left").movedim(-1, 0)
+        return self.layout.gather(stacked_last, shape, "left").movedim(-1, 0)
 
 
 def columns_of(t: Tensor, layout: Layout, m: int) -> Tensor:

@@ -106,7 +106,7 @@ class Alternating(PairRule):
         P, to_h = projection(F, scale, self.damping, self.relative)
         carry = b1 * carrier(P, F, old)
         size = 1 / factor.correction(b1)
-        if self.eps is None and not self.store_unaligned:  # h is needed for nothing else
+        if self.eps is None and not self.store_unaligned:  # h itself is not needed
             step = mixed((carry, M), ((1 - b1) * to_h, g))
             factor.keep(exp_avg=step, other=F)
             factor.move(step, size, decay="after")

@@ -39,7 +39,7 @@ from eckart.recipe.method import Paper, Update
 
 @dataclass(frozen=True)
 class DCTAdamW(Update):
-    """Adam in r cosine directions per matrix, chosen anew at every step."""
+    """Adam in r cosine directions per matrix, chosen again at every step."""
 
     rank: Annotated[int, Ge(1)] = 128
     """Number of directions of the basis. Paper: 32 to 512. At most min(m, n)."""

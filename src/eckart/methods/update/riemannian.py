@@ -13,7 +13,7 @@ updates one factor after the other.
 
 Source: F. Zhang and M. Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation
 Models", ICML 2024. As in PEFT, which has it as a wrapper around any optimizer, the scale s is
-left to the learning rate and d is 1e-2 unless told otherwise.
+left to the learning rate, and d is 1e-2 by default.
 
 m out, n in, r rank; B [m, r], A [r, n].
 """
