@@ -172,8 +172,8 @@ CASES = {
         "no map matches a target\n"
         "  weights.targets = q_porj  matches no map of this model\n"
         + "".join(f"  attn.{x}                    2 maps\n" for x in "koqv")
-        + "  embedding                 1 maps\n"
-        "  head                      1 maps\n"
+        + "  embedding                 1 map\n"
+        "  head                      1 map\n"
         "  mlp.down                  2 maps\n"
         "  mlp.gate                  2 maps\n"
         "  mlp.up                    2 maps\n"

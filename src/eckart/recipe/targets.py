@@ -162,7 +162,7 @@ def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
     names = Counter(site.path.rsplit(".", 1)[-1] for site in usable)
     facts = [(f"{key} = {target}", "matches no map of this model")]
     facts += [
-        (role, f"{count} maps" + (", which carry no terms" if role == GROUPED else ""))
+        (role, f"{count} map{'s'[: count > 1]}{', which carry no terms' * (role == GROUPED)}")
         for role, count in sorted(counts.items())
     ]
     if not usable:
