@@ -9,6 +9,7 @@ import torch
 
 from eckart.io.models import load_model, load_tokenizer
 from eckart.io.opening import open_model
+from eckart.recipe import registry
 from tests.journeys.runs import eckart
 from tests.tiny import logits
 
@@ -69,12 +70,25 @@ def test_healing_brings_the_loss_down(place):
 def test_healing_without_data_is_refused_before_anything_is_written(place):
     run = eckart("compress", place / "m", "heal.steps=5", "-o", place / "none")
     assert run.code == 2
-    assert run.err.splitlines()[-3:] == [
+    assert run.err.splitlines() == [
         "healing trains on text",
         "  heal.steps = 5  no DATA",
         "Type eckart compress MODEL DATA heal.steps=...",
     ]
     assert not (place / "none").exists()
+
+
+def test_a_method_that_measures_asks_for_data_before_anything_is_loaded(place, monkeypatch):
+    monkeypatch.setattr(registry.load("svd"), "needs", ("activations",))
+    run = eckart("compress", place / "m")
+    assert (run.code, run.err.splitlines()) == (
+        2,
+        [
+            "svd measures activations on data",
+            "  compress = svd  no DATA",
+            f"Type eckart compress {place / 'm'} DATA method=svd",
+        ],
+    )
 
 
 def test_a_size_that_saves_nothing_is_refused(place):

@@ -8,6 +8,7 @@ factored folder.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training import held_out, outcome, prepare, senses
 from eckart.jobs.training.classes import require_task
-from eckart.jobs.training.course import size_line
 from eckart.jobs.training.fit import fit
 from eckart.jobs.training.screen import Screen, amount
+from eckart.jobs.training.course import size_line
 from eckart.recipe import Compress, Handle, Recipe, attach
 
 LOADING = "import eckart.hf, then {}.from_pretrained"
@@ -38,6 +39,7 @@ def run(job: Job) -> dict[str, Any]:
     screen, begun = Screen(quiet=job.flags.json), time.monotonic()
     job = settle.precision(job, prepare.device())
     method = sized(job)
+    require_data(job, method)
     model = load_model(model_of(job))
     before = sum(p.numel() for p in model.parameters())
     screen.line("model", size_line(Opened(model, None, str(job.model))), Path(str(job.model)).name)
@@ -80,6 +82,25 @@ def refuse_adapter(job: Job) -> None:
             "a compression is healed as it is",
             [(f"heal.weights = {name}", "would be a term on top")],
             "Leave it out: what is left of each matrix is trained.",
+        )
+
+
+def require_data(job: Job, method: Compress) -> None:
+    """Raise UsageError where the method or the training after it needs DATA and there is none."""
+    if job.data.train:
+        return
+    measured = " and ".join(sorted(method.needed - {"horizon"}))
+    if measured:
+        raise UsageError(
+            f"{method.slug} measures {measured} on data",
+            [(f"compress = {method.slug}", "no DATA")],
+            f"Type eckart compress {shlex.quote(str(job.model))} DATA method={method.slug}",
+        )
+    if job.heal.steps:
+        raise UsageError(
+            "healing trains on text",
+            [(f"heal.steps = {job.heal.steps}", "no DATA")],
+            "Type eckart compress MODEL DATA heal.steps=...",
         )
 
 
@@ -133,20 +154,14 @@ def reader_of(job: Job) -> Any:
 
 
 def read(job: Job, model: Any, reader: Any, screen: Screen) -> tuple[Job, Data | None]:
-    """DATA, where it is given. UsageError where healing or the method needs it and it is not."""
-    if job.data.train:
-        job = senses.settled(job, model, prepare.device())
-        data = senses.read_data(job, reader, model)
-        name, _, summary = data.summary.partition(": ")
-        screen.line("data", summary, name)
-        return settle.metrics(job, held_out.names(data)), data
-    if job.heal.steps:
-        raise UsageError(
-            "healing trains on text",
-            [(f"heal.steps = {job.heal.steps}", "no DATA")],
-            "Type eckart compress MODEL DATA heal.steps=...",
-        )
-    return job, None
+    """DATA, where it is given."""
+    if not job.data.train:
+        return job, None
+    job = senses.settled(job, model, prepare.device())
+    data = senses.read_data(job, reader, model)
+    name, _, summary = data.summary.partition(": ")
+    screen.line("data", summary, name)
+    return settle.metrics(job, held_out.names(data)), data
 
 
 def measured(job: Job, model: Any, data: Data | None) -> dict[str, Any] | None:
