@@ -1,4 +1,4 @@
-"""Every claim file is a protocol that can be run: names, references, and what it must say."""
+"""Every claim file is valid: it runs, its arms exist, and its docstring names the source."""
 
 import ast
 import inspect
@@ -38,7 +38,7 @@ def test_arms_have_names_of_their_own(claim):
 
 
 class Asked(Mapping):
-    """Results that answer every quantity of the arms that are there, and note which were asked."""
+    """Results that return a number for every quantity, and record which arms were read."""
 
     def __init__(self, claim):
         self.names, self.seen = {arm.name for arm in claim.arms}, set()
@@ -109,7 +109,7 @@ def test_a_claim_file_names_its_source(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_quick_check_takes_seconds_and_gives_no_verdict(name, tmp_path, monkeypatch):
-    """From an empty cache, in the processor's time: a busy machine is nobody's fault."""
+    """From an empty cache, in CPU time, so that other load on the machine does not matter."""
     monkeypatch.setenv("ECKART_CACHE", str(tmp_path))
     begun = time.process_time()
     (document,) = reproduce.run([name], "quick", json=True)["claims"]

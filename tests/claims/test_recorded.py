@@ -1,4 +1,4 @@
-"""What was recorded is what the documentation shows."""
+"""docs/claims.md is generated from the recorded results."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A bench from words to files, on a model of a few thousand parameters."""
+"""`eckart bench` from command line to result files, on a model of a few thousand parameters."""
 
 import json
 import random
@@ -30,7 +30,7 @@ TIMELESS = ("results.jsonl", "bench.json", "table.csv")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A shape and a text; the cache stands beside them."""
+    """A folder with a model configuration, a text and a cache."""
     folder = tmp_path_factory.mktemp("bench")
     shape = {**SHAPE, "model_type": "llama", "vocab_size": 280, "num_key_value_heads": 2}
     (folder / "shape.json").write_text(json.dumps({**shape, "num_hidden_layers": 1}))
@@ -62,7 +62,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def whole(place, tmp_path_factory):
-    """An uninterrupted bench."""
+    """The result of an uninterrupted bench."""
     import os
 
     os.environ["ECKART_CACHE"] = str(place / "cache")
@@ -103,7 +103,7 @@ def test_both_saw_the_same_batches_and_started_from_the_same_values(place):
 
 
 def test_the_rate_is_chosen_without_the_test_rows(place, monkeypatch, tmp_path):
-    """With other numbers on the test rows the same rates are chosen."""
+    """Changed metrics on the test rows do not change the chosen learning rates."""
     plain = bench.run(job(place, "dense+galore:rank=2", tmp_path / "a"))
     true = candidates.UserLab.evaluate
 
@@ -371,7 +371,7 @@ def test_trained_parameters_are_matched_by_each_methods_own_size(place, name, si
 
 
 def trained_in(c):
-    """Counted on the model itself, not by the method's formula."""
+    """Trained parameters, counted on the model and not by the method's cost formula."""
     handle = attach(candidates.workload(c.job).model, c.recipe, steps=5)
     try:
         return sum(p.numel() for p in handle.trainable().values())

@@ -1,4 +1,4 @@
-"""Candidates compared: verdicts, rates and ranks on numbers that are known."""
+"""Verdicts, learning-rate statistics and rankings on known numbers."""
 
 import math
 
@@ -15,14 +15,14 @@ def fewer_draws(monkeypatch):
 
 
 def record(name, losses, optimum=0, start=1e-3, level=3.0):
-    """A candidate with a parabola over rates and these test losses."""
+    """A record with a parabola over learning rates and these test losses."""
     points = range(optimum - 2, optimum + 3)
     scores = {j: {0: level + 0.1 * (j - optimum) ** 2} for j in points}
     return Record(name, start, scores, {"loss": dict(enumerate(losses))}, {})
 
 
 def by_chance(rng, effects, seeds=5, luck=1.0, noise=0.1):
-    """Candidates whose losses share the seed's luck and differ by noise and by an effect."""
+    """Records whose losses share a random effect of the seed, plus noise and their own effect."""
     shared = luck * rng.standard_normal(seeds)
     return [
         record(f"m{i}", 3.0 + shared - effect + noise * rng.standard_normal(seeds))
@@ -142,7 +142,7 @@ def test_the_default_margin_is_half_the_baselines_deviation():
 
 
 def test_a_metric_of_which_more_is_better_is_chosen_by_the_same_rules():
-    """Accuracies, turned: the same verdicts as of losses, and handed out as accuracies."""
+    """Accuracies are compared as negated losses, and reported as accuracies."""
     rng = np.random.default_rng(9)
     a, b = by_chance(rng, [0, 1.5])
     losses = table([a, b], 10.0, margin=0.3)

@@ -1,4 +1,4 @@
-"""The lab holds equal what must be equal, and measures what it says."""
+"""A lab gives all arms the same data and initial weights, and its measurements are right."""
 
 import math
 from types import MappingProxyType
@@ -61,7 +61,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 
 def test_the_loop_is_a_bare_loop_with_a_schedule():
-    """Against torch alone: AdamW on all parameters, clipped, warmed up, cosine."""
+    """The same training in plain torch: AdamW with clipping, warm-up and a cosine schedule."""
     lab = TaskLab(TINY, 1, 3e-3)
     ours = lab.train(lab.model(), Recipe(Dense(), AdamW()))
     model = lab.model()

@@ -1,4 +1,4 @@
-"""The search, the verdicts and the keeping of runs, on arms whose numbers are known."""
+"""Learning-rate search, verdicts and caching of runs, on arms with known results."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from eckart.jobs.lab.verdicts import evaluate_claim
 
 
 def searched(loss, plan):
-    """Run a search to its end on a known curve; the points run at each length."""
+    """Run a search on a known curve; returns the points run at short and at full length."""
     short, full = {}, {}
     while True:
         looks, runs = next_points(short, full, plan)
@@ -190,7 +190,7 @@ FILE = """
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
-    """A folder with a claim whose arms' losses are known, and a cache of its own."""
+    """A folder with a claim of known losses, and its own cache."""
     (tmp_path / "planted.py").write_text(textwrap.dedent(FILE))
     (tmp_path / "log").write_text("")
     monkeypatch.setenv("ECKART_CLAIMS", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Scores by row against plain formulas, and the interval against what it promises."""
+"""Scores by row equal plain formulas, and intervals have their stated coverage."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests import tiny
 
 
 def rows_of(lengths=(5, 9, 7, 3), seed=3):
-    """Rows of random tokens; the first two of each are not learnt."""
+    """Rows of random tokens; the first two labels of each are ignored."""
     g = torch.Generator().manual_seed(seed)
     ids = [torch.randint(2, tiny.VOCAB, (n,), generator=g).tolist() for n in lengths]
     return [{"input_ids": i, "labels": [-100, -100, *i[2:]]} for i in ids]

@@ -1,4 +1,4 @@
-"""The time that is said beforehand against trainings that are then made."""
+"""Predicted step times against those of actual trainings."""
 
 import json
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ TRAININGS = [
 
 
 def seconds_a_step(folder):
-    """Of a training, from its lines; the first quarter warms up."""
+    """Seconds per step of a training, from its metrics; the first quarter is a warm-up."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     marks = [(row["step"], row["seconds"]) for row in lines if "loss" in row and "seconds" in row]
     (first, begun), (last, ended) = marks[len(marks) // 4], marks[-1]

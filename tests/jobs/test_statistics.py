@@ -21,7 +21,7 @@ def fewer_draws(monkeypatch):
 
 
 def experiments(rng, effect, seeds, noise=lambda rng, n: rng.standard_normal(n)):
-    """Differences within seeds: large effects of the seed cancel, small noise is left."""
+    """Differences within seeds: large effects of the seed cancel and small noise remains."""
     luck = 5 * rng.standard_normal(seeds)
     return (luck + effect + noise(rng, seeds)) - (luck + noise(rng, seeds))
 

@@ -1,4 +1,4 @@
-"""Pages that stand alone: nothing is fetched, every figure has words, colours are the reader's."""
+"""Report pages are self-contained, every figure has alternative text, and themes set colours."""
 
 import html.parser
 import json
@@ -90,7 +90,7 @@ def text(request):
 
 
 class Outline(html.parser.HTMLParser):
-    """Open tags must be closed in order; figures and their words are counted."""
+    """Checks that tags are closed in order; counts figures and their descriptions."""
 
     VOID = {"meta", "link", "br", "path", "use", "rect"}
 
@@ -202,7 +202,7 @@ def test_why_there_are_no_spectra_is_said():
 
 
 def test_a_long_table_is_folded_under_its_medians():
-    """A model of 7 B has 224 matrices; the medians of its roles stand above the fold."""
+    """A 7B model has 224 matrices: its long table is collapsed, the medians by role are not."""
     sites = [f"layers.{i}.{role}" for i in range(32) for role in ("q_proj", "up_proj")]
     found = page({}, [], spectra={1: {site: [1.0, 0.5] for site in sites}})
     assert found.count("<details") == 1 and "<summary>By matrix (64)</summary>" in found
