@@ -1,1 +1,1 @@
-"""What is the map made of, and which part of it is trained? One file per method."""
+"""Methods of the weights axis: which matrices and terms a map has, and which are trained."""

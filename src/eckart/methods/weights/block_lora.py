@@ -91,12 +91,12 @@ class Grid(Factored):
 
 
 def by_block(x: Tensor, p: int) -> Tensor:
-    """The last axis cut into p blocks: [*, t, n] -> [*, p, t, n/p]."""
+    """Split the last axis into p blocks: [*, t, n] -> [*, p, t, n/p]."""
     return x.unflatten(-1, (p, -1)).transpose(-3, -2)
 
 
 def side_by_side(x: Tensor) -> Tensor:
-    """Blocks put beside each other, the inverse: [*, p, t, n/p] -> [*, t, n]."""
+    """The inverse of `by_block`: [*, p, t, n/p] -> [*, t, n]."""
     return x.transpose(-3, -2).flatten(-2)
 
 
@@ -128,7 +128,7 @@ class BlockLoRA(Weights):
     """Share of inputs dropped in training. CLIP-LoRA: 0.25."""
 
     base: ClassVar = "frozen"
-    offers: ClassVar = ()  # ratios belong to the pair: rules for pairs would lose them
+    offers: ClassVar = ()  # no pairs: rules for pairs would ignore the ratios
     mission: ClassVar = True
     default_lr: ClassVar = 1e-3
     paper: ClassVar = Paper(
@@ -166,15 +166,15 @@ class BlockLoRA(Weights):
         return {"block_lora": LowRank(p * B, A, s, dropout=self.dropout)}
 
     def shared_rank(self, m: int, n: int) -> int:
-        """k = r / p, cut where a map is narrower."""
+        """k = r / p, capped where a map is narrower."""
         return min(self.rank // self.blocks, m, n)
 
     def row_rank(self, m: int, n: int) -> int:
-        """p k, cut to a multiple of p where a map is narrower."""
+        """p k, capped at a multiple of p where a map is narrower."""
         return max(1, min(self.rank, m, n) // self.blocks) * self.blocks
 
     def partition(self, site: Site) -> Factored:
-        """The term of row and grid. Raises UsageError where p does not divide the map."""
+        """The term of row and grid. Raises UsageError if p does not divide the map's sides."""
         (m, n), p, s = site.shape, self.blocks, self.alpha / self.rank
         if m % p or (self.form == "grid" and n % p):
             raise UsageError(
@@ -191,7 +191,7 @@ class BlockLoRA(Weights):
         return Grid(B.contiguous(), D, A.contiguous(), s, self.dropout)
 
     def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
-        """What p equal arms do to their sum; D is not drawn to 0, since it starts at 1."""
+        """The ratios at which one arm trains like p equal arms; no decay on D (starts at 1)."""
         if name.endswith(".D"):
             return {"weight_decay": 0.0}
         if self.form != "merged" or not name.endswith(".B"):

@@ -171,7 +171,7 @@ class BlockAffine(Term):
         self.param = param
 
     def base(self) -> Tensor:  # [*, m, n]
-        """The frozen matrix that the blocks are of."""
+        """The frozen matrix that the blocks are taken from."""
         home: Any = self.__dict__["home"]
         return home.matrix(self.param).detach()
 
@@ -201,7 +201,7 @@ class BlockAffine(Term):
 
 
 def in_blocks(W: Tensor, r: int) -> Tensor:
-    """W [*, m, n] padded with zeros to whole blocks: [*, m/r, r n/r, r], no copy if r divides.
+    """W [*, m, n] zero-padded to whole blocks: [*, m/r, r n/r, r], without a copy if r divides.
 
     Entry [i, a n/r + j, k] is row a, column k of block W_ij.
     """
@@ -232,11 +232,11 @@ def affine_gradient(W: Tensor, G: Tensor, r: int) -> Tensor:
 
 
 class Recomputed(torch.autograd.Function):
-    """x affine(W, B)^T, which builds dW again in the backward pass and never holds all of G.
+    """x affine(W, B)^T, which forms dW again in the backward pass and never stores all of G.
 
-    x [.., t, n], W [m, n], B [m/r, r, r]. Kept: x and references to W and B. `whole` adds the
-    base's own x W^T + bias: in the same products where all is of one dtype, or where x's is
-    emulated and B has left zero (until then the base's own product has the base's own bits).
+    x [.., t, n], W [m, n], B [m/r, r, r]. Saved: x and references to W and B. `whole` adds the
+    base's x W^T + bias: in the same products if all have one dtype, or if x's is emulated and B is
+    no longer zero (until then the base's own product is used, for the same bits as the base).
     """
 
     ROWS = 1024  # of G at a time: a few large products, at most ROWS x n numbers
@@ -278,7 +278,7 @@ class Recomputed(torch.autograd.Function):
 
 
 def has_moved(B: Tensor) -> bool:
-    """Has training left zero? Unknown, so no, where a graph is captured or there are no numbers."""
+    """Is B nonzero? False if unknown: while a graph is captured, or for tensors without values."""
     unknown = torch.compiler.is_compiling() or isinstance(B, FakeTensor)
     return not unknown and bool(B.any())
 

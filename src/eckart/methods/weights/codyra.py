@@ -58,7 +58,7 @@ def soft(w: Tensor, kappa: Tensor | float) -> Tensor:
 
 
 def official(w: Tensor, kappa: Tensor | float) -> Tensor:
-    """As the official code: what soft leaves below kappa is zeroed, a dead zone of 2 kappa."""
+    """The official code's shrinkage: also zeroes what soft leaves below kappa (2 kappa in all)."""
     left = soft(w, kappa)
     return torch.where(left.abs() < kappa, 0.0, left)
 
@@ -68,7 +68,7 @@ SHRINKS = {"soft": soft, "official": official}
 
 @dataclass(frozen=True)
 class Thresholds:
-    """kappa after each step 0..T-1 of a task: zero at first, then growing level by level."""
+    """kappa after each step 0..T-1 of a task: zero at first, then increasing in levels."""
 
     steps: int
     dense: float
@@ -89,13 +89,13 @@ class Thresholds:
         return min(K - 1, found)
 
     def kappa(self, step: int) -> float:
-        """The threshold after this step; the official code begins one step late."""
+        """The threshold after this step; the official code starts one step later."""
         if self.schedule == "official" and step <= self.dense * self.steps:
             return 0.0
         return self.largest * self.level(step) / max(1, self.levels - 1)
 
     def gathered(self, step: int) -> float:
-        """The sum of thresholds since the level last changed, where it changes; else 0."""
+        """The sum of thresholds since the level last changed, at steps where it changes; else 0."""
         if not self.changes(step):
             return 0.0
         total, i = self.kappa(step), step - 1
@@ -104,7 +104,7 @@ class Thresholds:
         return total
 
     def changes(self, step: int) -> bool:
-        """Does the next step have another level? True in the last one."""
+        """Does the level change at the next step? True at the last one."""
         return step == self.steps - 1 or self.level(step + 1) != self.level(step)
 
 
@@ -121,7 +121,7 @@ def shrunk_product(B: Tensor, w: Tensor, A: Tensor, kappa: float) -> tuple[Tenso
 
 
 class Gated(Spectral):
-    """B diag(s) A for the task at hand, and the frozen sum of the tasks before it."""
+    """B diag(s) A for the current task, and the frozen sum of the tasks before it."""
 
     B_past: Tensor  # [*, m, R]
     A_past: Tensor  # [*, R, n]
@@ -143,12 +143,12 @@ class Gated(Spectral):
         return torch.cat([self.s, ones], -1)
 
     def live(self) -> Tensor:
-        """Which components do something, in any expert: bool [r]."""
+        """Which components are nonzero, in any expert: bool [r]."""
         here = (self.s != 0) & (self.B != 0).any(-2) & (self.A != 0).any(-1)
         return here.reshape(-1, here.shape[-1]).any(0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The past and what is live of the present: rank R + |S|."""
+        """The past components and the live ones of the current task: rank R + |S|."""
         keep = self.live()
         B = self.B[..., keep] * self.s[..., None, keep]
         return torch.cat([B, self.B_past], -1), torch.cat([self.A[..., keep, :], self.A_past], -2)
@@ -169,7 +169,7 @@ class Gated(Spectral):
 
     @torch.no_grad()
     def begin_task(self, B: Tensor, s: Tensor, A: Tensor) -> None:
-        """Move what is live into the past, at most of full rank, and start afresh."""
+        """Move live components into the past, at most of full rank, and reinitialise the others."""
         past_B, past_A = self.factors()
         most = min(past_B.shape[-2], past_A.shape[-1])
         if past_B.shape[-1] > most:  # more columns than a matrix has directions: the same sum
@@ -234,12 +234,12 @@ class CoDyRA(Weights):
         return B, w.normal_(generator=generator) if self.gates == "normal" else w, A
 
     def events(self) -> Iterable[Event]:
-        # Spectral rewrites B and A: what the optimizer remembers belongs to others.
+        # Spectral rewrites B and A, so the optimizer's moments no longer fit them.
         moments: Literal["keep", "reset"] = "reset" if self.importance == "spectral" else "keep"
         return (Event("shrink the gates", every_step, self.sparsify, moments=moments),)
 
     def sparsify(self, now: Now) -> bool:
-        """The threshold of the step just done; False where there was none."""
+        """Apply the threshold of the step just done; False if there was none."""
         if now.steps is None:
             raise UsageError(
                 "codyra needs the number of steps",
@@ -258,22 +258,22 @@ class CoDyRA(Weights):
         return True
 
     def thresholds(self, steps: int) -> Thresholds:
-        """The plan of one task."""
+        """The schedule of thresholds for one task."""
         return Thresholds(steps, self.dense, self.levels, self.threshold, self.schedule)
 
     def operate(self, work: Work) -> Work:
-        """After each task, the last one too: what is live joins the past."""
+        """After each task, including the last: move live components into the past."""
         assert work.handle is not None
         ranks = ranks_of(work.handle)
         next_task(work.handle)
         return dataclasses.replace(work, output=ranks)
 
     def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
-        """No decay on gates: it would be a second shrink."""
+        """No weight decay on gates: it would shrink them a second time."""
         return {"weight_decay": 0.0} if name.endswith(".s") else {}
 
     def cost(self, m: int, n: int) -> Cost:
-        """In the first task; each past component adds m + n frozen numbers."""
+        """The cost in the first task; each past component adds m + n frozen numbers."""
         r = min(self.rank, m, n)
         return Cost(parameters=r * (m + n + 1), flops_per_token=2 * r * (m + n) + r)
 
@@ -285,15 +285,15 @@ def gated(handle: Handle) -> dict[str, Gated]:
 
 
 def ranks_of(handle: Handle) -> dict[str, Tensor]:
-    """|S|, the components of the present task that are live, by site."""
+    """|S|, the number of live components of the current task, by site."""
     return {path: term.live().sum() for path, term in gated(handle).items()}
 
 
 def next_task(handle: Handle, steps: int | None = None) -> None:
-    """Keep what the task learnt and start another one; make a new optimizer afterwards.
+    """Move live components into the past and start a task; create a new optimizer afterwards.
 
-    Shapes of frozen tensors grow, so no wrapper (DDP, FSDP) may hold the model. `steps` is the
-    next task's horizon; a trainer that knows it may set it later.
+    Shapes of frozen tensors grow, so no wrapper (DDP, FSDP) may hold the model. `steps` is the next
+    task's horizon; a trainer that knows it may set it later.
     """
     method = handle.weights
     assert isinstance(method, CoDyRA)

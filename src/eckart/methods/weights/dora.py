@@ -50,7 +50,7 @@ class Magnitude(Gain):
 
 
 def row_norms(W: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
-    """|(W + s B A)_i| for all rows without forming B A: [*, m], in fp32 at least. W [*, m, n]."""
+    """|(W + s B A)_i| for all rows without forming B A: [*, m], in fp32 or wider. W [*, m, n]."""
     wide = torch.promote_types(B.dtype, torch.float32)
     W, B, A = W.to(wide), B.to(wide), A.to(wide)
     WA = W @ A.mT  # [*, m, r]

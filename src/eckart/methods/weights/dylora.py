@@ -47,7 +47,7 @@ Terms = Mapping[str, Mapping[str, Term]]
 
 
 class Ranks(Shared):
-    """The two ranks of a model: the next training step's, and the one it is used at."""
+    """Two ranks shared by the whole model: the next training step's, and the active one."""
 
     drawn: Tensor  # int64 []: components 1..drawn take part in the next step
     active: Tensor  # int64 []: in evaluation, merge and export
@@ -96,7 +96,7 @@ class Nested(Spectral):
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks that all terms of the model share."""
+        """The ranks shared by all terms of the model."""
         return self.__dict__["ranks"]
 
     def units(self) -> Iterator[tuple[int, nn.Parameter, nn.Parameter]]:
@@ -110,11 +110,11 @@ class Nested(Spectral):
         return torch.cat([B for _, B, _ in units], -1), torch.cat([A for _, _, A in units], -2)
 
     def width(self) -> int:
-        """r, all components."""
+        """r, the number of components."""
         return sum(A.shape[-2] for _, _, A in self.units())
 
     def gates(self) -> Tensor:
-        """The scale for components 1..b and 0 for the others, [*, r]; no host is asked for b."""
+        """The scale for components 1..b and 0 for the others, [*, r], without a host sync."""
         r, first = self.width(), self.B0
         b = (self.ranks.drawn if self.training else self.ranks.active).clamp(max=r)
         here = torch.arange(r, device=b.device) < b
@@ -124,14 +124,14 @@ class Nested(Spectral):
         return (here * scale).expand(*first.shape[:-2], r)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """At the active rank: exactly that rank, as it is merged and exported."""
+        """The factors at exactly the active rank, as merged and exported."""
         (B, A), r = self.frames(), self.width()
         b = min(int(self.ranks.active), r)
         scale = scale_of(self.alpha, r if self.ordered else b, self.scaling)
         return scale * B[..., :b], A[..., :b, :]
 
     def drop_gradients(self, b: int, frozen: bool) -> None:
-        """Let the optimizer pass over components that this step is not about."""
+        """Drop the gradients of components that are not trained in this step."""
         b = min(b, self.width())
         for start, B, A in self.units():
             last = start < b <= start + A.shape[-2]
@@ -140,10 +140,10 @@ class Nested(Spectral):
 
     @torch.no_grad()
     def in_order(self) -> None:
-        """Rewrite the components as singular triples, largest first: B A stays what it was.
+        """Rewrite the components as singular triples, largest first; B A does not change.
 
-        A cut at b is then the best rank-b stand-in for the whole (Eckart and Young 1936). It
-        keeps the scale of rank r, at which the whole was trained.
+        Truncated at b it is then the best rank-b approximation (Eckart and Young 1936). It keeps
+        the scale of rank r, at which all components were trained.
         """
         B, A = self.frames()
         B, A, _ = recompress(B, A, self.width())
@@ -183,7 +183,7 @@ def in_order(terms: Terms) -> None:
 
 @dataclass(frozen=True)
 class DyLoRA(Weights):
-    """Trains a nest of adapters, one for each rank; the base stays as it is."""
+    """Trains nested adapters, one for each rank; the base stays as it is."""
 
     rank: Annotated[int, Ge(1)] = 16
     """r, the largest rank. Official script: 8."""
@@ -233,7 +233,7 @@ class DyLoRA(Weights):
 
     @property
     def largest(self) -> int:
-        """The largest rank of all sites; narrower ones cut b at their own."""
+        """The largest rank of all sites; narrower ones cap b at their own."""
         return max([self.rank, *(o.get("rank", 0) for o in self.overrides)])
 
     def build(self, sites: list[Site]) -> dict[str, dict[str, nn.Module]]:
@@ -259,14 +259,14 @@ class DyLoRA(Weights):
         )
 
     def rest_of_step(self, now: Now) -> None:
-        """Drop the gradients of components that are not part of this step."""
+        """Drop the gradients of components that are not trained in this step."""
         terms = nested(now.terms)
         b = terms[0].ranks.in_step()
         for term in terms:
             term.drop_gradients(b, self.frozen)
 
     def draw_rank(self, now: Now) -> None:
-        """Draw b for the next step: one for the model, the same on every process."""
+        """Draw b for the next step: one for the whole model, the same on every process."""
         ranks, weights = zip(*self.probabilities().items(), strict=True)
         k = torch.multinomial(
             torch.tensor(weights, dtype=torch.float64), 1, generator=now.generator

@@ -101,7 +101,7 @@ class Core(Factored):
         return self.mm(h, B.mT)
 
     def select(self, kept: Tensor) -> None:
-        """B stays whole; where none of its columns goes on being trained it is a constant."""
+        """B stays whole; if no column of it is trained any longer it becomes a constant."""
         if not len(kept) and isinstance(self.B, nn.Parameter):
             B = self.B.detach()
             del self.B
@@ -111,7 +111,7 @@ class Core(Factored):
 
     @torch.no_grad()
     def hold(self, frozen: int) -> None:
-        """Before a step: remember the first columns of B and clear their gradient."""
+        """Before a step: save the first columns of B and clear their gradient."""
         if frozen == 0 or not isinstance(self.B, nn.Parameter):
             return
         self.__dict__["held"] = self.B.detach()[..., :frozen].clone()
@@ -120,7 +120,7 @@ class Core(Factored):
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """After a step: the remembered columns as they were, bit for bit."""
+        """After a step: restore the saved columns, bit for bit."""
         held = self.__dict__["held"]
         if held is not None:
             self.B[..., : held.shape[-1]].copy_(held)
@@ -149,9 +149,9 @@ def energies(W: Tensor) -> Tensor:
 
 
 def in_bins(shares: Mapping[str, Tensor], rank: int, candidates: Sequence[int]) -> dict[str, int]:
-    """As many groups as candidates, by energy at the target rank: the flattest get the most.
+    """Assign the candidate ranks by energy at the target rank: flatter spectra get larger ones.
 
-    Groups are as equal as can be; what is left over goes to the flattest. Ties go by name.
+    Groups are as equal as possible; the remainder goes to the flattest. Ties are broken by name.
     """
 
     def energy(path: str) -> tuple[float, str]:
@@ -173,10 +173,10 @@ def in_bins(shares: Mapping[str, Tensor], rank: int, candidates: Sequence[int]) 
 def at_equal_energy(
     shares: Mapping[str, Tensor], budget: int, low: int, high: int, weights: Mapping[str, int]
 ) -> dict[str, int]:
-    """The same share tau of energy everywhere, the largest that `budget` >= sum w r^2 allows.
+    """Ranks at the same share tau of energy, the largest that `budget` >= sum w r^2 allows.
 
     r = min {r: E(r) >= tau}, within low..high. `weights` counts the matrices of a site (its
-    experts). Raises UsageError where even the lowest ranks cost more.
+    experts). Raises UsageError if even the lowest ranks exceed the budget.
     """
 
     def ranks(tau: float) -> dict[str, int]:
@@ -256,7 +256,7 @@ class LaMDA(Weights):
         }
 
     def ranks(self, sites: Sequence[Site]) -> dict[str, int]:
-        """The rank of every site; one that is set by an override stays as it is."""
+        """The rank of every site; one set by an override is not changed."""
         found = {site.path: min(self.at(site).rank, *site.shape) for site in sites}
         free = [site for site in sites if "rank" not in site.overrides]
         if self.allocation == "flat" or not free:
@@ -295,14 +295,14 @@ class LaMDA(Weights):
         )
 
     def thaw_ends(self, step: int, steps: int | None) -> bool:
-        """Is the step after `step` completed ones the first in which all of B is frozen?"""
+        """Is the step after `step` completed ones the first with all of B frozen?"""
         if steps is None:
             return False
         before, now = (frozen_columns(t, steps, self.eta, 1) for t in (step - 1, step))
         return before < 1 <= now
 
     def hold(self, now: Now) -> None:
-        """Keep the columns that are frozen in the step about to start."""
+        """Save the columns that are frozen in the step about to start."""
         if now.steps is None:
             raise UsageError(
                 "lamda needs the number of steps",
@@ -313,11 +313,11 @@ class LaMDA(Weights):
             term.hold(frozen_columns(now.step, now.steps, self.eta, term.B.shape[-1]))
 
     def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
-        """No decay where zero is not the base: it would take W's leading directions away."""
+        """No decay where zero is not the base: it would remove W's leading directions."""
         return {"weight_decay": 0.0} if self.init == "svd" else {}
 
     def cost(self, m: int, n: int) -> Cost:
-        """At the flat rank, while B trains; LaMDA++ has the same on average."""
+        """The cost at equal ranks, while B trains; LaMDA++ has the same on average."""
         r, thaw, svd = min(self.rank, m, n), self.eta > 0, self.init == "svd"
         B, start = m * r, (r + m * r * thaw) * svd
         return Cost(
@@ -334,7 +334,7 @@ def cores(now: Now) -> list[Core]:
 
 
 def nothing_of_B(now: Now) -> dict[str, dict[str, Tensor]]:
-    """For `Cut.kept`: no column of B goes on being trained."""
+    """For `Cut.kept`: no column of B is trained any longer."""
     none = torch.empty(0, dtype=torch.int64)
     return {path: dict.fromkeys(by_name, none) for path, by_name in now.terms.items()}
 
@@ -346,7 +346,7 @@ def put_back(now: Now) -> None:
 
 
 def at_random(site: Site, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """B = 0, R ~ U(-1/sqrt r, 1/sqrt r), A ~ U(-1/sqrt n, 1/sqrt n), as the official code."""
+    """B = 0, R ~ U(-1/sqrt r, 1/sqrt r), A ~ U(-1/sqrt n, 1/sqrt n), as in the official code."""
     (m, n), g = site.shape, site.generator
     A = torch.empty(*site.leading, r, n).uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=g)
     R = torch.empty(*site.leading, r, r).uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r), generator=g)

@@ -43,15 +43,15 @@ DEAD = 1e-6  # of the largest entry of W: far above fp64 rounding, far below a p
 
 
 def threshold(W: Tensor) -> Tensor:
-    """The largest pivot that is dead: [*, m, n] -> [*]."""
+    """The largest pivot that counts as dead: [*, m, n] -> [*]."""
     return DEAD * W.abs().amax((-2, -1))
 
 
 def pivot_rows(W: Tensor, r: int) -> Tensor:
-    """The first r rows that partial pivoting picks, int32 [*, r]. W [*, m, n] in fp64.
+    """The first r rows that partial pivoting selects, int32 [*, r]. W [*, m, n] in fp64.
 
-    They depend on the first r columns alone. LAPACK's, except where a pivot is dead: then
-    what follows would depend on its noise, and nothing is eliminated with it.
+    They depend on the first r columns alone. As in LAPACK, except at a dead pivot: nothing is
+    eliminated with it, as the later pivots would depend on its noise.
     """
     if isinstance(W, FakeTensor):  # an estimate: no numbers to choose by, any rows have the size
         return torch.arange(r, dtype=torch.int32).expand(*W.shape[:-2], r).contiguous()
@@ -75,7 +75,7 @@ def pivot_rows(W: Tensor, r: int) -> Tensor:
 
 
 def swapped(swaps: list[int], m: int) -> list[int]:
-    """The order of rows 0..m-1 after LAPACK's exchanges, which count from 1."""
+    """The order of rows 0..m-1 after LAPACK's row exchanges, which are 1-based."""
     order = list(range(m))
     for i, other in enumerate(swaps):
         order[i], order[other - 1] = order[other - 1], order[i]
@@ -83,9 +83,9 @@ def swapped(swaps: list[int], m: int) -> list[int]:
 
 
 def without_pivoting(M: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
-    """M [*, k, k] = L U with no exchange of rows, by halves. `dead` [*]: pivots to skip.
+    """M [*, k, k] = L U without exchanging rows, recursively by halves. `dead` [*]: pivots to skip.
 
-    Where |U_ii| <= dead, column i of L is e_i; M is then met up to its column i alone.
+    Where |U_ii| <= dead, column i of L is e_i; M is then reproduced up to its column i alone.
     """
     k = M.shape[-1]
     if k == 1:
@@ -102,12 +102,12 @@ def without_pivoting(M: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alive(U: Tensor, dead: Tensor) -> Tensor:
-    """Which pivots on the diagonal of U [*, k, k] are more than noise: [*, k]."""
+    """Which pivots on the diagonal of U [*, k, k] are above the noise: [*, k]."""
     return U.diagonal(dim1=-2, dim2=-1).abs() > dead[..., None]
 
 
 def over(X: Tensor, U: Tensor, alive: Tensor, instead: float | Tensor = 0.0) -> Tensor:
-    """X U^-1 with X [*, a, k]; `instead` [a, k] stands in columns of dead pivots."""
+    """X U^-1 with X [*, a, k]; columns of dead pivots are replaced by `instead` [a, k]."""
     here = alive[..., None, :]
     eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
     right = torch.where(here, X, instead)
@@ -150,7 +150,7 @@ class LDU(Spectral):
         return term
 
     def forget_frames(self) -> None:
-        """No frames, none saved: they follow from W and the pivots when they are asked for."""
+        """Drop the frames, which are not saved: they are recomputed from W and the pivots."""
         self.register_buffer("B", None, persistent=False)
         self.register_buffer("A", None, persistent=False)
 
@@ -166,7 +166,7 @@ class LDU(Spectral):
     @torch.inference_mode(False)  # frames made while generating serve a training after it
     @torch.no_grad()
     def derive(self, W: Tensor) -> Tensor:
-        """Make the frames of the base matrix W [*, m, n]; gives D [*, r]."""
+        """Compute the frames from the base matrix W [*, m, n]; returns D [*, r]."""
         L, D, U = ldu(W.detach().double(), self.pivots)
         U = D[..., None] * U if self.relative else U
         self.B, self.A = L.to(self.s.dtype).contiguous(), U.to(self.s.dtype).contiguous()
@@ -220,7 +220,7 @@ class LoLDU(Weights):
         return {"loldu": term}
 
     def start(self, site: Site, D: Tensor) -> Tensor:
-        """The first z [*, r] of the inits that are not D."""
+        """The initial z [*, r] of the inits other than D."""
         z, g = torch.zeros_like(D), site.generator
         if self.z_init == "uniform":
             return z.uniform_(-1, 1, generator=g)
@@ -229,7 +229,7 @@ class LoLDU(Weights):
         return z + 1 if self.z_init == "ones" else z
 
     def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:
-        """Decay draws z to z_0, so it is allowed although s is a vector."""
+        """Weight decay pulls z to z_0, so it is allowed although s is a vector."""
         return {"weight_decay": 1.0}
 
     def cost(self, m: int, n: int) -> Cost:

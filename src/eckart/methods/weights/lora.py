@@ -51,7 +51,7 @@ def gaussian(site: Site, rank: int) -> tuple[Tensor, Tensor]:
 def orthogonal(site: Site, rank: int) -> tuple[Tensor, Tensor]:
     """B A = 0 with neither factor zero: even and odd rows of a random rotation of r.
 
-    There are none such at rank 1, where it is LoRA's own start.
+    There is none at rank 1, which uses LoRA's own start.
     """
     if rank == 1:
         return fresh_pair(site, rank)
@@ -98,17 +98,17 @@ SUBTRACTED = ("pissa", "olora", "gradient")  # starts that are not zero
 
 
 class Inputs(NamedTuple):
-    """What EVA knows of a map: the principal directions of its inputs and their weight."""
+    """EVA's statistics of a map: the principal directions of its inputs and their weights."""
 
     directions: Tensor  # [k, n], orthonormal, largest variance first
     shares: Tensor  # [k], of the variance of all inputs
 
 
 def principal_inputs(sites: list[Site], most: list[int]) -> dict[str, Inputs]:
-    """The leading directions of each site's centred inputs, at most so many of each.
+    """The leading directions of each site's centred inputs, at most `most` of each.
 
-    Left out are sites whose inputs are no vectors of width n (embeddings, convolutions, the
-    second map of fused experts) and those that calibration never reached.
+    Sites whose inputs are not vectors of width n (embeddings, convolutions, the second map of fused
+    experts) are left out, and so are those that calibration never reached.
     """
     found: dict[str, Inputs] = {}
     seen, last = torch.empty(0), Inputs(torch.empty(0), torch.empty(0))
@@ -128,7 +128,7 @@ def principal_inputs(sites: list[Site], most: list[int]) -> dict[str, Inputs]:
 
 
 def divide_ranks(shares: Sequence[Tensor], budget: int) -> list[int]:
-    """How many of its components each map keeps when the largest of all maps are taken.
+    """How many components each map gets if the largest of all maps are taken.
 
     shares: one descending tensor [k] per map. An earlier map wins a tie.
     """
@@ -138,7 +138,7 @@ def divide_ranks(shares: Sequence[Tensor], budget: int) -> list[int]:
 
 
 def calibration_missing(site: Site, what: str) -> UsageError:
-    """The error for a start that needs data at a map whose method did not ask for them."""
+    """The error for a start that needs calibration data which the method did not request."""
     fix = f"Pass attach(..., calibration=), with {what} for all maps: overrides ask for none."
     return UsageError(f"this start of lora needs {what}", [(site.path, "there are none")], fix)
 
@@ -200,11 +200,11 @@ class LoRA(Weights):
         }
 
     def most(self, site: Site) -> int:
-        """The largest rank that EVA may give a map."""
+        """The maximum rank that EVA may give a map."""
         return min(round(self.rho * self.rank), *site.shape)
 
     def from_inputs(self, site: Site, inputs: Inputs, rank: int) -> dict[str, nn.Module]:
-        """EVA's start: A the leading directions of the inputs, B zero; rank 0 is no term."""
+        """EVA's start: A from the inputs' leading directions, B zero; no term at rank 0."""
         if not rank:
             return {}
         (m, n), scale = site.shape, scale_of(self.alpha, self.rank, self.scaling)
@@ -215,7 +215,7 @@ class LoRA(Weights):
     def build_one(self, site: Site) -> Mapping[str, nn.Module]:
         rank = min(self.rank, *site.shape)
         scale = scale_of(self.alpha, self.rank, self.scaling)
-        # EVA knows nothing of a map without inputs to look at; it starts as usual.
+        # Without inputs EVA has no statistics of a map, which then starts as usual.
         B, A = STARTS["kaiming" if self.init == "eva" else self.init](site, rank)
         if self.init == "pissa":  # the scale must not change the product
             B, A = B / math.sqrt(scale), A / math.sqrt(scale)
@@ -233,7 +233,7 @@ class LoRA(Weights):
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         term = parts["lora"]
         assert isinstance(term, LowRank)
-        if term.B0 is not None:  # exact at twice the rank: the house's general form
+        if term.B0 is not None:  # written by its exact factors, of twice the rank
             return None
         return {"lora_A": term.A, "lora_B": term.B}, peft_entries(term, self.scaling)
 

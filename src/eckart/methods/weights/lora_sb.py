@@ -49,8 +49,8 @@ def first_update(G: Tensor, eta: float, rule: str) -> Tensor:
 def from_update(site: Site, rank: int, rule: str) -> Start:
     """Bases and core of the first full update.
 
-    A matrix (or expert) that the calibration data never reached has no update: there the
-    bases are those of W, with R = 0.
+    A matrix (or expert) that the calibration data never reached has no update: its bases are those
+    of W, with R = 0.
     """
     G = site.gradient
     if G is None:

@@ -70,7 +70,7 @@ BASE = "base"  # in a prune map: which model it was made for
 
 
 def importance(site: Site, criterion: str, seed: int) -> Tensor:
-    """How much each weight matters, fp64 [m, n]: at random, w^2, g w, or w^2 |x_j|^2 (Wanda)."""
+    """The importance of each weight, fp64 [m, n]: random, w^2, g w, or w^2 |x_j|^2 (Wanda)."""
     W = site.weight(torch.float64)
     if criterion == "random":
         g = seeded_generator(seed, site.path, "prune")
@@ -83,19 +83,19 @@ def importance(site: Site, criterion: str, seed: int) -> Tensor:
 
 
 def scores(group: Group, criterion: str, seed: int) -> Tensor:
-    """How much each unit matters, [count]: the sum over its weights, whatever the sign."""
+    """The importance of each unit, [count]: the absolute value of the sum over its weights."""
     parts = (m.by_unit(importance(m.site, criterion, seed)).cpu() for m in group.members)
     return torch.stack(list(parts)).sum(0).abs()
 
 
 def kept_units(score: Tensor, ratio: float) -> Tensor:
-    """Indices of the units that stay, ascending int32: at least one."""
+    """Indices of the units that are kept, ascending int32: at least one."""
     count = max(1, round((1 - ratio) * len(score)))
     return score.topk(count).indices.sort().values.int()
 
 
 def take_out(group: Group, kept: Tensor) -> None:
-    """Narrow all maps of a group to the kept units, in place."""
+    """Remove all other units from the maps of a group, in place."""
     for member in group.members:
         index = units(kept, member.width).to(member.site.raw.device)
         rows, columns = (index, None) if member.axis == 0 else (None, index)
@@ -108,7 +108,7 @@ def identity(model: nn.Module) -> Tensor:
 
 
 def widened(group: Group, kept: Tensor, member: Member, B: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    """B [m, r], A [r, n] of the whole map from those of the narrow one, zeros elsewhere."""
+    """B [m, r], A [r, n] of the whole map from those of the pruned one, zeros elsewhere."""
     index, size = units(kept, member.width), group.count * member.width
     if (B.shape[0] if member.axis == 0 else A.shape[1]) != len(index):
         raise FileError(
@@ -122,8 +122,9 @@ def widened(group: Group, kept: Tensor, member: Member, B: Tensor, A: Tensor) ->
 
 
 def sparse(score: Tensor, pattern: str, ratio: float) -> Tensor:
-    """Which weights stay, by their scores >= 0 [m, n]: of each group of inputs the largest two of
-    four or four of eight, or the largest share."""
+    """Which weights are kept, by their scores >= 0 [m, n]: the largest two of four or four of eight
+    in each group of inputs, or the largest share.
+    """
     if pattern == "unstructured":
         keep = max(1, round((1 - ratio) * score.numel()))
         return score >= score.flatten().topk(keep).values[-1]
@@ -136,7 +137,7 @@ def sparse(score: Tensor, pattern: str, ratio: float) -> Tensor:
 
 
 class Masked(LowRank):
-    """M * s B A, with a gradient for kept weights alone: dA = s B^T (G * M), G = dL/dy^T x."""
+    """M * s B A, with a gradient for kept weights only: dA = s B^T (G * M), G = dL/dy^T x."""
 
     mask: Tensor
     plain_pair = False  # type: ignore[assignment]
@@ -172,14 +173,14 @@ class Masked(LowRank):
 
 
 def thinned(model: nn.Module) -> Iterator[Site]:
-    """The maps that single weights are taken from: of attention and MLPs, not of experts."""
+    """The maps whose single weights are pruned: of attention and MLPs, not of experts."""
     for site in sites_of(model):
         if site.role.split(".")[0] in ("attn", "mlp") and not site.leading:
             yield site
 
 
 def keep_zeros(now: Now) -> None:
-    """Before a step: no gradient, so no momentum, where a weight was pruned."""
+    """Before a step: clear the gradient of pruned weights, so that they have no momentum."""
     for site in thinned(now.model):
         if site.raw.grad is not None:
             site.raw.grad.mul_(site.raw != 0)
@@ -187,7 +188,7 @@ def keep_zeros(now: Now) -> None:
 
 @dataclass(frozen=True)
 class LoRAM(Weights):
-    """Trains a LoRA on a pruned base and gives it to the whole one, which stays as it is."""
+    """Trains a LoRA on a pruned base and transfers it to the whole one, which is unchanged."""
 
     rank: Annotated[int, Ge(1)] = 8
     """r. Paper: 8; cut to min(m, n) of the pruned maps."""
@@ -252,7 +253,7 @@ class LoRAM(Weights):
 
     @property
     def stages(self) -> tuple[Stage, ...]:  # type: ignore[override]
-        """Prune, align where steps are given for it, learn, recover."""
+        """Prune, align (if it has steps), learn, recover."""
         align = {"steps": self.align_steps, "lr": self.align_lr}
         aligning = (
             # weights and biases below the model's top level: all but the head, and no factors
@@ -290,9 +291,9 @@ class LoRAM(Weights):
     def prune(
         self, model: nn.Module, batches: Callable[[], Sequence[Batch]] = list, seed: int = 0
     ) -> dict[str, Tensor]:
-        """Take units out of a model in place; the map: kept units by module, and the base's name.
+        """Prune a model in place; returns the kept units by module, and the base's fingerprint.
 
-        `batches()` gives calibration batches, where the criterion looks at data.
+        `batches()` gives calibration batches, if the criterion needs data.
         """
         kept = {BASE: identity(model)}
         if self.pattern != "structured":
@@ -310,7 +311,7 @@ class LoRAM(Weights):
     def looking(
         self, model: nn.Module, sites: Sequence[Site], batches: Callable[[], Sequence[Batch]]
     ) -> Iterator[None]:
-        """These sites with what the criterion wants to know of the job's data, held no longer."""
+        """Context manager: these sites with the data that the criterion needs, freed afterwards."""
         if self.criterion == "gradient":
             gather_gradients(model, sites, batches())
         elif self.criterion == "activation":
@@ -321,14 +322,14 @@ class LoRAM(Weights):
             site.gradient = site.activations = None
 
     def chosen(self, found: Sequence[Group]) -> Iterator[tuple[Group, float]]:
-        """The groups that are not spared, each with the share it loses."""
+        """The groups that are pruned, each with the share it loses."""
         for heads, ratio in ((True, self.heads), (False, self.channels)):
             of_kind = [g for g in found if g.members[0].site.role.startswith("attn") == heads]
             spare = round(self.spared * len(of_kind))
             yield from ((group, ratio) for group in of_kind[spare : len(of_kind) - spare])
 
     def thin_out(self, model: nn.Module, batches: Callable[[], Sequence[Batch]], seed: int) -> None:
-        """Zero single weights of attention and MLP maps, which see data as those before left it."""
+        """Zero single weights of attention and MLP maps, each with data through the pruned ones."""
         by_parent: dict[str, dict[str, list[Site]]] = {"attn": {}, "mlp": {}}
         for site in thinned(model):
             parents = by_parent[site.role.split(".")[0]]
@@ -346,7 +347,7 @@ class LoRAM(Weights):
     def recover(
         self, model: nn.Module, learnt: Mapping[str, Tensor], kept: Mapping[str, Tensor]
     ) -> Handle:
-        """The learnt adapter on the whole model. FileError where the map is another model's."""
+        """Attach the trained adapter to the whole model. FileError for another model's map."""
         if identity(model) != kept[BASE]:
             raise FileError(
                 "the prune map was made for another model",
@@ -391,7 +392,7 @@ class LoRAM(Weights):
         return noise.index_copy(1, kept.to(A.device), A[:, kept.to(A.device)])
 
     def cost(self, m: int, n: int) -> Cost:
-        """On the maps that the adapter is learnt on."""
+        """The cost on the maps that the adapter is trained on."""
         pair = min(self.rank, m, n) * (m + n)
         if self.mask_delta:
             return Cost(parameters=pair, frozen=m * n, flops_per_token=2 * m * n)

@@ -64,7 +64,7 @@ def quantise(c: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def rounded(c: Tensor, bits: int) -> Tensor:
-    """c [*, k] as `bits` keep it; the gradient passes straight through."""
+    """c [*, k] rounded to `bits`, with a straight-through gradient."""
     if bits == 32:
         return c
     codes, step = quantise(c.detach(), bits)
@@ -72,13 +72,13 @@ def rounded(c: Tensor, bits: int) -> Tensor:
 
 
 def in_bytes(codes: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Codes [*, k] and step [*, 1] in fp32 as a file holds them: uint8 [*, k bits / 8 + 4]."""
+    """Codes [*, k] and step [*, 1] in fp32 as stored in files: uint8 [*, k bits / 8 + 4]."""
     codes = packed(codes.short() + 2 ** (bits - 1), bits)
     return torch.cat([codes, step.float().view(torch.uint8)], -1)
 
 
 def from_bytes(held: Tensor, bits: int, k: int) -> Tensor:
-    """The coefficients [*, k] in fp32 whose codes and step `in_bytes` was given."""
+    """The coefficients [*, k] in fp32, from the result of `in_bytes`."""
     codes, step = unpacked(held[..., :-4], bits, k), held[..., -4:].clone().view(torch.float32)
     return (codes.short() - 2 ** (bits - 1)) * step
 
@@ -132,7 +132,7 @@ class Combination(Factored):
     def combined(
         self, name: str, coefficients: Tensor, length: int, start: Tensor | None = None
     ) -> Tensor:
-        """start + the combination of bases, [*, length, r], made once for each value."""
+        """start + the combination of bases, [*, length, r], cached for each value."""
         c = rounded(coefficients, self.bits) / math.sqrt(coefficients.shape[-1])
         held: Any = self.__dict__["bases"][name]
         basis: Tensor | Drawn = (self.seed, name, length, self.rank)
@@ -220,7 +220,7 @@ class NOLA(Weights):
         return {"nola": term}
 
     def rank_at(self, site: Site) -> int:
-        """r, where the map is not narrower."""
+        """r, capped where the map is narrower."""
         return min(self.rank, *site.shape)
 
     def ratios(self, name: str, tensor: Tensor) -> dict[str, float]:

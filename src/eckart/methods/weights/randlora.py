@@ -47,7 +47,7 @@ A_NAME, B_NAME = "randlora_A", "randlora_B"  # children of the model's root, PEF
 
 
 def scaled_rows(A: Tensor, lam: Tensor, gam: Tensor, order: str) -> Tensor:
-    """The scaled A of all bases, one above the other: [*, N r, d].
+    """The scaled A of all bases, stacked: [*, N r, d].
 
     A [r, 1 or N, d], lam [*, r, N], gam [*, N, d].
     """
@@ -69,10 +69,10 @@ def scaling_gradients(
 
 
 class Scaled(torch.autograd.Function):
-    """s x dW^T for dW = B U, or (B U)^T where `across`, by the cheaper way, nothing big kept.
+    """s x dW^T for dW = B U, or (B U)^T with `across`, in the cheaper way; saves nothing large.
 
-    x [.., t, n], lam [r, N], gam [N, d], A [r, 1 or N, d], B [D, N r]. With the frozen W
-    [m, n] it is x (W + s dW)^T, in one product.
+    x [.., t, n], lam [r, N], gam [N, d], A [r, 1 or N, d], B [D, N r]. With the frozen W [m, n] it
+    is x (W + s dW)^T, in one product.
     """
 
     @staticmethod
@@ -118,7 +118,7 @@ def summed(W: Tensor, U: Tensor, B: Tensor, across: bool) -> Tensor:
 
 
 def applied(x: Tensor, U: Tensor, B: Tensor, across: bool) -> Tensor:
-    """As `times`; where x is in bf16 beside fp32, in x's dtype as two thin products."""
+    """`times`, but for x in bf16 with fp32 factors in x's dtype, as two thin products."""
     if x.dtype == U.dtype:
         return times(x, U, B, across)
     if emulated(x):
@@ -159,7 +159,7 @@ class ScaledBases(Term):
         self.__dict__["bases"] = (shared[A_NAME], shared[B_NAME])
 
     def slices(self) -> tuple[Tensor, Tensor]:
-        """This site's part of the shared bases: A [r, 1 or N, d], B [D, N r]."""
+        """This site's slices of the shared bases: A [r, 1 or N, d], B [D, N r]."""
         A, B = (module.values for module in self.__dict__["bases"])
         r, N = self.lam.shape[-2:]
         return A[:r, :N, : self.gam.shape[-1]], B[: max(self.m, self.n), :N, :r].flatten(1)

@@ -41,7 +41,7 @@ from eckart.recipe import Cost, Event, Now, Paper, Weights
 
 
 class Restarting(LowRank):
-    """s B A beside a matrix that it is added to, again and again."""
+    """s B A beside a matrix to which it is added repeatedly."""
 
     def bind(self, shared: Mapping[str, nn.Module], home: nn.Module, param: str) -> None:
         self.__dict__["home"] = (home, param)  # not registered: it would be saved twice
@@ -60,7 +60,7 @@ class Restarting(LowRank):
 
 
 def restart(now: Now) -> None:
-    """Merge and renew all adapters, in the order of their names."""
+    """Merge and reinitialise all adapters, in the order of their names."""
     for path in sorted(now.terms):
         for term in now.terms[path].values():
             if isinstance(term, Restarting):
@@ -68,8 +68,9 @@ def restart(now: Now) -> None:
 
 
 def forget(state: dict[str, Any], p: Tensor, share: float) -> None:
-    """Set to zero, in every moment shaped like the parameter, this share of the elements:
-    those where the first of them is smallest."""
+    """Zero this share of the elements of all moments shaped like the parameter, by the smallest
+    absolute value of the first moment.
+    """
     moments = [v for v in state.values() if isinstance(v, Tensor) and v.shape == p.shape]
     kept = round((1 - share) * p.numel())
     if not moments or kept == p.numel():
@@ -83,7 +84,7 @@ def forget(state: dict[str, Any], p: Tensor, share: float) -> None:
 
 @dataclass(frozen=True)
 class ReLoRA(Weights):
-    """Trains an adapter, folds it into its matrix, and trains another."""
+    """Trains an adapter, merges it into its matrix, and trains another."""
 
     rank: Annotated[int, Ge(1)] = 128
     """r, the rank of each adapter. Usual: 128."""
@@ -103,7 +104,7 @@ class ReLoRA(Weights):
 
     base: ClassVar = "rewritten"
     rest: ClassVar = "trained"
-    offers: ClassVar = ()  # rules for pairs remember factors that are gone
+    offers: ClassVar = ()  # rules for pairs would keep state of factors that are gone
     default_lr: ClassVar = 1e-3
     paper: ClassVar = Paper(
         "ReLoRA: High-Rank Training Through Low-Rank Updates",
@@ -120,15 +121,15 @@ class ReLoRA(Weights):
         return (Event("restart", self.due, restart, moments=self.forget),)
 
     def due(self, step: int) -> bool:
-        """Do K steps end here?"""
+        """Is this step a multiple of K?"""
         return step > 0 and step % self.every == 0
 
     def forget(self, state: dict[str, Any], p: Tensor) -> None:
-        """What a restart leaves of the moments."""
+        """Reset the moments at a restart."""
         forget(state, p, self.pruned)
 
     def rate(self, step: int) -> float:
-        """1 until the first restart, whose warm-up is the schedule's; then the jagged one."""
+        """1 until the first restart, as the schedule has its own warm-up; then the jagged one."""
         since = step % self.every
         return 1.0 if step < self.every or since >= self.rewarm else (since + 1) / self.rewarm
 
