@@ -1,4 +1,4 @@
-"""Which maps does a method act on: roles, names, globs, layer ranges -> sites.
+"""Resolves targets (roles, names, globs, layer ranges) to sites.
 
 attn attn.q attn.k attn.v attn.o attn.qkv   roles, by the names models give their layers
 mlp mlp.gate mlp.up mlp.down ssm experts conv embedding head router
@@ -88,9 +88,9 @@ def sites_of(model: nn.Module, seed: int = 0) -> list[Site]:
 
 
 def same_input(sites: Iterable[Site]) -> list[list[Site]]:
-    """Linear maps beside each other that a model gives one input: q, k and v; gate and up.
+    """Groups of linear maps that a model gives the same input: q, k and v; gate and up.
 
-    Attention between two sequences is left out: its k and v see another input than its q.
+    Cross-attention is left out: its k and v have another input than its q.
     """
     groups: dict[tuple[str, tuple[str, ...]], list[Site]] = {}
     for site in sites:
@@ -101,12 +101,12 @@ def same_input(sites: Iterable[Site]) -> list[list[Site]]:
 
 
 def reads_encoder(site: Site) -> bool:
-    """Is this a map of a decoder that is given what its encoder made?"""
+    """Is this a map of a decoder that reads the encoder's output?"""
     return site.role in ("attn.k", "attn.v") and ACROSS.search(site.path) is not None
 
 
 def matches(target: str, site: Site) -> bool:
-    """Does one target word mean this site?"""
+    """Does a target select this site?"""
     if target in ("linear", "all"):
         return site.role.split(".")[0] in ("attn", "mlp", "ssm", "experts")
     if target == site.role or site.role.startswith(target + "."):
@@ -124,7 +124,7 @@ def matches(target: str, site: Site) -> bool:
 
 
 def select(sites: Sequence[Site], targets: Iterable[str], axis: str = "weights") -> list[Site]:
-    """The sites that the targets mean. UsageError for a word that means none."""
+    """The sites that the targets select. UsageError for a target that selects none."""
     chosen: dict[str, Site] = {}
     if not (targets := list(targets)):
         raise UsageError(
@@ -141,7 +141,7 @@ def select(sites: Sequence[Site], targets: Iterable[str], axis: str = "weights")
 
 
 def require_pattern(target: str, key: str) -> None:
-    """Raise UsageError for a regular expression that is none."""
+    """Raise UsageError for an invalid regular expression."""
     if not target.startswith("re:"):
         return
     try:
@@ -155,7 +155,7 @@ def require_pattern(target: str, key: str) -> None:
 
 
 def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
-    """The error for a target that means nothing, with what would match."""
+    """The error for a target that selects nothing, with the ones that would."""
     counts = Counter(site.role for site in sites)
     usable = [site for site in sites if site.role != GROUPED]
     roles = Counter(site.role for site in usable)
@@ -182,7 +182,7 @@ def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
 def apply_overrides(
     sites: Sequence[Site], overrides: Sequence[Mapping[str, Any]], fields: Sequence[str]
 ) -> None:
-    """Write the overrides that match into each site; later ones win."""
+    """Write the overrides that match into each site; later ones take precedence."""
     for number, override in enumerate(overrides):
         key = f"weights.overrides[{number}]"
         if "match" not in override:
@@ -202,7 +202,7 @@ def apply_overrides(
 
 
 def refuse_unreachable(model: nn.Module, sites: Sequence[Site]) -> None:
-    """UsageError for a site whose terms would be skipped, or whose layer is no plain product."""
+    """Raise UsageError for a site whose terms would be skipped, or that is more than a product."""
     for site in sites:
         parent_path, _, name = site.module_path.rpartition(".")
         parent, strange = model.get_submodule(parent_path), ""
