@@ -1,7 +1,7 @@
-"""Every command: its words, its options and one call into `jobs`. Nothing heavy is imported here.
+"""The command line. Each command is its options and one call into `jobs`; torch is not imported.
 
-`jobs` has the table of commands that run a job, `others` the rest; `options` are defined once,
-`running` leads from words to a job and from its end to an exit code.
+`jobs` has the table of commands that run a job, `others` the rest, `options` the definitions of
+options; `running` turns words into a job, and results and errors into exit codes.
 """
 
 from eckart.cli import jobs, others  # noqa: F401  they register themselves

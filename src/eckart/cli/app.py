@@ -1,4 +1,4 @@
-"""The command line as a whole: how a command joins it, and what it answers by itself."""
+"""The top-level command: registers commands, and answers --version and shell completion."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ class Commands(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         try:
             code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
-        except EckartError as error:  # of the words themselves, before the command had begun
+        except EckartError as error:  # of the command line, before the command began
             code = say(words[0], error, "--json" in words)
         except Exception as fault:
             if not hasattr(fault, "format_message"):
@@ -46,7 +46,7 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """One command; its arguments stand in the usage line of its help alone."""
+    """One command; its help shows arguments in the usage line only."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [self.options_metavar or ""]
@@ -61,7 +61,7 @@ app = typer.Typer(
     options_metavar="",
     subcommand_metavar="COMMAND [OPTIONS]",
     no_args_is_help=True,
-    add_completion=False,  # ours below: typer's own two options cost pydantic in every command
+    add_completion=False,  # done below: typer's options import pydantic in every command
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings=HELP,
@@ -75,7 +75,7 @@ def command(
     of: typer.Typer = app,
     **settings: Any,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command that is typed with these words and options."""
+    """Register a function as a command with these arguments and options."""
     shown = "".join(f"\n    {example}" for example in examples)
     settings.setdefault("context_settings", HELP)
 

@@ -26,8 +26,8 @@ from eckart.cli.options import (
     WORDS,
 )
 
-FLAGS = ("out", "seed", "dry_run", "json", "resume", "overwrite")  # of the command line itself
-# Unknown flags reach `to_job` as words, where they are answered with the key that is meant.
+FLAGS = ("out", "seed", "dry_run", "json", "resume", "overwrite")  # not keys of a job
+# Unknown options are passed to `to_job` as words; its error suggests the key meant.
 JOB = {**HELP, "ignore_unknown_options": True}
 MODEL_DATA = "MODEL DATA [KEY=VALUE]..."
 
@@ -39,7 +39,7 @@ def job(
     text: str,
     *examples: str,
 ) -> None:
-    """Register a command that resolves a job and runs it, by the file of its name in `jobs`."""
+    """Register a command that resolves a job and runs the module of its name in `jobs`."""
 
     def run(**given: Any) -> None:
         flags = {key: given.pop(key) for key in FLAGS if key in given}

@@ -1,4 +1,4 @@
-"""Options and words of commands, each defined once, and what the tab key makes of them."""
+"""Options and arguments of commands, each defined once, and their shell completion."""
 
 from inspect import Parameter
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-COMPLETING = "_ECKART_COMPLETE"  # a shell sets it to ask what a word may be
+COMPLETING = "_ECKART_COMPLETE"  # set by a shell that asks for completions
 
 
 def option(
     name: str, kind: Any, *flags: str, text: str, metavar: str | None = None, default: Any = None
 ) -> Parameter:
-    """An option of a type; None where it is left out, False where it is a switch."""
+    """An option of a type. Its default is None, or False for a switch."""
     metavar = metavar or {int: "N", float: "X"}.get(kind)
     about = typer.Option(*flags, help=text, metavar=metavar, show_default=False)
     return parameter(name, kind, about, default)
@@ -25,7 +25,7 @@ def parameter(name: str, kind: Any, about: Any, default: Any = None) -> Paramete
 
 
 def word(name: str, kind: Any, default: Any = None, completion: Any = None) -> Parameter:
-    """A positional argument. It stands in the usage line, and in no list of its own."""
+    """A positional argument, shown in the usage line only."""
     about = typer.Argument(
         metavar=name.upper(), hidden=True, show_default=False, autocompletion=completion
     )
@@ -33,7 +33,7 @@ def word(name: str, kind: Any, default: Any = None, completion: Any = None) -> P
 
 
 def completed(context: typer.Context, incomplete: str) -> list[Any]:
-    """Completions of a job's next word; where there are none, the shell completes file names."""
+    """Completions of a job's next word; without any the shell completes file names."""
     from eckart.jobs.settings.completion import completions
 
     typed = [str(word) for word in context.params.get("words") or ()]
@@ -41,7 +41,7 @@ def completed(context: typer.Context, incomplete: str) -> list[Any]:
 
 
 def named(incomplete: str) -> list[str]:
-    """Method names with this prefix."""
+    """Completions of a method's name."""
     from eckart.jobs.settings.completion import method_names
 
     return [name for name in method_names() if name.startswith(incomplete)]

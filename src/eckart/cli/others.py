@@ -71,9 +71,9 @@ def reproduce(
     running.show(document, json)
 
 
-# typer loads pydantic to read any parameter that is not a bool, its own --help among them. This
-# command must answer at once, so NAME comes from the context, but where a shell asks what NAME
-# may be, and --help is ours.
+# typer imports pydantic for any parameter that is not a bool, and for its --help. This command
+# must be fast, so it has its own --help and takes NAME from the context, except when a shell asks
+# for completions.
 NAMES = [word("names", list[str], completion=named)] if COMPLETING in os.environ else []
 
 
@@ -133,7 +133,7 @@ def config_validate(words: Any, config: Any) -> None:
 
 
 def of_keys(words: Any, config: Any, action: str) -> None:
-    """Do this with the keys of a job that may be incomplete."""
+    """Run an action on the keys of a job that may be incomplete."""
     name, rest = running.job_words(words)
     running.call(
         "schema",

@@ -1,4 +1,4 @@
-"""From words to a job, and from its end to an exit code."""
+"""Runs commands: words become a job, and results and errors an exit code."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ def run_job(
     flags: Mapping[str, Any],
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Resolve a command's job, run it, print its document; `options` are its own flags."""
+    """Resolve a command's job, run it, print its document; `options` are those of the command."""
     as_json = bool(flags.get("json"))
     document = call(
         command,
@@ -50,7 +50,7 @@ def to_job(
     options: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> Any:
-    """The job of a command line. Words that are not key=value are MODEL and DATA, in order."""
+    """Resolve a command line. Words that are not key=value are MODEL and DATA, in order."""
     from eckart.jobs.settings.config import Flags, resolve
     from eckart.jobs.settings.refuse import refuse_unread, refuse_word, unknown_flag
     from eckart.jobs.settings.words import is_setting
@@ -69,9 +69,9 @@ def to_job(
 
 
 def job_words(words: list[str] | None) -> tuple[str, list[str]]:
-    """The command and the words after it; finetune where the first word names none.
+    """The command and the words after it; finetune if the first word is no command.
 
-    Raises UsageError for a first word that is meant for a command and is none.
+    Raises UsageError for a first word that looks like a mistyped command.
     """
     from eckart.jobs.settings.config import NEEDS
     from eckart.jobs.settings.words import is_setting
@@ -89,10 +89,10 @@ def job_words(words: list[str] | None) -> tuple[str, list[str]]:
 def call(
     module: str, action: Callable[..., Any], as_json: bool, read: Callable[[], Any] | None = None
 ) -> Any:
-    """Run an action on a file of `jobs`; a Ctrl-C ends as Interrupted.
+    """Run an action on a module of `jobs`; a Ctrl-C raises Interrupted.
 
-    The action also gets what `read` returns, which comes first: a mistyped word is answered
-    before torch is loaded.
+    `read` is called first and its result passed to the action, so that errors in the words are
+    reported before torch is imported.
     """
     try:
         given = () if read is None else (read(),)
@@ -101,7 +101,7 @@ def call(
         leave(module, Interrupted("interrupted"), as_json)
     except EckartError as error:
         leave(module, error, as_json)
-    except BrokenPipeError:  # `| head` has read enough: what is left has nowhere to go
+    except BrokenPipeError:  # `| head` closed the pipe: drop the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(128 + signal.SIGPIPE) from None
     except Exception as fault:
@@ -109,12 +109,12 @@ def call(
 
 
 def leave(command: str, error: EckartError, as_json: bool) -> NoReturn:
-    """Say what was wrong and exit with its code."""
+    """Report an error and exit with its code."""
     raise typer.Exit(say(command, error, as_json))
 
 
 def say(command: str, error: EckartError, as_json: bool) -> int:
-    """What was wrong, on stderr, and as the document of --json; the exit code."""
+    """Print an error to stderr, and as the --json document; returns the exit code."""
     if as_json:
         said = {"what": error.what, "facts": [list(f) for f in error.facts], "fix": error.fix}
         show({"command": command, "exit": error.exit_code, "error": said}, True)
@@ -123,7 +123,7 @@ def say(command: str, error: EckartError, as_json: bool) -> int:
 
 
 def as_error(fault: Exception) -> EckartError:
-    """An unexpected exception: out of memory or disk, or a bug, with its traceback in a file."""
+    """The error for an unexpected exception: no memory, no disk space, or a bug (writes a file)."""
     if is_out_of_memory(fault):
         return OutOfRoom("out of memory", fix="Type a smaller train.batch_size or data.seq_len.")
     if isinstance(fault, OSError) and fault.errno == errno.ENOSPC:

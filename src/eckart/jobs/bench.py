@@ -258,7 +258,7 @@ def compare(
 def search(
     records: Sequence[Record], options: Options, seed: int, trial: Any, trials: Runner
 ) -> None:
-    """Fill every candidate's grid, all their next points at once."""
+    """Search every candidate's learning rate; the next points of all run together."""
     plan = Plan(options.window, options.purse, share=1.0)
     seeds = range(seed, seed + options.choose)
 
@@ -327,7 +327,7 @@ def made_equal(options: Options, records: Sequence[Record]) -> str:
 def held_fixed(
     job: Job, options: Options, planned: Mapping[str, Length], records: Sequence[Record]
 ) -> dict[str, str]:
-    """What all candidates had in common, each said once, and what was made equal."""
+    """The settings that all candidates share, and what was made equal."""
     steps = {planned[r.name].steps for r in records}
     rows = {planned[r.name].rows for r in records}
     return {

@@ -1,6 +1,6 @@
-"""`eckart methods`: what can be chosen on each axis, and all about one method.
+"""`eckart methods`: lists the methods of each axis, or describes one.
 
-Reads the registry alone: neither torch nor a method is imported.
+Only the registry is read: neither torch nor a method is imported.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def listing(entries: list[Entry], width: int) -> Iterator[str]:
 
 
 def page(entry: Entry, entries: Mapping[str, Entry], width: int) -> Iterator[str]:
-    """One method: its file's first words, its fields, what it promises and combines with."""
+    """Describe one method: docstring, fields, promises, and what it combines with."""
     yield f"{entry.name}   {entry.axis}"
     yield ""
     yield from entry.doc.splitlines()
@@ -90,20 +90,20 @@ def facts(entry: Entry, entries: Mapping[str, Entry]) -> Iterator[tuple[str, str
 
 
 def rates(entry: Entry) -> str:
-    """The learning rates that a training takes by default; empty for a method without its own."""
+    """The method's default learning rates; empty if it has none of its own."""
     rate, scratch = (spoken(entry.declares.get(name)) for name in ("default_lr", "scratch_lr"))
     return f"{rate}; from random weights {scratch}" if scratch else rate
 
 
 def spoken(rates: Any) -> str:
-    """A learning rate, or several each with its condition; empty for None."""
+    """A learning rate as text, or several with their conditions; empty for None."""
     if isinstance(rates, Mapping):
         return ", ".join(told({f"{rate:g}": when for rate, when in rates.items()}))
     return "" if rates is None else f"{rates:g}"
 
 
 def told(promises: Any) -> Iterator[str]:
-    """Promises in words; a conditional one with its condition."""
+    """Promises as text, with their conditions."""
     if not isinstance(promises, Mapping):
         yield from promises
         return
@@ -125,7 +125,7 @@ def citations(entries: list[Entry]) -> Iterator[str]:
 
 
 def described(entry: Entry, entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """One method in the --json document."""
+    """One method's entry in the --json document."""
     return {
         "name": entry.name,
         "axis": entry.axis,
@@ -159,20 +159,20 @@ def combines(entry: Entry, entries: Mapping[str, Entry]) -> dict[str, list[str]]
 
 
 def acts_on(update: Entry, weights: Entry) -> bool:
-    """Do the weights offer what the update wants?"""
+    """Can this update rule train these weights?"""
     if (update.axis, weights.axis) != ("update", "weights"):
         return False
     return update.wants in ("any", *weights.declares.get("offers", ()))
 
 
 def arxiv(url: str) -> str | None:
-    """The paper's number, where the address is arXiv's."""
+    """The arXiv number in a paper's address, if it has one."""
     found = re.search(r"arxiv\.org/\w+/(\d{4}\.\d{4,5})", url)
     return found[1] if found else None
 
 
 def words_of(kind: str) -> str:
-    """A type as the file spells it, in the words of the command line."""
+    """A type in a method's source, in the words of the command line."""
     kind = re.sub(r"Literal\[(.*?)\]", lambda m: m[1].replace("'", "").replace(", ", "|"), kind)
     kind = kind.replace("tuple[dict[str, Any], ...]", "list of mappings")
     kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", kind)
@@ -183,7 +183,7 @@ def words_of(kind: str) -> str:
 
 
 def typed(value: Any) -> str:
-    """A default as one types it."""
+    """A default value as it is typed."""
     if isinstance(value, tuple | list):
         return f"[{','.join(map(typed, value))}]"
     if value is None or isinstance(value, bool):

@@ -1,12 +1,12 @@
-"""`eckart inspect ONE --against OTHER`: what differs between two checkpoints, matrix by matrix.
+"""`eckart inspect ONE --against OTHER`: the difference between two checkpoints, by matrix.
 
-    change      OTHER - ONE of each matrix: its size, and how low its rank is
-    overlap     where both were made from one base (adapters, or runs): do their changes point
-                into the same directions? |U1^T U2|^2 / r for the leading r left vectors, the
-                same for the right ones, beside what chance gives (r / m and r / n); and the
-                cosine <D1, D2> / (|D1| |D2|)
+    change      OTHER - ONE of each matrix: its norm and its effective rank
+    overlap     of the changes D1 and D2 if both checkpoints were made from one base (adapters, or
+                runs): |U1^T U2|^2 / r for the leading r left vectors, the same for the right
+                ones, the values of random subspaces (r / m and r / n), and the cosine
+                <D1, D2> / (|D1| |D2|)
 
-r directions hold 90 % of the energy of the change that needs fewer, 16 at most.
+r, at most 16, is the smaller of the two ranks that hold 90 % of a change's energy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOST, ENERGY = 16, 0.9
 
 @dataclass(frozen=True)
 class Pair:
-    """One matrix in both: the spectrum [*, k] of the change, and how two changes lie."""
+    """One matrix of both models: the spectrum [*, k] of the change, and the overlap."""
 
     site: Site
     s: Tensor
@@ -47,10 +47,10 @@ class Pair:
 
 
 def pairs(one: Opened, other: Opened, base: Mapping[str, Site] | None) -> tuple[list[Pair], int]:
-    """Every matrix that differs, and how many were compared.
+    """Every matrix that differs, and the number of matrices compared.
 
-    UsageError where the models are not of one shape. Of two classes of model (an encoder, and a
-    classifier made from it) what both have is compared: the rest is a head.
+    UsageError for models of different shapes. For two model classes (an encoder, and a classifier
+    made from it) the matrices that both have are compared, without heads.
     """
     mine, theirs = all_sites(one), all_sites(other)
     heads = type(one.model) is not type(other.model) and mine.keys() & theirs.keys()
@@ -72,7 +72,7 @@ def pairs(one: Opened, other: Opened, base: Mapping[str, Site] | None) -> tuple[
 
 @torch.no_grad()
 def compared(site: Site, W1: Tensor, W2: Tensor, start: Site | None) -> Pair | None:
-    """One matrix; None where it is the same in both. W1, W2 [*, m, n] fp64; `start` the base's."""
+    """Compare one matrix, W1, W2 and the base's `start` [*, m, n] in fp64; None if equal."""
     change = W2 - W1
     if not bool(change.any()):
         return None
@@ -85,7 +85,7 @@ def compared(site: Site, W1: Tensor, W2: Tensor, start: Site | None) -> Pair | N
 
 
 def shared(D1: Tensor, D2: Tensor) -> dict[str, float] | None:
-    """How two changes [m, n] of one base lie to each other; None where one has none."""
+    """The overlap of two changes [m, n] of one base; None if one of them is zero."""
     if not (bool(D1.any()) and bool(D2.any())):
         return None
     (U1, s1, V1), (U2, s2, V2) = (truncated_svd(D.float(), min(D.shape)) for D in (D1, D2))
@@ -107,8 +107,8 @@ def shared(D1: Tensor, D2: Tensor) -> dict[str, float] | None:
 
 
 def all_sites(opened: Opened) -> dict[str, Site]:
-    """The maps of a model that are a matrix, with terms or without, by name below any head: all
-    but those with a term that is not linear."""
+    """The linear maps of a model, with or without terms, by name without the head's prefix;
+    maps with a term that is not linear are left out."""
     sites = {site.path: site for site in sites_of(opened.model)}
     if opened.handle is not None:
         for path, terms in opened.handle.terms().items():
@@ -119,13 +119,13 @@ def all_sites(opened: Opened) -> dict[str, Site]:
 
 
 def below_head(model: Any, sites: Iterable[Site]) -> dict[str, Site]:
-    """Sites by the names they have in the model without a head (encoder.*, not bert.encoder.*)."""
+    """Sites by their names in the model without a head (encoder.*, not bert.encoder.*)."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return {site.path.removeprefix(prefix): site for site in sites}
 
 
 def whole(opened: Opened, site: Site) -> Tensor:
-    """The matrix [*, m, n] that stands there with all that is attached, fp64."""
+    """The matrix [*, m, n] of a site in fp64, attached terms included."""
     handle = opened.handle
     if handle is None or site.path not in handle.attached:
         return site.weight(torch.float64)
@@ -149,7 +149,7 @@ def base_of(source: str, opened: Opened) -> str | None:
 def common_base(
     sources: tuple[str, str], both: tuple[Opened, Opened], screen: Screen
 ) -> dict[str, Site] | None:
-    """The sites of the model that both were made from; None where there is none."""
+    """The sites of the model that both were made from; None if they have no common base."""
     named = [base_of(source, opened) for source, opened in zip(sources, both, strict=True)]
     if None in named:
         return None
@@ -168,7 +168,7 @@ def common_base(
 
 
 def overlaps_by_role(found: list[Pair]) -> dict[str, dict[str, float]]:
-    """Medians of what two changes share, over the matrices of a role."""
+    """Median overlaps over the matrices of each role."""
     roles: dict[str, list[Mapping[str, float]]] = {}
     for pair in found:
         if pair.shared is not None:

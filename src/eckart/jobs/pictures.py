@@ -1,4 +1,4 @@
-"""What `eckart inspect` found, as a page of figures, or its first figure as an SVG."""
+"""Draws the results of `eckart inspect` as a page of figures, or the first figure as an SVG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from eckart.errors import UsageError
 from eckart.io.folder import require_writable, write_text
 
-COLOURS = {  # of a page; a file of its own has to bring them
+COLOURS = {  # a page's; an SVG file needs its own
     "--ink": "#1a1a1a",
     "--faint": "#cccccc",
     **{
@@ -22,7 +22,7 @@ COLOURS = {  # of a page; a file of its own has to bring them
         )
     },
 }
-DRAWN = {  # title -> the number of each matrix; the first that is there is the one for an SVG
+DRAWN = {  # title -> key of each matrix; an SVG has the first that exists
     "Effective rank as a share of a random matrix'": "share_of_random",
     "Effective rank": "effective_rank",
     "Rank for 90 % of the energy": "rank_90",
@@ -31,7 +31,7 @@ DRAWN = {  # title -> the number of each matrix; the first that is there is the 
 
 
 def require_picture(out: str) -> None:
-    """Raise UsageError for a name of another kind, FileError where it cannot be written."""
+    """Raise UsageError unless the name ends in .html or .svg, FileError if it is not writable."""
     if Path(out).suffix.lower() not in (".html", ".svg"):
         raise UsageError(
             f"cannot draw {out}", [("-o", "ends in neither .html nor .svg")], "Type -o layers.html"
@@ -40,9 +40,9 @@ def require_picture(out: str) -> None:
 
 
 def draw(found: Mapping[str, Any], out: str) -> None:
-    """Write the picture of a document of `inspect`, by its name's ending a page or an SVG."""
+    """Draw a document of `inspect`: a page or an SVG, by the file's ending."""
     suffix = Path(out).suffix.lower()
-    from eckart.report.figures import heat  # brings matplotlib, where something is drawn alone
+    from eckart.report.figures import heat  # imports matplotlib
     from eckart.report.html import Section, html
 
     matrices = found["matrices"]
@@ -52,7 +52,7 @@ def draw(found: Mapping[str, Any], out: str) -> None:
         if matrices and all(key in numbers for numbers in matrices.values())
     ]
     if found["kind"] == "adapter":
-        figures = figures[1:]  # beside a random matrix every adapter is low-rank
+        figures = figures[1:]  # compared with a random matrix, every adapter is low-rank
     heads = found["heads"]
     reaches = [heat("Reach of the logits, keys centred", *by_head(heads))] if heads else []
     if not figures + reaches:
@@ -69,7 +69,7 @@ def draw(found: Mapping[str, Any], out: str) -> None:
 def grid(
     matrices: Mapping[str, Mapping[str, Any]], key: str
 ) -> tuple[list[str], list[str], list[list[float]]]:
-    """Roles, layers, and the median of a number in each; NaN where a layer has no such role."""
+    """Roles, layers, and the median of a number in each; NaN if a layer lacks the role."""
     cells: dict[str, dict[int, list[float]]] = {}
     for path, numbers in matrices.items():
         layer = re.search(r"(?:^|\.)(\d+)\.", path)
@@ -83,7 +83,7 @@ def grid(
 
 
 def by_head(heads: list[dict[str, Any]]) -> tuple[list[str], list[str], list[list[float]]]:
-    """Layers, heads, and how far each reaches."""
+    """Layers, heads, and the reach of each head's logits."""
     layers = sorted({head["layer"] for head in heads})
     count = 1 + max(head["head"] for head in heads)
     reach = {(head["layer"], head["head"]): head["centred"] for head in heads}
@@ -92,7 +92,7 @@ def by_head(heads: list[dict[str, Any]]) -> tuple[list[str], list[str], list[lis
 
 
 def alone(svg: str) -> str:
-    """A figure that needs no page: its colours and its namespace in itself."""
+    """A figure as a standalone SVG file, with its colours and namespace."""
     rules = "".join(f"{name}:{colour};" for name, colour in COLOURS.items())
     style = f"<style>svg{{{rules}background:#fff}}</style>"
     head = svg.index(">") + 1

@@ -1,11 +1,11 @@
-"""`eckart reproduce`: each paper's claim on a small scale, confirmed, not seen or refuted.
+"""`eckart reproduce`: tests each paper's claim on a small scale: confirmed, not seen or refuted.
 
 1 search    every arm's learning rate on seed 0: a short look at five, the best at full length,
             and on until the best one has a worse neighbour on either side
 2 report    all arms at their best, several seeds, paired by the data's order
 3 judge     intervals of the differences within seeds, Holm over a claim's statements
 
-A run that has ended is kept (trials.py), so an interrupted command goes on where it stopped.
+Finished runs are saved (trials.py), so an interrupted command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SEARCH_SEED = 0  # the report's seeds are 1, 2, ...
 
 @dataclass
 class Search:
-    """One arm's search for its learning rate: scores by point, and the best."""
+    """The learning-rate search of one arm: scores by point, and the best."""
 
     arm: Arm
     start: float
@@ -107,7 +107,7 @@ def run(
 def tested(
     slug: str, claim: Claim, budget: Budget, trials: Runner, quiet: bool = False
 ) -> dict[str, Any]:
-    """Run one claim's experiment; a claim that cannot be run has no verdict, and says why."""
+    """Run one claim's experiment. A claim that cannot be run gets the reason and no verdict."""
     progress = Progress(slug, claim, budget, quiet)
     trials.progress = progress.show
     begun = time.monotonic()
@@ -125,7 +125,7 @@ def tested(
 
 
 def search(slug: str, claim: Claim, budget: Budget, trials: Runner) -> list[Search]:
-    """The best learning rate of every arm, all arms' next points at once."""
+    """Search the learning rate of every arm; the next points of all arms run together."""
     searches = [
         Search(arm, start_of(arm, task_of(claim, arm, budget))) for arm in claim.chosen(budget)
     ]
@@ -152,7 +152,7 @@ def search(slug: str, claim: Claim, budget: Budget, trials: Runner) -> list[Sear
 
 
 def validation(quantities: Mapping[str, float]) -> float:
-    """What a learning rate is chosen by; a run that diverged is worse than any other."""
+    """The score that selects a learning rate; a diverged run is worse than any other."""
     loss = quantities["validation"]
     return math.inf if quantities.get("diverged") or not math.isfinite(loss) else loss
 
@@ -160,7 +160,7 @@ def validation(quantities: Mapping[str, float]) -> float:
 def report(
     slug: str, claim: Claim, budget: Budget, searches: Sequence[Search], trials: Runner
 ) -> list[dict[str, dict[str, float]]]:
-    """Every arm at its best learning rate on every seed: per seed, arm -> quantities."""
+    """Train every arm at its best learning rate on every seed: per seed, arm -> quantities."""
     asked = {
         (seed, s.arm.name): ClaimTrial(
             slug, s.arm.name, budget, seed, s.lr, task_of(claim, s.arm, budget).steps
@@ -251,25 +251,25 @@ def spread(values: Sequence[float]) -> float:
 
 
 def left_out(claim: Claim, budget: Budget, judgement: ClaimResult) -> list[str]:
-    """Arms and statements that this budget does not reach."""
+    """Arms and statements that are not run with this budget."""
     ran = {arm.name for arm in claim.chosen(budget)}
     return [a.name for a in claim.arms if a.name not in ran] + list(judgement.skipped)
 
 
 def command(slugs: Sequence[str], budget: Budget) -> str:
-    """What to type for this again."""
+    """The command that repeats this."""
     return " ".join(["eckart reproduce", *slugs, *([] if budget == "default" else [f"--{budget}"])])
 
 
 def keep(document: Mapping[str, Any], folder: Path) -> None:
-    """Write a claim's document into a folder, and the page over all that lie there."""
+    """Write a claim's document to a folder, and claims.md of all documents in it."""
     write_json(folder / f"{document['name']}.json", document)
     found = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
     write_text(folder / "claims.md", page(found))
 
 
 def lines(document: Mapping[str, Any]) -> list[str]:
-    """A claim for a person: the verdict, each statement with its numbers, what was left out."""
+    """The printed lines of a claim: verdict, statements with numbers, and what was left out."""
     evidence = document["evidence"]
     head = f"{document['verdict']:<10} {document['name']}   {document['claim']}"
     found = [head] + ([f"{'':<10} {document['reason']}"] if document["reason"] else [])
@@ -303,7 +303,7 @@ def said(s: Mapping[str, Any]) -> str:
 
 
 def runs_of(arm: Arm, claim: Claim, budget: Budget) -> float:
-    """Runs of full length that an arm takes; most searches go on to two neighbours."""
+    """The expected number of full runs of an arm; most searches extend to two neighbours."""
     plan, searched = PLANS.get(budget), 0.0
     if plan and arm.search:
         looks = plan.window * plan.share if plan.share < 1 else plan.window
@@ -312,7 +312,7 @@ def runs_of(arm: Arm, claim: Claim, budget: Budget) -> float:
 
 
 class Progress:
-    """One line on stderr that says what has ended and about how long the claim still takes."""
+    """A progress line on stderr: finished runs, and the estimated time left of the claim."""
 
     def __init__(self, slug: str, claim: Claim, budget: Budget, quiet: bool):
         arms = claim.chosen(budget)
@@ -324,7 +324,7 @@ class Progress:
         self.steps = {a.name: task_of(claim, a, budget).steps for a in arms}
 
     def announce(self, at_once: int) -> None:
-        """What is about to be run, and about how long it takes here."""
+        """Print what will be run, and the estimated time."""
         if self.quiet or not self.searches:
             return
         steps = sum(runs * self.steps[name] for name, runs in self.runs.items())

@@ -1,4 +1,4 @@
-"""`eckart runs [DIR]`: which runs there are, what they did, how they ended and how well."""
+"""`eckart runs [DIR]`: lists runs with their recipe, state and score."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENDS = {0: "done", 4: "out of room", 5: "diverged", 130: "interrupted"}  # by ex
 def run(folder: str = "runs", as_json: bool = False) -> dict[str, Any]:
     """Print a line for each run in a folder, oldest first; returns the --json document.
 
-    Raises FileError where the folder is not there.
+    Raises FileError if the folder does not exist.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -33,7 +33,7 @@ def run(folder: str = "runs", as_json: bool = False) -> dict[str, Any]:
 
 
 def runs_in(root: Path) -> Iterator[Path]:
-    """Folders with a run.json, the root itself or below it; a run's own stages are not runs."""
+    """Folders with a run.json, at or below the root, without the stages of a run."""
     if (root / "run.json").is_file():
         yield root
         return
@@ -43,7 +43,7 @@ def runs_in(root: Path) -> Iterator[Path]:
 
 
 def described(folder: Path) -> dict[str, Any]:
-    """One run; what its run.json does not say is null."""
+    """One run as a document; values missing in its run.json are null."""
     path = folder / "run.json"
     changed = datetime.fromtimestamp(path.stat().st_mtime)
     known: dict[str, Any] = {"run": str(folder), "changed": changed.isoformat(" ", "minutes")}
@@ -78,7 +78,7 @@ def state_of(folder: Path, facts: Mapping[str, Any]) -> str:
 
 
 def recipe_line(recipe: Mapping[str, Any]) -> str:
-    """`lora 16`, `dense + galore 128`: each method that is not the plain one, with its rank."""
+    """`lora 16`, `dense + galore 128`: each non-default method with its rank."""
     words = []
     for axis in ("weights", "compress", "update", "attention"):
         chosen = recipe.get(axis) or {}
@@ -114,7 +114,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def score(each: Mapping[str, Any]) -> str:
-    """`5.578 -> 5.343`, with the share of right classes where there are classes."""
+    """`5.578 -> 5.343`, with the accuracy for classifiers."""
     before, after = each["before"], each["after"]
     text = " -> ".join(f"{value:.3f}" for value in (before, after) if value is not None)
     accuracy = each.get("accuracy")

@@ -1,4 +1,4 @@
-"""`eckart config`: the keys of a job as they stand, as a JSON schema, or checked."""
+"""`eckart config`: prints the keys of a job or their JSON schema, or validates a job."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from eckart.recipe import registry
 
 
 def show(job: Job) -> None:
-    """Print every key with its value, and the reason where one was decided."""
+    """Print every key with its value, and the reason if the value was decided."""
     print(job.dump_resolved(), end="")
 
 
 def validate(job: Job) -> None:
-    """Print what a valid job is."""
+    """Check a job, and print its command and methods."""
     chosen = [f"{axis}={choice.name}" for axis, choice in job.choices.items() if choice.method]
     print(f"valid    {job.command}   {' '.join(chosen)}")
 
@@ -29,7 +29,7 @@ def schema() -> None:
 
 
 def build() -> dict[str, Any]:
-    """The schema: sections as they are; an axis is a name, or a name with its method's fields."""
+    """The schema: sections, and axes as a name or a mapping of name and the method's fields."""
     sections = {name: part(cls) for name, cls in SECTIONS.items()}
     axes: dict[str, Any] = {}
     for axis, question in registry.questions().items():
@@ -67,13 +67,13 @@ def build() -> dict[str, Any]:
 
 
 def part(cls: type) -> dict[str, Any]:
-    """One dataclass as a schema of an object, without references."""
+    """The object schema of one dataclass, without references."""
     schema = TypeAdapter(cls).json_schema()
     schema.pop("$defs", None)
     return schema
 
 
 def with_name(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """A method's fields and the name that chooses it."""
+    """The schema of a method's fields and its name."""
     properties = {"name": {"const": name}, **fields.get("properties", {})}
     return {**fields, "properties": properties}
