@@ -49,7 +49,7 @@ def by_the_paper(W, grads, states, method, kind, lr):
     (b1, b2), M, V, t = method.betas, 0.0, 0.0, 0
     for step, (G, state) in enumerate(zip(grads, states, strict=True)):
         if step % method.every == 0:
-            M, V, t = 0.0, 0.0, 0  # the moments start afresh
+            M, V, t = 0.0, 0.0, 0  # the moments are reset
         t += 1
         part, P = inside(G, state, kind), basis(state, kind)
         R = part if P is None else G @ P.T

@@ -221,7 +221,7 @@ def holding(weights):
 
 def crossed(rule):
     """Three steps by one process, four by two under fully_shard, three by one: weights and
-    state go from one to the other by name."""
+    state are passed on by name."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -250,8 +250,8 @@ def given(step):
 
 
 def rounded(stop):
-    """bf16 weights under fully_shard, rounded by chance, with moments in fp32 and gradients that
-    are given: the weights at the start and after each step, the first one all 1; and the state."""
+    """bf16 weights under fully_shard, rounded stochastically, with moments in fp32 and given
+    gradients: the weights at the start (the first is all 1) and after each step, and the state."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
@@ -280,8 +280,8 @@ ROUNDED_LR = 1e-3
 
 
 class Sent(TorchDispatchMode):
-    """The collectives inside it: (name, elements) of each; where each of two processes sends the
-    other half of what it has, that half."""
+    """Records (name, elements) of each collective; for an all-to-all, in which each of two
+    processes sends half of what it has, the elements of that half."""
 
     def __init__(self):
         super().__init__()

@@ -189,8 +189,8 @@ def test_rules_send_no_matrix_that_is_projected_on_the_right(two):
 
 
 def test_rules_send_no_large_matrix_that_is_projected_on_the_left(two):
-    """What is sent is r of its columns or rows, or a few more. For a fixed basis, whose
-    coordinates are sums over all rows, half of a shard is. Power iteration starts from an exact
+    """Rules send r of its columns or rows, or a few more. For a fixed basis, whose coordinates
+    are sums over all rows, they send half of a shard. Power iteration starts from an exact
     basis, for which a Gram matrix of this shape would be more."""
     shard, few = max(n * m for n, m in BROAD[1:]) // 2, (2 + 8) * 299
     for slug, rule in projecting().items():
@@ -221,8 +221,8 @@ def test_ddp_may_average_the_projected_gradients_alone(two):
 
 
 def test_shards_of_bf16_weights_are_rounded_by_chance(two):
-    """Each to a neighbour of what Adam with moments in fp32 makes of it, by its own chance; the
-    processes agree, and a run that is resumed draws the same."""
+    """Each to a bf16 neighbour of the result of Adam with fp32 moments, with its own random bits;
+    the processes agree, and a resumed run draws the same."""
     path, state = two[0]["rounded by chance"][10]
     for runs in two:
         for other, moments in runs["rounded by chance"].values():

@@ -14,18 +14,18 @@ last step. It is transformed so that B M_A changes least with the present B, and
 
 AltLoRA+ (`plus`) divides each step by the root of a second moment of h, element by element, as
 Adam does. Learning rates are then near Adam's. Without `plus` steps are as long as gradients are,
-rates are those of SGD on whole matrices, and W moves the same way however B A is split. The state
+rates are those of SGD on whole matrices, and W's update does not depend on how B A is split. State
 is a momentum and a copy of the factors, as much as LoRA's with Adam; with `plus` half as much more.
 
 Take LoRA with AdamW first: with every rate tuned its loss in claims/altlora.py is 1.51 nats,
 AltLoRA+'s 1.52, AltLoRA's 1.55. Take AltLoRA where factors start out of balance: an A ten times
-too long costs it 0.01 there, and SGD 0.02. Take LoRA-Pro to move both factors as one.
+too long costs it 0.01 there, and SGD 0.02. Take LoRA-Pro to update both factors jointly.
 
 Source: X. Yu et al., "AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation
 with Alternating Projections", arXiv 2505.12455, Alg. 1 and 2. We differ from its code in
 four points: 1/s^2 is part of h (`scale_grad`); AltLoRA+ keeps the carried momentum, as the
 paper has it (`store_unaligned`); the learning rate is the group's, so schedules work; and in
-alternate mode the factor whose turn it is not does not change at all.
+alternate mode the frozen factor does not change at all.
 
 m out, n in, r rank; B [m, r], A [r, n].
 """
