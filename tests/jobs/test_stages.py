@@ -12,7 +12,7 @@ from eckart.io.models import load_model
 from eckart.io.opening import open_model
 from eckart.jobs.training import stages
 from eckart.jobs.training.fit import RunTraining
-from eckart.jobs.training.stages import places
+from eckart.jobs.training.stages import schedule
 from eckart.recipe import Stage, registry
 from tests.journeys.runs import eckart, model_folder, texts
 from tests.tiny import logits
@@ -42,7 +42,7 @@ def test_stages_that_stand_together_are_repeated_for_each_task():
         Stage("fold", "operate", repeat="tasks"),
         Stage("end", "operate"),
     )
-    found = places(listed, ["x", "y"])
+    found = schedule(listed, ["x", "y"])
     assert [p.name for p in found] == [
         "00-prune", "01-learn-x", "02-fold-x", "03-learn-y", "04-fold-y", "05-end",
     ]  # fmt: skip
@@ -51,7 +51,7 @@ def test_stages_that_stand_together_are_repeated_for_each_task():
 
 def test_a_stage_can_only_name_what_comes_before_it():
     with pytest.raises(UsageError, match="names later; before it: original, first"):
-        places((Stage("first", "train"), Stage("second", "train", base="later")), [])
+        schedule((Stage("first", "train"), Stage("second", "train", base="later")), [])
 
 
 def test_prune_tune_recover(place, tmp_path):

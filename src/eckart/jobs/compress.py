@@ -26,7 +26,7 @@ from eckart.jobs.training import held_out, outcome, prepare, senses
 from eckart.jobs.training.classes import require_task
 from eckart.jobs.training.fit import fit
 from eckart.jobs.training.screen import Screen, amount
-from eckart.jobs.training.course import size_line
+from eckart.jobs.training.train import size_line
 from eckart.recipe import Compress, Handle, Recipe, attach
 
 LOADING = "import eckart.hf, then {}.from_pretrained"

@@ -1,9 +1,9 @@
-"""`eckart eval MODEL DATA [--against OTHER]`: how good, how sure, and how far from another.
+"""`eckart eval MODEL DATA [--against OTHER]`: metrics with intervals, and comparison of two models.
 
-All of DATA is measured, unless data.eval names the share that a training held out. Bits per
-byte compare models with different tokenizers, which losses and perplexities do not. With
---against both models see the same tokens: the difference of their losses is paired, and the
-drift says how far MODEL's words are from OTHER's.
+All of DATA is used, or the held-out part if data.eval is given. Bits per byte can be compared
+between tokenizers, losses and perplexities cannot. With --against both models get the same
+tokens: the difference of their losses is paired by row, and the drift is the KL divergence
+between their predictions.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training import held_out, prepare, senses
 from eckart.jobs.training.classes import open_to_measure, require_task
-from eckart.jobs.training.course import size_line
 from eckart.jobs.training.outcome import shown
 from eckart.jobs.training.screen import Screen, amount
+from eckart.jobs.training.train import size_line
 from eckart.report.text import aligned
 
 ASKED = ("prompt+completion", "instruction", "messages")  # formats where a whole answer counts
@@ -41,7 +41,7 @@ NEEDS_SCIPY = "no intervals without scipy: type pip install 'eckart[claims]'"
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Everything from a job to the printed table; the object of --json."""
+    """Evaluate, and print the table. Returns the --json document."""
     begun, screen = time.monotonic(), Screen(quiet=job.flags.json)
     other_name: str | None = job.options.get("against")
     require_weights(job)
@@ -113,7 +113,7 @@ def described(opened: Opened) -> str:
 
 
 def require_same_tokens(model: str, tokenizer: Any, other: str) -> None:
-    """Raise UsageError unless both models read text as the same tokens."""
+    """Raise UsageError unless both models have the same tokenizer."""
     theirs = load_tokenizer(other)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UsageError(
@@ -124,7 +124,7 @@ def require_same_tokens(model: str, tokenizer: Any, other: str) -> None:
 
 
 def open_for(source: str, job: Job, task: str, labels: tuple[str, ...], reader: Any) -> Opened:
-    """A model to measure, with its head for classes where the data has labels."""
+    """Open a model to evaluate, with a classification head if the data has labels."""
     precision: Any = job.choices["precision"].method
     dtype = getattr(torch, precision.dtype) if precision is not None else None
     opened = (
@@ -137,7 +137,7 @@ def open_for(source: str, job: Job, task: str, labels: tuple[str, ...], reader: 
 
 
 def require_same_classes(model: Any, other: Any) -> None:
-    """Raise FileError where two models number their classes differently."""
+    """Raise FileError if two models number their classes differently."""
     if names_of(model) != names_of(other):
         facts = [(side, ", ".join(names_of(one))) for side, one in
                  (("model", model), ("against", other))]  # fmt: skip
@@ -147,7 +147,7 @@ def require_same_classes(model: Any, other: Any) -> None:
 
 
 def read_rows(job: Job, reader: senses.Reader, model: Any) -> Data:
-    """All rows of DATA, or what data.eval holds out of it; one example a row."""
+    """All rows of DATA, or the held-out part if data.eval is given; one example per row."""
     data = senses.read_to_measure(job, reader, model)
     if not data.evaluation:
         raise UsageError(
@@ -163,12 +163,12 @@ def read_rows(job: Job, reader: senses.Reader, model: Any) -> Data:
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers of one source, or of all; `bytes` of text its labels stand for."""
+    """The results of one source, or of all; `bytes` is the text that its labels encode."""
 
     scores: Scores
     bytes: float
-    unit: str  # what has a label: a token, a tag or a whole row
-    metrics: Sequence[str]  # what is told besides the loss and the drift
+    unit: str  # what a label belongs to: a token, a tag or a row
+    metrics: Sequence[str]  # besides the loss and the drift
 
     @cached_property
     def numbers(self) -> dict[str, tuple[float, tuple[float, float]]]:
@@ -193,7 +193,7 @@ class Table:
         return {n: number for n, number in found.items() if n in told or n not in HEADS}
 
     def document(self) -> dict[str, Any]:
-        """The same for --json."""
+        """The results for --json."""
         values = {name: value for name, (value, _) in self.numbers.items()}
         ends = {
             name: list(both) for name, (_, both) in self.numbers.items() if math.isfinite(both[0])
@@ -202,13 +202,13 @@ class Table:
 
 
 def mean_and_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """A ratio of sums over rows, and its interval; NaN ends without scipy."""
+    """A ratio of sums over rows, and its interval; NaN bounds without scipy."""
     ends = intervals.interval(sums, counts) if intervals.available() else (math.nan, math.nan)
     return float(sums.sum() / counts.sum()), ends
 
 
 def metrics_of(data: Data) -> tuple[str, ...]:
-    """What can be told of this data: what a training tells, how often words are right, answers."""
+    """The metrics for this data: those of training, token accuracy, and exact answers."""
     asked = any(form in ASKED for form in data.format.split(", "))
     answers = ("exact_match",) if asked else ()
     return tuple(dict.fromkeys((*held_out.names(data), "accuracy", *answers)))
@@ -236,7 +236,7 @@ SHARES = ("accuracy", "exact_match", "same_first_choice")
 
 
 def print_tables(screen: Screen, found: Mapping[str, Table]) -> None:
-    """The table by source, and the lines against another model."""
+    """Print the table by source, and the comparison with another model."""
     shown_rows = {n: t for n, t in found.items() if n != "all" or len(found) > 2}
     heads = [name for name in HEADS if name in found["all"].numbers]
     cells = [["", *(HEADS[h] for h in heads), "rows"]]

@@ -1,7 +1,7 @@
-"""`eckart finetune MODEL DATA`: teach a model, an adapter or a run from data.
+"""`eckart finetune MODEL DATA`: finetunes a model, an adapter or the result of a run.
 
-An adapter (or a run that made one) is trained further. The result is PEFT's files where the
-method has them, a plain transformers model where the model itself was trained.
+An adapter (or a run that made one) is trained further. The result is in PEFT's format if the
+method has one, or a plain transformers model if the model itself was trained.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from eckart.io.opening import Opened, open_model
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training import launch, prepare, senses
 from eckart.jobs.training.classes import open_to_teach, require_task
-from eckart.jobs.training.course import begin, course, staged_course
 from eckart.jobs.training.outcome import write_final
+from eckart.jobs.training.train import begin, train, train_in_stages
 from eckart.recipe.handle import handle_of
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Everything from a job to a finished run; the object of --json."""
+    """Run the whole job. Returns the --json document."""
     if launch.is_needed(job):
         return launch.in_processes(job)
     job, screen = begin(job)
@@ -33,10 +33,10 @@ def run(job: Job) -> dict[str, Any]:
         better = f"a trained model becomes smaller by eckart compress {job.model} DATA"
         screen.warn(f"{weights.slug} drops what the matrices had learnt; {better}")
     if weights.stages:
-        return staged_course(
+        return train_in_stages(
             job, screen, opened, reader, write_final, lambda: open_base(job, reader).model
         )
-    return course(job, screen, opened, reader, write_final)
+    return train(job, screen, opened, reader, write_final)
 
 
 def require_weights(job: Job) -> None:
@@ -52,9 +52,9 @@ def require_weights(job: Job) -> None:
 
 
 def open_base(job: Job, reader: senses.Reader) -> Opened:
-    """The model to teach, with a head for the classes where the data has any.
+    """Open the model to finetune, with a classification head if the data has classes.
 
-    Raises UsageError for one whose matrices were replaced: they are trained by what made them.
+    Raises UsageError for a model with replaced matrices, which only its own method can train.
     """
     dtype, labels = prepare.dtype_of(job), senses.labels_of(job)
     opened = (

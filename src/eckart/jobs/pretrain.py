@@ -1,4 +1,4 @@
-"""`eckart pretrain MODEL DATA`: from a shape and random weights to a model.
+"""`eckart pretrain MODEL DATA`: trains a model from random weights.
 
 MODEL is a preset's name, a config.json, or a folder with one; weights beside it are not
 read. A tokenizer beside it is used, or the one that data.tokenizer names; without one, a
@@ -26,8 +26,8 @@ from eckart.io.tasks import TASKS, task_of
 from eckart.io.text import split
 from eckart.jobs.settings.config import Job
 from eckart.jobs.training import launch, prepare, senses
-from eckart.jobs.training.course import begin, course
 from eckart.jobs.training.outcome import write_whole
+from eckart.jobs.training.train import begin, train
 
 SPECIAL = {  # tokens that a new tokenizer needs for a task
     "masked": (MASK,),
@@ -36,7 +36,7 @@ SPECIAL = {  # tokens that a new tokenizer needs for a task
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Everything from a job to a finished run; the object of --json."""
+    """Run the whole job. Returns the --json document."""
     if launch.is_needed(job):
         return launch.in_processes(job)
     job, screen = begin(job)
@@ -51,11 +51,11 @@ def run(job: Job) -> dict[str, Any]:
     if weights.base == "frozen":
         left = f"{weights.slug} leaves its matrices at random numbers"
         screen.warn(f"{left}; weights=dense trains them")
-    return course(job, screen, Opened(model, None, shape), tokenizer, write_whole)
+    return train(job, screen, Opened(model, None, shape), tokenizer, write_whole)
 
 
 def require_text(job: Job, shape: str) -> None:
-    """Raise UsageError where there is no text to learn from, or a model that reads none."""
+    """Raise UsageError if the data is not text, or the model does not take text."""
     task, form = task_of(config_of(shape)), senses.form_of(job)
     if TASKS[task].language and form not in CLASSES:
         return
@@ -81,7 +81,7 @@ def shape_of(job: Job) -> str:
 
 
 def tokenizer_for(job: Job, shape: str) -> PreTrainedTokenizerBase:
-    """The tokenizer asked for or beside the shape, or one trained on the data's training part."""
+    """The tokenizer of data.tokenizer or of MODEL, or one trained on the training rows."""
     if (wanted := senses.asked_for(job)) is not None:
         return wanted
     path = Path(shape)
@@ -94,7 +94,7 @@ def tokenizer_for(job: Job, shape: str) -> PreTrainedTokenizerBase:
 
 
 def share_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the model begin, end and pad with the tokenizer's tokens, not its architecture's."""
+    """Set the model's BOS, EOS and pad tokens to those of the tokenizer."""
     configs = [model.config]
     configs += [model.generation_config] if model.can_generate() else []
     for config in configs:
@@ -108,7 +108,7 @@ def share_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def training_texts(job: Job) -> Iterator[str]:
-    """What the training rows say; held-out text must not shape the tokenizer."""
+    """The text of the training rows; a tokenizer must not be trained on held-out text."""
     held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
     share, _ = held_out_share(held)
     for source in sources_of(senses.entries(job)):

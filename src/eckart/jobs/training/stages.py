@@ -47,7 +47,7 @@ MODEL, OUTPUT, STRUCTURE = "model.safetensors", "output.safetensors", "structure
 
 
 @dataclass(frozen=True)
-class Place:
+class StageRun:
     """One execution of a stage, for one task if the stage is repeated; gives the folder's name."""
 
     number: int
@@ -63,7 +63,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Course:
+class Context:
     """What all stages share. `original` loads a fresh model; `data` is each task's, by name."""
 
     job: Job
@@ -78,16 +78,16 @@ class Course:
         return self.job.choices["weights"].method
 
 
-def places(stages: Sequence[Stage], tasks: Sequence[str]) -> list[Place]:
+def schedule(stages: Sequence[Stage], tasks: Sequence[str]) -> list[StageRun]:
     """All stages in order of execution. UsageError if one refers to a stage not before it."""
     check(stages)
-    found: list[Place] = []
+    found: list[StageRun] = []
     for repeated, group in groupby(stages, key=lambda stage: stage.repeat):
         block = list(group)
         for task in tasks if repeated else [""]:
             for stage in block:
                 last = bool(repeated) and stage is block[-1]
-                found.append(Place(len(found), stage, task, last))
+                found.append(StageRun(len(found), stage, task, last))
     return found
 
 
@@ -104,93 +104,93 @@ def check(stages: Sequence[Stage]) -> None:
         before.append(stage.name)
 
 
-def carry_out(course: Course) -> tuple[Work, list[dict[str, Any]]]:
+def run_stages(context: Context) -> tuple[Work, list[dict[str, Any]]]:
     """Run all unfinished stages. Returns the final model, and the scores after each task."""
-    found = places(course.weights.stages, list(course.data))
+    planned = schedule(context.weights.stages, list(context.data))
     work: Work | None = None
     measured: list[dict[str, Any]] = []
-    for place in found:
-        folder = course.folder / place.name
+    for current in planned:
+        folder = context.folder / current.name
         if manifest_holds(folder / "state"):
             work = None  # loaded only if the next stage needs it
         else:
-            work = start(course, found, place, work)
-            if place.stage.kind == "train":
-                work = train(course, found, place, work)
+            work = start(context, planned, current, work)
+            if current.stage.kind == "train":
+                work = train(context, planned, current, work)
             else:
-                work = operate(course, work)
+                work = operate(context, work)
             if launch.is_first():
-                save(folder, work, scores(course, work.model) if place.last else {})
+                save(folder, work, scores(context, work.model) if current.last else {})
             launch.wait_for_all()
-            course.screen.line("stage", "done", place.name)
-        if place.last:
+            context.screen.line("stage", "done", current.name)
+        if current.last:
             after = read_json(folder / "state" / "scores.json")
-            measured.append({"after": place.task, "held_out": after})
-    work = work or load(course, found[-1])
+            measured.append({"after": current.task, "held_out": after})
+    work = work or load(context, planned[-1])
     return work, measured
 
 
-def start(course: Course, found: list[Place], place: Place, work: Work | None) -> Work:
+def start(context: Context, planned: list[StageRun], current: StageRun, work: Work | None) -> Work:
     """The input of a stage: its model, and the outputs of the stages that it reads."""
-    before = [p for p in found if p.number < place.number]
-    if place.stage.base == ORIGINAL or not before:
-        work = Work(place.stage, course.original())
-    elif place.stage.base:
-        work = load(course, [p for p in before if p.stage.name == place.stage.base][-1])
+    before = [p for p in planned if p.number < current.number]
+    if current.stage.base == ORIGINAL or not before:
+        work = Work(current.stage, context.original())
+    elif current.stage.base:
+        work = load(context, [p for p in before if p.stage.name == current.stage.base][-1])
     elif work is None:
-        work = load(course, before[-1])
+        work = load(context, before[-1])
     read = {
-        p.stage.name: read_tensors(course.folder / p.name / "state" / OUTPUT)
+        p.stage.name: read_tensors(context.folder / p.name / "state" / OUTPUT)
         for p in before
-        if p.stage.name in place.stage.reads
+        if p.stage.name in current.stage.reads
     }
-    model, data = work.model, task_data(course, place.task)
+    model, data = work.model, task_data(context, current.task)
     return dataclasses.replace(
         work,
-        stage=place.stage,
-        task=place.task,
+        stage=current.stage,
+        task=current.task,
         read=read,
         output={},
-        batches=lambda: prepare.calibration(course.job, model, data),
+        batches=lambda: prepare.calibration(context.job, model, data),
     )
 
 
-def task_data(course: Course, task: str) -> Data:
+def task_data(context: Context, task: str) -> Data:
     """A task's data; that of the first source for a stage that is not repeated."""
-    return course.data[task] if task else next(iter(course.data.values()))
+    return context.data[task] if task else next(iter(context.data.values()))
 
 
 # --- one stage -----------------------------------------------------------------------------
 
 
-def operate(course: Course, work: Work) -> Work:
+def operate(context: Context, work: Work) -> Work:
     """Run a stage that is one operation of the method, without training."""
-    after: Work = course.weights.operate(work)
+    after: Work = context.weights.operate(work)
     return after
 
 
-def train(course: Course, found: list[Place], place: Place, work: Work) -> Work:
+def train(context: Context, planned: list[StageRun], current: StageRun, work: Work) -> Work:
     """Run a training stage, from its checkpoint if it has one; the output is what was trained."""
-    folder, data = course.folder / place.name, task_data(course, place.task)
-    job = stage_job(course.job, place.stage, data)
+    folder, data = context.folder / current.name, task_data(context, current.task)
+    job = stage_job(context.job, current.stage, data)
     checkpoint = latest_checkpoint(folder)
-    handle = work.handle or carried(course, job, work, data, checkpoint)
-    train_only(handle, place.stage.train)
+    handle = work.handle or attached(context, job, work, data, checkpoint)
+    train_only(handle, current.stage.train)
     opened = Run.resume if (folder / "run.json").is_file() else Run.create
     with launch.shared(lambda: opened(folder)) as run:
         run.write_resolved(job.dump_resolved())
         moments = {}
-        if place.stage.optimizer == "migrate" and checkpoint is None:
-            moments = moments_before(course, found, place)
+        if current.stage.optimizer == "migrate" and checkpoint is None:
+            moments = moments_before(context, planned, current)
         told = run.facts.get("memory") or {}
         if checkpoint is None:  # resumed terms get their values later, in fit()
             parts = prepare.into_memory(job, handle, data)[1]
-            course.screen.line(
-                "memory", described(parts, room(model_device(handle.model))[1]), place.name
+            context.screen.line(
+                "memory", described(parts, room(model_device(handle.model))[1]), current.name
             )
             told = {"estimated": parts}
             run.record(memory=told)
-        fitted = fit(job, run, handle, data, course.screen, checkpoint, moments)
+        fitted = fit(job, run, handle, data, context.screen, checkpoint, moments)
         run.record(memory={**told, "measured": fitted.memory}, seconds=fitted.seconds)
     return dataclasses.replace(
         work, handle=handle, model=handle.model, output=dict(handle.named_state())
@@ -207,18 +207,18 @@ def stage_job(job: Job, stage: Stage, data: Data) -> Job:
     return settle.batch(job, rows, 0, lambda checkpointing: Line(0, 1), 2 * rows, False)
 
 
-def carried(course: Course, job: Job, work: Work, data: Data, checkpoint: Path | None) -> Handle:
+def attached(context: Context, job: Job, work: Work, data: Data, checkpoint: Path | None) -> Handle:
     """Attach the recipe to a model without terms: new, or with a checkpoint's structure."""
     hold_statistics(work.model)
-    recipe = recipe_of(course, work.stage)
+    recipe = recipe_of(context, work.stage)
     if checkpoint is not None:
         return attach_from(work.model, read_state(checkpoint)["structure"], recipe=recipe)
     return prepare.attached_anew(job, work.model, recipe, data)
 
 
-def recipe_of(course: Course, stage: Stage) -> Recipe:
+def recipe_of(context: Context, stage: Stage) -> Recipe:
     """The job's recipe; without quantisation if the stage trains the base itself."""
-    recipe = course.job.recipe()
+    recipe = context.job.recipe()
     if stage.train == "terms" or recipe.precision is None or not recipe.precision.converts:
         return recipe
     return dataclasses.replace(recipe, precision=None)
@@ -236,30 +236,30 @@ def train_only(handle: Handle, what: str) -> None:
         parameter.requires_grad_(name in chosen)
 
 
-def moments_before(course: Course, found: list[Place], place: Place) -> dict[str, Any]:
+def moments_before(context: Context, planned: list[StageRun], current: StageRun) -> dict[str, Any]:
     """The optimizer state at the end of the previous training stage, by name."""
-    before = [p for p in found if p.number < place.number and p.stage.kind == "train"]
-    checkpoint = latest_checkpoint(course.folder / before[-1].name) if before else None
+    before = [p for p in planned if p.number < current.number and p.stage.kind == "train"]
+    checkpoint = latest_checkpoint(context.folder / before[-1].name) if before else None
     if checkpoint is None:
         return {}
     return {**read_tensors(checkpoint / OPTIMIZER), **read_state(checkpoint)["optimizer"]}
 
 
-def memory_of(course: Course) -> dict[str, dict[str, int]]:
+def memory_of(context: Context) -> dict[str, dict[str, int]]:
     """Estimated and measured bytes of every training stage, by category."""
     found = {}
-    for folder in trained_folders(course):
+    for folder in trained_folders(context):
         for kind, parts in (read_json(folder / "run.json").get("memory") or {}).items():
             if parts:  # empty if the stage was resumed after its last step
                 found[f"{folder.name} {kind}"] = parts
     return found
 
 
-def metrics_of(course: Course) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def metrics_of(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The lines of all stages' metrics.jsonl and spectra.jsonl, with steps counted over stages."""
     metrics: list[dict[str, Any]] = []
     spectra: list[dict[str, Any]] = []
-    for folder in trained_folders(course):
+    for folder in trained_folders(context):
         before = metrics[-1]["step"] if metrics else 0
         for found, file in ((metrics, METRICS), (spectra, SPECTRA)):
             lines = read_lines(folder, file)
@@ -267,19 +267,19 @@ def metrics_of(course: Course) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return metrics, spectra
 
 
-def trained_folders(course: Course) -> list[Path]:
+def trained_folders(context: Context) -> list[Path]:
     """The folders of training stages, in order."""
-    found = (path.parent for path in course.folder.glob("*/run.json"))
+    found = (path.parent for path in context.folder.glob("*/run.json"))
     return sorted(found, key=lambda folder: int(folder.name.partition("-")[0]))  # 100 after 99
 
 
-def scores(course: Course, model: nn.Module) -> dict[str, Any]:
+def scores(context: Context, model: nn.Module) -> dict[str, Any]:
     """Held-out metrics of every task, by name."""
-    job = course.job
+    job = context.job
     size = int(job.train.batch_size) if job.train.batch_size != "auto" else 8
     return {
         task: held_out.measure(model, data, size, job.eval.metrics)
-        for task, data in course.data.items()
+        for task, data in context.data.items()
     }
 
 
@@ -311,22 +311,22 @@ def parts_of(tensor: Any) -> dict[str, Tensor]:
     return {name: held for name in names if (held := getattr(tensor, name)) is not None}
 
 
-def load(course: Course, place: Place) -> Work:
+def load(context: Context, current: StageRun) -> Work:
     """Load the model and terms saved by a stage."""
-    folder = course.folder / place.name / "state"
-    model, tensors = course.original(), read_tensors(folder / MODEL)
+    folder = context.folder / current.name / "state"
+    model, tensors = context.original(), read_tensors(folder / MODEL)
     take_shapes(model, tensors)  # a stage may have pruned rows and columns
     structure, handle = read_json(folder / STRUCTURE), None
     if structure:
         model.load_state_dict(tensors, strict=False)  # attaching quantises these values
-        handle = attach_from(model, structure, recipe=recipe_of(course, place.stage))
+        handle = attach_from(model, structure, recipe=recipe_of(context, current.stage))
     held = quantised_in(model)
     for name, tensor in held.items():
         for part, values in parts_of(tensor).items():
             values.copy_(tensors[f"{name}:{part}"])  # quantising again would round again
     plain = {name: t for name, t in tensors.items() if name.partition(":")[0] not in held}
     model.load_state_dict(plain, strict=not held)
-    return Work(place.stage, model, handle, place.task)
+    return Work(current.stage, model, handle, current.task)
 
 
 def as_handle(work: Work) -> Handle:

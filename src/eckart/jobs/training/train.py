@@ -31,7 +31,14 @@ from eckart.jobs.training import continual, held_out, launch, observe, outcome, 
 from eckart.jobs.training.fit import fit
 from eckart.jobs.training.page import write_page
 from eckart.jobs.training.screen import Screen, amount, in_bits, rate
-from eckart.jobs.training.stages import Course, as_handle, carry_out, memory_of, metrics_of, scores
+from eckart.jobs.training.stages import (
+    Context,
+    as_handle,
+    memory_of,
+    metrics_of,
+    run_stages,
+    scores,
+)
 from eckart.jobs.training.trackers import require_trackers
 from eckart.recipe import Handle
 
@@ -52,10 +59,10 @@ def begin(job: Job) -> tuple[Job, Screen]:
     return settle.precision(job, prepare.device()), screen
 
 
-def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) -> dict[str, Any]:
+def train(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) -> dict[str, Any]:
     """Train the job's model and write the result. Returns the --json document."""
-    place = prepare.device()
-    job = placed(job, screen, opened, reader, place)
+    device = prepare.device()
+    job = prepared(job, screen, opened, reader, device)
     data = senses.read_data(job, reader, opened.model)
     name, _, summary = data.summary.partition(": ")
     screen.line("data", "\n".join([summary, *rows_lines(data)]), name)
@@ -73,7 +80,7 @@ def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) 
 
     job, parts = prepare.into_memory(job, handle, data)
     estimate = sum(parts.values())
-    screen.line("memory", described(parts, room(place)[1]))
+    screen.line("memory", described(parts, room(device)[1]))
     screen.line("lr", job.settled.get("train.lr", "as given"), rate(float(job.train.lr)))
     screen.line("steps", steps_line(job), str(job.train.steps))
 
@@ -103,7 +110,7 @@ def course(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) 
     return found
 
 
-def staged_course(
+def train_in_stages(
     job: Job,
     screen: Screen,
     opened: Opened,
@@ -111,12 +118,12 @@ def staged_course(
     write: Write,
     original: Callable[[], Any],
 ) -> dict[str, Any]:
-    """As `course`, for a method of several stages; each source of the data is a task.
+    """As `train`, for a method of several stages; each source of the data is a task.
 
     `original` loads a fresh copy of the model, for stages that start from it.
     """
-    place = prepare.device()
-    job = placed(job, screen, opened, reader, place)
+    device = prepare.device()
+    job = prepared(job, screen, opened, reader, device)
     tasks = senses.read_tasks(job, reader, opened.model)
     first = next(iter(tasks.values()))
     job = settle.metrics(job, held_out.names(first))
@@ -136,13 +143,13 @@ def staged_course(
     with launch.shared(lambda: outcome.open_run(job, first, {}, 0)) as run:
         begun = time.monotonic()
         folder = run.folder / "stages"
-        shared = Course(job, folder, lambda: original().to(place), tasks, screen)
-        before = scores(shared, opened.model)
-        work, measured = carry_out(shared)
-        after = scores(shared, work.model)
+        context = Context(job, folder, lambda: original().to(device), tasks, screen)
+        before = scores(context, opened.model)
+        work, measured = run_stages(context)
+        after = scores(context, work.model)
         handle = as_handle(work)
         form = write(run, handle, first.keeping(reader))
-        memory = memory_of(shared)
+        memory = memory_of(context)
         estimated, peak = (
             max((sum(p.values()) for name, p in memory.items() if name.endswith(kind)), default=0)
             for kind in ("estimated", "measured")
@@ -157,7 +164,7 @@ def staged_course(
         found["stream"] = continual.summary(before, [row["held_out"] for row in measured])
         outcome.record(run, found, form)
         if launch.is_first():
-            write_page(run, job, handle, memory, metrics_of(shared))
+            write_page(run, job, handle, memory, metrics_of(context))
     for name in (name for name in tasks if before[name]):
         gained = f"held out {before[name]['loss']:.3f} -> {after[name]['loss']:.3f}"
         screen.line("task", gained, name, result=True)
@@ -170,13 +177,13 @@ def staged_course(
     return found
 
 
-def placed(job: Job, screen: Screen, opened: Opened, reader: Any, place: torch.device) -> Job:
+def prepared(job: Job, screen: Screen, opened: Opened, reader: Any, device: torch.device) -> Job:
     """Move the model to its device, print its size, and decide the length of rows."""
-    opened.model.to(place)
+    opened.model.to(device)
     senses.require_fit(job, reader, opened.model)
     carried = f", continued with {opened.handle.weights.slug}" if opened.handle else ""
     screen.line("model", size_line(opened) + carried, name_of(opened.base))
-    return senses.settled(job, opened.model, place)
+    return senses.settled(job, opened.model, device)
 
 
 def size_line(opened: Opened) -> str:
