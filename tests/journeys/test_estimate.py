@@ -119,7 +119,8 @@ def test_what_is_estimated_is_what_a_training_takes(place, tmp_path, model, meth
     """Rows of the full length: then activations agree too, but for the rotations of positions,
     which rows of data bring for each of them (a sine and a cosine of so many bytes, here)."""
     file = tmp_path / "long.jsonl"
-    row = json.dumps({"text": "low rank is enough for most of what a model learns " * 2})
+    text = ("low rank is enough for most of what a model learns " * 2)[:95]
+    row = json.dumps({"text": text})  # and the end: three rows, none of which is packed
     file.write_text((row + "\n") * 40)
     words = (*method, "train.batch_size=4", "train.steps=2", "data.seq_len=32")
     ran = eckart("finetune", place / model, file, *words, "-o", tmp_path / "r", "--json")
@@ -133,6 +134,17 @@ def test_what_is_estimated_is_what_a_training_takes(place, tmp_path, model, meth
     assert found["parameters"]["trainable"] == ran.document["parameters"]["trainable"]
     assert found["parameters"]["by_role"] == ran.document["parameters"]["by_role"]
     assert found["batch"] == {"rows": 4, "accumulate": 1, "seq_len": 32}
+
+
+def test_a_mask_between_texts_is_estimated_where_the_first_row_needs_none(place, tmp_path):
+    row = json.dumps({"text": "low rank is enough for most of what a model learns " * 3})
+    (tmp_path / "long.jsonl").write_text((row + "\n") * 40)  # 48, 48, 48 and 10 tokens
+    words = ("finetune", place / "m", tmp_path / "long.jsonl", "train.steps=1")
+    ran = eckart(*words, "-o", tmp_path / "r", "--json").document["memory"]
+    known, measured = (ran[kind]["activations"] for kind in ("estimated", "measured"))
+    assert measured == pytest.approx(known, rel=1e-4)
+    said = eckart("estimate", *words, "--json").document["memory"]
+    assert said["activations"] == pytest.approx(known, rel=0.01)  # sines, as above
 
 
 def test_padded_rows_are_as_long_as_the_data_has_them(place, tmp_path):

@@ -233,7 +233,9 @@ def bytes_of_rows(model: Any, data: Data, count: int, checkpointing: bool) -> in
     """Bytes that autograd keeps for a number of rows, each as long as the longest of a few."""
     rows = [data.train[i] for i in range(min(len(data.train), senses.FIRST))]
     lengths = data.lengths(rows)
-    longest = rows[lengths.index(max(lengths))]
+    longest = max(
+        zip(map(senses.holds_several, rows), lengths, rows, strict=True), key=lambda r: r[:2]
+    )[2]
     batch = on_device(data.collate([longest] * count), model_device(model))
     if not checkpointing:
         return activation_bytes(model, batch)

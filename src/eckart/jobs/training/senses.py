@@ -223,7 +223,7 @@ def are_few(job: Job) -> bool:
 
 
 def count_rows(job: Job, task: str, reader: Reader) -> tuple[int, bool]:
-    """The number of training rows, and whether the first row packs several documents.
+    """The number of training rows, and whether one of the first packs several documents.
 
     Text is read as for a model that masks attention across documents.
     """
@@ -235,8 +235,13 @@ def count_rows(job: Job, task: str, reader: Reader) -> tuple[int, bool]:
     data = text.read(
         entries(job), reader, length, task == "causal", eval, job.data.format, task=task
     )
-    positions = data.train[0].get("position_ids", ())
-    return len(data.train), sum(place == 0 for place in positions) > 1
+    first = (data.train[i] for i in range(min(len(data.train), FIRST)))
+    return len(data.train), any(map(holds_several, first))
+
+
+def holds_several(row: dict[str, Any]) -> bool:
+    """Whether a row is packed with several texts, which need a mask to be kept apart."""
+    return sum(place == 0 for place in row.get("position_ids", ())) > 1
 
 
 # --- images --------------------------------------------------------------------------------
