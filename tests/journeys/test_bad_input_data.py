@@ -202,7 +202,7 @@ CASES = {
     "a mistyped speaker": (
         "finetune m speaker.jsonl",
         3,
-        "nobody known speaks here\n"
+        "a message has an unknown role\n"
         "  speaker.jsonl, line 1, message 1  role usr\n"
         "Did you mean user?\n",
     ),

@@ -182,7 +182,7 @@ def test_other_classes_get_a_new_head(learnt, dense, place, tmp_path):
     ran = eckart("finetune", place / "dense", tmp_path / "b.npz", *words)
     assert ran.code == 0, ran.err
     ran = eckart("finetune", place / "dense", place / "a.npz", *words[1:2], "-o", tmp_path / "no")
-    assert ran.code == 3 and "\nthe images are brighter than the model knows\n" in ran.err
+    assert ran.code == 3 and "\nthe images exceed the model's range of values\n" in ran.err
     config = json.loads((tmp_path / "r" / "final" / "config.json").read_text())
     assert config["id2label"] == {"0": "0", "1": "1", "2": "2"}
     ran = eckart("finetune", place / "learnt", tmp_path / "b.npz", "-o", tmp_path / "no")
@@ -337,7 +337,7 @@ def test_what_is_wrong_with_images_is_said(place, tmp_path, monkeypatch):
     model_folder(tmp_path / "llama")
     refused(
         2,
-        "this model goes on from text, and the data is images\n"
+        "this model continues text, and the data is images\n"
         "  llama  causal\n  p      image+label\n"
         "Take a model for images, such as a ViT or a ResNet.\n",
         "llama", "p",

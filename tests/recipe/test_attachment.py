@@ -207,7 +207,7 @@ REFUSED = {
     "no module of this name to train": lambda: attach(
         tiny("llama"), Recipe(weights=LoRA()), also_train=("lm_haed",)
     ),
-    "this model has no numbers yet": lambda: attach(
+    "this model has no weights yet": lambda: attach(
         tiny("llama").to("meta"), Recipe(weights=LoRA())
     ),
     "parts of this model lie on the CPU or on a disk between passes": lambda: attach(

@@ -123,7 +123,7 @@ def swap(handle: Handle, folder: str | Path) -> None:
         for path in sorted(ours.keys() | theirs.keys()):
             if ours.get(path) != theirs.get(path):
                 raise UsageError(
-                    "this adapter is built otherwise",
+                    "this adapter has another structure",
                     [(str(folder), path)],
                     f"Load it beside: eckart.load({str(folder)!r}, model, name=NAME).",
                 )

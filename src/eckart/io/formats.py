@@ -251,7 +251,7 @@ def message_of(message: Any, number: int, row: Row) -> dict[str, str]:
     role = role.lower()
     if role not in ROLES and (close := nearest(role, ROLES)):  # others: the template's choice
         fix = f"Did you mean {close[0]}?"
-        raise FileError("nobody known speaks here", [(where, f"role {role}")], fix)
+        raise FileError("a message has an unknown role", [(where, f"role {role}")], fix)
     return {"role": SPEAKERS.get(role, role), "content": content}
 
 

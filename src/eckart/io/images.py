@@ -225,7 +225,7 @@ def ranged(preprocessing: Preprocessing, pictures: Sequence[Picture]) -> Preproc
     if len(arrays) < len(pictures) and 255 * preprocessing.factor > BRIGHTEST:
         most = f"values up to {1 / preprocessing.factor:.3g}"
         raise FileError(
-            "the images are brighter than the model knows",
+            "the images exceed the model's range of values",
             [("the images", "bytes, up to 255"), (preprocessing.source, most)],
             "Keep them as arrays in that range (.npz), as those that it was taught with.",
         )
@@ -239,7 +239,7 @@ def ranged(preprocessing: Preprocessing, pictures: Sequence[Picture]) -> Preproc
         )
     low, high = min(float(a.min()) for a in arrays), max(float(a.max()) for a in arrays)
     if low == high:
-        raise FileError("the images hold no picture", [("values", f"{low:g} to {high:g}")])
+        raise FileError("all values of the images are equal", [("values", f"{low:g} to {high:g}")])
     usual = (r for r in USUAL if r[0] <= low and high <= r[1] and high > r[1] / 2)
     return preprocessing.spanning(*next(usual, (low, high)))
 

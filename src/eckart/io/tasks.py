@@ -1,6 +1,6 @@
 """Tasks of models: the Auto class that loads each, and how a configuration indicates it.
 
-causal          goes on from a text (llama, gpt2)
+causal          continues a text (llama, gpt2)
 masked          fills in hidden words (bert)
 seq2seq         answers one text by another (t5, bart)
 classification  a class for a text; `tagging` one for each word; `image` one for an image
@@ -40,7 +40,7 @@ class Task:
 
 
 TASKS = {
-    "causal": Task("AutoModelForCausalLM", "goes on from text", language=True),
+    "causal": Task("AutoModelForCausalLM", "continues text", language=True),
     "masked": Task("AutoModelForMaskedLM", "fills in words", language=True, chosen=True),
     "seq2seq": Task("AutoModelForSeq2SeqLM", "answers text", language=True),
     "classification": Task(

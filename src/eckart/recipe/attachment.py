@@ -139,12 +139,12 @@ def refuse_unfit(model: nn.Module, also_train: Sequence[str]) -> None:
         if any(HOOKED in vars(module) for module in model.modules()):
             raise UsageError(
                 "parts of this model lie on the CPU or on a disk between passes",
-                [(type(model).__name__, "was loaded into less room than it needs")],
-                "Load it where it has room: with a smaller dtype, a quantised base, or "
+                [(type(model).__name__, "was loaded into less memory than it needs")],
+                "Load it whole into memory: with a smaller dtype, a quantised base, or "
                 "device_map=None.",
             )
         raise UsageError(
-            "this model has no numbers yet",
+            "this model has no weights yet",
             [(type(model).__name__, "is on the meta device")],
             "Load it whole, or draw its initial values, then attach.",
         )
