@@ -22,7 +22,7 @@ from eckart.io.tasks import TASKS
 from eckart.io.text import Data
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
-from eckart.jobs.training import held_out, outcome, prepare, senses
+from eckart.jobs.training import held_out, modality, outcome, prepare
 from eckart.jobs.training.classes import require_task
 from eckart.jobs.training.fit import fit
 from eckart.jobs.training.screen import Screen, amount
@@ -148,17 +148,17 @@ def reader_of(job: Job) -> Any:
     task = own_task(job.model or "")
     if job.data.train:
         require_task(job)
-        return senses.reader_of(job)
+        return modality.reader_of(job)
     there = TASKS[task].sees != "text" or holds_tokenizer(folder_of(job.model or ""))
-    return senses.beside(job.model or "", task) if there else None
+    return modality.beside(job.model or "", task) if there else None
 
 
 def read(job: Job, model: Any, reader: Any, screen: Screen) -> tuple[Job, Data | None]:
     """DATA, where it is given."""
     if not job.data.train:
         return job, None
-    job = senses.settled(job, model, prepare.device())
-    data = senses.read_data(job, reader, model)
+    job = modality.settled(job, model, prepare.device())
+    data = modality.read_data(job, reader, model)
     name, _, summary = data.summary.partition(": ")
     screen.line("data", summary, name)
     return settle.metrics(job, held_out.names(data)), data

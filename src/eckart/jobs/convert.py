@@ -28,7 +28,7 @@ from eckart.jobs.finetune import require_weights
 from eckart.jobs.measuring.approximate import Approximation, of_model, of_update
 from eckart.jobs.measuring.drift import Sample, of_images, of_text
 from eckart.jobs.settings.config import OUT, Job
-from eckart.jobs.training import prepare, senses
+from eckart.jobs.training import modality, prepare
 from eckart.jobs.training.outcome import asking, shown
 from eckart.jobs.training.screen import Screen, amount
 from eckart.linear import joint_factors
@@ -200,9 +200,9 @@ def described(source: Opened) -> str:
 def sample_of(job: Job, source: Opened, screen: Screen) -> Sample | None:
     """The data to measure drift on; None, with a line printed, if there is none for the model."""
     task = task_of_live(source.model)
-    given = senses.entries(job) if job.data.train else ()
+    given = modality.entries(job) if job.data.train else ()
     try:
-        reader = senses.beside(str(job.model), task)
+        reader = modality.beside(str(job.model), task)
         if TASKS[task].sees == "images":
             if given:
                 return of_images(reader, given)
@@ -213,8 +213,8 @@ def sample_of(job: Job, source: Opened, screen: Screen) -> Sample | None:
         lacking = "no images" if TASKS[task].sees == "images" else "no tokenizer beside the model"
         screen.warn(f"{lacking}: the drift is not measured{advice(fault)}")
         return None
-    senses.require_tokens(reader, source.model)
-    return of_text(reader, senses.context_of(source.model), given, task)
+    modality.require_tokens(reader, source.model)
+    return of_text(reader, modality.context_of(source.model), given, task)
 
 
 def advice(fault: EckartError) -> str:
@@ -343,7 +343,7 @@ def require_near(job: Job, drift: dict[str, Any] | None) -> None:
 def write(job: Job, handle: Handle, to: str, folder: Path, screen: Screen) -> None:
     """Write the handle in the format, with its tokenizer or preprocessing; print warnings."""
     try:
-        reader = senses.beside(str(job.model), task_of_live(handle.model))
+        reader = modality.beside(str(job.model), task_of_live(handle.model))
     except EckartError:
         reader = None
     options: dict[str, Any] = {}

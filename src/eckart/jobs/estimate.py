@@ -32,7 +32,7 @@ from eckart.jobs.proposals import proposals
 from eckart.jobs.proposals import say as say_proposals
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Choice, Job
-from eckart.jobs.training import prepare, senses
+from eckart.jobs.training import modality, prepare
 from eckart.jobs.training.classes import keeps_head, require_task
 from eckart.jobs.training.outcome import recipe_of, shown
 from eckart.jobs.training.remedies import SHOWN, remedies
@@ -143,7 +143,7 @@ def task_of(job: Job, config: Any) -> str:
     if job.command == "compress" or len(here) < max(1, len(job.data.train)):
         return own_task(job.model or "")
     require_task(job)
-    task, labels = senses.task_of(job), senses.labels_of(job)
+    task, labels = modality.task_of(job), modality.labels_of(job)
     if labels and not keeps_head(job.model or "", task, labels):
         config.num_labels = len(labels)
     return task
@@ -153,7 +153,7 @@ def length_of(job: Job, task: str) -> int:
     """Tokens of a row: as many as fit where rows are filled or the data is elsewhere."""
     most = int(job.data.seq_len)
     here = all(Path(s.path).exists() for s in job.data.train)
-    longest = senses.longest_of_first(job, task) if job.data.train and here else None
+    longest = modality.longest_of_first(job, task) if job.data.train and here else None
     return most if longest is None else longest
 
 
@@ -162,17 +162,17 @@ def rows_of(job: Job, task: str) -> tuple[int, bool]:
 
     ROWS of one each where they do not decide the batch, or nobody can tell.
     """
-    if not senses.are_few(job):
+    if not modality.are_few(job):
         return ROWS, False
     try:
         reader = (
             pretrain.tokenizer_for(job, pretrain.shape_of(job))
             if job.command == "pretrain"
-            else senses.reader_of(job)
+            else modality.reader_of(job)
         )
     except FileError:  # no tokenizer lies beside a configuration
         return ROWS, False
-    return senses.count_rows(job, task, reader)
+    return modality.count_rows(job, task, reader)
 
 
 def fitting(

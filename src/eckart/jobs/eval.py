@@ -29,7 +29,7 @@ from eckart.jobs.measuring import intervals
 from eckart.jobs.measuring.scores import Scores, joined, score
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
-from eckart.jobs.training import held_out, prepare, senses
+from eckart.jobs.training import held_out, modality, prepare
 from eckart.jobs.training.classes import open_to_measure, require_task
 from eckart.jobs.training.outcome import shown
 from eckart.jobs.training.screen import Screen, amount
@@ -45,9 +45,9 @@ def run(job: Job) -> dict[str, Any]:
     begun, screen = time.monotonic(), Screen(quiet=job.flags.json)
     other_name: str | None = job.options.get("against")
     require_weights(job)
-    labels, task = senses.labels_of(job), senses.task_of(job)
+    labels, task = modality.labels_of(job), modality.task_of(job)
     require_task(job)
-    reader = senses.reader_of(job)
+    reader = modality.reader_of(job)
     if other_name and TASKS[task].sees == "text":
         require_same_tokens(job.model or "", reader, other_name)
     opened = open_for(job.model or "", job, task, labels, reader)
@@ -56,9 +56,9 @@ def run(job: Job) -> dict[str, Any]:
     if other_name and other:
         require_same_classes(opened.model, other.model)
         screen.line("against", described(other), shown(other_name))
-    senses.require_fit(job, reader, opened.model)
+    modality.require_fit(job, reader, opened.model)
 
-    job = senses.settled(job, opened.model, prepare.device())
+    job = modality.settled(job, opened.model, prepare.device())
     data = read_rows(job, reader, opened.model)
     job = settle.metrics(job, metrics_of(data))
     name, _, summary = data.summary.partition(": ")
@@ -146,9 +146,9 @@ def require_same_classes(model: Any, other: Any) -> None:
         )
 
 
-def read_rows(job: Job, reader: senses.Reader, model: Any) -> Data:
+def read_rows(job: Job, reader: modality.Reader, model: Any) -> Data:
     """All rows of DATA, or the held-out part if data.eval is given; one example per row."""
-    data = senses.read_to_measure(job, reader, model)
+    data = modality.read_to_measure(job, reader, model)
     if not data.evaluation:
         raise UsageError(
             "nothing is held out",

@@ -12,7 +12,7 @@ from eckart.errors import FileError, UsageError
 from eckart.io.models import recognise
 from eckart.io.opening import Opened, open_model
 from eckart.jobs.settings.config import Job
-from eckart.jobs.training import launch, prepare, senses
+from eckart.jobs.training import launch, modality, prepare
 from eckart.jobs.training.classes import open_to_teach, require_task
 from eckart.jobs.training.outcome import write_final
 from eckart.jobs.training.train import begin, train, train_in_stages
@@ -26,7 +26,7 @@ def run(job: Job) -> dict[str, Any]:
     job, screen = begin(job)
     require_weights(job)
     require_task(job)
-    reader = senses.reader_of(job)
+    reader = modality.reader_of(job)
     opened = open_base(job, reader)
     weights: Any = job.choices["weights"].method
     if weights.base == "dropped":
@@ -51,14 +51,14 @@ def require_weights(job: Job) -> None:
         )
 
 
-def open_base(job: Job, reader: senses.Reader) -> Opened:
+def open_base(job: Job, reader: modality.Reader) -> Opened:
     """Open the model to finetune, with a classification head if the data has classes.
 
     Raises UsageError for a model with replaced matrices, which only its own method can train.
     """
-    dtype, labels = prepare.dtype_of(job), senses.labels_of(job)
+    dtype, labels = prepare.dtype_of(job), modality.labels_of(job)
     opened = (
-        open_to_teach(job, senses.task_of(job), labels, reader, dtype)
+        open_to_teach(job, modality.task_of(job), labels, reader, dtype)
         if labels
         else open_model(recognise(job.model or "").path, dtype, seed=job.train.seed)
     )

@@ -35,7 +35,7 @@ from eckart.jobs.measuring.memory import parameter_count
 from eckart.jobs.pairs import all_sites, common_base, overlaps_by_role, pairs, whole
 from eckart.jobs.pictures import draw, grid, require_picture
 from eckart.jobs.settings.config import Job
-from eckart.jobs.training import prepare, senses
+from eckart.jobs.training import modality, prepare
 from eckart.jobs.training.outcome import shown
 from eckart.jobs.training.screen import Screen, amount
 from eckart.linear import Site, joint_factors
@@ -289,9 +289,9 @@ def shade(share: float) -> str:
 def looked_at_heads(job: Job, opened: Opened, screen: Screen) -> list[HeadReach]:
     """Analyse attention heads on DATA, with and without the adapter."""
     tokenizer = load_tokenizer(str(job.model))
-    senses.require_tokens(tokenizer, opened.model)
-    context = senses.context_of(opened.model)
-    text = of_text(tokenizer, context, senses.entries(job), length=TRIED)
+    modality.require_tokens(tokenizer, opened.model)
+    context = modality.context_of(opened.model)
+    text = of_text(tokenizer, context, modality.entries(job), length=TRIED)
     heads = reaches(opened.model, text, opened.handle)
     if not heads:
         screen.warn("this model's attention is not one that can be looked into")

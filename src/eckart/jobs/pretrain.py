@@ -25,7 +25,7 @@ from eckart.io.sources import held_out_share, sources_of
 from eckart.io.tasks import TASKS, task_of
 from eckart.io.text import split
 from eckart.jobs.settings.config import Job
-from eckart.jobs.training import launch, prepare, senses
+from eckart.jobs.training import launch, modality, prepare
 from eckart.jobs.training.outcome import write_whole
 from eckart.jobs.training.train import begin, train
 
@@ -56,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def require_text(job: Job, shape: str) -> None:
     """Raise UsageError if the data is not text, or the model does not take text."""
-    task, form = task_of(config_of(shape)), senses.form_of(job)
+    task, form = task_of(config_of(shape)), modality.form_of(job)
     if TASKS[task].language and form not in CLASSES:
         return
     learns = f"a task with classes: {CLASSES[form]}" if form in CLASSES else form
@@ -82,7 +82,7 @@ def shape_of(job: Job) -> str:
 
 def tokenizer_for(job: Job, shape: str) -> PreTrainedTokenizerBase:
     """The tokenizer of data.tokenizer or of MODEL, or one trained on the training rows."""
-    if (wanted := senses.asked_for(job)) is not None:
+    if (wanted := modality.asked_for(job)) is not None:
         return wanted
     path = Path(shape)
     folder = path.parent if path.is_file() else path
@@ -111,7 +111,7 @@ def training_texts(job: Job) -> Iterator[str]:
     """The text of the training rows; a tokenizer must not be trained on held-out text."""
     held = list(job.data.eval) if isinstance(job.data.eval, tuple) else job.data.eval
     share, _ = held_out_share(held)
-    for source in sources_of(senses.entries(job)):
+    for source in sources_of(modality.entries(job)):
         rows = list(rows_of(source))
         kept, _ = split(rows, format_of(rows[0], job.data.format), share) if rows else ([], [])
         for row in kept:

@@ -38,7 +38,7 @@ from eckart.jobs.settings.config import build, refuse_unknown, suited
 from eckart.jobs.settings.job import Choice, Job
 from eckart.jobs.settings.merge import Given
 from eckart.jobs.settings.words import read_words
-from eckart.jobs.training import classes, prepare, senses
+from eckart.jobs.training import classes, modality, prepare
 from eckart.jobs.training.held_out import from_sums, names, summed
 from eckart.recipe import Recipe, registry
 from eckart.recipe.fingerprint import fingerprint
@@ -195,7 +195,7 @@ def read_workload(job: Job) -> Workload:
         model: Any = build_model(config_of(shape, vocab), seed=0)
     else:
         classes.require_task(job)
-        vocab, reader = None, senses.reader_of(job)
+        vocab, reader = None, modality.reader_of(job)
         opened = finetune.open_base(job, reader)
         if opened.handle is not None:
             raise UsageError(
@@ -204,9 +204,9 @@ def read_workload(job: Job) -> Workload:
                 f"Merge it first: eckart convert {job.model} --to dense -o MERGED",
             )
         model = opened.model
-    senses.require_fit(job, reader, model)
-    job = senses.settled(job, model, place)
-    data = senses.read_data(job, reader, model)
+    modality.require_fit(job, reader, model)
+    job = modality.settled(job, model, place)
+    data = modality.read_data(job, reader, model)
     return Workload(model.float().to(place), data, vocab)
 
 

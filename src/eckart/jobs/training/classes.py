@@ -17,12 +17,12 @@ from eckart.io.models import classes_known, described, load_model, own_task, rec
 from eckart.io.opening import ADAPTERS, Opened, open_model
 from eckart.io.tasks import TASKS, sees_images
 from eckart.jobs.settings.config import Job
-from eckart.jobs.training import senses
+from eckart.jobs.training import modality
 
 
 def require_task(job: Job) -> None:
     """Raise UsageError if the model cannot be trained on this kind of data with any head."""
-    source, form = job.model or "", senses.form_of(job)
+    source, form = job.model or "", modality.form_of(job)
     made_for, looks = own_task(source), sees_images(described(source))
     facts = [(source, made_for), (str(job.data.train[0].path), form)]
     if looks and form != IMAGES:

@@ -30,7 +30,7 @@ from eckart.jobs.measuring.memory import (
 from eckart.jobs.measuring.norms import hold_statistics
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
-from eckart.jobs.training import senses
+from eckart.jobs.training import modality
 from eckart.jobs.training.checkpoints import load_model_state, read_state
 from eckart.recipe import Handle, Recipe, attach, attach_from
 from eckart.recipe.fingerprint import fingerprint
@@ -231,10 +231,10 @@ def into_memory(job: Job, handle: Handle, data: Data) -> tuple[Job, dict[str, in
 
 def bytes_of_rows(model: Any, data: Data, count: int, checkpointing: bool) -> int:
     """Bytes that autograd keeps for a number of rows, each as long as the longest of a few."""
-    rows = [data.train[i] for i in range(min(len(data.train), senses.FIRST))]
+    rows = [data.train[i] for i in range(min(len(data.train), modality.FIRST))]
     lengths = data.lengths(rows)
     longest = max(
-        zip(map(senses.holds_several, rows), lengths, rows, strict=True), key=lambda r: r[:2]
+        zip(map(modality.holds_several, rows), lengths, rows, strict=True), key=lambda r: r[:2]
     )[2]
     batch = on_device(data.collate([longest] * count), model_device(model))
     if not checkpointing:

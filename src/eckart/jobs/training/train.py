@@ -27,7 +27,7 @@ from eckart.jobs.measuring.memory import (
 )
 from eckart.jobs.settings import settle
 from eckart.jobs.settings.config import Job
-from eckart.jobs.training import continual, held_out, launch, observe, outcome, prepare, senses
+from eckart.jobs.training import continual, held_out, launch, modality, observe, outcome, prepare
 from eckart.jobs.training.fit import fit
 from eckart.jobs.training.page import write_page
 from eckart.jobs.training.screen import Screen, amount, in_bits, rate
@@ -63,7 +63,7 @@ def train(job: Job, screen: Screen, opened: Opened, reader: Any, write: Write) -
     """Train the job's model and write the result. Returns the --json document."""
     device = prepare.device()
     job = prepared(job, screen, opened, reader, device)
-    data = senses.read_data(job, reader, opened.model)
+    data = modality.read_data(job, reader, opened.model)
     name, _, summary = data.summary.partition(": ")
     screen.line("data", "\n".join([summary, *rows_lines(data)]), name)
 
@@ -124,7 +124,7 @@ def train_in_stages(
     """
     device = prepare.device()
     job = prepared(job, screen, opened, reader, device)
-    tasks = senses.read_tasks(job, reader, opened.model)
+    tasks = modality.read_tasks(job, reader, opened.model)
     first = next(iter(tasks.values()))
     job = settle.metrics(job, held_out.names(first))
     for name, data in tasks.items():
@@ -180,10 +180,10 @@ def train_in_stages(
 def prepared(job: Job, screen: Screen, opened: Opened, reader: Any, device: torch.device) -> Job:
     """Move the model to its device, print its size, and decide the length of rows."""
     opened.model.to(device)
-    senses.require_fit(job, reader, opened.model)
+    modality.require_fit(job, reader, opened.model)
     carried = f", continued with {opened.handle.weights.slug}" if opened.handle else ""
     screen.line("model", size_line(opened) + carried, name_of(opened.base))
-    return senses.settled(job, opened.model, device)
+    return modality.settled(job, opened.model, device)
 
 
 def size_line(opened: Opened) -> str:

@@ -39,7 +39,7 @@ SMALL = 2_000_000  # bytes up to which an estimate reads the data, to count its 
 
 
 @dataclass(frozen=True)
-class Sense:
+class Modality:
     """What differs between text and images, for a job."""
 
     reader: Callable[[Job], Reader]
@@ -48,9 +48,9 @@ class Sense:
     read: Callable[[Job, Reader, Any, Any, Any], Data]  # (job, reader, model, sources, eval)
 
 
-def of(job: Job) -> Sense:
+def of(job: Job) -> Modality:
     """The modality of a job's data."""
-    return SENSES[TASKS[task_of(job)].sees]
+    return MODALITIES[TASKS[task_of(job)].sees]
 
 
 def reader_of(job: Job) -> Reader:
@@ -280,7 +280,7 @@ def read_images(job: Job, reader: Reader, model: Any, sources: Any, eval: Any) -
     return images.read(sources, reader, eval, labels=names_of(model))
 
 
-SENSES = {
-    "text": Sense(tokenizer_of, require_tokens, tokens_in_a_row, read_text),
-    "images": Sense(preprocessing_of, require_channels, any_size, read_images),
+MODALITIES = {
+    "text": Modality(tokenizer_of, require_tokens, tokens_in_a_row, read_text),
+    "images": Modality(preprocessing_of, require_channels, any_size, read_images),
 }
