@@ -104,7 +104,7 @@ def test_rounding_by_chance_is_refused_where_what_is_trained_is_fp32(place, tmp_
     more = ["update=adamw", "weights=lora", "update.rounding=stochastic"]
     ran = eckart("finetune", place / "m", place / "d.jsonl", "-o", tmp_path / "run", *more)
     assert ran.code == 2 and ran.err.strip() == (
-        "only bf16 weights are rounded by chance\n"
+        "stochastic rounding is for bf16 weights\n"
         "  update.rounding  stochastic\n"
         "  weights = lora   trains tensors of its own, in fp32\n"
         "Leave update.rounding out, or type weights=dense."

@@ -121,4 +121,4 @@ def test_a_training_that_gained_nothing_says_so():
     for after in ({"loss": 0.9}, {}, {"loss": 1.0}):
         say_nothing_gained(screen, {"loss": 1.0}, after)
     assert len(screen.warnings) == 1
-    assert screen.warnings[0].startswith("no checkpoint is better than the beginning")
+    assert screen.warnings[0].startswith("no checkpoint is better than the model was before")

@@ -134,7 +134,7 @@ def test_experts_are_measured_one_by_one():
 
 
 def test_bases_that_are_not_orthonormal_serve_no_other_residual_and_no_rotation():
-    with pytest.raises(UsageError, match="known by an orthonormal basis alone"):
+    with pytest.raises(UsageError, match="needs a projector with an orthonormal basis"):
         Rule(Adam(), Gaussian(3), residual=Rescaled())
     with pytest.raises(UsageError, match="cannot be rotated between bases that are not"):
         Rule(Adam(), Gaussian(3), Refresh(7, "rotate"))

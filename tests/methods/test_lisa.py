@@ -299,7 +299,7 @@ def test_a_model_without_numbered_blocks_is_refused_in_these_words():
         optimizer_of(nn.Sequential(nn.Linear(2, 2))[0], LISA())
     assert str(error.value) == (
         "this model has no blocks to train in turn\n"
-        "  trained parameters  none stands under a number, as in layers.0.weight\n"
+        "  trained parameters  no name has a block's number, as in layers.0.weight\n"
         "Name modules in update.block_paths, or take another update rule."
     )
 

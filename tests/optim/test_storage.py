@@ -138,7 +138,7 @@ def test_copies_draw_alike_and_names_do_not():
 
 def test_fp16_weights_and_pairs_are_not_rounded_by_chance():
     p = nn.Parameter(torch.ones(4, 4, dtype=torch.float16))
-    with pytest.raises(UsageError, match="only bf16 weights are rounded by chance"):
+    with pytest.raises(UsageError, match="stochastic rounding is for bf16 weights"):
         LowRankOptimizer([("w", p)], rule=Rule(rounding="stochastic"))
 
 

@@ -116,7 +116,12 @@ class Blocks(Part):
         if self.counted(blocks) > blocks == 0:
             raise UsageError(
                 "this model has no blocks to train in turn",
-                [("trained parameters", "none stands under a number, as in layers.0.weight")],
+                [
+                    (
+                        "trained parameters",
+                        "no name has a block's number, as in layers.0.weight",
+                    )
+                ],
                 "Name modules in update.block_paths, or take another update rule.",
             )
         if self.counted(blocks) > blocks:

@@ -201,7 +201,7 @@ def check_sharded(name: str, rule: Rule, layout: Layout) -> None:
         )
     if source is not None and source.lines and layout.groups("columns"):
         raise UsageError(
-            "what a step leaves over is stored by whole rows, and the parameter's are sharded",
+            "error feedback is stored by whole rows, and the parameter's are sharded",
             [(name, type(source).__name__)],
             "Store it in 32 bits, or shard the parameter along its outputs (dimension 0).",
         )

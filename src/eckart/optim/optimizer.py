@@ -114,7 +114,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         halves = [name for name, p in pairs if p.dtype == torch.float16]
         if rule.rounding == "stochastic" and halves:
             raise UsageError(
-                "only bf16 weights are rounded by chance",
+                "stochastic rounding is for bf16 weights",
                 [(halves[0], "float16")],
                 'Train it in bf16, or take rounding="nearest".',
             )

@@ -84,7 +84,7 @@ class Rule(Part):
         chosen = self.projector.identity or "index" in self.projector.names
         if self.inner.ages and not chosen:
             raise UsageError(
-                "directions have ages only in a fixed basis, where they come one by one",
+                "age_correct needs a fixed basis, whose directions change one by one",
                 [("projector", type(self.projector).__name__)],
                 "Leave age_correct out.",
             )
@@ -125,7 +125,7 @@ class Rule(Part):
         needs = self.residual is not None and self.residual.orthonormal
         if self.residual is not None and needs and not self.projector.orthonormal:
             raise UsageError(
-                "what lies outside a subspace is known by an orthonormal basis alone",
+                "a residual needs a projector with an orthonormal basis",
                 [
                     ("residual", type(self.residual).__name__),
                     ("projector", type(self.projector).__name__),

@@ -161,10 +161,9 @@ def no_match(key: str, target: str, sites: Sequence[Site]) -> UsageError:
     roles = Counter(site.role for site in usable)
     names = Counter(site.path.rsplit(".", 1)[-1] for site in usable)
     facts = [(f"{key} = {target}", "matches no map of this model")]
-    facts += [
-        (role, f"{count} map{'s'[: count > 1]}{', which carry no terms' * (role == GROUPED)}")
-        for role, count in sorted(counts.items())
-    ]
+    for role, count in sorted(counts.items()):
+        maps = "1 map" if count == 1 else f"{count} maps"
+        facts.append((role, f"{maps}, which carry no terms" if role == GROUPED else maps))
     if not usable:
         return UsageError("no map of this model can carry terms", facts)
     facts += [("names", ", ".join(sorted(names)))]

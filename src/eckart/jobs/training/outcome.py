@@ -144,7 +144,7 @@ def say_nothing_gained(
     """Warn if the held-out loss is not lower than before training."""
     if before and after and after["loss"] >= before["loss"]:
         screen.warn(
-            "no checkpoint is better than the beginning: try another train.lr, or more data"
+            "no checkpoint is better than the model was before: try another train.lr, or more data"
         )
 
 

@@ -54,7 +54,7 @@ def dtype_of(job: Job) -> torch.dtype:
     if getattr(job.choices["update"].method, "rounding", "") == "stochastic":
         if not trained:
             raise UsageError(
-                "only bf16 weights are rounded by chance",
+                "stochastic rounding is for bf16 weights",
                 [
                     ("update.rounding", "stochastic"),
                     (
