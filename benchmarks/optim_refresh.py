@@ -83,6 +83,7 @@ def real(text: bytes) -> dict[str, Case]:
     return cases
 
 
+@torch.no_grad()  # as in a step; with gradients on, products are torch's own
 def search(projector: Any, G: Tensor, old: dict[str, Tensor]) -> Tensor:
     """The right basis [r, n] that a projector finds."""
     asked = Search(G[None], old, [0], not old, (G.shape[0], G.shape[1]))

@@ -49,7 +49,9 @@ def product(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
         return A @ B if bias is None else F.linear(A, B.mT, bias)
     if A.dim() > 2:
         pairs = zip(A.flatten(0, -3), B.flatten(0, -3), strict=True)
-        return torch.stack([product(*pair, bias) for pair in pairs]).view(*A.shape[:-1], -1)
+        each = [product(*pair, bias) for pair in pairs]
+        together = each[0] if len(each) == 1 else torch.stack(each)  # of one, no copy
+        return together.view(*A.shape[:-1], -1)
     if A.shape[1] <= PIECE:
         return by_onednn(A, B, bias)
     pairs = zip(A.split(PIECE, 1), B.split(PIECE), strict=True)

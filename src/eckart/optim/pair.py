@@ -301,14 +301,17 @@ def inverse(C: Tensor, damping: float, relative: bool = False) -> Tensor:
     """
     if not damping:
         return spectrum(C).inverse(damping)
-    trace = C.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    shift = trace * (damping / C.shape[-1]) if relative else torch.full_like(trace, damping)
-    shift = shift.maximum(trace * (C.shape[-1] * torch.finfo(C.dtype).eps)).unsqueeze(-1)
-    none = shift == 0  # C is zero, and damped by its size
-    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-    L = torch.linalg.cholesky_ex(C + torch.where(none, 1, shift) * eye)[0]
+    r = C.shape[-1]
+    trace = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    eye = torch.eye(r, dtype=C.dtype, device=C.device)
+    shift = (trace * (r * torch.finfo(C.dtype).eps)).clamp(min=0.0 if relative else damping)
+    if relative:
+        none = trace == 0  # nothing to invert, and no size to damp by
+        shift = torch.where(none, 1, shift.maximum(trace * (damping / r)))
+    L = torch.linalg.cholesky_ex(torch.addcmul(C, eye, shift))[0]
     root = torch.linalg.solve_triangular(L, eye.expand_as(C), upper=False)
-    return torch.where(none, 0, root.mT @ root)
+    found = root.mT @ root
+    return torch.where(none, 0, found) if relative else found
 
 
 class Spectrum(NamedTuple):
