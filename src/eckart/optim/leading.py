@@ -99,8 +99,7 @@ class Randomised(Subspace):
         for _ in range(self.products // 2):
             Z, T = torch.linalg.qr(search.squared(Z, on_left))
         V = torch.linalg.eigh(T @ T.mT)[1].flip(-1)[..., :rank]
-        near_eye = V.mT @ product(Z.mT, Z) @ V
-        return fix_signs(product(Z, 1.5 * V - 0.5 * V @ near_eye), -2)  # polish(Z V), in less
+        return fix_signs(product(Z, V), -2)
 
 
 def evened(Z: Tensor) -> Tensor:
