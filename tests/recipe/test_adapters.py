@@ -259,7 +259,7 @@ def test_an_adapter_of_another_shape_is_not_swapped_in(tmp_path):
     _, handles = carrying("llama", {"a": LoRA(rank=3), "b": LoRA(rank=2)}, torch.float32)
     native.save(handles["b"], tmp_path / "b")
     kept = {name: t.detach().clone() for name, t in handles["a"].named_state().items()}
-    with pytest.raises(UsageError, match=r"this adapter has another structure\n.*layers\.0\.mlp\.down_proj"):
+    with pytest.raises(UsageError, match=r"another structure\n.*layers\.0\.mlp\.down_proj"):
         swap(handles["a"], tmp_path / "b")
     assert list(handles["a"].adapters) == ["a", "b"]
     assert all(torch.equal(t, kept[name]) for name, t in handles["a"].named_state().items())
